@@ -1,0 +1,70 @@
+# `make` lists what there is. Everything runs in .venv, which is made at first use and then left in peace.
+PY ?= python3
+STUDY ?= cifar10-small
+# Timings and small models gain nothing from more cores than this; CORES=64 says otherwise.
+CORES ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+BIN := .venv/bin
+NAME = $(basename $(notdir $(STUDY)))
+DATA = $(or $(VITLAB_DATA),data)
+
+.PHONY: help demo smoke study figures test test-long lab lint install
+
+help:
+	@echo "make demo                  train, prune and compare two tiny models: six minutes on two cores"
+	@echo "make test                  the tests; make test-long those too that take minutes"
+	@echo "make lab                   JupyterLab; open the notebooks in their order"
+	@echo "make study STUDY=NAME      all notebooks of a study of notebooks/params: $(basename $(notdir $(wildcard notebooks/params/*.yaml)))"
+	@echo "                           MODEL=vit one model of it, SEED=1 another seed, CORES=2, ARGS=-n to see what would run"
+	@echo "make figures STUDY=NAME    its figures and tables again, from the rows there are"
+	@echo "make smoke                 every notebook with next to no training, to see that all of it runs"
+	@echo "make lint                  style of code and notebooks"
+
+demo smoke: %: install
+	@$(MAKE) --no-print-directory study STUDY=$@
+
+study: install
+	@echo "Study $(NAME): running the notebooks that are missing or out of date, on $(CORES) cores."
+	@$(BIN)/snakemake --cores $(CORES) --config study=$(STUDY) $(if $(MODEL),model=$(MODEL)) \
+	    $(if $(SEED),seed=$(SEED)) $(ARGS) || { echo "Study $(NAME) is not complete: the reason stands above."; \
+	    echo "What is done is kept, and the same command goes on from there."; exit 1; }
+	@$(if $(filter -n,$(ARGS)),true,cd figures/$(NAME) && cat summary.md 2>/dev/null || cat efficiency.md)
+	@echo
+	@echo "Figures and tables: figures/$(NAME)/"
+	@echo "Executed notebooks: $(DATA)/runs/$(NAME)/notebooks/ and $(DATA)/runs/$(NAME)/*/seed*/notebooks/"
+
+figures: install
+	@$(BIN)/python -m vitlab.run 7_report --study $(STUDY)
+	@echo "Figures and tables: figures/$(NAME)/"
+
+test: install
+	@echo "Running the tests (make test-long: those too that take minutes)."
+	@$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: install
+	@$(BIN)/python -m pytest $(ARGS)
+
+lab: install
+	@$(BIN)/python -m jupyterlab --notebook-dir=. $(ARGS)
+
+lint: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@command -v $(PY) >/dev/null || { echo "There is no $(PY). Install Python 3.11 or newer, or name yours: make PY=python3.12"; exit 1; }
+	@$(PY) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "vitlab needs Python 3.11 or newer, and $(PY) is %d.%d. Name another: make PY=python3.12" % sys.version_info[:2])'
+	@[ -e $@ ] || $(PY) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(0 if free >= 8 else "vitlab needs 8 GB of disk for .venv (torch alone 5), and here are %.1f GB free." % free)'
+	@echo "Installing vitlab and what it needs into .venv: 6 GB, a few minutes. pyproject.toml lists it."
+	@if command -v uv >/dev/null; then uv venv -q --allow-existing --python $(PY) .venv; \
+	    else [ -x $(BIN)/python ] && [ -x $(BIN)/pip ] || $(PY) -m venv .venv; fi
+	@if command -v uv >/dev/null; then uv pip install -q --python $(BIN)/python -c constraints.txt -e ".[all]"; \
+	    else $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]"; \
+	    fi >.venv/install.log 2>&1 || { tail -n 12 .venv/install.log; echo; \
+	    if grep -qiE "no space left|disk quota" .venv/install.log; then echo "The disk is full."; \
+	    elif grep -qiE "connection|resolve host|name resolution|timed out|unreachable|dns error|from versions: none" \
+	    .venv/install.log; then echo "The package index cannot be reached: no network, or it needs a proxy or a mirror."; fi; \
+	    echo "Installation failed (all of it: .venv/install.log). The same command goes on from here."; exit 1; }
+	@touch $@
