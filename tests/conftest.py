@@ -1,0 +1,44 @@
+"""Toy models and data that every test file shares."""
+
+import os
+
+import pytest
+import torch
+from timm.layers import set_fused_attn
+
+from vitlab import models
+
+os.environ["VITLAB_HEADLESS"] = "1"
+torch.set_num_threads(1)
+set_fused_attn(False)  # on a CPU torch's counter cannot see inside the fused kernel
+
+
+def toy(name, **options):
+    """A float32 toy in eval mode whose weights are large enough for every unit to matter. 3 classes, 16 px."""
+    torch.manual_seed(0)
+    model = models.create(name, num_classes=3, image_size=16, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def vit():
+    return toy("conv_vit", embed_dim=32, depth=2, num_heads=4)
+
+
+@pytest.fixture
+def swin():  # a grid of 4 x 4 in windows of 2 (shifted in every second block), then 2 x 2
+    return toy("conv_swin", embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=2)
+
+
+@pytest.fixture(params=["vit", "swin"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 3, 16, 16, generator=generator), torch.tensor([0, 1, 2, 0, 1, 2])

@@ -1,0 +1,100 @@
+"""models: names, weights, the view."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vitlab import models
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "blocks", "heads"),
+    [
+        ("vit_tiny_patch16_224", {}, 12, 3),
+        ("deit_tiny_patch16_224", {}, 12, 3),
+        ("deit3_small_patch16_224", {"depth": 2}, 2, 6),  # LayerScale
+        ("vit_small_patch14_reg4_dinov2", {"depth": 2}, 2, 6),  # registers
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 2, 1)}, 5, 3),
+        ("conv_vit", {}, 6, 4),
+        ("conv_swin", {}, 6, 3),
+    ],
+)
+def test_view_sees_every_block_and_linear_layer(name, options, blocks, heads):
+    model = models.create(name, num_classes=7, **options)
+    view = models.view(model)
+    assert len(view.blocks) == blocks and view.blocks[0].num_heads == heads
+    layers = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(view.linears()) == layers - set(view.classifiers)  # the classifier is protected unless asked for
+    assert set(view.linears(["head"])) == set(view.classifiers)
+    for block in view.blocks:
+        assert block.num_heads * block.head_dim == block.attn.qkv.out_features // 3
+        assert block.neurons == block.mlp.fc1.out_features
+        assert view.block(block.name) is block and view.block_of(block.name + ".mlp.fc1") is block
+
+
+def test_units_are_counted_per_block(vit):
+    assert models.view(vit).units() == {
+        ("blocks.0", "heads"): 4, ("blocks.0", "neurons"): 64,
+        ("blocks.1", "heads"): 4, ("blocks.1", "neurons"): 64,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "resnet18", "swinv2_tiny_window8_256", "maxvit_tiny_tf_224"])
+def test_a_model_it_cannot_see_into_is_refused(name):
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(TypeError, match="cannot see into .*supported are timm's VisionTransformer"):
+        models.view(model)
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown model 'swin_tiny_patch4_windw7_224', did you mean 'swin_tiny_patch4_window7"):
+        models.create("swin_tiny_patch4_windw7_224", num_classes=2)
+    view = models.view(models.create("conv_vit", num_classes=2, depth=1))
+    with pytest.raises(ValueError, match="unknown role 'fc3', did you mean 'fc"):
+        view.linears(["fc3"])
+    with pytest.raises(ValueError, match="no block 'blocks.1', did you mean 'blocks.0'"):
+        view.block("blocks.1")
+
+
+@pytest.mark.parametrize("name", ["conv_vit", "conv_swin"])
+def test_local_weights_move_to_another_size_and_other_classes(name, tmp_path):
+    torch.manual_seed(0)
+    small = models.create(name, num_classes=3, image_size=32)
+    save_file(small.state_dict(), tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="the head is left out and starts new with 5 classes"):
+        large = models.create(name, num_classes=5, image_size=64, patch_size=8, weights=tmp_path)
+    own, new = small.state_dict(), large.state_dict()
+    heads = models.classifier_names(large)
+    for key in own:
+        if key.rsplit(".", 1)[0] not in heads:
+            assert torch.equal(own[key], new[key]), key
+    assert large(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+    again = models.create(name, num_classes=3, image_size=32, weights=tmp_path / "model.safetensors").eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(again(x), small.eval()(x))
+
+
+def test_timm_weights_of_a_file_load_into_another_number_of_classes(tmp_path):
+    torch.manual_seed(0)
+    source = models.create("swin_tiny_patch4_window7_224", num_classes=11, depths=(1, 1, 1, 1))
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    with pytest.warns(UserWarning, match="the head is left out"):
+        model = models.create(
+            "swin_tiny_patch4_window7_224", num_classes=4, depths=(1, 1, 1, 1), weights=tmp_path / "weights.pth"
+        )
+    assert torch.equal(model.layers[2].blocks[0].attn.qkv.weight, source.layers[2].blocks[0].attn.qkv.weight)
+
+
+def test_wrong_weights_are_refused(tmp_path):
+    save_file(models.create("conv_swin", num_classes=3).state_dict(), tmp_path / "swin.safetensors")
+    with pytest.raises(ValueError, match="holds another architecture than VisionTransformer"):
+        models.create("conv_vit", num_classes=3, weights=tmp_path / "swin.safetensors")
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        models.create("conv_vit", num_classes=3, weights=tmp_path / "nothing")
+    with pytest.raises(ValueError, match="either pretrained=True"):
+        models.create("conv_vit", num_classes=3, weights=tmp_path, pretrained=True)
+    with pytest.raises(ValueError, match="patch_size must be a multiple of 4"):
+        models.create("conv_vit", num_classes=3, image_size=30)

@@ -1,0 +1,1 @@
+"""vitlab: what pruning does to a Vision Transformer."""

@@ -1,0 +1,715 @@
+"""Images: named datasets and ImageFolders as train / val / test, decoded once, augmented in batches.
+
+Every image is decoded once into a memory-mapped uint8 array under `<data root>/cache` that is keyed by
+content. Batches are cut from it, sent to the device as uint8 and only there cropped, flipped, normalised
+and enlarged; each image of a batch has its own draw.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import datasets
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+NAMES = ("caltech101", "cifar10", "shapes")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std that ImageNet weights expect
+SPLITS = ("train", "val", "test")
+SHAPES_VERSION = 1  # of the pictures that make_shapes draws by default
+NATIVE_SIDE = 96  # equal squares up to this many pixels are stored as they are, all else as squares
+MARGIN = 1.15  # those squares are this much larger than the crop
+
+
+def root(path: str | Path | None = None) -> Path:
+    """The folder that holds datasets, caches and runs.
+
+    path if given, else the environment's VITLAB_DATA, else `data/` of the repository that this package
+    is imported from, else (installed without its repository) `data/` of the working directory.
+    """
+    if path := path or os.environ.get("VITLAB_DATA"):
+        return Path(path).expanduser().absolute()
+    repository = Path(__file__).parents[1]
+    return (repository if (repository / "pyproject.toml").exists() else Path.cwd()) / "data"
+
+
+_find_root = root  # `load` has an argument of the same name
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of a cache with their labels.
+
+    store: uint8 [all, H, H, 3] memory map that the splits share. indices: int64 array [N], rows of store.
+    labels: int64 tensor [N]. image_size: side S of a batch. window: side in stored pixels of what a batch
+    shows; it is enlarged to S where smaller. mean, std: of the three channels, in [0, 1].
+    """
+
+    store: np.ndarray
+    indices: np.ndarray
+    labels: torch.Tensor
+    image_size: int
+    window: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def images(self) -> np.ndarray:
+        """uint8 [N, H, H, 3], row i belongs to labels[i]; read from the memory map into a new array."""
+        return np.take(self.store, self.indices, axis=0)
+
+    def subset(self, n: int, *, seed: int = 0) -> "Split":
+        """n images, the classes in the proportions of this split; n larger contains n smaller."""
+        if not 1 <= n <= len(self):
+            raise ValueError(f"a subset has 1 to {len(self)} images here, got n={n}")
+        labels, rng = self.labels.numpy(), np.random.default_rng(seed)
+        place = np.empty(len(self))  # how far down its shuffled class an image stands, in (0, 1)
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+        chosen = np.sort(np.argsort(place, kind="stable")[:n])
+        return self._take(chosen)
+
+    def _take(self, chosen: np.ndarray) -> "Split":
+        changed = {"indices": self.indices[chosen], "labels": self.labels[torch.from_numpy(chosen)]}
+        return Split(**(vars(self) | changed))
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        device: str | torch.device = "cpu",
+        augment: bool | dict = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        drop_last: bool = False,
+        start: int = 0,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches (x float32 [B, 3, S, S] normalised, in channels_last memory; y int64 [B]) of one epoch.
+
+        A function of (seed, epoch) alone, the same on every device; torch's and numpy's own random states
+        are neither read nor moved. start: number of the first batch, as if those before had been drawn.
+        augment: False; True for crop and flip; or a dict with any of
+          crop   int, pixels of reflected border (of stored pixels) that a random crop may reach into; by
+                 default an eighth of the side, or 0 where images are stored larger than the crop
+          flip   bool, mirror half of the images; True by default
+          scale  [low, high], instead of crop: a random-resized crop of this share of the area, with
+                 an aspect ratio of 3/4 to 4/3
+          erase  share of the images, in [0, 1], that lose a rectangle of 2 to 33 % of their area
+        Raises ValueError for another key or a value out of range.
+        """
+        if batch_size < 1 or start < 0:
+            raise ValueError(f"batch_size is at least 1 and start at least 0, got {batch_size} and {start}")
+        options = _augmentation(augment, self.store.shape[1], self.window)
+        order = np.arange(len(self))
+        if shuffle:
+            order = np.random.default_rng([seed, epoch, 0]).permutation(order)
+        stop = len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+        steps = ((i, order[i * batch_size : (i + 1) * batch_size]) for i in range(start, stop))
+        return self._draw(steps, torch.device(device), options, (seed, epoch))
+
+    def _draw(self, steps, device: torch.device, options: dict | None, seeds: tuple[int, int]) -> Iterator:
+        for step, chosen in steps:
+            raw = torch.from_numpy(np.take(self.store, self.indices[chosen], axis=0))
+            if device.type == "cuda":
+                raw = raw.pin_memory()
+            raw = raw.to(device, non_blocking=True)
+            rng = np.random.default_rng([*seeds, 1 + step])  # 0 draws the order
+            yield self._prepare(raw, options, rng), self.labels[torch.from_numpy(chosen)].to(device)
+
+    def _prepare(self, raw: torch.Tensor, options: dict | None, rng: np.random.Generator) -> torch.Tensor:
+        """uint8 [B, H, H, 3] to float32 [B, 3, S, S], on raw's device; options None: the centre."""
+        side = raw.shape[1]
+        if options is None:
+            edge = (side - self.window) // 2
+            raw = raw[:, edge : edge + self.window, edge : edge + self.window]
+        elif options["scale"] is None:
+            raw = _shifted(raw, self.window, options["crop"], options["flip"], rng)
+        x = _normalised(raw, self.mean, self.std)
+        if options and options["scale"]:
+            x = _resized_crops(x, self.image_size, options["scale"], options["flip"], rng)
+        elif x.shape[-1] != self.image_size:
+            x = F.interpolate(x, self.image_size, mode="bilinear", antialias=x.shape[-1] > self.image_size)
+        if options and options["erase"]:
+            x = x.masked_fill(_rectangles(x, options["erase"], rng), 0)  # 0 is the mean
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Train, val and test of one set of images; skipped lists the unreadable files that were left out."""
+
+    name: str
+    classes: list[str]
+    train: Split
+    val: Split
+    test: Split
+    image_size: int
+    description: str
+    skipped: list[str] = field(default_factory=list)
+
+    def summary(self) -> pd.DataFrame:
+        """One row a split: images, classes, images of the smallest and of the largest class."""
+        rows = {}
+        for name in SPLITS:
+            counts = torch.bincount(getattr(self, name).labels, minlength=len(self.classes))
+            rows[name] = {
+                "images": int(counts.sum()),
+                "classes": int((counts > 0).sum()),
+                "smallest_class": int(counts.min()),
+                "largest_class": int(counts.max()),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("split")
+
+
+# Augmentation: whole batches on the device, one draw an image. The draws come from a numpy generator, so
+# that every device sees the same ones.
+
+
+def _augmentation(augment: bool | dict, side: int, window: int) -> dict | None:
+    if augment is False or augment is None:
+        return None
+    given = {} if augment is True else dict(augment)
+    default = {"crop": window // 8 if side == window else 0, "flip": True, "scale": None, "erase": 0.0}
+    for key in given.keys() - default.keys():
+        near = difflib.get_close_matches(key, default, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown augmentation {key!r}{hint} Known are {', '.join(default)}")
+    options = default | given
+    if options["scale"] and given.get("crop"):
+        raise ValueError("augment takes crop or scale, not both")
+    if not 0 <= options["crop"] < side:
+        raise ValueError(f"augment's crop is a border of 0 to {side - 1} pixels, got {options['crop']}")
+    if not 0 <= options["erase"] <= 1:
+        raise ValueError(f"augment's erase is a share of the images in [0, 1], got {options['erase']}")
+    if options["scale"] and not 0 < options["scale"][0] <= options["scale"][1] <= 1:
+        raise ValueError(f"augment's scale is [low, high] with 0 < low <= high <= 1, got {options['scale']}")
+    return options
+
+
+def _shifted(raw: torch.Tensor, window: int, pad: int, flip: bool, rng: np.random.Generator) -> torch.Tensor:
+    """Window at a random offset of each image [B, H, H, 3], up to pad pixels over its reflected border."""
+    count, side = raw.shape[:2]
+    offsets = rng.integers(-pad, side - window + pad, size=(2, count, 1), endpoint=True)
+    mirrored = flip & (rng.random((count, 1)) < 0.5)
+    places = np.abs(offsets + np.arange(window))
+    rows, columns = side - 1 - np.abs(side - 1 - places)  # reflected at both borders
+    columns = np.where(mirrored, columns[:, ::-1], columns)
+    pixels = (np.arange(count)[:, None] * side + rows)[:, :, None] * side + columns[:, None, :]
+    chosen = torch.from_numpy(pixels.ravel()).to(raw.device)
+    return raw.reshape(-1, 3).index_select(0, chosen).view(count, window, window, 3)
+
+
+def _normalised(raw: torch.Tensor, mean, std) -> torch.Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last memory, zero mean and unit deviation."""
+    scale, shift = 1 / (255 * np.array(std)), -np.array(mean) / np.array(std)
+    scale, shift = (torch.tensor(np.tile(v, raw.shape[2]), dtype=torch.float32) for v in (scale, shift))
+    rows = raw.flatten(2).float()  # [B, H, W * 3]: long rows are quicker than rows of three channels
+    rows = rows.mul_(scale.to(raw.device)).add_(shift.to(raw.device))
+    return rows.view(raw.shape).permute(0, 3, 1, 2)
+
+
+def _resized_crops(x: torch.Tensor, size: int, scale, flip: bool, rng: np.random.Generator) -> torch.Tensor:
+    """A random part of each image, a share of its area in scale, resized to [B, 3, size, size]."""
+    count = len(x)
+    area, ratio = rng.uniform(*scale, count), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), count))
+    width, height = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
+    right, down = (rng.uniform(-1, 1, count) * (1 - extent) for extent in (width, height))
+    mirror = np.where(flip & (rng.random(count) < 0.5), -1, 1)
+    theta = np.zeros((count, 2, 3), dtype=np.float32)
+    theta[:, 0, 0], theta[:, 0, 2], theta[:, 1, 1], theta[:, 1, 2] = mirror * width, right, height, down
+    theta = torch.from_numpy(theta).to(x.device)
+    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def _rectangles(x: torch.Tensor, share: float, rng: np.random.Generator) -> torch.Tensor:
+    """bool [B, 1, S, S], True inside one rectangle of a share of the images (Zhong et al. 2020)."""
+    count, size = len(x), x.shape[-1]
+    area, ratio = rng.uniform(0.02, 0.33, count), np.exp(rng.uniform(np.log(0.3), np.log(3.3), count))
+    inside = []
+    for extent in (np.sqrt(area * ratio), np.sqrt(area / ratio)):
+        extent = np.minimum(extent, 1) * size
+        first = rng.random(count) * (size - extent)
+        inside.append((np.arange(size) >= first[:, None]) & (np.arange(size) < (first + extent)[:, None]))
+    erased = rng.random(count) < share
+    mask = inside[0][:, None, :, None] & inside[1][:, None, None, :] & erased[:, None, None, None]
+    return torch.from_numpy(mask).to(x.device)
+
+
+# Loading
+
+
+def load(
+    name: str | Path,
+    *,
+    root: str | Path | None = None,
+    image_size: int,
+    split_seed: int = 0,
+    normalise: str | tuple = "train",
+    skip_broken: bool = False,
+    download: bool = True,
+    progress: bool = True,
+) -> Dataset:
+    """A dataset as train / val / test, from its cache or decoded into it.
+
+    name: "cifar10", "caltech101", "shapes" (drawn at first use), or the path of an ImageFolder: `train/`
+    with or without `val/` and `test/`, or one tree of class folders. Splits are stratified and depend on
+    split_seed alone, never on a run's seed: what is not given is taken from train (val 10 %, test 20 %);
+    one tree and Caltech-101 become 70 / 10 / 20. CIFAR-10 keeps its test set.
+    image_size: side of a batch in pixels. normalise: "train" for mean and deviation of the train split,
+    "imagenet" for those that pretrained weights expect, or (mean, std) of three numbers each.
+    skip_broken: leave out files that cannot be decoded and list them in `skipped`.
+    Raises ValueError for an unknown name, an empty class folder or a file that is no whole image,
+    RuntimeError where the images are missing and cannot be downloaded, PermissionError where the cache
+    cannot be written.
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size is a side in pixels, at least 1; got {image_size}")
+    home = _find_root(root)
+    found = _find(str(name), home, download)
+    store, skipped, cache = _cached(found, home / "cache", image_size, progress)
+    if skipped and not skip_broken:
+        path, reason = next(iter(skipped.items()))
+        raise ValueError(
+            f"{len(skipped)} unreadable image file(s), the first is {found.folder / path} ({reason}): "
+            f"replace or delete it, or pass skip_broken=True to go on without"
+        )
+    usable = np.array([path not in skipped for path in found.relative] or [True] * len(found.labels))
+    parts = _split(found, usable, split_seed)
+    window = store.shape[1] if found.side else image_size
+    mean, std = _moments(store, parts["train"], normalise, cache / f"moments-{split_seed}.json")
+    splits = {
+        part: Split(store, rows, torch.from_numpy(found.labels[rows]), image_size, window, mean, std)
+        for part, rows in parts.items()
+    }
+    return Dataset(
+        name=found.name,
+        classes=found.classes,
+        **splits,
+        image_size=image_size,
+        description=found.description,
+        skipped=sorted(skipped),
+    )
+
+
+@dataclass
+class _Found:
+    """What lies on disk, before anything is decoded; given: "train", "val", "test" or "" an image."""
+
+    name: str
+    description: str
+    folder: Path
+    classes: list[str]
+    labels: np.ndarray
+    given: np.ndarray
+    paths: list[Path]
+    pixels: np.ndarray | None = None  # of the binary layout, which is no tree of files
+    side: int | None = None  # of equal small squares, which are stored as they are
+
+    @property
+    def relative(self) -> list[str]:
+        return [path.relative_to(self.folder).as_posix() for path in self.paths]
+
+
+def _find(name: str, home: Path, download: bool) -> _Found:
+    if name == "cifar10":
+        return _find_cifar10(home, download)
+    if name == "caltech101":
+        folder = home / "caltech101" / "101_ObjectCategories"
+        if not folder.is_dir():
+            _fetch(datasets.Caltech101, home, download, f"the class folders of Caltech-101 into {folder}")
+        return _find_tree(folder, name="caltech101", description="Caltech-101", leave=("BACKGROUND_Google",))
+    if name == "shapes":
+        folder = home / f"shapes-{SHAPES_VERSION}"
+        if not folder.is_dir():
+            _make(home)
+            try:
+                make_shapes(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first, with the same pictures
+                    raise
+        return _find_tree(folder, name="shapes", description="shapes")
+    if Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser().absolute()
+        return _find_tree(folder, name=folder.name, description=f"ImageFolder {folder.name}")
+    near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    raise ValueError(
+        f"unknown dataset {name!r}{hint} Known are {', '.join(NAMES)}, or the path of a folder of images "
+        f"(train/, val/ and test/ with a folder a class, or one tree of class folders)"
+    )
+
+
+def _find_cifar10(home: Path, download: bool) -> _Found:
+    tree, layout = home / "cifar10", "cifar-10-batches-py"
+    holder = next((folder for folder in (home, tree) if (folder / layout).is_dir()), None)
+    if holder is None and (tree / "train").is_dir():
+        found = _find_tree(tree, name="cifar10", description="CIFAR-10")
+        if found.paths[0].suffix.lower() in (".jpg", ".jpeg"):
+            found.description = "CIFAR-10 (JPEG)"  # lossy: accuracies are a little below
+        return found
+    if holder is None:
+        todo = f"the folder {layout} into {home}, or train/ and test/ with a folder a class into {tree}"
+        _fetch(datasets.CIFAR10, home, download, todo)
+    parts = [datasets.CIFAR10(holder or home, train=train) for train in (True, False)]
+    given = np.repeat(["train", "test"], [len(part.data) for part in parts])
+    return _Found(
+        name="cifar10",
+        description="CIFAR-10",
+        folder=(holder or home) / layout,
+        classes=parts[0].classes,
+        labels=np.concatenate([part.targets for part in parts]).astype(np.int64),
+        given=given,
+        paths=[],
+        pixels=np.concatenate([part.data for part in parts]),
+    )
+
+
+def _fetch(kind, home: Path, download: bool, todo: str) -> None:
+    reason = "download=False"
+    if download:
+        try:
+            kind(home, download=True)
+            return
+        except (OSError, RuntimeError) as error:
+            reason = f"the download failed: {error}"
+    raise RuntimeError(
+        f"no images of {kind.__name__} under {home} ({reason}). Put {todo}; "
+        f"or set VITLAB_DATA to the folder that holds them"
+    )
+
+
+def _find_tree(folder: Path, *, name: str, description: str, leave: tuple[str, ...] = ()) -> _Found:
+    """Files of an ImageFolder: train/ with or without val/ and test/, or one tree of class folders."""
+    tops = _folders(folder)
+    parts = [part for part in SPLITS if part in tops] if "train" in tops else [""]
+    if parts != [""] and (others := set(tops) - set(parts)):
+        raise ValueError(f"{folder}: beside train/ only val/ and test/ are read; found {sorted(others)}")
+    classes = [name for name in _folders(folder / parts[0]) if name not in leave]
+    if len(classes) < 2:
+        raise ValueError(f"{folder / parts[0]}: at least two class folders are needed, found {classes}")
+    paths, labels, given = [], [], []
+    for part in parts:
+        if strange := set(_folders(folder / part)) - set(leave) ^ set(classes):
+            raise ValueError(f"{folder / part}: class folders differ from train/ in {sorted(strange)}")
+        numbers = {name: i for i, name in enumerate(classes)}
+        files = datasets.folder.make_dataset(
+            folder / part, numbers, datasets.folder.IMG_EXTENSIONS, allow_empty=True
+        )
+        paths += [Path(path) for path, _ in files]
+        labels += (mine := [label for _, label in files])
+        given += [part] * len(files)
+        for empty in set(range(len(classes))) - set(mine):
+            raise ValueError(f"empty class folder: {folder / part / classes[empty]} has no image files")
+    labels, given = np.array(labels, dtype=np.int64), np.array(given)
+    return _Found(name, description, folder, classes, labels, given, paths)
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+
+
+def _split(found: _Found, usable: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Rows of train, val, test: as given; what is missing is drawn class by class from the rest."""
+    given = set(found.given)
+    parts = {part: [np.flatnonzero((found.given == part) & usable)] for part in SPLITS}
+    missing = {part: share for part, share in (("val", 0.1), ("test", 0.2)) if part not in given}
+    rest = (found.given == ("train" if "train" in given else "")) & usable
+    parts["train"] = []
+    for label, name in enumerate(found.classes):
+        rows = np.flatnonzero(rest & (found.labels == label))
+        if len(rows) <= len(missing):
+            raise ValueError(f"class {name!r} has {len(rows)} image(s) to make {1 + len(missing)} splits of")
+        rows = np.random.default_rng([seed, label]).permutation(rows)
+        sizes = {part: max(1, round(share * len(rows))) for part, share in missing.items()}
+        for part, size in sizes.items():
+            parts[part].append(rows[:size])
+            rows = rows[size:]
+        parts["train"].append(rows)
+    return {part: np.sort(np.concatenate(pieces)) for part, pieces in parts.items()}
+
+
+def _moments(store: np.ndarray, rows: np.ndarray, normalise, memory: Path) -> tuple[tuple, tuple]:
+    """Mean and standard deviation of the three channels in [0, 1]; of train they are kept in the cache."""
+    if normalise == "imagenet":
+        return IMAGENET
+    if normalise != "train":
+        if isinstance(normalise, str) or np.shape(normalise) != (2, 3):
+            raise ValueError(f"normalise is 'train', 'imagenet' or (mean, std) of three; got {normalise!r}")
+        mean, std = normalise
+        return tuple(mean), tuple(std)
+    if memory.exists():
+        mean, std = json.loads(memory.read_text())
+        return tuple(mean), tuple(std)
+    counts = np.zeros((3, 256))
+    for piece in np.array_split(rows, -(-len(rows) // 512)):
+        pixels = np.take(store, piece, axis=0).reshape(-1, 3)
+        counts += [np.bincount(channel, minlength=256) for channel in pixels.T]
+    weights, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+    mean = weights @ values
+    std = np.sqrt(weights @ values**2 - mean**2).clip(min=1 / 255)  # a constant channel stays finite
+    _write_json(memory, [mean.tolist(), std.tolist()])
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+# The cache: <root>/cache/<name>-<key>-<side>/{images.npy, index.json}; key is a hash of relative paths and
+# bytes, remembered in keys.json for files whose names, sizes and times have not changed.
+
+
+def _cached(found: _Found, folder: Path, image_size: int, progress: bool):
+    """(memory map uint8 [N, H, H, 3], {unreadable file: reason}, cache folder), decoded if need be."""
+    _make(folder)
+    key, found.side = _identify(found, folder / "keys.json", progress)
+    side = found.side or round(image_size * MARGIN)
+    target = folder / f"{found.name}-{key[:12]}-{side}"
+    shape = (len(found.labels), side, side, 3)
+    if (opened := _open(target, shape)) is None:
+        _build(found, target, shape, progress)
+        opened = _open(target, shape)
+        if opened is None:
+            raise RuntimeError(f"the cache {target} cannot be read back: is the disk full?")
+    return *opened, target
+
+
+def _open(target: Path, shape: tuple) -> tuple[np.ndarray, dict] | None:
+    """Store and index of a whole cache, None for one that is missing or damaged."""
+    try:
+        store = np.load(target / "images.npy", mmap_mode="r")
+        skipped = json.loads((target / "index.json").read_text())["skipped"]
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    return (store, skipped) if store.shape == shape and store.dtype == np.uint8 else None
+
+
+def _identify(found: _Found, memory: Path, progress: bool) -> tuple[str, int | None]:
+    """Hash of what the files hold, and the common side if all are equal squares small enough."""
+    if found.pixels is not None:
+        return hashlib.sha256(np.ascontiguousarray(found.pixels)).hexdigest(), found.pixels.shape[1]
+    stats = [(str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in found.paths]
+    fingerprint = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    known = _read_json(memory)
+    if fingerprint not in known:
+        content, sizes = hashlib.sha256(), set()
+        names = zip(found.relative, found.paths, strict=True)
+        for name, path in _bar(names, f"reading {found.name}", progress, len(found.paths)):
+            blob = path.read_bytes()
+            content.update(f"{name}\0{len(blob)}\0".encode() + blob)
+            with contextlib.suppress(OSError):  # no image: decoding names it
+                sizes.add(Image.open(io.BytesIO(blob)).size)
+        width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
+        known[fingerprint] = [content.hexdigest(), width if width == height <= NATIVE_SIDE else None]
+        _write_json(memory, known)
+    return tuple(known[fingerprint])
+
+
+def _build(found: _Found, target: Path, shape: tuple, progress: bool) -> None:
+    """Decode into a temporary folder beside target, then rename: target is whole or not there."""
+    for stale in target.parent.glob("building-*"):  # left by a killed process
+        if time.time() - stale.stat().st_mtime > 86400:
+            shutil.rmtree(stale, ignore_errors=True)
+    work = target.parent / f"building-{uuid.uuid4().hex}"
+    try:
+        work.mkdir()
+        store = np.lib.format.open_memmap(work / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        skipped, names = {}, found.relative
+        if found.pixels is not None:
+            store[:] = found.pixels
+        else:
+            # small images spend their time in Python, where a second thread only waits for the first
+            with ThreadPool(1 if found.side else min(8, os.cpu_count())) as pool:
+                decoded = pool.imap(lambda path: _decode(path, shape[1]), found.paths, chunksize=32)
+                for i, image in enumerate(_bar(decoded, f"decoding {found.name}", progress, len(store))):
+                    if isinstance(image, str):
+                        skipped[names[i]] = image
+                    else:
+                        store[i] = image
+        store.flush()
+        _write_json(work / "index.json", {"classes": found.classes, "skipped": skipped})
+        shutil.rmtree(target, ignore_errors=True)  # damaged, or this would not have been called
+        os.rename(work, target)
+    except OSError as error:
+        if not target.exists():  # else another process was first, with the same content
+            raise OSError(f"cannot write the cache {target}: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _decode(path: Path, side: int) -> np.ndarray | str:
+    """uint8 [side, side, 3]: the centre square in RGB, resized; the reason as text if that fails."""
+    try:
+        image = datasets.folder.pil_loader(str(path))
+        if image.size != (side, side):
+            image = v2.functional.center_crop(v2.functional.resize(image, [side], antialias=True), [side])
+        return np.asarray(image)
+    except Exception as error:  # whatever a broken file makes a decoder raise
+        return f"{type(error).__name__}: {str(error).replace(str(path), path.name)}"
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write into {folder} ({error.strerror}): set VITLAB_DATA to a folder that you may write "
+            f"to, or pass root="
+        ) from error
+
+
+def _bar(items, what: str, progress: bool, total: int | None = None):
+    shown = progress and not os.environ.get("VITLAB_HEADLESS")
+    return tqdm(items, desc=what, total=total, unit="image", disable=not shown, leave=False)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_json(path: Path, content) -> None:
+    """Write whole or not at all."""
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    draft.write_text(json.dumps(content))
+    os.replace(draft, path)
+
+
+# Shapes: ten classes drawn from signed distances (negative inside) in a frame that is moved, turned and
+# stretched image by image. u, v: [N, S, S] in that frame, the figure fills the unit disc; w: [N, 1, 1],
+# angular frequency of the textures.
+
+
+def _triangle(u, v):
+    return np.maximum(np.maximum(0.866 * u + 0.5 * v, 0.5 * v - 0.866 * u), -v) - 0.48
+
+
+def _cross(u, v):
+    u, v = np.abs(u), np.abs(v)
+    return np.minimum(np.maximum(u - 0.27, v - 0.95), np.maximum(v - 0.27, u - 0.95))
+
+
+FIGURES = {
+    "checker": lambda u, v, w: np.maximum(np.hypot(u, v) - 1, np.sin(w * u) * np.sin(w * v) / w),
+    "circle": lambda u, v, w: np.hypot(u, v) - 0.85,
+    "cross": lambda u, v, w: _cross(u, v),
+    "dots": lambda u, v, w: np.maximum(np.hypot(u, v) - 1, (0.5 - np.cos(w * u) - np.cos(w * v)) / w),
+    "ring": lambda u, v, w: np.abs(np.hypot(u, v) - 0.7) - 0.22,
+    "square": lambda u, v, w: np.maximum(np.abs(u), np.abs(v)) - 0.75,
+    "star": lambda u, v, w: np.hypot(u, v) - 0.68 - 0.3 * np.cos(5 * np.arctan2(v, u)),
+    "stripes": lambda u, v, w: np.maximum(np.hypot(u, v) - 1, np.sin(w * u) / w),
+    "target": lambda u, v, w: np.maximum(np.hypot(u, v) - 1, np.cos(w * np.hypot(u, v)) / w),
+    "triangle": lambda u, v, w: _triangle(u, v),
+}
+
+
+def make_shapes(
+    folder: str | Path,
+    *,
+    per_class: tuple[int, int, int] = (400, 50, 100),
+    image_size: int = 32,
+    seed: int = 0,
+) -> Path:
+    """Write an ImageFolder of drawn RGB pictures (PNG), a function of the arguments; returns folder.
+
+    Ten classes, six shapes and four textures, at a random place, size, angle and stretch, in random
+    colours over a gradient, among clutter and under noise. per_class: images of train, val, test.
+    Raises FileExistsError if folder is there: it is written under another name and renamed when whole.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: delete it or choose another folder")
+    if len(per_class) != 3 or min(per_class) < 1 or image_size < 8:
+        raise ValueError(
+            f"per_class is three counts of at least 1 and image_size at least 8 pixels; "
+            f"got {per_class} and {image_size}"
+        )
+    work = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
+    try:
+        for number, (part, count) in enumerate(zip(SPLITS, per_class, strict=True)):
+            for label, name in enumerate(FIGURES):
+                images = _draw_figures(name, count, image_size, np.random.default_rng([seed, number, label]))
+                (work / part / name).mkdir(parents=True)
+                for i, image in enumerate(images):
+                    Image.fromarray(image).save(work / part / name / f"{i:04d}.png", compress_level=1)
+        os.rename(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _draw_figures(name: str, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [count, size, size, 3]: count pictures of one class."""
+    ahead, behind = rng.integers(0, 3, size=count), rng.integers(2, 6, size=count)
+    canvas = _gradient(count, size, rng)
+    for i in range(behind.max()):
+        canvas = _blob(canvas, i < behind, rng)
+    # lighter than the ground: a figure that may be either takes a tiny transformer hours to see
+    colour = canvas.mean(axis=(1, 2)) + rng.uniform(0.1, 0.6, (count, 3))
+    u, v, radius = _frame(count, size, rng, radius=(0.45, 0.75), spread=0.25, turn=0.6)
+    w = np.pi * rng.uniform(2.0, 2.8, (count, 1, 1))
+    canvas = _paint(canvas, FIGURES[name](u, v, w) * radius, colour)
+    for i in range(ahead.max()):
+        canvas = _blob(canvas, i < ahead, rng)
+    noise = rng.uniform(0.02, 0.12, (count, 1, 1, 1))
+    canvas = canvas + noise * rng.standard_normal(canvas.shape)
+    return (255 * canvas.clip(0, 1)).round().astype(np.uint8)
+
+
+def _gradient(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """float [count, size, size, 3] in [0, 1]: from one colour to a near one, in any direction."""
+    u, _, _ = _frame(count, size, rng, radius=(1, 1), spread=0)
+    start = rng.uniform(0.1, 0.6, (count, 1, 1, 3))
+    return (start + u[..., None] * rng.uniform(-0.2, 0.2, (count, 1, 1, 3))).clip(0, 1)
+
+
+def _blob(canvas: np.ndarray, there: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A small ellipse or streak of any colour onto those images where there is True."""
+    count, size = canvas.shape[:2]
+    u, v, radius = _frame(count, size, rng, radius=(0.08, 0.22), spread=1)
+    distance = (np.hypot(u / rng.uniform(0.5, 3, (count, 1, 1)), v) - 0.6) * radius
+    distance[~there] = np.inf
+    return _paint(canvas, distance, rng.uniform(0, 1, (count, 3)))
+
+
+def _frame(count: int, size: int, rng: np.random.Generator, *, radius, spread, turn=np.pi):
+    """u, v [count, size, size] of a random frame, and its radius [count, 1, 1] in pixels.
+
+    radius: (low, high) and spread, how far the centre may lie from the middle: in half sides. turn: radians.
+    """
+    axis = (np.arange(size) + 0.5) * 2 / size - 1
+    centre = rng.uniform(-spread, spread, (2, count, 1, 1))
+    angle, radius, stretch = (
+        rng.uniform(low, high, (count, 1, 1)) for low, high in ((-turn, turn), radius, (0.85, 1.18))
+    )
+    x, y = axis - centre[0], axis[:, None] - centre[1]
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    return u / (radius * stretch), v * stretch / radius, radius * size / 2
+
+
+def _paint(canvas: np.ndarray, distance: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Colour where distance (pixels, [N, S, S]) is negative, with an edge of one pixel."""
+    opacity = (0.5 - distance).clip(0, 1)[..., None]
+    return canvas + opacity * (colour[:, None, None] - canvas)

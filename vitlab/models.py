@@ -1,0 +1,266 @@
+"""Models: create any ViT or Swin of timm, and see it as blocks, heads, neurons and linear layers by role.
+
+The only module that knows timm's classes.
+"""
+
+import difflib
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+try:
+    import timm
+except RuntimeError as error:  # torchvision built against another torch: "operator torchvision::nms does not exist"
+    raise ImportError(
+        f"torchvision does not fit this torch {torch.__version__} ({error}). Install both from the same place, "
+        "with the pair of versions that constraints.txt names."
+    ) from error
+
+from timm.layers import Attention, Mlp
+from timm.models import swin_transformer, vision_transformer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+
+ROLES = {
+    "attn.qkv": "qkv",
+    "attn.proj": "proj",
+    "mlp.fc1": "fc1",
+    "mlp.fc2": "fc2",
+    "downsample.reduction": "merge",
+}
+
+
+class ConvStem(nn.Module):
+    """Three 3x3 convolutions that turn patch_size x patch_size pixels into one token (for timm's `embed_layer`).
+
+    Early convolutions make small ViTs train in few epochs (Xiao et al. 2021, Hassani et al. 2021). Strides are
+    patch_size / 4 by the first convolution and 2 x 2 by max pooling, so that the parameters do not depend on
+    patch_size: weights move from 32 px with patch 4 to 64 px with patch 8.
+
+    x: [B, in_chans, H, W] with H and W multiples of patch_size. Returns [B, H*W / patch_size**2, embed_dim], or
+    [B, H / patch_size, W / patch_size, embed_dim] with output_fmt "NHWC" (Swin).
+    """
+
+    def __init__(
+        self,
+        img_size=32,
+        patch_size=4,
+        in_chans=3,
+        embed_dim=128,
+        *,
+        widths=(32, 64),
+        output_fmt=None,
+        device=None,
+        dtype=None,
+        **timm_options,  # bias, norm_layer, strict_img_size, dynamic_img_pad: nothing to choose in this stem
+    ):
+        super().__init__()
+        size, patch = (v[0] if isinstance(v, (tuple, list)) else v for v in (img_size, patch_size))
+        if patch % 4 or size % patch:
+            raise ValueError(f"patch_size must be a multiple of 4 that divides img_size; got {patch} and {size}")
+        self.img_size, self.patch_size = (size, size), (patch, patch)
+        self.grid_size = (size // patch, size // patch)
+        self.num_patches = self.grid_size[0] ** 2
+        self.channels_last = output_fmt == "NHWC"
+        channels = (in_chans, *widths, embed_dim)
+        steps = []
+        for i, (a, b) in enumerate(zip(channels, channels[1:], strict=False)):
+            stride = patch // 4 if i == 0 else 1
+            steps.append(nn.Conv2d(a, b, 3, stride, 1, bias=False, device=device, dtype=dtype))
+            if i < 2:
+                steps.append(nn.MaxPool2d(2))
+            steps += [nn.BatchNorm2d(b, device=device, dtype=dtype), nn.ReLU()]
+        self.steps = nn.Sequential(*steps)
+
+    def forward(self, x):
+        x = self.steps(x).permute(0, 2, 3, 1)  # [B, H / patch, W / patch, embed_dim]
+        return x if self.channels_last else x.flatten(1, 2)
+
+    def feat_ratio(self, as_scalar=True):
+        return self.patch_size[0] if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size):
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+
+
+# Small models for 32 to 96 px, built from timm's own classes; every default can be overridden by keyword.
+SMALL = {
+    "conv_vit": (
+        VisionTransformer,
+        dict(embed_dim=128, depth=6, num_heads=4, mlp_ratio=2.0, class_token=False, global_pool="avg"),
+    ),
+    "conv_swin": (
+        SwinTransformer,
+        dict(embed_dim=96, depths=(2, 4), num_heads=(3, 6), window_size=4, mlp_ratio=2.0, drop_path_rate=0.0),
+    ),
+}
+
+
+def nearest(name, known):
+    """Words for an error: ', did you mean X?' with the nearest of known, or nothing if none is near."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def create(name, *, num_classes, image_size=None, pretrained=False, weights=None, **options):
+    """A ViT or Swin by name: any of timm's, or the small `conv_vit` and `conv_swin` of the study files.
+
+    num_classes: size of the new head. image_size: side in pixels (None: timm's own for the name). pretrained:
+    timm's weights, downloaded by timm. weights: a local file (.safetensors, or .pth opened with weights_only) or
+    a checkpoint folder; a head of another size is left out with a warning, position tables are resampled by timm.
+    options: timm's own arguments of the class (embed_dim, depth, patch_size, window_size, drop_path_rate, ...).
+    Returns the model in train mode, with `model.recipe` holding what is needed to build it again.
+    Raises ValueError for an unknown name or weights of another architecture, FileNotFoundError for missing weights.
+    """
+    if pretrained and weights:
+        raise ValueError("give either pretrained=True (timm's weights) or weights=... (a local file), not both")
+    sized = {} if image_size is None else {"img_size": image_size}
+    if name in SMALL:
+        if pretrained:
+            raise ValueError(f"{name} has no weights to download; give weights=... or pretrained=False")
+        built, defaults = SMALL[name]
+        chosen = {"patch_size": 4, "img_size": 32, **defaults, **options, **sized}
+        stem = partial(ConvStem, widths=tuple(chosen.pop("stem_widths", (32, 64))))
+        model = built(num_classes=num_classes, embed_layer=stem, **chosen)
+    elif timm.is_model(name):
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options, **sized)
+    else:
+        known = [*SMALL, *timm.list_models()]
+        raise ValueError(
+            f"unknown model {name!r}{nearest(name, known)} Known are {', '.join(SMALL)} and timm.list_models()."
+        )
+    model.recipe = {
+        "name": name,
+        "num_classes": num_classes,
+        "image_size": image_size,
+        "options": options,
+    }
+    if weights:
+        load_weights(model, weights)
+    return model
+
+
+def load_weights(model, path):
+    """Fill model from a local weights file or checkpoint folder. See `create` for what is allowed and raised."""
+    path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; give a .safetensors or .pth file or a checkpoint folder")
+    state = timm.models.load_state_dict(str(path), weights_only=True)
+    adapt = swin_transformer if isinstance(model, SwinTransformer) else vision_transformer
+    state = adapt.checkpoint_filter_fn(state, model)
+    own = model.state_dict()
+    heads = {key for name in classifier_names(model) for key in (f"{name}.weight", f"{name}.bias")}
+    resized = [k for k in heads if k in state and k in own and state[k].shape != own[k].shape]
+    missing = [k for k in own if k not in state and k not in heads]
+    wrong = [k for k in state if k not in heads and (k not in own or own[k].shape != state[k].shape)]
+    if missing or wrong:
+        raise ValueError(
+            f"{path} holds another architecture than {type(model).__name__} {getattr(model, 'recipe', '')}: "
+            f"{len(missing)} tensors are missing (first {missing[:1]}), {len(wrong)} do not fit (first {wrong[:1]})"
+        )
+    if resized or not heads <= set(state):
+        classes = own[next(iter(heads))].shape[0] if heads else 0
+        warnings.warn(f"{path.name}: the head is left out and starts new with {classes} classes", stacklevel=3)
+    model.load_state_dict({k: v for k, v in state.items() if k in own and k not in resized}, strict=False)
+
+
+def classifier_names(model):
+    """Names of the classifier layers, by timm's own get_classifier (two for distilled DeiT)."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, (tuple, list)) else (heads,)
+    return [name for name, module in model.named_modules() if any(module is head for head in heads)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: its attention and MLP, whatever has been cut from them."""
+
+    name: str
+    stage: int
+    attn: nn.Module
+    mlp: nn.Module
+
+    @property
+    def num_heads(self):
+        return self.attn.num_heads
+
+    @property
+    def head_dim(self):
+        return self.attn.proj.in_features // self.attn.num_heads
+
+    @property
+    def neurons(self):
+        return self.mlp.fc2.in_features
+
+
+class View:
+    """A ViT or Swin as blocks, units and linear layers by role; works on models already cut. See `view`."""
+
+    def __init__(self, model, kind, blocks):
+        self.model, self.kind, self.blocks = model, kind, blocks
+        self.classifiers = classifier_names(model)
+
+    def role(self, name):
+        """Role of a linear layer by name: qkv, proj, fc1, fc2, merge, head; None if it is no linear layer."""
+        if name in self.classifiers:
+            return "head"
+        return next((role for end, role in ROLES.items() if name.endswith(end)), None)
+
+    def linears(self, roles=None):
+        """{name: module} of the linear layers in forward order. roles: a subset of qkv, proj, fc1, fc2, merge and
+        head; None means all but the classifier, which is protected unless asked for by its role."""
+        known = [*ROLES.values(), "head"]
+        for role in roles or ():
+            if role not in known:
+                raise ValueError(f"unknown role {role!r}{nearest(role, known)} Roles are {', '.join(known)}.")
+        wanted = set(ROLES.values()) if roles is None else set(roles)
+        return {name: m for name, m in self.model.named_modules() if self.role(name) in wanted}
+
+    def block_of(self, name):
+        """The Block that a module or parameter name lies in, or None (stem, merging, classifier)."""
+        return next((b for b in self.blocks if name.startswith(b.name + ".")), None)
+
+    def block(self, name):
+        """The Block called name. Raises ValueError with the nearest name if there is none."""
+        for block in self.blocks:
+            if block.name == name:
+                return block
+        names = [b.name for b in self.blocks]
+        raise ValueError(f"no block {name!r}{nearest(name, names)} Blocks are {', '.join(names)}.")
+
+    def units(self):
+        """{(block name, "heads" or "neurons"): how many there are now}."""
+        return {
+            (b.name, kind): count
+            for b in self.blocks
+            for kind, count in (("heads", b.num_heads), ("neurons", b.neurons))
+        }
+
+
+def view(model):
+    """View of a timm ViT/DeiT or Swin. Raises TypeError for a model that vitlab cannot see into."""
+    if isinstance(model, SwinTransformer):
+        blocks = [
+            Block(f"layers.{s}.blocks.{i}", s, block.attn, block.mlp)
+            for s, stage in enumerate(model.layers)
+            for i, block in enumerate(stage.blocks)
+        ]
+        kind = "swin"
+    elif isinstance(model, VisionTransformer):
+        blocks = [Block(f"blocks.{i}", 0, b.attn, b.mlp) for i, b in enumerate(model.blocks)]
+        kind = "vit"
+    else:
+        blocks, kind = [], None
+    attention = (Attention, swin_transformer.WindowAttention)
+    plain = [isinstance(b.attn, attention) and isinstance(b.mlp, Mlp) for b in blocks]
+    if not blocks or not all(plain):
+        raise TypeError(
+            f"cannot see into {type(model).__name__}: supported are timm's VisionTransformer family (ViT, DeiT) and "
+            "SwinTransformer with fused qkv and a two-layer MLP; not EVA, SwiGLU, MaxViT, SwinV2 or ConvNets"
+        )
+    return View(model, kind, blocks)
