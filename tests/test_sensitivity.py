@@ -1,0 +1,47 @@
+"""sensitivity: what is measured is the loss of the model that was really cut, and nothing is left changed."""
+
+import pytest
+import torch
+
+from vitlab import masks, models, prune, scores, sensitivity, shrink
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_curves_measure_each_layer_alone_and_restore_it_bit_equal(model, batch):
+    before, saliency = state(model), scores.weights(model, [batch], criteria=["taylor"])["taylor"]
+    table = sensitivity.curves(model, saliency, [batch], ratios=[0.5, 0.9])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert len(table) == 2 * len(models.view(model).linears())
+    row = table.iloc[3]
+    name = f"{row.layer}.weight"
+    prune.apply(model, {name: masks.keep_largest(saliency[name], sparsity=row.ratio)})
+    assert scores.loss(model, [batch]) == pytest.approx(row.loss, rel=1e-6)
+
+
+def test_ablation_equals_removal(model, batch):
+    dense, before = scores.loss(model, [batch]), state(model)
+    table = sensitivity.ablations(model, [batch], per_block=2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for row in table[table.block == models.view(model).blocks[-1].name].itertuples():
+        small = shrink.remove(model, {(row.block, row.kind): [row.unit]})
+        assert scores.loss(small, [batch]) - dense == pytest.approx(row.increase, abs=1e-5)
+
+
+def test_a_perfect_score_agrees_and_a_reversed_one_disagrees(vit, batch):
+    measured = sensitivity.ablations(vit, [batch], per_block=64)
+    perfect = {key: torch.zeros(count) for key, count in models.view(vit).units().items()}
+    for row in measured.itertuples():
+        perfect[row.block, row.kind][row.unit] = row.increase
+    found = sensitivity.agreement({"right": perfect, "wrong": {k: -v for k, v in perfect.items()}}, measured)
+    assert found[found.criterion == "right"].spearman.values == pytest.approx(1)
+    assert found[found.criterion == "wrong"].spearman.values == pytest.approx(-1)
+    assert found.units.tolist() == [8, 128, 8, 128]
+
+
+def test_kinds_can_be_chosen(vit, batch):
+    assert set(sensitivity.ablations(vit, [batch], per_block=1, kinds=["heads"]).kind) == {"heads"}
+    with pytest.raises(ValueError, match="sparsity is a share"):
+        sensitivity.curves(vit, scores.weights(vit, criteria=["magnitude"])["magnitude"], [batch], ratios=[50])

@@ -1,0 +1,233 @@
+"""Masks on a model: put on, held through training, reported; from rows and units to parameters; schedules.
+
+A mask is a bool tensor of its parameter's shape, True where the weight stays, under the parameter's name.
+Models are never wrapped: their parameters keep their names and dead weights are plain zeros.
+"""
+
+import pandas as pd
+import torch
+from torch import nn
+
+from . import models
+
+
+def parameters_of(model, keep):
+    """{name: parameter} for the names in keep. Raises ValueError naming what is unknown or does not fit."""
+    known = dict(model.named_parameters())
+    for name, mask in keep.items():
+        if name not in known:
+            raise ValueError(f"no parameter {name!r} in this model{models.nearest(name, known)}")
+        if mask.dtype != torch.bool or mask.shape != known[name].shape:
+            raise ValueError(
+                f"the mask of {name} must be bool of shape {tuple(known[name].shape)}; "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+    return {name: known[name] for name in keep}
+
+
+@torch.no_grad()
+def apply(model, keep):
+    """Zero the weights where keep is False, in place.
+
+    keep: {parameter name: bool tensor of its shape}. Raises ValueError for an unknown name, a wrong shape,
+    and for masks that drop nothing or everything.
+    """
+    parameters = parameters_of(model, keep)
+    total = sum(mask.numel() for mask in keep.values())
+    kept = sum(int(mask.count_nonzero()) for mask in keep.values())
+    if kept in (0, total):
+        raise ValueError(
+            f"the masks keep {kept} of {total} weights: a cut of {'nothing' if kept else 'everything'} is a "
+            "mistake; check the sparsity and the layers that were chosen"
+        )
+    for name, parameter in parameters.items():
+        parameter.masked_fill_(~keep[name].to(parameter.device), 0)
+
+
+def sparsity(model, keep):
+    """Share of zeros, in [0, 1], among all entries of the parameters that keep names; counted, so exact."""
+    parameters = parameters_of(model, keep).values()
+    total = sum(parameter.numel() for parameter in parameters)
+    return (total - sum(int(parameter.count_nonzero()) for parameter in parameters)) / total
+
+
+class Holder:
+    """Keeps dead weights at zero through training, whatever the optimizer, momentum and weight decay do.
+
+    Masking gradients is not enough: moments from before the cut move dead weights for many steps. Creating a
+    Holder zeroes the dead weights and their optimizer moments; call `step` after each optimizer step and
+    `check` at the end of an epoch. model, keep: as for `apply`, on the device they train on. optimizer: any
+    of torch.optim, or accelerate's wrapper of one; its state tensors of a parameter's shape are the moments.
+    """
+
+    def __init__(self, model, keep, optimizer):
+        apply(model, keep)
+        self.parameters = parameters_of(model, keep)
+        self.alive = {name: keep[name].to(p.device) for name, p in self.parameters.items()}
+        # Floats, for one fused kernel a device: multiplying by bools would fall back to a kernel for each
+        # tensor.
+        self.factors = [self.alive[name].to(p.dtype) for name, p in self.parameters.items()]
+        for name, parameter in self.parameters.items():
+            for moment in optimizer.state.get(parameter, {}).values():
+                if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                    moment.masked_fill_(~self.alive[name].to(moment.device), 0)
+
+    @torch.no_grad()
+    def step(self, *copies):
+        """Zero the dead weights again, in the model and in copies of it (an EMA with the same names)."""
+        for parameters in (self.parameters, *(parameters_of(copy, self.alive) for copy in copies)):
+            torch._foreach_mul_(list(parameters.values()), self.factors)
+
+    def check(self, *copies):
+        """Raise RuntimeError, naming the parameter, if a dead weight of the model or a copy is not zero."""
+        for parameters in (self.parameters, *(parameters_of(copy, self.alive) for copy in copies)):
+            for name, parameter in parameters.items():
+                wrong = int(parameter[~self.alive[name]].count_nonzero())
+                if wrong:
+                    raise RuntimeError(
+                        f"{wrong} pruned weights of {name} are not zero: "
+                        "call Holder.step after every optimizer step"
+                    )
+
+
+def rows_to_masks(model, rows):
+    """Parameter masks for whole rows (output features, filters): a row takes its bias with it.
+
+    rows: {layer name: bool [rows], True stays} for linear layers and convolutions. A masked fc1 row that kept
+    its bias would still emit GELU(b); likewise a filter whose batch norm kept its shift, so weight and bias
+    of a batch norm that follows a convolution inside the same nn.Sequential are masked too (elsewhere it is
+    not looked for). Returns {parameter name: bool tensor}. Raises ValueError for an unknown layer or a wrong
+    number of rows.
+    """
+    masks = {}
+    for layer, keep in rows.items():
+        names = [layer] + ([norm] if (norm := norm_after(model, layer)) else [])
+        for name in names:
+            parameters = own_parameters(model, name)
+            count = len(parameters["weight"])
+            if keep.dtype != torch.bool or keep.shape != (count,):
+                raise ValueError(
+                    f"{layer} needs a bool mask of its {count} rows; "
+                    f"got {keep.dtype} of shape {tuple(keep.shape)}"
+                )
+            for part, parameter in parameters.items():
+                column = keep.to(parameter.device).view(-1, *[1] * (parameter.dim() - 1))
+                masks[f"{name}.{part}"] = column.expand_as(parameter).clone()
+    return masks
+
+
+def own_parameters(model, layer):
+    """{"weight": ..., "bias": ...} of a layer by name. Raises ValueError if there is no such plain layer."""
+    modules = dict(model.named_modules())
+    if layer not in modules:
+        raise ValueError(f"no layer {layer!r} in this model{models.nearest(layer, modules)}")
+    found = dict(modules[layer].named_parameters(recurse=False))
+    if set(found) not in ({"weight"}, {"weight", "bias"}):
+        raise ValueError(
+            f"{layer} ({type(modules[layer]).__name__}) is not one weight and a bias; only linear layers and "
+            "convolutions that were not factored have rows to mask"
+        )
+    return found
+
+
+def norm_after(model, layer):
+    """Name of the batch norm that a convolution of an nn.Sequential feeds (after pooling or not), or None."""
+    modules = dict(model.named_modules())
+    parent, _, own = layer.rpartition(".")
+    if not isinstance(modules.get(layer), nn.Conv2d) or not isinstance(modules[parent], nn.Sequential):
+        return None
+    for name, module in list(modules[parent].named_children())[int(own) + 1 :]:
+        if isinstance(module, nn.BatchNorm2d):
+            return f"{parent}.{name}"
+        if not isinstance(module, (nn.MaxPool2d, nn.AvgPool2d, nn.Identity)):
+            return None
+    return None
+
+
+def units_to_masks(model, drop):
+    """Parameter masks for dropped units, so that the masked model equals the one with the units removed.
+
+    drop: {(block name, "heads" or "neurons") or (layer name, "rows"): indices}, the same as for
+    shrink.remove. A head takes its proj columns and its rows and biases of q, k and v; a neuron its fc1 row
+    and bias and its fc2 column. Returns {parameter name: bool tensor}. Raises ValueError for unknown units or
+    indices out of range.
+    """
+    view, masks = models.view(model), {}
+    for (name, kind), indices in drop.items():
+        if kind not in ("heads", "neurons", "rows"):
+            raise ValueError(
+                f"unknown kind of unit {kind!r}{models.nearest(kind, ('heads', 'neurons', 'rows'))}"
+            )
+        if kind == "rows":
+            keep = kept(indices, len(own_parameters(model, name)["weight"]), name=f"rows of {name}")
+            parts = rows_to_masks(model, {name: keep})
+        elif kind == "neurons":
+            keep = kept(indices, view.block(name).neurons, name=f"neurons of {name}")
+            parts = rows_to_masks(model, {f"{name}.mlp.fc1": keep})
+            parts |= columns_to_mask(model, f"{name}.mlp.fc2", keep)
+        else:
+            block = view.block(name)
+            keep = kept(indices, block.num_heads, name=f"heads of {name}")
+            keep = keep.repeat_interleave(block.head_dim)  # [heads * head_dim], the columns of proj
+            parts = rows_to_masks(model, {f"{name}.attn.qkv": keep.repeat(3)})  # q, then k, then v
+            parts |= columns_to_mask(model, f"{name}.attn.proj", keep)
+        for parameter, mask in parts.items():
+            masks[parameter] = masks[parameter] & mask if parameter in masks else mask
+    return masks
+
+
+def kept(indices, count, *, name):
+    """Bool [count], False at indices. Raises ValueError for an index out of range."""
+    indices = torch.as_tensor(indices, dtype=torch.long)
+    if ((indices < 0) | (indices >= count)).any():
+        raise ValueError(f"{name} are 0 to {count - 1}; got {indices.tolist()}")
+    keep = torch.ones(count, dtype=torch.bool)
+    keep[indices] = False
+    return keep
+
+
+def columns_to_mask(model, layer, keep):
+    """{weight name: mask} for whole columns (inputs) of a linear layer. keep: bool [columns]."""
+    weight = own_parameters(model, layer)["weight"]
+    return {f"{layer}.weight": keep.to(weight.device).expand_as(weight).clone()}
+
+
+def cubic_schedule(step, total, *, final, initial=0.0):
+    """Sparsity to have after `step` of `total` steps: final + (initial - final) * (1 - step / total)**3.
+
+    Fast while many weights are superfluous, slow near the end (Zhu & Gupta 2017, equation 1). Shares in [0,
+    1); initial at and before step 0, final at and after total: the tail that trains with a frozen mask.
+    """
+    if not 0 <= initial <= final < 1:
+        raise ValueError(f"need shares 0 <= initial <= final < 1, not percentages; got {initial} and {final}")
+    if total < 1:
+        raise ValueError(f"total must be at least one step; got {total}")
+    left = 1 - min(max(step / total, 0), 1)
+    return final + (initial - final) * left**3
+
+
+@torch.no_grad()
+def histogram(stages, keep, *, bins=81):
+    """How the weights are distributed before and after: a frame of stage, role, left, right, count and zeros.
+
+    stages: {name: model}, such as unpruned, pruned and finetuned. keep: masks; the weights (no biases) that they
+    name are counted, by role of their layer and for "all". left, right: edges of a bin, the same everywhere, as far
+    out as the largest |w|. count: weights in it that are not zero. zeros: exact zeros of that stage and role.
+    """
+    view = models.view(next(iter(stages.values())))
+    names = {}
+    for name in keep:
+        if name.endswith(".weight"):
+            names.setdefault(view.role(name.removesuffix(".weight")), []).append(name)
+    whole = {name: parameters_of(model, keep) for name, model in stages.items()}
+    limit = max(float(p.abs().max()) for parameters in whole.values() for p in parameters.values())
+    edges = torch.linspace(-limit, limit, bins + 1)
+    frames = []
+    for role, own in {**names, "all": sum(names.values(), [])}.items():
+        for stage, parameters in whole.items():
+            flat = torch.cat([parameters[name].float().flatten() for name in own]).cpu()
+            living = flat[flat != 0]
+            counts = torch.histc(living, bins, min=-limit, max=limit).long()
+            frame = pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})
+            frames.append(frame.assign(stage=stage, role=role, zeros=len(flat) - len(living)))
+    return pd.concat(frames, ignore_index=True)[["stage", "role", "left", "right", "count", "zeros"]]

@@ -1,0 +1,81 @@
+"""Sensitivity analysis: what the loss really does when one layer or one unit goes, beside what scores predict."""
+
+from contextlib import contextmanager
+
+import pandas as pd
+import torch
+
+from . import masks, models, scores
+
+
+def curves(model, saliency, batches, *, ratios):
+    """Loss when one linear layer alone loses its least salient weights: a frame of layer, block, role, ratio,
+    loss and increase (loss minus that of the uncut model, in nats).
+
+    saliency: {parameter name: tensor} as scores.weights returns for one criterion; the layers are its keys.
+    batches: the fixed (x, y) of the measurement. ratios: shares of the layer cut, each in (0, 1). The model is
+    restored bit-equal after each cut. Raises what masks.keep_largest raises.
+    """
+    view, parameters = models.view(model), dict(model.named_parameters())
+    dense = scores.loss(model, batches)
+    rows = []
+    for name, score in saliency.items():
+        parameter, layer = parameters[name], name.removesuffix(".weight")
+        whole, block = parameter.detach().clone(), view.block_of(layer)
+        for ratio in ratios:
+            keep = masks.keep_largest(score, sparsity=ratio)
+            with torch.no_grad():
+                parameter.mul_(keep)
+            loss = scores.loss(model, batches)
+            with torch.no_grad():
+                parameter.copy_(whole)
+            rows.append((layer, block and block.name, view.role(layer), ratio, loss, loss - dense))
+    return pd.DataFrame(rows, columns=["layer", "block", "role", "ratio", "loss", "increase"])
+
+
+def ablations(model, batches, *, per_block=16, kinds=("heads", "neurons"), seed=0):
+    """Loss increase when one unit alone goes: a frame of block, kind, unit and increase (nats).
+
+    Up to per_block units of each kind in each block, drawn by seed: every one costs a pass over batches.
+    """
+    view, generator = models.view(model), torch.Generator().manual_seed(seed)
+    dense = scores.loss(model, batches)
+    rows = []
+    for (name, kind), count in view.units().items():
+        chosen = torch.randperm(count, generator=generator)[:per_block].sort().values if kind in kinds else []
+        for unit in map(int, chosen):
+            with _without(view.block(name), kind, unit):
+                rows.append((name, kind, unit, scores.loss(model, batches) - dense))
+    return pd.DataFrame(rows, columns=["block", "kind", "unit", "increase"])
+
+
+@contextmanager
+def _without(block, kind, unit):
+    """The block with one unit's output zeroed where it enters the next layer: the same as without it."""
+    layer, width = (block.attn.proj, block.head_dim) if kind == "heads" else (block.mlp.fc2, 1)
+
+    def silence(_, inputs):
+        x = inputs[0].clone()
+        x[..., unit * width : (unit + 1) * width] = 0
+        return x
+
+    hook = layer.register_forward_pre_hook(silence)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def agreement(unit_scores, measured):
+    """How well each criterion ranks units: a frame of criterion, kind, spearman (rank correlation, in [-1, 1],
+    between score and measured loss increase over all blocks) and units (how many were compared).
+
+    unit_scores: {criterion: {(block, kind): tensor}} of scores.units. measured: frame of `ablations`.
+    """
+    rows = []
+    for criterion, found in unit_scores.items():
+        score = [found[block, kind][unit].item() for block, kind, unit in measured[["block", "kind", "unit"]].values]
+        for kind, part in measured.assign(score=score).groupby("kind"):
+            rank = part.score.rank().corr(part.increase.rank())  # Pearson of ranks; nan where all are equal
+            rows.append((criterion, kind, rank, len(part)))
+    return pd.DataFrame(rows, columns=["criterion", "kind", "spearman", "units"])
