@@ -1,0 +1,102 @@
+# The notebooks as a graph: what is missing or out of date is run, several at a time, and a killed run goes on.
+#
+#   snakemake --config study=demo              all of a study (make study STUDY=demo)
+#   snakemake --config study=demo model=vit    one model of it; seed=1 another seed than the study's
+#   snakemake -n --config study=demo           what would be run, and why
+#
+# A notebook is done when its executed copy is there. It runs again when its code changes, or a value of the
+# study that it uses, or when one before it has run again; not when vitlab's own code changes (--forcerun train).
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from vitlab import record
+
+config.setdefault("study", "demo")
+STUDY = record.study(config["study"])
+RUNS = record.root() / "runs" / STUDY.name
+MODELS = [config["model"]] if "model" in config else list(STUDY.models)
+if MODELS[0] not in STUDY.models:
+    raise ValueError(record.unknown("model", MODELS[0], STUDY.models))
+SEEDS = [config["seed"]] if "seed" in config else STUDY.seeds
+AFTER = {  # step: the steps whose files it reads
+    "1_train": [],
+    "2_sensitivity": ["1_train"],
+    "3_global_pruning": ["1_train"],
+    "4_heads_svd_iht": ["1_train"],
+    "5_budget": ["1_train"],
+    "6_efficiency": ["3_global_pruning", "4_heads_svd_iht", "5_budget"],
+}
+GPU = config.get("gpu", int(shutil.which("nvidia-smi") is not None))
+RUN = "{sys.executable} -m vitlab.run {input.notebook} --study {config[study]} --out {output}"
+RUN_MODEL = RUN + " --model {wildcards.model} --seed {wildcards.seed}"
+THREADS = max(1, (workflow.cores or 1) // (len(MODELS) * len(SEEDS)))
+
+
+def code(notebook):
+    """Hash of a notebook's code, which outputs saved by JupyterLab leave as it is."""
+    cells = json.loads(Path("notebooks", f"{notebook}.ipynb").read_text())["cells"]
+    source = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(source).encode()).hexdigest()
+
+
+def values(notebook, model=None):
+    """The values of the study that a notebook uses, of the models only its own."""
+    used = {section: STUDY[section] for section in record.USES[notebook]}
+    return json.dumps(used | ({"models": STUDY.models[model]} if model else {}), sort_keys=True)
+
+
+rule all:
+    input:
+        RUNS / "notebooks/7_report.ipynb",
+
+
+rule data:
+    input:
+        notebook=ancient("notebooks/0_data.ipynb"),
+    output:
+        RUNS / "notebooks/0_data.ipynb",
+    params:  # functions of wildcards alone: Snakemake does not record others, and would miss a change
+        code=lambda w: code("0_data"),
+        values=lambda w: values("0_data"),
+    shell:
+        RUN
+
+
+for step, before in AFTER.items():
+
+    rule:
+        name:
+            step.partition("_")[2]
+        input:
+            data=RUNS / "notebooks/0_data.ipynb",
+            before=[f"{RUNS}/{{model}}/seed{{seed}}/notebooks/{name}.ipynb" for name in before],
+            notebook=ancient(f"notebooks/{step}.ipynb"),
+        output:
+            f"{RUNS}/{{model}}/seed{{seed}}/notebooks/{step}.ipynb",
+        params:
+            code=lambda w, step=step: code(step),
+            values=lambda w, step=step: values(step, w.model),
+        # Timing wants the machine for itself. threads sets OMP_NUM_THREADS and the like for each notebook.
+        threads: workflow.cores or 1 if step == "6_efficiency" else THREADS
+        resources:
+            gpu=GPU,  # one at a time on a GPU (profiles/default allows one); --config gpu=1 asks SLURM for it
+        shell:
+            RUN_MODEL
+
+
+rule report:
+    input:
+        before=expand(
+            "{runs}/{model}/seed{seed}/notebooks/{step}.ipynb",
+            runs=RUNS, model=MODELS, seed=SEEDS, step=["2_sensitivity", "6_efficiency"],
+        ),
+        notebook=ancient("notebooks/7_report.ipynb"),
+    output:
+        RUNS / "notebooks/7_report.ipynb",
+    params:
+        code=lambda w: code("7_report"),
+    shell:
+        RUN

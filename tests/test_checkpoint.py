@@ -1,0 +1,341 @@
+"""Checkpoints: what comes back is what was saved, what is broken is refused, a killed save loses nothing."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from vitlab import checkpoint, cost, models, shrink
+
+
+def cut(model):
+    """Model without one head and 15 neurons of its first block."""
+    block = models.view(model).blocks[0].name
+    return shrink.remove(model, {(block, "heads"): [1], (block, "neurons"): list(range(0, 30, 2))})
+
+
+def rows_gone(model):
+    """Model without three rows of its last qkv, then thinned."""
+    name = list(models.view(model).linears(["qkv"]))[-1]
+    return factored(shrink.remove(model, {(name, "rows"): [0, 5, 7]}))
+
+
+def factored(model):
+    return shrink.compress(model, ratio=0.5, method="svd", multiple=1)[0]
+
+
+def sparse(support):
+    def change(model):
+        linears = models.view(model).linears()
+        grams = {name: torch.eye(m.in_features, dtype=torch.float64) for name, m in linears.items()}
+        return shrink.compress(model, ratio=0.3, support=support, grams=grams, multiple=1)[0]
+
+    return change
+
+
+CHANGES = {
+    "dense": lambda model: model,
+    "cut": cut,
+    "rows": rows_gone,
+    "factored": factored,
+    "cut and factored": lambda model: factored(cut(model)),
+    **{f"low rank and {support}": sparse(support) for support in ("entries", "rows", "columns")},
+}
+
+
+def altered(folder, **values):
+    """Rewrite the record in folder with other values."""
+    path = folder / checkpoint.RECORD
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def same(one, other):
+    own, its = one.state_dict(), other.state_dict()
+    return own.keys() == its.keys() and all(torch.equal(own[name], its[name]) for name in own)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_comes_back_bit_by_bit(model, batch, change, tmp_path):
+    model = CHANGES[change](model)
+    checkpoint.save(model, tmp_path / "here")
+    back = checkpoint.load(tmp_path / "here")
+    assert same(model, back) and not back.training
+    assert torch.equal(model(batch[0]), back(batch[0]))
+    assert cost.macs(model) == cost.macs(back)
+    assert all(parameter.requires_grad for parameter in back.parameters())
+    back(batch[0]).sum().backward()  # and can be trained on
+
+
+def test_a_real_swin_comes_back_with_its_window_masks(tmp_path):
+    model = models.create(
+        "swin_tiny_patch4_window7_224", num_classes=3, image_size=64, depths=(1, 2, 1, 1), embed_dim=48
+    ).eval()
+    checkpoint.save(model, tmp_path)
+    back, x = checkpoint.load(tmp_path), torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(x), back(x))
+    assert not any(tensor.is_meta for tensor in (*back.parameters(), *back.buffers()))
+    held = dict(model.named_buffers())  # also those that no state dict holds
+    assert all(torch.equal(held[name], tensor) for name, tensor in back.named_buffers())
+
+
+def test_the_record_says_what_it_is(vit, tmp_path):
+    written = checkpoint.save(vit, tmp_path, extra={"top1": 84.25})
+    record = checkpoint.read(tmp_path)
+    assert record == written == json.loads((tmp_path / "model.json").read_text())
+    assert record["format"] == 1 and record["extra"] == {"top1": 84.25}
+    assert record["recipe"] == vit.recipe and record["recipe"]["name"] == "conv_vit"
+    digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert record["sha256"]["model.safetensors"] == digest
+    assert sorted(os.listdir(tmp_path)) == ["model.json", "model.safetensors"]
+    assert cost.bytes_disk(vit) == cost.bytes_disk(vit, folder=tmp_path)
+    assert cost.bytes_disk(vit) == (tmp_path / "model.safetensors").stat().st_size
+
+
+def test_a_fresh_process_loads_it(swin, batch, tmp_path):
+    swin = cut(swin)
+    checkpoint.save(swin, tmp_path)
+    torch.save(batch[0], tmp_path / "x.pt")
+    code = (
+        "import sys, torch, timm\n"
+        "timm.layers.set_fused_attn(False)\n"
+        "from vitlab import checkpoint\n"
+        "x = torch.load(sys.argv[1] + '/x.pt', weights_only=True)\n"
+        "torch.save(checkpoint.load(sys.argv[1])(x), sys.argv[1] + '/y.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    y = torch.load(tmp_path / "y.pt", weights_only=True)
+    assert torch.allclose(y, swin(batch[0]), atol=1e-5)  # another number of threads may add in another order
+
+
+def test_saving_and_loading_leave_the_random_numbers_alone(vit, tmp_path):
+    vit = rows_gone(vit)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    checkpoint.save(vit, tmp_path)
+    checkpoint.load(tmp_path)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_loaded_model_does_not_change_with_its_file(vit, tmp_path):
+    checkpoint.save(vit, tmp_path)
+    back = checkpoint.load(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with path.open("r+b") as file:  # in place, as cp does
+        file.write(bytes(path.stat().st_size))
+    assert same(vit, back)
+
+
+def test_weights_in_half_precision(model, tmp_path):
+    model = cut(model)
+    checkpoint.save(model, tmp_path / "half", dtype=torch.float16)
+    checkpoint.save(model, tmp_path / "full")
+    stored = safetensors.torch.load_file(tmp_path / "half" / "model.safetensors")
+    own = model.state_dict()
+    assert all(
+        stored[name].dtype == (torch.float16 if t.is_floating_point() else t.dtype) for name, t in own.items()
+    )
+    back = checkpoint.load(tmp_path / "half")
+    assert all(t.dtype == own[name].dtype for name, t in back.state_dict().items())
+    assert all(
+        torch.equal(t, own[name].to(stored[name].dtype).to(t.dtype)) for name, t in back.state_dict().items()
+    )
+    assert cost.bytes_disk(back, folder=tmp_path / "half") < 0.65 * cost.bytes_disk(
+        model, folder=tmp_path / "full"
+    )
+
+
+def test_half_precision_that_does_not_hold_a_value(vit, tmp_path):
+    with torch.no_grad():
+        vit.head.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match="head.weight does not fit into torch.float16"):
+        checkpoint.save(vit, tmp_path / "never", dtype=torch.float16)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("shapes", [{"a": (3, 7)}, {"a": (1,), "b": (16, 8)}, {}])
+def test_masks_come_back_exactly(vit, shapes, tmp_path):
+    masks = {name: torch.rand(shape) < 0.5 for name, shape in shapes.items()}
+    checkpoint.save(vit, tmp_path, masks=masks)
+    back = checkpoint.load_masks(tmp_path)
+    assert back.keys() == masks.keys()
+    assert all(
+        back[name].dtype == torch.bool and torch.equal(back[name], mask) for name, mask in masks.items()
+    )
+    checkpoint.save(vit, tmp_path)  # the next save without masks leaves none behind
+    assert checkpoint.load_masks(tmp_path) == {} and not (tmp_path / "masks.safetensors").exists()
+
+
+def test_parameters_that_share_memory_are_stored_apart(vit, tmp_path):
+    whole = torch.randn(4, 32)
+    vit.head.weight = torch.nn.Parameter(whole[:3])  # a view of a larger tensor
+    vit.blocks[0].mlp.fc2.weight = vit.blocks[1].mlp.fc2.weight
+    checkpoint.save(vit, tmp_path)
+    assert same(vit, checkpoint.load(tmp_path))
+
+
+# --- broken and foreign checkpoints
+
+
+@pytest.mark.parametrize("missing", ["", "model.json", "model.safetensors"])
+def test_missing_files(vit, missing, tmp_path):
+    if missing:
+        checkpoint.save(vit, tmp_path / "here")
+        (tmp_path / "here" / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"here.*{missing}"):
+        checkpoint.load(tmp_path / "here")
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-40], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_altered_tensors(vit, change, tmp_path):
+    checkpoint.save(vit, tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(change(path.read_bytes()))
+    for call in (checkpoint.load, checkpoint.read):
+        with pytest.raises(ValueError, match=r"model.safetensors is not the file .* altered or cut short"):
+            call(tmp_path)
+
+
+def test_an_altered_architecture(vit, tmp_path):
+    record = checkpoint.save(vit, tmp_path)
+    options = record["recipe"]["options"] | {"num_heads": 2}  # every tensor would fit
+    altered(tmp_path, recipe=record["recipe"] | {"options": options})
+    with pytest.raises(ValueError, match="recipe or structure in .* were altered"):
+        checkpoint.load(tmp_path)
+
+
+def test_another_format(vit, tmp_path):
+    checkpoint.save(vit, tmp_path)
+    altered(tmp_path, format=99)
+    with pytest.raises(ValueError, match="has format 99, this vitlab .* reads format 1"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', "{"])
+def test_a_broken_record(vit, text, tmp_path):
+    checkpoint.save(vit, tmp_path)
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(ValueError, match="model.json is no checkpoint's record"):
+        checkpoint.load(tmp_path)
+    checkpoint.save(vit, tmp_path)  # but it can be replaced
+    assert same(vit, checkpoint.load(tmp_path))
+
+
+def test_tensors_of_another_architecture(vit, swin, tmp_path):
+    checkpoint.save(swin, tmp_path / "swin")
+    checkpoint.save(vit, tmp_path / "vit")
+    os.replace(tmp_path / "swin" / "model.safetensors", tmp_path / "vit" / "model.safetensors")
+    record = json.loads((tmp_path / "vit" / "model.json").read_text())
+    digest = hashlib.sha256((tmp_path / "vit" / "model.safetensors").read_bytes()).hexdigest()
+    altered(tmp_path / "vit", sha256=record["sha256"] | {"model.safetensors": digest})
+    with pytest.raises(
+        ValueError, match=r"another architecture than its record: pos_embed is \[1, 16, 32\] by the"
+    ):
+        checkpoint.load(tmp_path / "vit")
+
+
+def test_a_model_of_unknown_making(tmp_path):
+    with pytest.raises(ValueError, match="Linear has no recipe"):
+        checkpoint.save(torch.nn.Linear(2, 2), tmp_path)
+
+
+# --- saves that do not end
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_save_that_fails_leaves_the_old_checkpoint(vit, swin, at, tmp_path, monkeypatch):
+    masks = {"head.weight": torch.ones(3, 32, dtype=torch.bool)}
+    checkpoint.save(vit, tmp_path, masks=masks)
+    before, write, calls = files_of(tmp_path), Path.write_bytes, []
+
+    def full(path, data):
+        calls.append(path)
+        if len(calls) > at:
+            write(path, data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(swin, tmp_path, masks=masks)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(vit, swin, at, tmp_path, monkeypatch):
+    masks = {"head.weight": torch.ones(3, 32, dtype=torch.bool)}
+    checkpoint.save(vit, tmp_path, masks=masks)
+    replace, unlink, calls = os.replace, Path.unlink, []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) > at:
+            raise KeyboardInterrupt
+        return replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: None)  # a killed process does not tidy up
+    if at < 3:
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(swin, tmp_path, masks=masks)
+    else:
+        checkpoint.save(swin, tmp_path, masks=masks)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    expected = vit if at == 0 else swin  # the record is the first to move
+    assert same(checkpoint.load(tmp_path), expected)
+    assert checkpoint.load_masks(tmp_path).keys() == masks.keys()
+    checkpoint.save(vit, tmp_path)  # and the next save starts from there
+    assert same(checkpoint.load(tmp_path), vit)
+    assert sorted(os.listdir(tmp_path)) == ["model.json", "model.safetensors"]
+
+
+def test_a_save_that_is_killed_after_one_that_was_killed(vit, swin, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    replace, write = os.replace, Path.write_bytes
+    checkpoint.save(vit, tmp_path)
+    monkeypatch.setattr(os, "replace", lambda old, new: replace(old, new) if "json" in str(old) else killed())
+    with pytest.raises(KeyboardInterrupt):  # the record of the Swin is in place, its tensors are not
+        checkpoint.save(swin, tmp_path)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: (write(path, data[:9]), killed()))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(vit, tmp_path)
+    assert same(checkpoint.load(tmp_path), swin)
+
+
+def test_a_folder_that_is_a_file(vit, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(
+            OSError, match=r"cannot write the checkpoint folder .*taken.*: choose another folder"
+        ):
+            checkpoint.save(vit, folder)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_no_permission_to_write(vit, tmp_path, monkeypatch):
+    checkpoint.save(vit, tmp_path)
+    before = files_of(tmp_path)
+
+    def refused(path, data):  # root may write anywhere, so permission bits would not do
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    with pytest.raises(
+        PermissionError, match=r"cannot write the checkpoint folder .*Permission denied.*choose"
+    ):
+        checkpoint.save(vit, tmp_path)
+    assert files_of(tmp_path) == before

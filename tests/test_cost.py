@@ -1,0 +1,206 @@
+"""Costs: the closed form against torch's own counter, against counts by hand, and beside the other meters."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlab import cost, layers, models
+
+
+def counted(model, image_size):
+    """MACs by torch's counter; attention is already unfused (see conftest.py)."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, 3, image_size, image_size))
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "expected"),
+    [
+        ("vit_tiny_patch16_224", 10, 1_253_493_120),
+        ("swin_tiny_patch4_window7_224", 1000, 4_490_566_656),
+        pytest.param("vit_small_patch16_224", 1000, 4_598_882_304, marks=pytest.mark.long),
+        pytest.param("vit_base_patch16_224", 1000, 17_563_828_224, marks=pytest.mark.long),
+    ],
+)
+def test_macs_of_the_reference_models(name, classes, expected):
+    model = models.create(name, num_classes=classes)
+    assert cost.macs(model) == cost.macs(model, image_size=224) == counted(model, 224) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "options"),
+    [
+        ("conv_vit", 32, {}),
+        ("conv_vit", 96, {"patch_size": 8, "class_token": True}),
+        ("conv_swin", 32, {}),
+        ("conv_swin", 96, {"patch_size": 8}),  # a grid of 6 x 6 is padded to windows of 4
+        ("conv_swin", 20, {"window_size": 2}),  # 5 x 5 is padded for windows and for merging
+        ("conv_swin", 28, {"window_size": 3, "head_dim": 8}),
+        ("vit_tiny_patch16_224", 48, {"depth": 2, "reg_tokens": 3}),
+        ("deit_tiny_distilled_patch16_224", 32, {"depth": 1}),  # two more tokens, two heads
+        ("swin_tiny_patch4_window7_224", 64, {"depths": (1, 2, 1, 1), "always_partition": True}),
+    ],
+)
+def test_macs_equal_torchs_own_counter(name, image_size, options):
+    model = models.create(name, num_classes=10, image_size=image_size, **options)
+    assert cost.macs(model) == counted(model, image_size)
+
+
+def test_macs_at_another_size_where_the_model_allows_it():
+    model = models.create("vit_tiny_patch16_224", num_classes=10, depth=1, dynamic_img_size=True)
+    assert cost.macs(model, image_size=64) == counted(model, 64) < cost.macs(model)
+
+
+KINDS = [
+    {"type": "FactoredLinear", "rank": 3},
+    {"type": "LowRankSparseLinear", "rank": 2, "support": "entries", "count": 40},
+    {"type": "LowRankSparseLinear", "rank": 2, "support": "rows", "count": 4},
+    {"type": "LowRankSparseLinear", "rank": 0, "support": "rows", "count": 4},
+    {"type": "LowRankSparseLinear", "rank": 2, "support": "columns", "count": 4},
+    {"type": "RowLinear", "rows": [0, 3, 20]},
+]
+
+
+def cut(layer, kind):
+    """A layer of the kind that a cut leaves, in the shape of layer."""
+    shape = {"in_features": layer.in_features, "out_features": layer.out_features}
+    return layers.build(shape | {"bias": layer.bias is not None} | kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_macs_of_models_with_cut_layers(model, kind):
+    for role in ("fc2", "qkv", "merge", "fc1", "proj"):  # each step leaves another mix of layers
+        before = cost.macs(model)
+        for name, layer in models.view(model).linears([role]).items():
+            model.set_submodule(name, cut(layer, kind))
+            assert cost.breakdown(model).set_index("layer").macs[name] % cut(layer, kind).macs == 0
+        assert cost.macs(model) == counted(model, 16)
+        if kind.get("support") == "entries" and models.view(model).linears([role]):
+            assert (
+                cost.macs(model) > before
+            )  # a sparse part that is stored dense costs more than the dense layer
+
+
+def test_breakdown_by_hand(vit):
+    table = cost.breakdown(vit)
+    first = table[table.block.isin(["blocks.0"])].set_index("role").macs
+    assert table[table.role == "stem"].macs.tolist() == [9 * 3 * 32 * 256, 9 * 32 * 64 * 64, 9 * 64 * 32 * 16]
+    assert first.to_dict() == {
+        "qkv": 16 * 32 * 96,
+        "qk": 16 * 16 * 32,
+        "av": 16 * 16 * 32,
+        "proj": 16 * 32 * 32,
+        "fc1": 16 * 32 * 64,
+        "fc2": 16 * 64 * 32,
+    }
+    assert table[table.role == "head"].macs.tolist() == [32 * 3]
+
+
+def test_breakdown_sums_to_the_model(model):
+    table = cost.breakdown(model)
+    assert table.macs.sum() == cost.macs(model)
+    assert table.macs_ideal.sum() == cost.macs(model, ideal=True)
+    assert table.params.sum() == sum(p.numel() for p in model.parameters())
+    assert table.nonzero.sum() == sum(int(p.count_nonzero()) for p in model.parameters())
+    assert table.layer.is_unique
+
+
+@torch.no_grad()
+def test_ideal_macs_leave_out_zeros(model):
+    for parameter in model.parameters():
+        parameter.fill_(1)
+    assert cost.macs(model, ideal=True) == cost.macs(model)  # nothing is zero
+    layers_of = {
+        role: module for role in ("fc1", "head") for module in models.view(model).linears([role]).values()
+    }
+    layers_of["fc1"].weight.flatten()[:7] = 0  # the last block's: 16 tokens in the ViT, 2 x 2 in the Swin
+    layers_of["head"].weight[0, 0] = 0
+    tokens = 16 if models.view(model).kind == "vit" else 4
+    assert cost.macs(model) - cost.macs(model, ideal=True) == 7 * tokens + 1
+    for parameter in model.parameters():
+        parameter.zero_()
+    products = cost.breakdown(model).query("role in ('qk', 'av')").macs.sum()
+    assert cost.macs(model, ideal=True) == products > 0  # products of activations have no weights
+
+
+def test_ideal_macs_of_cut_layers_are_the_layers_own(vit):
+    name, layer = next(iter(models.view(vit).linears(["fc1"]).items()))
+    mask = torch.zeros(64, 32, dtype=torch.bool)
+    mask.flatten()[:40] = True
+    new = layers.low_rank_sparse(
+        torch.ones(64, 2), torch.ones(2, 32), sparse=mask.float(), mask=mask, support="entries"
+    )
+    vit.set_submodule(name, new)
+    row = cost.breakdown(vit).set_index("layer").loc[name]
+    assert (row.macs, row.macs_ideal) == (16 * new.macs, 16 * new.macs_ideal)
+    with torch.no_grad():  # masked factors are free, too
+        new.first[0] = 0
+    assert cost.breakdown(vit).set_index("layer").loc[name].macs_ideal == 16 * (new.macs_ideal - 32)
+
+
+def test_summary_puts_named_meters_beside_the_closed_form(model):
+    model.train()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fused = [m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")]
+    row = cost.summary(model, image_size=16)
+    assert row["flops"] == 2 * row["macs"] == 2 * row["macs_torch"]
+    assert row["macs"] < row["macs_torchprofile"] < 1.05 * row["macs"]  # norms weigh more in so small a model
+    assert 0.9 * row["macs"] < row["macs_thop"] != row["macs"]
+    assert row["meter_note"] == ""
+    assert row["params"] >= row["nonzero"] == sum(int(p.count_nonzero()) for p in model.parameters())
+    assert 4 * row["params"] < row["bytes_memory"]
+    # the meters leave nothing behind: thop's buffers, modes, flags
+    assert model.state_dict().keys() == state.keys() and model.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not any("total_" in name for name, _ in model.named_buffers())
+    assert [m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")] == fused
+
+
+def test_torchprofile_agrees_on_a_real_model():
+    model = models.create("vit_tiny_patch16_224", num_classes=1000)
+    row = cost.meters(model)
+    assert abs(row["macs_torchprofile"] / cost.macs(model) - 1) < 0.002
+    assert row["macs_thop"] < 0.87 * cost.macs(model)  # attention's products are 14 % of it
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_meters_see_cut_layers(vit, kind):
+    for name, layer in models.view(vit).linears().items():
+        vit.set_submodule(name, cut(layer, kind))
+    row, macs = cost.meters(vit), cost.macs(vit)
+    assert row["macs_torch"] == macs
+    assert 0.9 * macs < row["macs_thop"]
+    assert macs < row["macs_torchprofile"] < 1.1 * macs
+
+
+def test_a_meter_that_fails_says_why_and_the_others_go_on(vit, monkeypatch):
+    def broken(model, x):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(cost, "_thop", broken)
+    row = cost.meters(vit)
+    assert row["macs_thop"] is None and row["macs_torch"] == cost.macs(vit)
+    assert row["meter_note"] == "thop: RuntimeError: no such operator"
+
+
+def test_bytes_in_memory_by_hand():
+    module = nn.BatchNorm1d(5)  # weight, bias, running mean and variance in float32, a counter in int64
+    assert cost.bytes_memory(module) == 4 * 5 * 4 + 8
+    assert cost.bytes_memory(module.half()) == 4 * 5 * 2 + 8
+
+
+def test_a_size_that_the_model_cannot_run_at(model):
+    with pytest.raises(ValueError, match=r"built for 16 x 16 pixels and cannot run at 32"):
+        cost.macs(model, image_size=32)
+
+
+def test_models_without_a_closed_form():
+    model = models.create("vit_tiny_patch16_224", num_classes=3, image_size=32, depth=1, global_pool="map")
+    with pytest.raises(TypeError, match=r"no closed form for attn_pool\.q \(Linear\)"):
+        cost.macs(model)
+    model = models.create("conv_vit", num_classes=3, depth=1)
+    model.patch_embed.steps.append(nn.MaxPool2d(2))
+    with pytest.raises(TypeError, match="no closed form for the stem ConvStem"):
+        cost.macs(model)

@@ -1,0 +1,193 @@
+"""Layers that a cut leaves behind: each is the dense layer of its `weight` and `bias`, at the MACs it claims."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlab import layers
+
+M, N = 12, 8
+
+
+def sparse(support, rank, *, bias=True):
+    """[12, 8] low rank plus 20 entries, 3 rows or 3 columns."""
+    mask = torch.zeros(M, N, dtype=torch.bool)
+    if support == "entries":
+        mask.view(-1)[torch.randperm(M * N)[:20]] = True
+    elif support == "rows":
+        mask[[1, 4, 11]] = True
+    else:
+        mask[:, [0, 3, 7]] = True
+    parts = {"sparse": torch.randn(M, N), "mask": mask, "support": support}
+    u, v = torch.randn(M, rank), torch.randn(rank, N)
+    return layers.low_rank_sparse(u, v, **parts, bias=torch.randn(M) if bias else None)
+
+
+def factored(bias=True):
+    return layers.factored(torch.randn(M, 3), torch.randn(3, N), bias=torch.randn(M) if bias else None)
+
+
+def some_rows(kept):
+    return layers.RowLinear(N, 2 * M, rows=range(1, 2 * M, 2), kept=kept)
+
+
+KINDS = {
+    "dense": lambda: nn.Linear(N, M),
+    "factored": factored,
+    "factored without bias": lambda: factored(bias=False),
+    "rows": lambda: layers.RowLinear(N, M, rows=[0, 3, 10]),
+    "rows without bias": lambda: layers.RowLinear(N, M, rows=[0, 3, 10], bias=False),
+    "rows of factored": lambda: some_rows(factored()),
+    "rows of rows": lambda: some_rows(layers.RowLinear(N, M, rows=[2, 5])),
+    **{
+        f"{support}, rank {rank}{'' if bias else ', without bias'}": lambda a=(support, rank), b=bias: sparse(
+            *a, bias=b
+        )
+        for support in layers.SUPPORTS
+        for rank in (0, 2)
+        for bias in (True, False)
+    },
+}
+
+
+@pytest.fixture(params=KINDS)
+def layer(request):
+    torch.manual_seed(0)
+    return KINDS[request.param]()
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (2, 2, 2)])
+def test_computes_the_dense_layer_of_its_weight_and_bias(layer, lead):
+    x = torch.randn(*lead, N)
+    assert layer.weight.shape == (layer.out_features, layer.in_features)
+    assert layers.effective_weight(layer) is layer.weight or torch.equal(
+        layers.effective_weight(layer), layer.weight
+    )
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_gradients_are_those_of_the_dense_layer(layer):
+    x = torch.randn(5, N)
+    through = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    dense = torch.autograd.grad(
+        F.linear(x, layer.weight, layer.bias).square().sum(), list(layer.parameters())
+    )
+    for one, other in zip(through, dense, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_see_what_they_saw_on_the_dense_layer(layer):
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    x = torch.randn(4, N)
+    y = layer(x)
+    assert seen[0][0] is x and seen[0][1] is y and y.shape == (4, layer.out_features)
+
+
+def test_macs_are_what_torch_counts(layer):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(torch.randn(7, N))
+    assert 7 * layers.macs(layer) == counter.get_total_flops() // 2
+
+
+def test_json_and_state_dict_restore_everything(layer):
+    again = layers.build(json.loads(json.dumps(layers.config(layer))))
+    again.load_state_dict(layer.state_dict(), strict=True)
+    x = torch.randn(4, N)
+    assert torch.equal(again(x), layer(x))
+    assert layers.config(again) == layers.config(layer)
+    assert layers.macs(again) == layers.macs(layer)
+    assert layers.macs(again, ideal=True) == layers.macs(layer, ideal=True)
+
+
+@pytest.mark.parametrize("rows", [None, [0], [1, 3], [3, 4, 10], list(range(11))])
+@pytest.mark.parametrize("columns", [None, [2], [0, 7], [1, 2, 4, 5, 6]])
+def test_selecting_is_slicing_the_dense_layer(layer, rows, columns):
+    small = layers.select(layer, rows=rows, columns=columns)
+    take = slice(None) if rows is None else rows
+    torch.testing.assert_close(
+        small.weight, layer.weight[take][:, slice(None) if columns is None else columns]
+    )
+    if layer.bias is None:
+        assert small.bias is None
+    else:
+        torch.testing.assert_close(small.bias, layer.bias[take])
+    x = torch.randn(3, small.in_features)
+    torch.testing.assert_close(small(x), F.linear(x, small.weight, small.bias))
+    if not isinstance(small, nn.Linear):
+        assert isinstance(small, type(layer)) or isinstance(
+            layer, (layers.RowLinear, layers.LowRankSparseLinear)
+        )
+
+
+def test_selecting_densifies_what_saves_nothing():
+    layer = factored()  # rank 3 of [12, 8]: 60 MACs of 96
+    assert isinstance(layers.select(layer, rows=range(8)), layers.FactoredLinear)  # 48 of 64
+    assert isinstance(layers.select(layer, rows=range(4)), nn.Linear)  # 36 of 32
+    assert isinstance(
+        layers.select(sparse("entries", 2), rows=range(4)), layers.LowRankSparseLinear
+    )  # masked
+
+
+def test_macs_by_hand():
+    assert layers.macs(factored()) == 3 * (12 + 8)
+    assert layers.macs(sparse("entries", 2)) == 2 * (12 + 8) + 12 * 8
+    assert layers.macs(sparse("entries", 2), ideal=True) == 2 * (12 + 8) + 20
+    assert (
+        layers.macs(sparse("rows", 2)) == layers.macs(sparse("rows", 2), ideal=True) == 2 * (12 + 8) + 3 * 8
+    )
+    assert layers.macs(sparse("columns", 0)) == 3 * 12
+    assert layers.macs(layers.RowLinear(8, 12, rows=[0, 3, 10])) == 3 * 8
+
+
+def test_training_cannot_leave_the_support():
+    torch.manual_seed(0)
+    layer = sparse("entries", 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+    before = layer.weight.detach().clone()
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer(torch.randn(4, N)).square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(layer.weight, before)
+    assert layer.sparse.count_nonzero() == layer.count == 20
+    assert layer.sparse[~layer.mask].count_nonzero() == 0
+
+
+def test_autocast_gives_one_dtype(layer):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(4, N)).dtype == torch.bfloat16
+
+
+def test_recombined_inputs(layer):
+    if isinstance(layer, layers.LowRankSparseLinear) and layer.support != "rows":
+        pytest.skip("no one matrix reads all inputs")
+    columns = [0, 1, 2, 4, 5, 6, 7]
+    transfer = torch.randn(N, len(columns))
+    small = layers.select(layer, columns=columns)
+    layers.recombine(small, layer, transfer)
+    torch.testing.assert_close(small.weight, layer.weight @ transfer, rtol=1e-4, atol=1e-4)
+
+
+def test_errors_say_what_is_allowed():
+    with pytest.raises(ValueError, match="unknown support 'blocks'; supports are entries, rows, columns"):
+        layers.LowRankSparseLinear(N, M, rank=1, support="blocks", count=1)
+    with pytest.raises(ValueError, match="12 rows"):
+        layers.LowRankSparseLinear(N, M, rank=1, support="rows", count=13)
+    with pytest.raises(ValueError, match="at least 1"):
+        layers.LowRankSparseLinear(N, M, rank=0, support="rows", count=0)
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        layers.FactoredLinear(N, M, rank=0)
+    for rows in ([], [1, 1], [2, 1], [12], [-1]):
+        with pytest.raises(ValueError, match="sorted and distinct"):
+            layers.RowLinear(N, M, rows=rows)
+    with pytest.raises(ValueError, match="unknown type of layer 'Conv2d'; types are Linear"):
+        layers.build({"type": "Conv2d", "in_features": 1, "out_features": 1})
+    with pytest.raises(ValueError, match="no bias"):
+        layers.shift(nn.Linear(2, 2, bias=False), torch.ones(2))
+    with pytest.raises(ValueError, match="no place for recombined inputs"):
+        layers.recombine(sparse("columns", 2), sparse("columns", 2), torch.eye(N))

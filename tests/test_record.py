@@ -1,0 +1,303 @@
+import json
+
+import pandas as pd
+import pytest
+import yaml
+
+from vitlab import record
+
+
+@pytest.fixture(autouse=True)
+def data_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITLAB_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def lab():
+    return record.open_run("demo", "vit", 0, {})
+
+
+ROW = {"method": "dense", "stage": "dense", "top1": 90.0, "extra": "x"}
+
+
+# -- studies
+
+
+def test_values_read_as_attributes_and_name_what_is_near():
+    values = record.study("demo")
+    assert values.name == "demo" and values.train.epochs == values["train"]["epochs"]
+    with pytest.raises(AttributeError, match="unknown value 'epoch', did you mean 'epochs'"):
+        _ = values.train.epoch
+
+
+@pytest.mark.parametrize(
+    "dotted, value",
+    [
+        ("train.epochs", 2),
+        ("train.lr", 1),  # an int for a float
+        ("train.precision", "bf16"),
+        ("data.augment.flip", False),
+        ("global_pruning.sparsities", [0.5, 0]),
+        ("global_pruning.images", None),  # all of them
+        ("seeds", (1, 2)),
+        ("models.vit.depth", 2),
+    ],
+)
+def test_an_override_changes_its_value_and_no_other(dotted, value):
+    plain, changed = record.study("demo"), record.study("demo", override={dotted: value})
+    assert changed != plain
+    *parents, last = dotted.split(".")
+    before, after = plain, changed
+    for parent in parents:
+        before, after = before[parent], after[parent]
+    assert after[last] == (list(value) if isinstance(value, tuple) else value)
+    after[last] = before[last]
+    assert changed == plain
+
+
+@pytest.mark.parametrize(
+    "override, error, words",
+    [
+        ({"train.epoch": 2}, ValueError, "unknown value 'train.epoch', did you mean 'train.epochs'"),
+        ({"tarin.epochs": 2}, ValueError, "did you mean 'train.epochs'"),
+        ({"train.epochs.more": 2}, ValueError, "unknown value"),
+        ({"train.epochs": "2"}, TypeError, "train.epochs must be int .*got str '2'"),
+        ({"train.epochs": 2.5}, TypeError, "must be int .*got float"),
+        ({"train.epochs": True}, TypeError, "must be int .*got bool"),
+        ({"data.augment.flip": 1}, TypeError, "must be bool .*got int 1"),
+        ({"train.epochs": None}, TypeError, "got NoneType"),
+        ({"global_pruning.images": "all"}, TypeError, "int or null"),
+        ({"global_pruning.sparsities": 0.5}, TypeError, "must be list"),
+        ({"global_pruning.sparsities": ["0.5"]}, TypeError, "list of float"),
+        ({"seeds": [0, True]}, TypeError, "list of int"),
+        ({"seeds": []}, ValueError, "seeds is empty"),
+        ({"train": 2}, TypeError, "train is a section.*train.epochs"),
+        (["train.epochs", 2], TypeError, "override is a dict"),
+    ],
+)
+def test_a_wrong_override_says_what_is_wrong(override, error, words):
+    with pytest.raises(error, match=words):
+        record.study("demo", override=override)
+
+
+def test_an_unknown_study_names_the_nearest_and_all():
+    with pytest.raises(ValueError, match="unknown study 'dmo', did you mean 'demo'.*cifar10-small.*path"):
+        record.study("dmo")
+
+
+def test_a_study_of_ones_own_is_a_path(tmp_path):
+    values = dict(record.study("demo"))
+    del values["name"]
+    plain = json.loads(json.dumps(values))
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(plain))
+    assert record.study(own) == record.study("demo") | {"name": "own"}
+
+    own.write_text(yaml.safe_dump({**plain, "gloal_pruning": {}}))
+    with pytest.raises(ValueError, match="unknown section 'gloal_pruning', did you mean 'global_pruning'"):
+        record.study(own)
+    own.write_text(yaml.safe_dump({key: value for key, value in plain.items() if key != "train"}))
+    with pytest.raises(ValueError, match="own.yaml lacks train"):
+        record.study(own)
+    own.write_text(own.read_text() + "train: {lr: 2e-3}\n")  # text to YAML, which wants 2.0e-3
+    with pytest.raises(ValueError, match="own.yaml: train: lr is '2e-3'.*write 0.002"):
+        record.study(own)
+
+
+# -- runs
+
+
+def test_a_run_has_a_folder_of_its_own(data_root, lab):
+    assert lab.folder == data_root / "runs" / "demo" / "vit" / "seed0" and lab.folder.is_dir()
+    assert lab.path("x") == lab.folder / "x"
+    assert (lab.study, lab.model_name, lab.seed) == ("demo", "vit", 0)
+    assert record.open_run("demo").folder == data_root / "runs" / "demo"
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (("demo", "vitt"), ValueError, "unknown model of study demo: 'vitt', did you mean 'vit'"),
+        (("demo", "vit", "0"), TypeError, "seed must be an int"),
+        (("demo", "vit", True), TypeError, "seed must be an int"),
+        (("demo", "vit", -1), TypeError, "at least 0"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_and_leaves_nothing(data_root, arguments, error, words):
+    with pytest.raises(error, match=words):
+        record.open_run(*arguments)
+    assert not data_root.exists()
+
+
+def test_no_permission_says_where_and_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(
+        "VITLAB_DATA", str(tmp_path / "file")
+    )  # a file where a folder should be: also for root
+    with pytest.raises(PermissionError, match="cannot write to .*file.*VITLAB_DATA"):
+        record.open_run("demo", "vit")
+
+
+def test_arguments_for_the_calls_that_a_notebook_makes(lab):
+    assert lab.model == lab.params.models.vit
+    assert lab.data == {"name": "shapes", "image_size": 32, "split_seed": 0, "normalise": "train"}
+    settings = lab.training("global_pruning")
+    assert settings["epochs"] == lab.params.global_pruning.epochs != lab.params.train.epochs
+    assert settings["batch_size"] == lab.params.train.batch_size and settings["seed"] == 0
+    assert settings["augment"] == {"crop": 4, "flip": True} and "criterion" not in settings
+    assert lab.training()["epochs"] == lab.params.train.epochs
+
+
+def test_local_weights_are_found_from_anywhere():
+    lab = record.open_run("caltech101-small", "vit-transfer")
+    assert lab.model["weights"] == str(record.repository() / "checkpoints/cifar10-small/vit")
+
+
+def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkeypatch, tmp_path):
+    settings, folder = lab.training(), tmp_path / "checkpoints" / "demo" / "vit"
+    monkeypatch.setattr(record, "repository", lambda: tmp_path)
+    assert lab.shipped(settings) is None
+    record.write_atomic(
+        folder / "model.json", json.dumps({"extra": {"settings": settings, "values": lab.origin}})
+    )
+    assert lab.shipped(settings) == folder
+    assert lab.shipped(settings | {"epochs": 1}) is None
+    lab.params.data["image_size"] = 64
+    assert lab.shipped(settings) is None
+
+
+def test_a_missing_step_is_named_with_its_command(lab):
+    with pytest.raises(FileNotFoundError) as error:
+        lab.need("dense", "1_train")
+    for part in ("dense is missing", "run notebooks/1_train.ipynb first", "JupyterLab"):
+        assert part in str(error.value)
+    assert "python -m vitlab.run 1_train --study demo --model vit --seed 0" in str(error.value)
+    lab.path("dense").mkdir()
+    assert lab.need("dense", "1_train") == lab.path("dense")
+    with pytest.raises(ValueError, match="unknown notebook '1_tain', did you mean '1_train'"):
+        lab.need("dense", "1_tain")
+
+
+def test_an_overridden_run_stands_apart_and_reads_what_it_does_not_change(lab):
+    lab.path("dense").mkdir()
+    other = record.open_run("demo", "vit", 0, {"global_pruning.epochs": 1})
+    assert other.folder != lab.folder and other.params.global_pruning.epochs == 1
+    assert other.need("dense", "1_train") == lab.path("dense")
+    retrained = record.open_run("demo", "vit", 0, {"train.epochs": 1})
+    with pytest.raises(FileNotFoundError, match="--set 'train.epochs=1'"):
+        retrained.need("dense", "1_train")
+    values = [{"data.name": "/some/where"}, {"data.name": "/some/where else"}, {"train.lr": 1e-9}]
+    names = {record.open_run("demo", override=value).folder.name for value in values}
+    assert len(names) == 3 and all(set(name) <= set("+.=,-_" + name) and "/" not in name for name in names)
+
+
+# -- rows
+
+
+def test_rows_carry_their_provenance_in_the_written_order(lab):
+    frame = lab.save_rows("1_train", [ROW, ROW | {"target": 1, "threads": 7}])
+    assert list(frame)[: len(record.ROW)] == record.ROW and list(frame)[len(record.ROW) :] == [
+        "extra",
+        "override",
+    ]
+    read = lab.load_rows("1_train")
+    assert list(read) == list(frame) and len(read) == 2
+    first = read.iloc[0]
+    assert (first.study, first.model, first.seed, first.split_seed) == ("demo", "vit", 0, 0)
+    assert first.torch.startswith("2.") and first.timm and first.device and first.commit
+    assert pd.Timestamp(first.date).tzinfo and read.threads.tolist()[1] == 7  # what a row says itself stays
+
+
+@pytest.mark.parametrize("rows", [[{"stage": "dense"}], [{"method": "dense"}], []])
+def test_rows_without_method_or_stage_are_refused(lab, rows):
+    with pytest.raises(ValueError, match="method|stage"):
+        lab.save_rows("1_train", rows)
+    assert not list(lab.folder.iterdir())
+
+
+def test_a_target_is_a_number(lab):
+    with pytest.raises(ValueError, match="50 percent"):
+        lab.save_rows("1_train", [ROW | {"target": "50 percent"}])
+
+
+def test_a_study_is_read_over_models_and_seeds(lab):
+    with pytest.raises(FileNotFoundError, match="make study STUDY=demo"):
+        lab.read()
+    for model, seed in [("vit", 0), ("vit", 1), ("swin", 0)]:
+        one = record.open_run("demo", model, seed)
+        one.save_rows("1_train", [ROW])
+        one.save_rows("3_global_pruning", [ROW, ROW | {"override": None, "only": 1.5}])
+        history = pd.DataFrame({"epoch": [1, 2], "train_top1": [10.0, 20.0]})
+        one.save_history("1_train", [history, history.assign(method="dense")])
+        one.save_table("heads", pd.DataFrame({"head": [0, 1]}, index=[5, 9]))
+    record.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
+    record.open_run("demo", "vit", 0, {"train.epochs": 1}).save_rows("1_train", [ROW])  # not of the study
+    found = record.open_run("demo").read()
+    assert len(found.results) == 9 and found.results.override.isna().all()
+    assert found.results.groupby(["model", "seed"]).size().to_dict() == {
+        ("swin", 0): 3,
+        ("vit", 0): 3,
+        ("vit", 1): 3,
+    }
+    assert (
+        list(found.history)[:5] == ["study", "model", "seed", "method", "epoch"] and len(found.history) == 12
+    )
+    assert set(found.tables) == {"heads", "data"} and len(found.tables.heads) == 6
+    assert found.tables.heads.notna().all(axis=None)
+    assert len(record.read_study("demo", override={"train.epochs": 1}).results) == 1
+    assert lab.load_table("heads", "3_global_pruning")["head"].tolist() == [0, 1]
+    assert len(lab.load_history("1_train")) == 4
+
+
+def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_not(
+    data_root, monkeypatch, tmp_path
+):
+    assert (
+        record.open_run("demo", override={"train.epochs": 1}).figures
+        == data_root / "runs" / "demo+train.epochs=1" / "figures"
+    )
+    params = record.repository() / "notebooks" / "params"
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "params").symlink_to(params)
+    monkeypatch.setattr(record, "repository", lambda: tmp_path)
+    assert record.figures_folder("demo") == tmp_path / "figures" / "demo"
+
+
+# -- files and progress
+
+
+@pytest.mark.parametrize("content", ["ü", b"\0x", lambda path: path.write_text("drawn")])
+def test_a_file_is_written_whole(tmp_path, content):
+    path = tmp_path / "new" / "a.png"
+    record.write_atomic(path, content)
+    assert path.read_bytes() in ("ü".encode(), b"\0x", b"drawn")
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
+    def fails(path):
+        assert path.suffix == ".png"  # savers look at the ending
+        path.write_text("half")
+        raise RuntimeError("no more")
+
+    record.write_atomic(tmp_path / "a.png", "old")
+    with pytest.raises(RuntimeError, match="no more"):
+        record.write_atomic(tmp_path / "a.png", fails)
+    assert (tmp_path / "a.png").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_headless_progress_is_a_line_now_and_then(capsys):
+    assert list(record.progress(range(3), label="epoch", every=0)) == [0, 1, 2]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].startswith("epoch 2/3, ")
+    assert list(record.progress(iter("ab"))) == ["a", "b"]  # every ten seconds
+    assert not capsys.readouterr().out
+
+
+def test_progress_on_a_screen_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setenv("VITLAB_HEADLESS", "0")
+    assert list(record.progress(range(3), label="epoch")) == [0, 1, 2]
+    record.say("a line")
+    found = capsys.readouterr()
+    assert "epoch" in found.err and found.out == "a line\n"

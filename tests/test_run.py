@@ -1,0 +1,261 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from vitlab import record, run
+
+PARAMETERS = 'study = "demo"  # a file of notebooks/params\nmodel = "vit"\nseed = 0\noverride = {}'
+OPEN = "from vitlab import record\nlab = record.open_run(study, model, seed, override)"
+
+
+def notebook(path, *cells, parameters=PARAMETERS):
+    """Write a notebook with a parameters cell and these code cells."""
+    made = nbformat.v4.new_notebook()
+    made.cells = [
+        nbformat.v4.new_markdown_cell("# What?"),
+        *map(nbformat.v4.new_code_cell, (parameters, *cells)),
+    ]
+    made.cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(made, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def data_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITLAB_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+# -- before anything is started
+
+
+def test_parameters_are_read_with_their_values(tmp_path):
+    path = notebook(tmp_path / "a.ipynb", parameters="x = 1  # one\ny = [0.5,\n  -1]\nz = {'a': None}")
+    assert run.parameters_of(path) == {"x": 1, "y": [0.5, -1], "z": {"a": None}}
+
+
+@pytest.mark.parametrize("line", ["y = x // 5", "import os", "y: int = 1", "a = b = 1", "print(x)"])
+def test_a_parameter_that_is_no_literal_is_refused(tmp_path, line):
+    path = notebook(tmp_path / "a.ipynb", parameters=f"x = 1\n{line}")
+    with pytest.raises(ValueError, match="a.ipynb: a parameters cell holds literals only"):
+        run.parameters_of(path)
+
+
+def test_one_parameters_cell_is_needed(tmp_path):
+    path = notebook(tmp_path / "a.ipynb", "x = 1")
+    path.write_text(path.read_text().replace('"parameters"', '"other"'))
+    with pytest.raises(ValueError, match="0 cells tagged `parameters`"):
+        run.parameters_of(path)
+
+
+@pytest.mark.parametrize(
+    "given, error, words",
+    [
+        ({"sed": 1}, ValueError, "unknown parameter of a.ipynb: 'sed', did you mean 'seed'"),
+        ({"seed": "1"}, TypeError, "seed must be int .*got str"),
+        ({"study": "dmeo"}, ValueError, "unknown study 'dmeo', did you mean 'demo'"),
+        ({"model": "swim"}, ValueError, "unknown model of study demo: 'swim', did you mean 'swin'"),
+        ({"override": {"train.epcohs": 1}}, ValueError, "did you mean 'train.epochs'"),
+        ({"override": {"train.epochs": 0.5}}, TypeError, "train.epochs must be int"),
+        ({"override": 3}, TypeError, "override is a dict"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_before_the_start(tmp_path, data_root, given, error, words):
+    path = notebook(tmp_path / "a.ipynb")
+    with pytest.raises(error, match=words):
+        run.execute(path, given)
+    assert not data_root.exists()
+
+
+def test_right_parameters_pass_and_the_others_keep_their_values(tmp_path):
+    given = {"model": "swin", "override": {"train.lr": 1}}
+    values = run.check(notebook(tmp_path / "a.ipynb"), given)
+    assert values == {"study": "demo", "seed": 0, **given}
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("a=2", 2),
+        ("a=1e-3", 0.001),
+        ("a=[0.5,0.9]", [0.5, 0.9]),
+        ("a=null", None),
+        ("a=true", True),
+        ("a=x=y", "x=y"),
+    ],
+)
+def test_values_on_the_command_line_are_json_or_text(text, value):
+    assert run.parse_value(text) == ("a", value)
+
+
+def test_the_command_line_says_what_is_wrong_and_starts_nothing(tmp_path, capsys, data_root):
+    path = str(notebook(tmp_path / "a.ipynb"))
+    for arguments, words in [
+        ([path, "--set", "train.epochs=x"], "train.epochs must be int"),
+        ([path, "--set", "train.epochs"], "expected name=value"),
+        ([path, "--study", "x.yaml"], "unknown study 'x.yaml'"),
+        (["99"], "unknown notebook '99'"),
+    ]:
+        assert run.main(arguments) == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # no abbreviations: --mod could become something else
+        run.main([path, "--mod", "vit"])
+    assert not data_root.exists()
+
+
+def test_a_notebook_is_found_by_number_name_and_path(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    made = notebook(tmp_path / "notebooks" / "3_global_pruning.ipynb")
+    monkeypatch.setattr(record, "repository", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("3", "3_global_pruning", "3_global_pruning.ipynb", "notebooks/3_global_pruning.ipynb", made):
+        assert run.find_notebook(name) == made
+    with pytest.raises(
+        ValueError, match="unknown notebook '3_globl_pruning', did you mean '3_global_pruning'"
+    ):
+        run.find_notebook("3_globl_pruning")
+
+
+def test_the_same_notebook_of_the_same_run_is_not_executed_twice_at_once(tmp_path):
+    path, out = notebook(tmp_path / "a.ipynb"), tmp_path / "out.ipynb"
+    with (
+        run._alone(out),
+        pytest.raises(RuntimeError, match="out of this run is being executed"),
+    ):
+        run.execute(path, {}, out=out)
+    assert not out.exists()
+
+
+# -- with kernels
+
+
+def start(path, *arguments):
+    command = [sys.executable, "-m", "vitlab.run", str(path), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_notebooks_at_once_one_of_which_fails(tmp_path, data_root):
+    shown = (
+        "import os, sys\nprint(sys.executable, seed, lab.params.train.epochs, os.environ['VITLAB_HEADLESS'])"
+    )
+    fine = notebook(
+        tmp_path / "fine.ipynb",
+        OPEN,
+        shown,
+        "lab.save_table('x', __import__('pandas').DataFrame({'a': [1]}))",
+    )
+    bad = notebook(
+        tmp_path / "bad.ipynb", OPEN, "# looks for it\nlab.need('dense', '1_train')", "print('never')"
+    )
+    before = fine.read_bytes(), bad.read_bytes()
+    good = start(fine, "--model", "swin", "--seed", "3", "--set", "train.epochs=7")
+    failing = start(bad)
+    out, err = good.communicate(timeout=300)
+    assert good.returncode == 0, err
+    assert f"{sys.executable} 3 7 1" in out and not err, "the output is streamed, and nothing else"
+    folder = data_root / "runs" / "demo+train.epochs=7" / "swin" / "seed3"
+    assert (folder / "table-x.csv").exists() and f"{folder / 'notebooks' / 'fine.ipynb'}" in out
+    cells = json.loads((folder / "notebooks" / "fine.ipynb").read_text())["cells"]
+    injected = next(cell for cell in cells if "injected-parameters" in cell["metadata"].get("tags", []))
+    assert "seed = 3" in "".join(injected["source"])
+
+    out, err = failing.communicate(timeout=300)
+    assert failing.returncode == 1 and "never" not in out
+    assert "`# looks for it`" in err or "`lab.need" in err
+    assert "FileNotFoundError" in err and "run notebooks/1_train.ipynb first" in err
+    copy = data_root / "runs" / "demo" / "vit" / "seed0" / "notebooks" / "bad.failed.ipynb"
+    assert str(copy) in err and "1_train" in copy.read_text()
+    assert (fine.read_bytes(), bad.read_bytes()) == before
+    assert not list(data_root.rglob("*.running.ipynb")) and not copy.with_name("bad.ipynb").exists()
+
+
+# -- the graph
+
+
+@pytest.fixture
+def snakemake(tmp_path, monkeypatch):
+    """A copy of the tree whose demo has run for the ViT, and a function that says what would run now."""
+    tree = tmp_path / "tree"
+    for name in ("vitlab", "notebooks", "profiles"):
+        shutil.copytree(record.repository() / name, tree / name)
+    for name in ("Snakefile", "pyproject.toml"):
+        shutil.copy(record.repository() / name, tree)
+    for name in [*record.USES, "7_report"]:
+        notebook(tree / "notebooks" / f"{name}.ipynb", "x = 1")
+    stub = "import sys\nopen(sys.argv[sys.argv.index('--out') + 1], 'w').close()"  # instead of executing it
+    (tree / "vitlab" / "run.py").write_text(stub)
+    monkeypatch.delenv("VITLAB_DATA")
+    monkeypatch.setenv("PYTHONPATH", str(tree))
+
+    def steps(*arguments):
+        command = [
+            Path(sys.executable).with_name("snakemake"),
+            *arguments,
+            "--config",
+            "study=demo",
+            "model=vit",
+        ]
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        table = re.findall(r"^(\w+) +\d+$", done.stdout + done.stderr, re.MULTILINE)
+        return set(table) - {"all", "total"}
+
+    assert steps() == {name.partition("_")[2] for name in [*record.USES, "7_report"]}
+    return tree, steps
+
+
+def test_a_changed_value_or_code_reruns_what_depends_on_it_and_nothing_else(snakemake):
+    tree, steps = snakemake
+    assert steps("-n") == set()
+    study = tree / "notebooks" / "params" / "demo.yaml"
+    before = study.read_text()
+    study.write_text(re.sub("kappa: [0-9.]+", "kappa: 0.123", before))
+    assert steps("-n") == {"heads_svd_iht", "efficiency", "report"}
+    study.write_text(before)
+    for name, cell in [("3_global_pruning", {"outputs": []}), ("5_budget", {"source": "x = 2"})]:
+        path = tree / "notebooks" / f"{name}.ipynb"
+        content = json.loads(path.read_text())
+        content["cells"][-1] |= {"execution_count": 3} | cell  # as JupyterLab saves it
+        path.write_text(json.dumps(content))
+    assert steps("-n") == {"budget", "efficiency", "report"}
+
+
+# -- make
+
+
+@pytest.mark.parametrize(
+    "pretend, words",
+    [
+        ("sys.version_info = (3, 9, 0)", "Python 3.11 or newer, and .* is 3.9"),
+        (
+            "import shutil; shutil.disk_usage = lambda path: type('', (), {'free': 3e9})",
+            "8 GB of disk .* 3.0 GB free",
+        ),
+    ],
+)
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_says_why_it_cannot_install(tmp_path, pretend, words):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(record.repository() / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "import sys; {pretend}; exec(sys.argv[1])" "$2"\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(["make", "demo", f"PY={python}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and re.search(words, done.stderr + done.stdout)
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_names_a_python_that_is_not_there(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(record.repository() / name, tmp_path)
+    done = subprocess.run(["make", "test", "PY=no-python"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and "There is no no-python. Install Python 3.11" in done.stdout

@@ -1,0 +1,158 @@
+"""train: masks hold, a killed run resumes bit-equal, distillation's closed form, errors."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from vitlab import models, prune, train
+
+
+class Blobs:
+    """Images of one colour a class under noise: learnt in seconds. Stands in for a data.Split."""
+
+    def __init__(self, n=96, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(n) % 3
+        self.x = 0.3 * torch.randn(n, 3, 16, 16, generator=generator) + torch.eye(3)[self.labels][:, :, None, None]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batches(self, batch_size, *, device="cpu", augment=False, shuffle=False, seed=0, epoch=0, drop_last=False):
+        order = torch.arange(len(self))
+        if shuffle:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        for part in order.split(batch_size):
+            if len(part) == batch_size or not drop_last:
+                yield self.x[part].to(device), self.labels[part].to(device)
+
+
+RECIPE = dict(lr=2e-3, batch_size=32, warmup_epochs=0.5, precision="float32")
+
+
+def half_of(model):
+    return {
+        f"{name}.weight": torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(3)) > 0.5
+        for name, layer in models.view(model).linears().items()
+    }
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_it_learns_and_tells_its_history(model):
+    history = train.fit(model, Blobs(), Blobs(seed=1), epochs=4, **RECIPE)
+    assert history.epoch.tolist() == [1, 2, 3, 4]
+    assert history.val_top1.iloc[-1] > 90 and history.train_loss.iloc[-1] < 0.6 * history.train_loss.iloc[0]
+    assert (history.images_per_s > 0).all() and (history.resident_mb > 50).all() and not model.training
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_masks_hold_through_momentum_decay_and_averaging(model, ema):
+    keep = half_of(model)
+    history = train.fit(model, Blobs(), Blobs(seed=1), epochs=2, masks=keep, ema=ema, weight_decay=0.5, **RECIPE)
+    expected = sum(int((~m).sum()) for m in keep.values()) / sum(m.numel() for m in keep.values())
+    assert history.sparsity.tolist() == [expected, expected] and prune.sparsity(model, keep) == expected
+    for name, parameter in model.named_parameters():
+        if name in keep:
+            assert not parameter[~keep[name]].any() and parameter[keep[name]].all()
+
+
+def test_a_second_call_is_bit_equal_and_another_seed_is_not(vit):
+    import copy
+
+    runs = []
+    for seed in (0, 0, 1):
+        runs.append(copy.deepcopy(vit))
+        train.fit(runs[-1], Blobs(), Blobs(seed=1), epochs=1, seed=seed, **RECIPE)
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import toy
+from test_train import Blobs, RECIPE, half_of
+from vitlab import train
+model = toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1)
+train.fit(model, Blobs(320), Blobs(seed=1), epochs=4, masks=half_of(model), folder={folder!r}, ema=0.9, **RECIPE)
+"""
+
+
+def test_a_run_killed_for_real_goes_on_to_the_same_result(tmp_path):
+    from conftest import toy
+
+    whole, killed = (toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1) for _ in range(2))
+    expected = train.fit(whole, Blobs(320), Blobs(seed=1), epochs=4, masks=half_of(whole), ema=0.9, **RECIPE)
+
+    script = textwrap.dedent(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path)))
+    process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    state = tmp_path / "dense.state.pt"
+    deadline = time.time() + 60
+    while not state.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(torch.load(state, weights_only=True)["history"])
+    assert 1 <= done <= 4
+
+    history = train.fit(
+        killed, Blobs(320), Blobs(seed=1), epochs=4, masks=half_of(killed), ema=0.9, folder=tmp_path, **RECIPE
+    )
+    assert same(whole, killed)
+    columns = ["epoch", "train_loss", "train_top1", "val_loss", "val_top1", "lr", "sparsity"]
+    pd.testing.assert_frame_equal(history[columns], expected[columns])
+
+
+def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(vit, tmp_path, capsys):
+    first = train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, folder=tmp_path, **RECIPE)
+    again = train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, folder=tmp_path, **RECIPE)  # weights differ by now
+    assert not first.train_loss.equals(again.train_loss)
+    (tmp_path / "dense.state.pt").write_bytes(b"half a file")
+    train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, folder=tmp_path, **RECIPE)
+    assert "cannot be read" in capsys.readouterr().out
+
+
+def test_distillation_from_itself_leaves_the_model_alone(vit):
+    import copy
+
+    teacher = copy.deepcopy(vit)
+    options = dict(RECIPE, lr=1e-8)  # AdamW would make steps of size lr out of rounding errors
+    # Batch norm statistics move in train mode whatever the loss is; frozen, the distance to itself is zero.
+    for module in vit.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train = lambda mode=True: module
+    history = train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, teacher=teacher, teacher_share=1.0, **options)
+    assert history.train_loss.iloc[0] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(epochs=0), "epochs >= 1"),
+        (dict(epochs=2, warmup_epochs=2), "warmup_epochs < epochs"),
+        (dict(epochs=2, ema=1.0), r"ema lies in \[0, 1\)"),
+    ],
+)
+def test_settings_out_of_range_are_an_error(vit, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        train.fit(vit, Blobs(), Blobs(seed=1), **{**RECIPE, **wrong})
+
+
+def test_divergence_is_said(vit):
+    with pytest.raises(FloatingPointError, match="use a lower lr"):
+        train.fit(vit, Blobs(), Blobs(), epochs=3, **{**RECIPE, "lr": 1e30, "clip_norm": 0.0})
+
+
+def test_schedule_rises_to_the_peak_and_falls_to_zero():
+    rates = [train._schedule(step, 100, 10) for step in range(100)]
+    assert rates[:11] == sorted(rates[:11]) and rates[10] == 1 and rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[99] < 1e-3

@@ -1,0 +1,469 @@
+"""Records: the values of a study, the folder of a run, its rows with provenance; files are written whole.
+
+A study is one YAML file in notebooks/params with all its values; a run is one model and seed of it, in
+`<data root>/runs/<study>/<model>/seed<seed>/`. Notebooks open one with `open_run` and never name a path.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from tqdm.auto import tqdm
+
+# What each notebook reads of a study, itself or through the notebooks before it.
+USES = {
+    "0_data": ("data",),
+    "1_train": ("data", "models", "train"),
+    "2_sensitivity": ("data", "models", "train", "calibration", "sensitivity"),
+    "3_global_pruning": ("data", "models", "train", "calibration", "global_pruning"),
+    "4_heads_svd_iht": ("data", "models", "train", "calibration", "heads_svd_iht"),
+    "5_budget": ("data", "models", "train", "calibration", "budget"),
+    "6_efficiency": (
+        *("data", "models", "train", "calibration", "global_pruning", "heads_svd_iht", "budget"),
+        "efficiency",
+    ),
+}
+SECTIONS = ("about", "seeds", *dict.fromkeys(section for uses in USES.values() for section in uses))
+SETTINGS = ("epochs", "lr", "images", "warmup_epochs")  # of train.fit, that a section has of its own
+
+IDENTITY = ["study", "model", "seed"]
+ROW = [
+    *IDENTITY,
+    *("method", "criterion", "form", "target_kind", "target", "stage"),
+    *("correct", "total", "top1", "mean_per_class", "loss"),
+    *("params", "nonzero", "macs", "macs_ideal", "flops", "macs_torchprofile", "macs_thop"),
+    *("bytes_memory", "bytes_disk"),
+    *("latency_ms", "latency_q1", "latency_q3", "images_per_s", "memory_mb"),
+    *("batch", "threads", "precision", "image_size"),
+    *("epochs", "seconds"),
+    *("checkpoint", "split_seed", "commit", "torch", "timm", "device", "date"),
+]
+HISTORY = [*IDENTITY, "method", "criterion", "form", "target_kind", "target", "stage", "epoch"]
+
+
+def repository():
+    """The folder of the repository that vitlab is imported from; the working folder where it has none."""
+    folder = Path(__file__).parents[1]
+    return folder if (folder / "pyproject.toml").exists() else Path.cwd()
+
+
+def root():
+    """The data root: the environment's VITLAB_DATA, else `data` of the repository."""
+    given = os.environ.get("VITLAB_DATA")
+    return Path(given).expanduser().absolute() if given else repository() / "data"
+
+
+def unknown(kind, name, known):
+    """Words for an error: which name is not known, the nearest that is, and all that are."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    hint = f", did you mean {close[0]!r}?" if close else "."
+    return f"unknown {kind} {name!r}{hint} Known are {', '.join(str(k) for k in known)}."
+
+
+class Values(dict):
+    """A dict that reads as attributes too: values.train.epochs."""
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(unknown("value", name, self))
+
+
+# -- studies
+
+
+def study(name, *, override=None):
+    """All values of a study as nested Values; `name` in it is the study's name.
+
+    name: a file of notebooks/params without its ending, or the path of a .yaml file of your own.
+    override: {"section.value": new value}, for instance {"train.epochs": 2}.
+    Raises ValueError for an unknown study, section or value (with the nearest known name) or an empty list,
+    TypeError for a value of another type than the study's.
+    """
+    folder = repository() / "notebooks" / "params"
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise ValueError(unknown("study", name, known) + " Your own is given by the path of its .yaml file.")
+    values = _values(yaml.safe_load(path.read_text()) or {}, path.name)
+    for section in values:
+        if section not in SECTIONS:
+            raise ValueError(f"{path.name}: {unknown('section', section, SECTIONS)}")
+    if missing := [section for section in SECTIONS if section not in values]:
+        raise ValueError(f"{path.name} lacks {', '.join(missing)}; demo.yaml has every section")
+    if not isinstance(override or {}, dict):
+        raise TypeError(f'override is a dict like {{"train.epochs": 2}}, got {override!r}')
+    for dotted, given in (override or {}).items():
+        place = values
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last not in place:
+            names = _dotted(values)
+            near = [name for name in names if name.split(".")[0] in parents[:1]]
+            raise ValueError(unknown("value", dotted, near or names))
+        place[last] = checked(dotted, place[last], given)
+    return Values(name=path.stem, **values)
+
+
+def checked(name, now, given):
+    """given, if it may take the place of the value `now` called name.
+
+    It must be of the same type; an int may stand for a float, and what is called `images` is an int or None
+    (all of them). Lists are checked by element. Raises TypeError, or ValueError for an empty list.
+    """
+
+    def fits(old, new):
+        if isinstance(old, bool) or isinstance(new, bool):
+            return isinstance(old, bool) and isinstance(new, bool)
+        return isinstance(new, (int, float) if isinstance(old, float) else type(old))
+
+    if isinstance(now, dict):
+        raise TypeError(f"{name} is a section; override its values: {', '.join(_dotted(now, name))}")
+    wanted = type(now).__name__
+    if name.rpartition(".")[2] == "images":
+        fine, wanted = given is None or fits(0, given), "int or null (all of them)"
+    elif isinstance(now, list) and isinstance(given, list | tuple):
+        if not given:
+            raise ValueError(f"{name} is empty; it needs at least one element")
+        old = next((v for v in now if isinstance(v, float)), now[0] if now else given[0])
+        wanted, given = f"list of {type(old).__name__}", list(given)
+        fine = all(fits(old, new) for new in given)
+    else:
+        fine = fits(now, given)
+    if not fine:
+        raise TypeError(f"{name} must be {wanted} (it is {now!r}), got {type(given).__name__} {given!r}")
+    return given
+
+
+def _values(content, where):
+    """content with every dict as Values. Raises ValueError for a number that YAML took for text."""
+    if isinstance(content, dict):
+        return Values({str(key): _values(value, f"{where}: {key}") for key, value in content.items()})
+    if isinstance(content, list):
+        return [_values(value, where) for value in content]
+    if isinstance(content, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", content, re.IGNORECASE):
+        raise ValueError(f"{where} is {content!r}, which YAML reads as text; write {float(content)!r}")
+    return content
+
+
+def _dotted(values, above=""):
+    """Names of all values as "section.value"."""
+    names = []
+    for key, value in values.items():
+        name = f"{above}.{key}" if above else key
+        names += _dotted(value, name) if isinstance(value, dict) else [name]
+    return names
+
+
+def _label(name, override):
+    """Name of the folder of a study: apart when overridden, so that the study's own is never replaced."""
+    if not override:
+        return name
+    text = ",".join(f"{key}={json.dumps(value)}" for key, value in sorted(override.items()))
+    plain = len(text) <= 60 and re.fullmatch(r"[\w.,=-]+", text)
+    return f"{name}+{text if plain else hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+# -- runs
+
+
+def open_run(study_name, model=None, seed=0, override=None):
+    """The Run of one model and seed of a study; without a model that of the study as a whole (data, report).
+
+    study_name, override: as in `study`. An overridden run has a folder of its own, and reads from the study's
+    own what those notebooks wrote that the override does not concern.
+    Raises what `study` raises, ValueError for an unknown model, TypeError for a seed that is not an int >= 0,
+    PermissionError where the folder cannot be written.
+    """
+    values = study(study_name, override=override)
+    if model is not None and model not in values.models:
+        raise ValueError(unknown(f"model of study {values.name}:", model, values.models))
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise TypeError(f"seed must be an int of at least 0, got {type(seed).__name__} {seed!r}")
+    return Run(study_name, values, model, seed, dict(override or {}))
+
+
+class Run:
+    """One model and seed of a study: its values, its folder, its rows. Made by `open_run`.
+
+    .study and .model_name are names, .seed an int, .params the study's Values, .folder where this run writes.
+    """
+
+    def __init__(self, given, params, model_name, seed, override):
+        self.study, self.params, self.model_name, self.seed = params.name, params, model_name, seed
+        self.override = override
+        self._given = given  # name or path that was asked for
+        inner = Path(model_name, f"seed{seed}") if model_name else Path()
+        self.folder = root() / "runs" / _label(self.study, override) / inner
+        self._base = root() / "runs" / self.study / inner
+        make_folder(self.folder)
+        self._commit = _commit()  # of the code as imported, not as it is when rows are saved
+
+    def __repr__(self):
+        parts = [self.study, self.model_name, f"seed {self.seed}" if self.model_name else None]
+        changed = [f"{name}={value}" for name, value in self.override.items()]
+        return "Run(" + ", ".join([part for part in parts if part] + changed) + ")"
+
+    @property
+    def model(self):
+        """Arguments of models.create: `models.create(**lab.model, num_classes=…, image_size=…)`."""
+        options = dict(self.params.models[self.model_name])
+        if options.get("weights"):
+            options["weights"] = str(repository() / options["weights"])
+        return options
+
+    @property
+    def data(self):
+        """Arguments of data.load: `data.load(**lab.data)`."""
+        return {key: value for key, value in self.params.data.items() if key != "augment"}
+
+    def training(self, section="train"):
+        """Settings of train.fit: those of `train`, under any epochs, lr, images, warmup_epochs of section."""
+        own = {key: value for key, value in self.params[section].items() if key in SETTINGS}
+        return {**self.params.train, **own, "augment": dict(self.params.data.augment), "seed": self.seed}
+
+    def path(self, name):
+        """Where this run writes the file or folder called name."""
+        return self.folder / name
+
+    def need(self, name, notebook):
+        """Path of what an earlier notebook wrote. Raises FileNotFoundError that says which one to run first.
+
+        An overridden run takes it from the study's own where that notebook does not use what changed.
+        """
+        if notebook not in USES:
+            raise ValueError(unknown("notebook", notebook, USES))
+        concerned = any(dotted.split(".")[0] in USES[notebook] for dotted in self.override)
+        for folder in [self.folder] if concerned else [self.folder, self._base]:
+            if (folder / name).exists():
+                return folder / name
+        raise FileNotFoundError(
+            f"{self.path(name)} is missing: run notebooks/{notebook}.ipynb first, in JupyterLab or with\n"
+            f"  {self.command(notebook)}"
+        )
+
+    def shipped(self, settings):
+        """Folder of the dense checkpoint that the repository ships for this study, model and seed 0; None if
+        there is none, or it was trained by other settings (as `training` gives them) or on other data."""
+        folder = repository() / "checkpoints" / self.study / str(self.model_name)
+        if self.seed != 0 or not (folder / "model.json").is_file():
+            return None
+        kept = json.loads((folder / "model.json").read_text())["extra"]
+        same = kept.get("settings") == settings and kept.get("values") == self.origin
+        return folder if same else None
+
+    @property
+    def origin(self):
+        """What a dense checkpoint of this run depends on beside training settings: values of data and model."""
+        return json.loads(json.dumps({"data": self.data, "model": self.params.models[self.model_name]}))
+
+    def command(self, notebook):
+        """The command that runs notebook for this run."""
+        words = ["python -m vitlab.run", notebook, "--study", str(self._given)]
+        if self.model_name and notebook not in ("0_data", "7_report"):
+            words += ["--model", self.model_name, "--seed", str(self.seed)]
+        for name, value in self.override.items():
+            words += ["--set", f"'{name}={json.dumps(value)}'"]
+        return " ".join(words)
+
+    def save_rows(self, notebook, rows):
+        """Write the results of notebook, all of them, and return them as a frame with provenance.
+
+        rows: frame or list of dicts, one per model measured; at least `method` and `stage`, and a number as
+        `target` where something was cut. Columns become those of ROW in that order, then any others.
+        """
+        frame = pd.DataFrame(rows)
+        if missing := [column for column in ("method", "stage") if column not in frame]:
+            raise ValueError(f"rows of {notebook} lack {' and '.join(missing)}")
+        if "target" in frame:
+            frame["target"] = pd.to_numeric(frame["target"])
+        frame = frame.assign(**{key: value for key, value in self._provenance().items() if key not in frame})
+        frame = frame.reindex(columns=[*ROW, *(c for c in frame if c not in ROW)])
+        return self._save(f"results-{notebook}.csv", frame)
+
+    def load_rows(self, notebook):
+        """The rows that notebook saved for this run. Raises FileNotFoundError as `need` does."""
+        return pd.read_csv(self.need(f"results-{notebook}.csv", notebook))
+
+    def save_history(self, notebook, history):
+        """Write histories of notebook: train.fit's frame, or a list of them, marked by method, target, …"""
+        frame = pd.concat(history, ignore_index=True) if isinstance(history, list) else history
+        frame = frame.assign(study=self.study, model=self.model_name, seed=self.seed)
+        first = [column for column in HISTORY if column in frame]
+        rest = [column for column in frame if column not in first]
+        return self._save(f"history-{notebook}.csv", frame[first + rest])
+
+    def load_history(self, notebook):
+        """The histories that notebook saved for this run. Raises FileNotFoundError as `need` does."""
+        return pd.read_csv(self.need(f"history-{notebook}.csv", notebook))
+
+    def save_table(self, name, frame):
+        """Write any other frame as table-<name>.csv, marked with study, model and seed."""
+        identity = {"study": self.study, "model": self.model_name, "seed": self.seed}
+        rest = frame.drop(columns=IDENTITY, errors="ignore")
+        return self._save(f"table-{name}.csv", pd.concat([pd.DataFrame(identity, rest.index), rest], axis=1))
+
+    def load_table(self, name, notebook):
+        """The frame that notebook saved under name. Raises FileNotFoundError as `need` does."""
+        return pd.read_csv(self.need(f"table-{name}.csv", notebook))
+
+    def read(self):
+        """All rows, histories and tables of the study so far. See `read_study`."""
+        return read_study(self._given, override=self.override)
+
+    @property
+    def figures(self):
+        """Folder of the study's figures and tables. See `figures_folder`."""
+        return figures_folder(self._given, override=self.override)
+
+    def _save(self, name, frame):
+        if frame.empty:
+            raise ValueError(f"nothing to write to {name}: no rows")
+        write_atomic(self.path(name), frame.to_csv(index=False))
+        return frame
+
+    def _provenance(self):
+        import torch  # here: the command line reads studies without waiting for it
+
+        return {
+            "study": self.study,
+            "model": self.model_name,
+            "seed": self.seed,
+            "split_seed": self.params.data.split_seed,
+            "threads": torch.get_num_threads(),
+            "commit": self._commit,
+            "torch": version("torch"),
+            "timm": version("timm"),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "override": json.dumps(self.override) if self.override else None,
+        }
+
+
+def read_study(name, *, override=None):
+    """All that the runs of a study have saved, over models and seeds.
+
+    Returns Values with the frames `results` and `history`, and `tables`, frames by name.
+    Raises FileNotFoundError if there are no results yet.
+    """
+    values = study(name, override=override)
+    folder = root() / "runs" / _label(values.name, override)
+
+    def find(pattern):
+        return sorted([*folder.glob(pattern), *folder.glob(f"*/seed*/{pattern}")])
+
+    def read(pattern):
+        frames = [pd.read_csv(path) for path in find(pattern)]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    results = read("results-*.csv")
+    if results.empty:
+        raise FileNotFoundError(f"no results in {folder}; run the study: make study STUDY={name}")
+    tables = {path.stem.removeprefix("table-") for path in find("table-*.csv")}
+    return Values(
+        results=results,
+        history=read("history-*.csv"),
+        tables=Values({table: read(f"table-{table}.csv") for table in sorted(tables)}),
+    )
+
+
+def figures_folder(name, *, override=None):
+    """figures/<study> of the repository, made if need be; of an overridden study `figures` in its runs."""
+    label = _label(study(name, override=override).name, override)
+    folder = root() / "runs" / label / "figures" if override else repository() / "figures" / label
+    make_folder(folder)
+    return folder
+
+
+def _commit():
+    """Short hash of the commit of the code, with "+dirty" if it was changed since; "unknown" without git."""
+    git = ["git", "-C", str(repository())]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        if found.returncode:
+            return "unknown"
+        same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "vitlab", "notebooks"])
+    except FileNotFoundError:
+        return "unknown"
+    return found.stdout.strip() + ("+dirty" if same.returncode else "")
+
+
+def _processor():
+    """Name of the processor, as Linux knows it, else its architecture."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+# -- files and progress
+
+
+def write_atomic(path, content):
+    """Write a file whole or not at all: under another name in its folder, then renamed.
+
+    content: text, bytes, or a function that is called with the path to write to. Makes the folder if need be.
+    Raises PermissionError with what to do where it cannot be written.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    part = path.with_name(f".{os.getpid()}-{path.name}")  # ends like path: savers look at the ending
+    try:
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    except PermissionError as error:
+        raise PermissionError(f"cannot write {path} ({error.strerror}); {_ELSEWHERE}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+_ELSEWHERE = "set VITLAB_DATA to a folder that can be written"
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "no write permission")
+    except OSError as error:
+        raise PermissionError(f"cannot write to {folder} ({error.strerror}); {_ELSEWHERE}") from error
+
+
+def headless():
+    """Whether nobody watches a progress bar (vitlab.run sets VITLAB_HEADLESS)."""
+    return os.environ.get("VITLAB_HEADLESS", "0") not in ("", "0")
+
+
+def say(text):
+    """Print one line now, without breaking a progress bar."""
+    print(text, flush=True) if headless() else tqdm.write(str(text))
+
+
+def progress(items, *, label="", total=None, every=10.0):
+    """items with a progress bar; headless with a printed line at most every so many seconds instead."""
+    if not headless():
+        yield from tqdm(items, desc=label, total=total, leave=False)
+        return
+    total = total if total is not None else (len(items) if hasattr(items, "__len__") else "?")
+    begun = last = time.perf_counter()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now - last >= every:
+            last = now
+            say(f"{label} {done}/{total}, {now - begun:.0f} s")

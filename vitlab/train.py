@@ -1,0 +1,222 @@
+"""Training: the one loop, on accelerate, for dense, masked and distilled models. A killed run resumes."""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+from accelerate import Accelerator
+from timm.optim import param_groups_weight_decay
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vitlab import evaluate, prune, record
+
+
+def fit(
+    model,
+    train,
+    val,
+    *,
+    epochs,
+    lr,
+    batch_size=128,
+    weight_decay=0.05,
+    warmup_epochs=1.0,
+    label_smoothing=0.1,
+    clip_norm=1.0,
+    augment=True,
+    images=None,
+    precision="auto",
+    ema=0.0,
+    masks=None,
+    teacher=None,
+    teacher_share=0.5,
+    temperature=2.0,
+    keep_best=True,
+    seed=0,
+    stage="dense",
+    folder=None,
+):
+    """Train model in place with AdamW, linear warm-up and cosine decay to 0; returns its history as a frame.
+
+    train, val: data.Split. epochs: int >= 1. lr: peak rate. warmup_epochs: >= 0 and < epochs. images: draws that
+    many training images per epoch (None: all). augment: what train.batches accepts. precision: see
+    evaluate.autocast. ema: decay in (0, 1) of averaged weights, which are then the ones validated and kept; 0 is off.
+    masks: {parameter: bool}, applied before the first step and held through every one (METHODS: gradient masking
+    alone loses them to momentum and weight decay); each epoch's end asserts them. teacher: distil from this model
+    (Hinton et al. 2015), loss (1 - a) CE + a T**2 KL with a = teacher_share, T = temperature. keep_best: end with
+    the weights of the epoch that was best on val, else with the last. folder: a state file there after each epoch
+    lets a killed run go on to the same result as an unbroken one; a state of other settings or weights is not used.
+
+    History has one row per epoch: stage, epoch, train_loss, train_top1 (on augmented batches, in passing),
+    val_loss, val_top1, lr, seconds, images_per_s, data_share (of the seconds, spent waiting for batches; on a GPU
+    that still computes also for it), resident_mb, device_mb, sparsity.
+    Raises ValueError for settings out of range, FloatingPointError when the loss is no longer finite.
+    """
+    if epochs < 1 or not 0 <= warmup_epochs < epochs or lr <= 0:
+        raise ValueError(f"need epochs >= 1, 0 <= warmup_epochs < epochs, lr > 0; got {epochs}, {warmup_epochs}, {lr}")
+    if not 0 <= ema < 1 or not 0 <= teacher_share <= 1:
+        raise ValueError(f"ema lies in [0, 1) and teacher_share in [0, 1]; got {ema} and {teacher_share}")
+    settings = {k: v for k, v in locals().items() if k not in ("model", "train", "val", "masks", "teacher", "folder")}
+    accelerator = Accelerator()
+    device = accelerator.device
+    model.to(device)
+    state_file = Path(folder) / f"{stage}.state.pt" if folder else None
+    key = _fingerprint(settings, model, len(train), masks)
+
+    groups = param_groups_weight_decay(
+        model, weight_decay, no_weight_decay_list=getattr(model, "no_weight_decay", set)()
+    )
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    holder = prune.Holder(model, masks, optimizer) if masks else None
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if teacher is not None:
+        teacher.to(device).eval()
+
+    count = min(images or len(train), len(train))
+    steps = max(1, count // batch_size)
+    history, best, start = [], {"top1": -1.0}, 0
+    saved = _load_state(state_file, key, device)
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if averaged:
+            averaged.load_state_dict(saved["averaged"])
+        history, best, start = saved["history"], saved["best"], len(saved["history"])
+
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)] if device.type == "cpu" else []
+    for module in fused:  # the fused kernel is slower to train in bf16 on CPUs
+        module.fused_attn = False
+    for epoch in range(start, epochs):
+        begun = time.perf_counter()
+        torch.manual_seed(1_000_003 * seed + epoch)  # drop-path and drop-out depend on (seed, epoch) alone
+        prepared.train()
+        total_loss = torch.zeros((), device=device)
+        total_right = torch.zeros((), device=device)
+        batches = train.batches(
+            min(batch_size, len(train)), device=device, augment=augment, shuffle=True, seed=seed, epoch=epoch,
+            drop_last=True,
+        )  # fmt: skip
+        waited = 0.0
+        for step in range(steps):
+            asked = time.perf_counter()
+            x, y = next(batches)
+            waited += time.perf_counter() - asked
+            rate = lr * _schedule(epoch * steps + step, epochs * steps, warmup_epochs * steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with evaluate.autocast(device, precision):
+                logits = prepared(x)
+                loss = cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
+                if teacher is not None:
+                    with torch.no_grad():
+                        target = log_softmax(teacher(x).float() / temperature, 1)
+                    student = log_softmax(logits.float() / temperature, 1)
+                    distance = kl_div(student, target, reduction="batchmean", log_target=True)
+                    loss = (1 - teacher_share) * loss + teacher_share * temperature**2 * distance
+            accelerator.backward(loss)
+            if clip_norm:
+                accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if holder:
+                holder.step()
+            if averaged:
+                averaged.update_parameters(model)
+            total_loss += loss.detach()
+            total_right += (logits.detach().argmax(1) == y).sum()
+        seconds = time.perf_counter() - begun
+        if not total_loss.isfinite():
+            raise FloatingPointError(
+                f"the training loss is no longer finite in epoch {epoch + 1}; use a lower lr than {lr}"
+            )
+        if holder:
+            holder.check(*([averaged.module] if averaged else []))
+        judged = averaged.module if averaged else model
+        result = evaluate.accuracy(judged, val, precision=precision)
+        seen = steps * min(batch_size, len(train))
+        history.append(
+            {
+                "stage": stage,
+                "epoch": epoch + 1,
+                "train_loss": total_loss.item() / steps,
+                "train_top1": 100 * total_right.item() / seen,
+                "val_loss": result.loss,
+                "val_top1": result.top1,
+                "lr": rate,
+                "seconds": seconds,
+                "images_per_s": seen / seconds,
+                "data_share": waited / seconds,
+                "resident_mb": psutil.Process().memory_info().rss / 2**20,
+                "device_mb": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0,
+                "sparsity": prune.sparsity(model, masks) if masks else 0.0,
+            }
+        )
+        if result.top1 > best["top1"] or not keep_best:
+            best = {"top1": result.top1, "model": copy.deepcopy(judged.state_dict())}
+        record.say(
+            f"{stage} epoch {epoch + 1}/{epochs}: train {history[-1]['train_top1']:.1f} %, val {result.top1:.1f} %, "
+            f"{seconds:.0f} s"
+        )
+        _save_state(
+            state_file,
+            {
+                "key": key,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "averaged": averaged.state_dict() if averaged else None,
+                "history": history,
+                "best": best,
+            },
+        )
+    for module in fused:
+        module.fused_attn = True
+    model.load_state_dict(best["model"])
+    model.eval()
+    return pd.DataFrame(history)
+
+
+def _schedule(step, steps, warmup_steps):
+    """Share of the peak rate: linear from 0 over the warm-up, then half a cosine down to 0."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def _fingerprint(settings, model, images, masks):
+    """Hash of everything that the result depends on and that a state file must share to be gone on from."""
+    digest = hashlib.sha256(json.dumps([settings, images], sort_keys=True, default=str).encode())
+    for tensors in (model.state_dict(), masks or {}):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _save_state(file, state):
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    torch.save(state, part)
+    part.replace(file)
+
+
+def _load_state(file, key, device):
+    """The state in file if it is whole and of this very run, else None."""
+    if file is None or not file.exists():
+        return None
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged state costs the epochs in it, not the run
+        record.say(f"{file.name} cannot be read ({type(error).__name__}); training starts again")
+        return None
+    return state if state["key"] == key else None
