@@ -1,0 +1,202 @@
+"""Checkpoints: any model, pruned or not, as safetensors and a JSON record from which it is built again.
+
+A checkpoint is a folder with `model.safetensors`, `model.json` and, where masks were given,
+`masks.safetensors`. Nothing is pickled, and loading needs nothing but the folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from accelerate import init_empty_weights
+
+from . import models, shrink
+
+FORMAT = 1
+RECORD, WEIGHTS, MASKS = "model.json", "model.safetensors", "masks.safetensors"
+
+
+def save(model, folder, *, extra=None, dtype=None, masks=None):
+    """Write model to folder, over an older checkpoint there, and return the record.
+
+    extra: JSON-able values of the caller's, such as test top1. dtype: stores floating-point tensors so
+    (torch.float16), whatever the model holds; they come back in the model's own dtype. masks: {parameter:
+    bool tensor}, stored as bits for `load_masks`; the weights are stored as they are, zeros too.
+
+    A save that fails or is killed leaves the older checkpoint as it was: all files are written beside the old
+    ones, then the record moves into place, then the files that it names by their hash.
+    Raises ValueError for a model that `models.create` did not make and for values beyond dtype's range,
+    OSError for a folder that cannot be written.
+    """
+    if not hasattr(model, "recipe"):
+        raise ValueError(f"{type(model).__name__} has no recipe to build it again: make it by models.create")
+    folder, masks = Path(folder), masks or {}
+    files = {WEIGHTS: safetensors.torch.save(_tensors(model, dtype))}
+    if masks:
+        packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in masks.items()}
+        files[MASKS] = safetensors.torch.save(packed)
+    record = {
+        "format": FORMAT,
+        "vitlab": version("vitlab"),
+        "recipe": model.recipe,
+        "structure": shrink.structure(model),
+        "masks": {name: list(mask.shape) for name, mask in masks.items()},
+        "extra": extra or {},
+    }
+    record["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    record["sha256"]["architecture"] = _architecture(record)
+    files[RECORD] = json.dumps(record, indent=1).encode()
+    try:
+        _write(folder, files)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise type(error)(
+            f"cannot write the checkpoint folder {folder} ({error.strerror}): choose another folder, or make "
+            "this one a folder that you may write to"
+        ) from error
+    return json.loads(files[RECORD])  # as it will be read
+
+
+def _write(folder, files):
+    """Put files ({name: bytes}) into folder so that `read` finds all of the old ones or all of the new."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _settle(folder)
+    new = {name: _new(folder / name) for name in files}
+    try:
+        for name, data in files.items():
+            new[name].write_bytes(data)
+    except BaseException:
+        for path in new.values():
+            path.unlink(missing_ok=True)
+        raise
+    os.replace(new[RECORD], folder / RECORD)  # from here on the new checkpoint holds
+    _settle(folder)
+    if MASKS not in files:
+        (folder / MASKS).unlink(missing_ok=True)
+
+
+def _new(path):
+    return path.with_name(path.name + ".new")
+
+
+def _settle(folder):
+    """Move files into place that a save wrote and recorded before it was killed."""
+    try:
+        hashes = json.loads((folder / RECORD).read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no checkpoint, or none to be trusted
+    for name, expected in hashes.items():
+        new = _new(folder / name)
+        with contextlib.suppress(FileNotFoundError):  # the usual case: nothing is left to be moved
+            if _sha256(new) == expected:
+                os.replace(new, folder / name)
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _architecture(record):
+    """Hash of recipe and structure: another number of heads, say, would fit the same tensors."""
+    text = json.dumps([record["recipe"], record["structure"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tensors(model, dtype):
+    """The state dict as separate, contiguous tensors on the CPU, floating-point ones in dtype if given."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        stored = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
+        if dtype is not None and stored.is_floating_point() and not stored.isfinite().all():
+            raise ValueError(f"{name} does not fit into {dtype}: values beyond its range or not finite")
+        tensors[name] = stored.contiguous()
+    return tensors
+
+
+def read(folder):
+    """The record of the checkpoint in folder, a dict, if its files are those that it was saved with.
+
+    Keys: format, vitlab (version), recipe, structure, masks ({parameter: shape}), extra, sha256.
+    Raises FileNotFoundError for a missing folder or file, ValueError for a record that is broken, altered or
+    of another format, and for files that were altered or cut short since.
+    """
+    folder = Path(folder)
+    _settle(folder)
+    if not (folder / RECORD).is_file():
+        raise FileNotFoundError(f"no checkpoint in {folder}: no {RECORD}; run the step that saves it first")
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        written = record["format"]
+        altered = written == FORMAT and record["sha256"]["architecture"] != _architecture(record)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / RECORD} is no checkpoint's record: {error!r}; save it again") from error
+    if written != FORMAT:
+        raise ValueError(
+            f"{folder / RECORD} has format {written}, this vitlab ({version('vitlab')}) reads format "
+            f"{FORMAT}: install the version that wrote it ({record.get('vitlab')}) or save it again"
+        )
+    if altered:
+        raise ValueError(f"recipe or structure in {folder / RECORD} were altered after saving; save it again")
+    for name, expected in record["sha256"].items():
+        if name == "architecture":
+            continue
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"the checkpoint in {folder} has lost its {name}; save it again")
+        if _sha256(folder / name) != expected:
+            raise ValueError(
+                f"{folder / name} is not the file that its record was saved with: it was altered or cut "
+                "short (sha256 differs); copy or save the checkpoint again"
+            )
+    return record
+
+
+def load(folder, *, device="cpu"):
+    """The model in folder, built again from record and tensors alone, in eval mode on device.
+
+    Leaves torch's random numbers as they were. Raises what `read` raises, and ValueError naming the first
+    tensor that does not fit the recorded architecture.
+    """
+    record = read(folder)
+    with torch.random.fork_rng(devices=[]):
+        model = shrink.rebuild(_create(record["recipe"]), record["structure"])
+    tensors = safetensors.torch.load_file(Path(folder) / WEIGHTS)
+    built, stored = ({k: list(t.shape) for k, t in state.items()} for state in (model.state_dict(), tensors))
+    wrong = [name for name in built | stored if built.get(name) != stored.get(name)]
+    if wrong:
+        shapes = [state.get(wrong[0], "missing") for state in (built, stored)]
+        raise ValueError(
+            f"the tensors in {folder} are of another architecture than its record: {wrong[0]} is {shapes[0]} "
+            f"by the record and {shapes[1]} in {WEIGHTS} ({len(wrong)} tensors differ)"
+        )
+    model.load_state_dict(tensors)
+    return model.to(device).eval()
+
+
+def _create(recipe):
+    """models.create for weights that come later: spends no time on initial ones."""
+    options = recipe["options"] | {key: value for key, value in recipe.items() if key != "options"}
+    with init_empty_weights(include_buffers=False):  # parameters on the meta device
+        model = models.create(**options)
+    # Swin's window masks are in no state dict and went where the weights are: timm computes them anew
+    masked = [module for module in model.modules() if any(b.is_meta for b in module.buffers(recurse=False))]
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    for module in masked:
+        module.init_non_persistent_buffers()
+    return model
+
+
+def load_masks(folder):
+    """{parameter: bool tensor} as given to `save`, {} if none were. Raises what `read` raises."""
+    shapes = read(folder)["masks"]
+    packed = safetensors.torch.load_file(Path(folder) / MASKS) if shapes else {}
+    return {
+        name: torch.from_numpy(np.unpackbits(packed[name].numpy(), count=math.prod(shape))).bool().view(shape)
+        for name, shape in shapes.items()
+    }

@@ -1,0 +1,317 @@
+"""One matrix made low rank (truncated and activation-whitened SVD), sparse (iterative hard thresholding) or both.
+
+Every fit serves one layer y = W x, W [m, n], and is judged by what its output loses on the inputs seen,
+    objective(W, A, H) = tr[(W - A) H (W - A)^T],   H = gram [n, n] = mean of x x^T over tokens
+(H = None: the identity, the plain squared error). Tensors only; sums are float64, results have W's dtype.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit found: W is about u v + sparse, with sparse zero outside mask.
+
+    u [m, r], v [r, n], sparse [m, n], mask [m, n] bool. start: objective of magnitude pruning with the same
+    count and support; objectives: history, never rising; the last one is the result's.
+    """
+
+    u: Tensor
+    v: Tensor
+    sparse: Tensor
+    mask: Tensor
+    start: float
+    objectives: list
+
+    @property
+    def weight(self):
+        return self.u @ self.v + self.sparse
+
+
+def objective(weight, approximation, gram=None):
+    """tr[(W - A) H (W - A)^T] for W, A [m, n] and H = gram [n, n] (None: identity), a float."""
+    weight, gram = _checked(weight, gram)
+    return _objective(weight - approximation.double(), gram)
+
+
+def break_even_rank(m, n):
+    """Rank below which two thin layers execute fewer MACs than one dense [m, n] layer: m n / (m + n), a float."""
+    return m * n / (m + n)
+
+
+def rank_for(m, n, share, *, multiple=8):
+    """Largest rank whose r (m + n) MACs stay within share of m n; rounded down to a multiple, unless below one.
+
+    share: of the dense MACs, in [0, 1]. Returns an int below the break-even rank, 0 if the share allows none.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is a share of the dense MACs in [0, 1], not a percentage; got {share}")
+    rank = min(int(share * m * n / (m + n) + 1e-9), (m * n - 1) // (m + n))
+    return rank - rank % multiple if rank >= multiple else rank
+
+
+def svd(weight, rank, *, gram=None):
+    """Factors u [m, rank] and v [rank, n] of the best approximation of that rank, equal norms in u and v.
+
+    Without gram the truncated SVD (Eckart and Young 1936), sqrt(sigma) on either side. With gram = S S^T the
+    SVD of W S, cut and multiplied by S^-1 (SVD-LLM, Wang et al. 2024; S by eigendecomposition), for which
+    objective(W, u v, gram) is the sum of the squared singular values that were cut.
+    By eigendecomposition of the smaller Gram matrix, several times faster than torch.linalg.svd.
+    Raises ValueError for a rank outside [1, min(m, n)], wrong shapes and values that are not finite.
+    """
+    _check_rank(weight, rank)
+    double, gram = _checked(weight, gram)
+    u, v = _truncate(double, rank, gram, _root(gram))
+    return u.to(weight.dtype), v.to(weight.dtype)
+
+
+def support_mask(score, count, *, support="entries"):
+    """Mask [m, n] of the count entries, rows or columns whose score [m, n], summed, is largest.
+
+    The count is exact: among equals the first in memory goes first. Raises ValueError for a count beyond them.
+    """
+    groups = {"entries": score, "rows": score.sum(1), "columns": score.sum(0)}
+    if support not in groups:
+        raise ValueError(f"unknown support {support!r}; supports are {', '.join(groups)}")
+    total = groups[support].flatten()
+    if not 0 <= count <= len(total):
+        raise ValueError(
+            f"count of {support} in a {list(score.shape)} matrix is in [0, {len(total)}]; got {count}"
+        )
+    if not count:
+        return torch.zeros_like(score, dtype=torch.bool)
+    threshold = total.kthvalue(len(total) - count + 1).values
+    keep = total > threshold
+    ties = (total == threshold).nonzero().flatten()
+    keep[ties[len(ties) - (count - int(keep.sum())) :]] = True
+    shape = {"entries": score.shape, "rows": (-1, 1), "columns": (1, -1)}[support]
+    return keep.view(shape).expand_as(score).clone()
+
+
+def project(weight, count, *, support="entries"):
+    """weight with only its count largest entries, or rows or columns of largest norm: magnitude pruning."""
+    weight_, _ = _checked(weight, None)
+    return weight * support_mask(weight_.square(), count, support=support)
+
+
+def iht(weight, gram, count, *, support="entries", steps=30, tolerance=1e-4):
+    """A matrix with only count entries, rows or columns, by iterative hard thresholding from activations.
+
+    W0 = P_k(W), magnitude pruning; then W <- P_k(W - mu grad), with mu chosen in every step so that the
+    objective falls (normalised IHT, Blumensath and Davies 2010) and the values on the support then solved for
+    by conjugate gradients (hard thresholding pursuit, Foucart 2011). It works in coordinates in which gram
+    has a unit diagonal: P_k ranks by |w| norm(x) there, and the largest inputs do not hold back mu. Whole
+    rows do not interact, so their best support is known at once: the rows with most output energy.
+
+    count: of entries, rows or columns, at least 1. steps: at most so many. tolerance: stops when a step gains
+    a smaller share of the objective. Returns a Fit with empty u and v, whose objectives begin with magnitude
+    pruning. Its end lies below that unless magnitude pruning is a fixed point, as it is for a gram like the
+    identity.
+    """
+    _check_count(weight, count, support)
+    double, gram = _checked(weight, gram)
+    fit = _iht(double, gram, count, support=support, steps=steps, tolerance=tolerance)
+    return _as(weight.dtype, fit)
+
+
+def low_rank_plus_sparse(weight, gram, rank, count, *, support="entries", rounds=20, tolerance=1e-3):
+    """Low rank plus sparse, in turns: L = whitened SVD_r(W - S), S = a step of iterative thresholding for W - L.
+
+    As GoDec (Zhou and Tao 2011) and OATS (Zhang and Papyan 2025), but with all of gram where OATS has its
+    diagonal; thresholding alone is no projection then, so S moves by steps of `iht`. A half-step that would
+    raise the objective is not taken. Which half comes first decides where this ends: both are tried and the
+    better one kept.
+
+    rank and count: at least 1 each; count of entries, rows or columns. rounds: at most so many. tolerance:
+    stops when a round gains a smaller share of the objective. Returns a Fit; objectives begin with those of
+    the half that came first, either magnitude pruning and `iht` or the whitened SVD.
+    """
+    _check_count(weight, count, support)
+    _check_rank(weight, rank)
+    double, gram = _checked(weight, gram)
+    options = {"count": count, "support": support, "tolerance": tolerance}
+    sparse_first = _iht(double, gram, steps=30, **options)
+    root = _root(gram)
+    u, v = _truncate(double, rank, gram, root)
+    zeros = torch.zeros_like(double)
+    rank_first = Fit(u, v, zeros, zeros > 0, sparse_first.start, [_objective(double - u @ v, gram)])
+    starts = (_sparse_step(double, rank_first, gram, **options), sparse_first)
+    fits = [_alternate(double, fit, gram, root=root, rank=rank, rounds=rounds, **options) for fit in starts]
+    return _as(weight.dtype, min(fits, key=lambda fit: fit.objectives[-1]))
+
+
+def threshold_product(weight, rank, count):
+    """The count largest entries of the truncated SVD's product [m, n]: a baseline seen in the wild.
+
+    The result has no low rank any more and is no better a sparse matrix for it: dense cost, two losses.
+    """
+    u, v = svd(weight, rank)
+    return project(u @ v, count)
+
+
+def regression(gram, columns, *, damping=1e-4):
+    """transfer [n, k], float64, with which x is nearest to transfer x[columns]; gram [n, n] = mean of x x^T.
+
+    Ridge regression, damping times the mean of gram's diagonal. The columns kept are themselves, exactly.
+    """
+    gram = gram.double()
+    columns = torch.as_tensor(columns, device=gram.device)
+    ridge = damping * gram.diagonal().mean().clamp_min(1e-300)
+    kept = gram[columns][:, columns] + ridge * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
+    transfer = torch.linalg.solve(kept, gram[columns]).T.contiguous()
+    transfer[columns] = torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
+    return transfer
+
+
+def _checked(weight, gram):
+    """weight and gram (None: identity) as float64, or ValueError for shapes and values that no layer has."""
+    if weight.ndim != 2 or not weight.isfinite().all():
+        raise ValueError(
+            f"weight must be a finite matrix [m, n]; got shape {list(weight.shape)} or NaN or inf in it"
+        )
+    n = weight.shape[1]
+    if gram is None:
+        return weight.detach().double(), torch.eye(n, dtype=torch.float64, device=weight.device)
+    if gram.shape != (n, n):
+        raise ValueError(f"gram must be [{n}, {n}] for a weight {list(weight.shape)}; got {list(gram.shape)}")
+    if not gram.isfinite().all():
+        raise ValueError("gram has NaN or inf in it: the activations it was made from had, too")
+    return weight.detach().double(), gram.detach().to(weight.device, torch.float64)
+
+
+def _check_count(weight, count, support):
+    if count < 1:
+        raise ValueError(
+            f"count must be at least 1 of the {support} of a {list(weight.shape)} matrix; got {count}"
+        )
+
+
+def _check_rank(weight, rank):
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(f"rank of a {list(weight.shape)} matrix is in [1, {min(weight.shape)}]; got {rank}")
+
+
+def _as(dtype, fit):
+    return replace(fit, u=fit.u.to(dtype), v=fit.v.to(dtype), sparse=fit.sparse.to(dtype))
+
+
+def _objective(residual, gram):
+    return ((residual @ gram) * residual).sum().item()
+
+
+def _root(gram, damping=1e-9):
+    """S and S^-T with S S^T = gram, damped so that directions never seen still have an inverse."""
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(damping * values[-1].clamp_min(1e-300))
+    return vectors * values.sqrt(), vectors / values.sqrt()
+
+
+def _truncate(weight, rank, gram, root):
+    """u, v of the best approximation of that rank in the norm of gram, by the leading singular vectors of W S."""
+    m, n = weight.shape
+    if m <= n:  # left vectors: no inverse of S is needed
+        left = torch.linalg.eigh(weight @ gram @ weight.T).eigenvectors[:, -rank:]
+        u, v = left, left.T @ weight
+    else:
+        whitened = weight @ root[0]
+        right = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -rank:]
+        u, v = whitened @ right, right.T @ root[1].T
+    ratio = (v.norm(dim=1) / u.norm(dim=0).clamp_min(1e-150)).clamp_min(1e-150).sqrt()
+    return (u * ratio).flip(1), (v / ratio[:, None]).flip(0)  # largest first
+
+
+def _iht(weight, gram, count, *, support, steps, tolerance):
+    mask = support_mask(weight.square(), count, support=support)
+    start = _objective(weight - weight * mask, gram)
+    sparse, value = _debiased(weight, weight * mask, mask, gram, start)
+    options = {"count": count, "support": support, "steps": steps, "tolerance": tolerance}
+    sparse, mask, history = _pursue(weight, sparse, mask, gram, **options)
+    sparse, value = _debiased(weight, sparse, mask, gram, history[-1])
+    empty = weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1])
+    return Fit(*empty, sparse, mask, start, [start, *history, value])
+
+
+def _alternate(weight, fit, gram, *, root, rank, rounds, tolerance, **options):
+    """Turns of low rank and sparse from fit, until a round gains less than tolerance."""
+    for _ in range(rounds):
+        before = fit.objectives[-1]
+        u, v = _truncate(weight - fit.sparse, rank, gram, root)
+        value = _objective(weight - fit.sparse - u @ v, gram)
+        if value <= before:
+            fit = replace(fit, u=u, v=v, objectives=[*fit.objectives, value])
+        fit = _sparse_step(weight, fit, gram, tolerance=tolerance, **options)
+        if fit.objectives[-1] > (1 - tolerance) * before:
+            break
+    sparse, value = _debiased(weight - fit.u @ fit.v, fit.sparse, fit.mask, gram, fit.objectives[-1])
+    return replace(fit, sparse=sparse, objectives=[*fit.objectives, value])
+
+
+def _sparse_step(weight, fit, gram, **options):
+    target = weight - fit.u @ fit.v
+    sparse, mask, values = _pursue(target, fit.sparse, fit.mask, gram, steps=1, **options)
+    # values[0] is the last objective again, up to rounding in other coordinates
+    falling = [value for value in values[1:] if value <= fit.objectives[-1]]
+    return replace(fit, sparse=sparse, mask=mask, objectives=[*fit.objectives, *falling])
+
+
+def _pursue(target, sparse, mask, gram, *, count, support, steps, tolerance):
+    """Hard thresholding pursuit of target from sparse on mask. Returns sparse, mask and falling objectives."""
+    if support == "rows":
+        best = support_mask(target @ gram * target, count, support=support)  # output energy of each row
+        history = [_objective(target - part, gram) for part in (sparse, target * best)]
+        return (target * best, best, history) if history[1] <= history[0] else (sparse, mask, history[:1])
+    scale = _scale(gram)
+    target, x, gram = target * scale, sparse * scale, gram / scale / scale[:, None]
+    gradient = (target - x) @ gram
+    history = [((target - x) * gradient).sum().item()]
+    step, least = 4.0, 0.5 / gram.abs().sum(1).max().item()  # 0.5 / its largest eigenvalue, or less
+    for _ in range(steps):
+        while step > least:
+            ahead = x + step * gradient
+            new = support_mask(ahead.square(), count, support=support)
+            y = _conjugate_gradients(target, torch.where(mask, x, ahead) * new, new, gram, steps=10)
+            slope = (target - y) @ gram
+            value = ((target - y) * slope).sum().item()
+            if value < history[-1]:
+                break
+            step /= 2
+        else:
+            break
+        x, mask, gradient = y, new, slope
+        history.append(value)
+        if value > (1 - tolerance) * history[-2]:
+            break
+    return x / scale, mask, history
+
+
+def _scale(gram):
+    """Root mean square of each input, [n]; inputs that were never on count as very small."""
+    square = gram.diagonal()
+    return square.clamp_min(1e-12 * square.mean().clamp_min(1e-300)).sqrt()
+
+
+def _conjugate_gradients(target, x, mask, gram, *, steps):
+    """Minimise each row's quadratic over the entries in mask, all rows at once. gram has a unit diagonal."""
+    residual = ((target - x) @ gram) * mask
+    direction, square = residual, residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        product = (direction @ gram) * mask
+        length = square / (direction * product).sum(1, keepdim=True).clamp_min(1e-300)
+        x = x + length * direction
+        residual = residual - length * product
+        previous, square = square, residual.square().sum(1, keepdim=True)
+        direction = residual + square / previous.clamp_min(1e-300) * direction
+    return x
+
+
+def _debiased(target, sparse, mask, gram, value):
+    """Least squares on the support, damped by stopping after 50 steps; sparse and its objective, never
+    worse."""
+    scale = _scale(gram)
+    scaled = gram / scale / scale[:, None]
+    solved = _conjugate_gradients(target * scale, sparse * scale, mask, scaled, steps=50) / scale
+    after = _objective(target - solved, gram)
+    return (solved, after) if after < value else (sparse, value)
