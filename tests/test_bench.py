@@ -68,9 +68,7 @@ def test_memory_of_what_cannot_run(vit, tmp_path, monkeypatch):
         bench.memory_mb(tmp_path / "nothing")
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: not enough memory")
     monkeypatch.setattr(subprocess, "run", lambda *command, **options: failed)
-    with pytest.raises(
-        RuntimeError, match="vitlab.bench .*--batch=9 .*failed: RuntimeError: not enough memory"
-    ):
+    with pytest.raises(RuntimeError, match="vitlab.bench .*--batch=9 .*failed: RuntimeError: not enough memory"):
         bench.memory_mb(vit, batch=9)
 
 

@@ -138,17 +138,11 @@ def test_weights_in_half_precision(model, tmp_path):
     checkpoint.save(model, tmp_path / "full")
     stored = safetensors.torch.load_file(tmp_path / "half" / "model.safetensors")
     own = model.state_dict()
-    assert all(
-        stored[name].dtype == (torch.float16 if t.is_floating_point() else t.dtype) for name, t in own.items()
-    )
+    assert all(stored[name].dtype == (torch.float16 if t.is_floating_point() else t.dtype) for name, t in own.items())
     back = checkpoint.load(tmp_path / "half")
     assert all(t.dtype == own[name].dtype for name, t in back.state_dict().items())
-    assert all(
-        torch.equal(t, own[name].to(stored[name].dtype).to(t.dtype)) for name, t in back.state_dict().items()
-    )
-    assert cost.bytes_disk(back, folder=tmp_path / "half") < 0.65 * cost.bytes_disk(
-        model, folder=tmp_path / "full"
-    )
+    assert all(torch.equal(t, own[name].to(stored[name].dtype).to(t.dtype)) for name, t in back.state_dict().items())
+    assert cost.bytes_disk(back, folder=tmp_path / "half") < 0.65 * cost.bytes_disk(model, folder=tmp_path / "full")
 
 
 def test_half_precision_that_does_not_hold_a_value(vit, tmp_path):
@@ -165,9 +159,7 @@ def test_masks_come_back_exactly(vit, shapes, tmp_path):
     checkpoint.save(vit, tmp_path, masks=masks)
     back = checkpoint.load_masks(tmp_path)
     assert back.keys() == masks.keys()
-    assert all(
-        back[name].dtype == torch.bool and torch.equal(back[name], mask) for name, mask in masks.items()
-    )
+    assert all(back[name].dtype == torch.bool and torch.equal(back[name], mask) for name, mask in masks.items())
     checkpoint.save(vit, tmp_path)  # the next save without masks leaves none behind
     assert checkpoint.load_masks(tmp_path) == {} and not (tmp_path / "masks.safetensors").exists()
 
@@ -234,9 +226,7 @@ def test_tensors_of_another_architecture(vit, swin, tmp_path):
     record = json.loads((tmp_path / "vit" / "model.json").read_text())
     digest = hashlib.sha256((tmp_path / "vit" / "model.safetensors").read_bytes()).hexdigest()
     altered(tmp_path / "vit", sha256=record["sha256"] | {"model.safetensors": digest})
-    with pytest.raises(
-        ValueError, match=r"another architecture than its record: pos_embed is \[1, 16, 32\] by the"
-    ):
+    with pytest.raises(ValueError, match=r"another architecture than its record: pos_embed is \[1, 16, 32\] by the"):
         checkpoint.load(tmp_path / "vit")
 
 
@@ -319,9 +309,7 @@ def test_a_save_that_is_killed_after_one_that_was_killed(vit, swin, tmp_path, mo
 def test_a_folder_that_is_a_file(vit, tmp_path):
     (tmp_path / "taken").write_text("mine")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(
-            OSError, match=r"cannot write the checkpoint folder .*taken.*: choose another folder"
-        ):
+        with pytest.raises(OSError, match=r"cannot write the checkpoint folder .*taken.*: choose another folder"):
             checkpoint.save(vit, folder)
     assert (tmp_path / "taken").read_text() == "mine"
 
@@ -334,8 +322,6 @@ def test_no_permission_to_write(vit, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "write_bytes", refused)
-    with pytest.raises(
-        PermissionError, match=r"cannot write the checkpoint folder .*Permission denied.*choose"
-    ):
+    with pytest.raises(PermissionError, match=r"cannot write the checkpoint folder .*Permission denied.*choose"):
         checkpoint.save(vit, tmp_path)
     assert files_of(tmp_path) == before

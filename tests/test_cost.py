@@ -78,9 +78,7 @@ def test_macs_of_models_with_cut_layers(model, kind):
             assert cost.breakdown(model).set_index("layer").macs[name] % cut(layer, kind).macs == 0
         assert cost.macs(model) == counted(model, 16)
         if kind.get("support") == "entries" and models.view(model).linears([role]):
-            assert (
-                cost.macs(model) > before
-            )  # a sparse part that is stored dense costs more than the dense layer
+            assert cost.macs(model) > before  # a sparse part that is stored dense costs more than the dense layer
 
 
 def test_breakdown_by_hand(vit):
@@ -112,9 +110,7 @@ def test_ideal_macs_leave_out_zeros(model):
     for parameter in model.parameters():
         parameter.fill_(1)
     assert cost.macs(model, ideal=True) == cost.macs(model)  # nothing is zero
-    layers_of = {
-        role: module for role in ("fc1", "head") for module in models.view(model).linears([role]).values()
-    }
+    layers_of = {role: module for role in ("fc1", "head") for module in models.view(model).linears([role]).values()}
     layers_of["fc1"].weight.flatten()[:7] = 0  # the last block's: 16 tokens in the ViT, 2 x 2 in the Swin
     layers_of["head"].weight[0, 0] = 0
     tokens = 16 if models.view(model).kind == "vit" else 4

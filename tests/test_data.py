@@ -497,8 +497,7 @@ def tree_bytes(folder):
 def test_shapes_are_a_function_of_the_seed(tmp_path):
     counts = (3, 1, 2)
     first, again, other = (
-        tree_bytes(data.make_shapes(tmp_path / str(i), per_class=counts, seed=seed))
-        for i, seed in enumerate((0, 0, 1))
+        tree_bytes(data.make_shapes(tmp_path / str(i), per_class=counts, seed=seed)) for i, seed in enumerate((0, 0, 1))
     )
     assert first == again and len(first) == 10 * 6 == len(set(first.values()))
     assert not set(first.values()) & set(other.values())

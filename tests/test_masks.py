@@ -44,9 +44,7 @@ def test_drops_exactly_the_asked_share(shape, sparsity, fill):
         assert masks.keep_largest(score, sparsity=sparsity).equal(reference(score, count))
 
 
-@pytest.mark.parametrize(
-    "fill", [torch.rand, torch.zeros, coarse, lambda *s: -torch.rand(*s).round(decimals=2)]
-)
+@pytest.mark.parametrize("fill", [torch.rand, torch.zeros, coarse, lambda *s: -torch.rand(*s).round(decimals=2)])
 @pytest.mark.parametrize("sparsity", [0.001, 0.3, 0.5, 0.77, 0.999])
 def test_bracket_is_exact(small_pieces, fill, sparsity):
     score = fill(37, 53)
@@ -117,9 +115,7 @@ def test_layers_and_rows_are_ranked_apart(per, fill, sparsity):
 def test_transposed_scores_keep_their_own_order():
     score = coarse(6, 9).T
     assert masks.keep_largest(score, sparsity=0.5).equal(reference(score, 27))
-    assert masks.keep_largest(score, count=2, per="row").equal(
-        masks.keep_largest(score.clone(), count=2, per="row")
-    )
+    assert masks.keep_largest(score, count=2, per="row").equal(masks.keep_largest(score.clone(), count=2, per="row"))
 
 
 @pytest.mark.parametrize("count", [0, 5, 9, 13])
@@ -128,9 +124,7 @@ def test_floor_protects_the_best_of_each_tensor(count, fill):
     # The first tensors are the weakest; the second has fewer than the floor. 13 is the most that can go.
     scores = {str(i): i + fill(n) for i, n in enumerate([4, 1, 6, 3, 8])}
     keep = masks.keep_largest(scores, count=count, floor=2)
-    protected = [
-        torch.where(reference(score, max(len(score) - 2, 0)), torch.inf, score) for score in scores.values()
-    ]
+    protected = [torch.where(reference(score, max(len(score) - 2, 0)), torch.inf, score) for score in scores.values()]
     assert torch.cat(list(keep.values())).equal(reference(torch.cat(protected), count))
 
 

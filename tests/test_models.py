@@ -39,7 +39,9 @@ def test_units_are_counted_per_block(vit):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "resnet18", "swinv2_tiny_window8_256", "maxvit_tiny_tf_224"])
+@pytest.mark.parametrize(
+    "name", ["eva02_tiny_patch14_224", "resnet18", "swinv2_tiny_window8_256", "maxvit_tiny_tf_224"]
+)
 def test_a_model_it_cannot_see_into_is_refused(name):
     import timm
 
@@ -50,7 +52,9 @@ def test_a_model_it_cannot_see_into_is_refused(name):
 
 
 def test_unknown_names_are_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="unknown model 'swin_tiny_patch4_windw7_224', did you mean 'swin_tiny_patch4_window7"):
+    with pytest.raises(
+        ValueError, match="unknown model 'swin_tiny_patch4_windw7_224', did you mean 'swin_tiny_patch4_window7"
+    ):
         models.create("swin_tiny_patch4_windw7_224", num_classes=2)
     view = models.view(models.create("conv_vit", num_classes=2, depth=1))
     with pytest.raises(ValueError, match="unknown role 'fc3', did you mean 'fc"):

@@ -140,9 +140,7 @@ def test_the_same_figure_is_the_same_bytes(rows, tmp_path):
 
 
 def test_tables_are_written_for_machines_and_for_people(tmp_path):
-    frame = pd.DataFrame(
-        {"method": ["heads_svd", "dense"], "top1": [80.123456, np.nan], "macs": [4_000_000, 1]}
-    )
+    frame = pd.DataFrame({"method": ["heads_svd", "dense"], "top1": [80.123456, np.nan], "macs": [4_000_000, 1]})
     plots.save_table(frame, tmp_path / "t", formats={"macs": "{:,}"})
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), frame, check_dtype=False)
     lines = (tmp_path / "t.md").read_text().splitlines()

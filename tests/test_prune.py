@@ -180,9 +180,7 @@ def test_masked_units_are_units_times_zero(model, batch, dropped):
         kept = torch.ones(block.neurons)
         kept[dropped] = 0
         mask = prune.units_to_masks(model, {(block.name, "neurons"): torch.tensor(dropped)})
-        torch.testing.assert_close(
-            masked(model, mask, batch[0]), scaled(model, block.mlp.fc2, kept, batch[0])
-        )
+        torch.testing.assert_close(masked(model, mask, batch[0]), scaled(model, block.mlp.fc2, kept, batch[0]))
 
 
 def test_all_units_of_a_block_can_go_beside_others(model, batch):

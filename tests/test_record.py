@@ -132,9 +132,7 @@ def test_a_run_that_cannot_be_is_refused_and_leaves_nothing(data_root, arguments
 
 def test_no_permission_says_where_and_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(
-        "VITLAB_DATA", str(tmp_path / "file")
-    )  # a file where a folder should be: also for root
+    monkeypatch.setenv("VITLAB_DATA", str(tmp_path / "file"))  # a file where a folder should be: also for root
     with pytest.raises(PermissionError, match="cannot write to .*file.*VITLAB_DATA"):
         record.open_run("demo", "vit")
 
@@ -158,9 +156,7 @@ def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkey
     settings, folder = lab.training(), tmp_path / "checkpoints" / "demo" / "vit"
     monkeypatch.setattr(record, "repository", lambda: tmp_path)
     assert lab.shipped(settings) is None
-    record.write_atomic(
-        folder / "model.json", json.dumps({"extra": {"settings": settings, "values": lab.origin}})
-    )
+    record.write_atomic(folder / "model.json", json.dumps({"extra": {"settings": settings, "values": lab.origin}}))
     assert lab.shipped(settings) == folder
     assert lab.shipped(settings | {"epochs": 1}) is None
     lab.params.data["image_size"] = 64
@@ -240,9 +236,7 @@ def test_a_study_is_read_over_models_and_seeds(lab):
         ("vit", 0): 3,
         ("vit", 1): 3,
     }
-    assert (
-        list(found.history)[:5] == ["study", "model", "seed", "method", "epoch"] and len(found.history) == 12
-    )
+    assert list(found.history)[:5] == ["study", "model", "seed", "method", "epoch"] and len(found.history) == 12
     assert set(found.tables) == {"heads", "data"} and len(found.tables.heads) == 6
     assert found.tables.heads.notna().all(axis=None)
     assert len(record.read_study("demo", override={"train.epochs": 1}).results) == 1
@@ -250,9 +244,7 @@ def test_a_study_is_read_over_models_and_seeds(lab):
     assert len(lab.load_history("1_train")) == 4
 
 
-def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_not(
-    data_root, monkeypatch, tmp_path
-):
+def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_not(data_root, monkeypatch, tmp_path):
     assert (
         record.open_run("demo", override={"train.epochs": 1}).figures
         == data_root / "runs" / "demo+train.epochs=1" / "figures"

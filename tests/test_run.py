@@ -116,9 +116,7 @@ def test_a_notebook_is_found_by_number_name_and_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("3", "3_global_pruning", "3_global_pruning.ipynb", "notebooks/3_global_pruning.ipynb", made):
         assert run.find_notebook(name) == made
-    with pytest.raises(
-        ValueError, match="unknown notebook '3_globl_pruning', did you mean '3_global_pruning'"
-    ):
+    with pytest.raises(ValueError, match="unknown notebook '3_globl_pruning', did you mean '3_global_pruning'"):
         run.find_notebook("3_globl_pruning")
 
 
@@ -141,18 +139,14 @@ def start(path, *arguments):
 
 
 def test_two_notebooks_at_once_one_of_which_fails(tmp_path, data_root):
-    shown = (
-        "import os, sys\nprint(sys.executable, seed, lab.params.train.epochs, os.environ['VITLAB_HEADLESS'])"
-    )
+    shown = "import os, sys\nprint(sys.executable, seed, lab.params.train.epochs, os.environ['VITLAB_HEADLESS'])"
     fine = notebook(
         tmp_path / "fine.ipynb",
         OPEN,
         shown,
         "lab.save_table('x', __import__('pandas').DataFrame({'a': [1]}))",
     )
-    bad = notebook(
-        tmp_path / "bad.ipynb", OPEN, "# looks for it\nlab.need('dense', '1_train')", "print('never')"
-    )
+    bad = notebook(tmp_path / "bad.ipynb", OPEN, "# looks for it\nlab.need('dense', '1_train')", "print('never')")
     before = fine.read_bytes(), bad.read_bytes()
     good = start(fine, "--model", "swin", "--seed", "3", "--set", "train.epochs=7")
     failing = start(bad)
@@ -244,9 +238,7 @@ def test_make_says_why_it_cannot_install(tmp_path, pretend, words):
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(record.repository() / name, tmp_path)
     python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\nexec {sys.executable} -c "import sys; {pretend}; exec(sys.argv[1])" "$2"\n'
-    )
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; {pretend}; exec(sys.argv[1])" "$2"\n')
     python.chmod(0o755)
     done = subprocess.run(["make", "demo", f"PY={python}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and re.search(words, done.stderr + done.stdout)

@@ -55,9 +55,7 @@ def test_row_gates_equal_brute_force(model, batch):
     for name, layer in linears.items():
         gradients = brute_force(model, batch, layer, layer.out_features, output=True)
         torch.testing.assert_close(found["taylor"][name], gradients.abs().mean(0), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(
-            found["fisher"][name], gradients.square().mean(0) / 2, rtol=1e-4, atol=1e-7
-        )
+        torch.testing.assert_close(found["fisher"][name], gradients.square().mean(0) / 2, rtol=1e-4, atol=1e-7)
 
 
 def test_a_convolutions_rows_are_its_filters(vit, batch):
@@ -114,9 +112,7 @@ def test_row_magnitude_and_gradient_equal_their_definitions(model, batch):
     for name, layer in models.view(model).linears().items():
         own = list(layer.parameters())  # weight and, but for Swin's merging, bias
         gradients = [torch.autograd.grad(cross_entropy(model(x), y), own) for x, y in batches]
-        mean = [
-            torch.stack(g).abs().mean(0).view(layer.out_features, -1) for g in zip(*gradients, strict=True)
-        ]
+        mean = [torch.stack(g).abs().mean(0).view(layer.out_features, -1) for g in zip(*gradients, strict=True)]
         torch.testing.assert_close(found["gradient"][name], torch.cat(mean, 1).mean(1), rtol=1e-4, atol=1e-8)
         rows = torch.cat([p.detach().view(layer.out_features, -1) for p in own], 1)
         torch.testing.assert_close(found["magnitude"][name], rows.norm(dim=1))
@@ -127,12 +123,8 @@ def test_unit_magnitude_counts_all_that_goes(model):
     for block in models.view(model).blocks:
         heads, size = block.num_heads, block.head_dim
         qkv, proj, fc1, fc2 = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
-        gone = [
-            slice(part * heads * size + size, part * heads * size + 2 * size) for part in range(3)
-        ]  # head 1
-        parts = (
-            [qkv.weight[s] for s in gone] + [qkv.bias[s] for s in gone] + [proj.weight[:, size : 2 * size]]
-        )
+        gone = [slice(part * heads * size + size, part * heads * size + 2 * size) for part in range(3)]  # head 1
+        parts = [qkv.weight[s] for s in gone] + [qkv.bias[s] for s in gone] + [proj.weight[:, size : 2 * size]]
         norm = torch.cat([part.flatten() for part in parts]).norm()
         torch.testing.assert_close(found[block.name, "heads"][1], norm.detach())
         norm = torch.cat([fc1.weight[5], fc1.bias[5:6], fc2.weight[:, 5]]).norm()
@@ -158,9 +150,7 @@ def test_one_layer_by_hand():
     batch = torch.ones(2, 2), torch.tensor([0, 1])
     s = 1 / (1 + torch.tensor(-2.0).exp())
     single = [(batch[0][:1], batch[1][:1]), (batch[0][1:], batch[1][1:])]
-    found = scores.weights(
-        OneLayer(), single, criteria=["gradient", "taylor", "fisher"], parameters=["layer.weight"]
-    )
+    found = scores.weights(OneLayer(), single, criteria=["gradient", "taylor", "fisher"], parameters=["layer.weight"])
     mean, square = ((1 - s) + s) / 2, ((1 - s) ** 2 + s**2) / 2
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     torch.testing.assert_close(found["gradient"]["layer.weight"], mean.expand(2, 2).clone())
@@ -174,9 +164,7 @@ def test_one_layer_by_hand():
     torch.testing.assert_close(found["taylor"]["layer"], mean.expand(2).clone())
     torch.testing.assert_close(found["fisher"]["layer"], (square / 2).expand(2).clone())
     torch.testing.assert_close(found["gradient"]["layer"], (s - 0.5).expand(2).clone())
-    found = scores.grams(
-        OneLayer(), [(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), None)], layers=["layer"], affine=True
-    )
+    found = scores.grams(OneLayer(), [(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), None)], layers=["layer"], affine=True)
     assert found["layer"].tolist() == [[5, 1, 2], [1, 2, 1], [2, 1, 1]]
 
 
@@ -251,9 +239,7 @@ def test_random_needs_a_seed_and_no_data(model):
 
 
 def test_labels_of_the_model(vit, batch):
-    drawn = [
-        scores.units(vit, [batch], criteria="fisher", labels="model", seed=s)["fisher"] for s in (0, 0, 1)
-    ]
+    drawn = [scores.units(vit, [batch], criteria="fisher", labels="model", seed=s)["fisher"] for s in (0, 0, 1)]
     key = ("blocks.0", "heads")
     assert drawn[0][key].equal(drawn[1][key])
     assert not drawn[0][key].equal(drawn[2][key])
@@ -261,9 +247,7 @@ def test_labels_of_the_model(vit, batch):
     vit.head.weight.data.zero_()
     vit.head.bias.data = torch.tensor([0.0, 90.0, 0.0])
     sure = scores.weights(vit, [batch], criteria="gradient", labels="model", parameters=["head.bias"])
-    true = scores.weights(
-        vit, [(batch[0], torch.ones(6).long())], criteria="gradient", parameters=["head.bias"]
-    )
+    true = scores.weights(vit, [(batch[0], torch.ones(6).long())], criteria="gradient", parameters=["head.bias"])
     assert sure["gradient"]["head.bias"].equal(true["gradient"]["head.bias"])
 
 

@@ -129,7 +129,7 @@ def test_distillation_from_itself_leaves_the_model_alone(vit):
     # Batch norm statistics move in train mode whatever the loss is; frozen, the distance to itself is zero.
     for module in vit.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.train = lambda mode=True: module
+            module.train = lambda mode=True, module=module: module
     history = train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, teacher=teacher, teacher_share=1.0, **options)
     assert history.train_loss.iloc[0] == pytest.approx(0, abs=1e-4)
 

@@ -159,9 +159,7 @@ def _memory_here(folder, *, image_size, batch, precision, device, threads):
         layer.eval()(nn.Conv2d(3, 32, 4, 4)(torch.zeros(2, 3, 16, 16)).flatten(2).mT)
     before = psutil.Process().memory_info().rss
     model, images = _ready(checkpoint.load(folder), image_size, batch, precision, torch.device(device))
-    with contextlib.suppress(
-        OSError
-    ):  # Linux only: forget the peak of loading, which holds the weights twice
+    with contextlib.suppress(OSError):  # Linux only: forget the peak of loading, which holds the weights twice
         Path("/proc/self/clear_refs").write_text("5")
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -172,9 +170,7 @@ def _memory_here(folder, *, image_size, batch, precision, device, threads):
 
 def _peak_resident():
     """Highest resident memory of this process in bytes."""
-    status = Path(
-        "/proc/self/status"
-    )  # Linux: ru_maxrss would start from the peak of the process that started this
+    status = Path("/proc/self/status")  # Linux: ru_maxrss would start from the peak of the process that started this
     if status.exists() and (line := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return 1024 * int(line[1])
     import resource

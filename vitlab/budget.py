@@ -65,7 +65,9 @@ def plan(model, unit_scores, *, macs, kinds=("heads", "neurons"), multiple=8, im
 
 def _unit_macs(table):
     """{(block, kind): MACs of all its heads, or of all its neurons, together}."""
-    kind = table.role.map({"qkv": "heads", "qk": "heads", "av": "heads", "proj": "heads"} | dict.fromkeys(("fc1", "fc2"), "neurons"))
+    kind = table.role.map(
+        {"qkv": "heads", "qk": "heads", "av": "heads", "proj": "heads"} | dict.fromkeys(("fc1", "fc2"), "neurons")
+    )
     return table.groupby(["block", kind]).macs.sum().to_dict()
 
 

@@ -414,9 +414,7 @@ def _find_tree(folder: Path, *, name: str, description: str, leave: tuple[str, .
         if strange := set(_folders(folder / part)) - set(leave) ^ set(classes):
             raise ValueError(f"{folder / part}: class folders differ from train/ in {sorted(strange)}")
         numbers = {name: i for i, name in enumerate(classes)}
-        files = datasets.folder.make_dataset(
-            folder / part, numbers, datasets.folder.IMG_EXTENSIONS, allow_empty=True
-        )
+        files = datasets.folder.make_dataset(folder / part, numbers, datasets.folder.IMG_EXTENSIONS, allow_empty=True)
         paths += [Path(path) for path, _ in files]
         labels += (mine := [label for _, label in files])
         given += [part] * len(files)

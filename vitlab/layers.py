@@ -64,9 +64,7 @@ class LowRankSparseLinear(nn.Module):
     the matrix.
     """
 
-    def __init__(
-        self, in_features, out_features, *, rank, support, count, bias=True, device=None, dtype=None
-    ):
+    def __init__(self, in_features, out_features, *, rank, support, count, bias=True, device=None, dtype=None):
         super().__init__()
         m, n = out_features, in_features
         most = dict(zip(SUPPORTS, (m * n, m, n), strict=True))

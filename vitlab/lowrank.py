@@ -78,9 +78,7 @@ def support_mask(score, count, *, support="entries"):
         raise ValueError(f"unknown support {support!r}; supports are {', '.join(groups)}")
     total = groups[support].flatten()
     if not 0 <= count <= len(total):
-        raise ValueError(
-            f"count of {support} in a {list(score.shape)} matrix is in [0, {len(total)}]; got {count}"
-        )
+        raise ValueError(f"count of {support} in a {list(score.shape)} matrix is in [0, {len(total)}]; got {count}")
     if not count:
         return torch.zeros_like(score, dtype=torch.bool)
     threshold = total.kthvalue(len(total) - count + 1).values
@@ -169,9 +167,7 @@ def regression(gram, columns, *, damping=1e-4):
 def _checked(weight, gram):
     """weight and gram (None: identity) as float64, or ValueError for shapes and values that no layer has."""
     if weight.ndim != 2 or not weight.isfinite().all():
-        raise ValueError(
-            f"weight must be a finite matrix [m, n]; got shape {list(weight.shape)} or NaN or inf in it"
-        )
+        raise ValueError(f"weight must be a finite matrix [m, n]; got shape {list(weight.shape)} or NaN or inf in it")
     n = weight.shape[1]
     if gram is None:
         return weight.detach().double(), torch.eye(n, dtype=torch.float64, device=weight.device)
@@ -184,9 +180,7 @@ def _checked(weight, gram):
 
 def _check_count(weight, count, support):
     if count < 1:
-        raise ValueError(
-            f"count must be at least 1 of the {support} of a {list(weight.shape)} matrix; got {count}"
-        )
+        raise ValueError(f"count must be at least 1 of the {support} of a {list(weight.shape)} matrix; got {count}")
 
 
 def _check_rank(weight, rank):
@@ -205,7 +199,7 @@ def _objective(residual, gram):
 def _root(gram, damping=1e-9):
     """S and S^-T with S S^T = gram, damped so that directions never seen still have an inverse."""
     values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp_min(damping * values[-1].clamp_min(1e-300))
+    values = values.clamp_min(damping * values[-1].item() or 1.0)
     return vectors * values.sqrt(), vectors / values.sqrt()
 
 
@@ -267,7 +261,7 @@ def _pursue(target, sparse, mask, gram, *, count, support, steps, tolerance):
     target, x, gram = target * scale, sparse * scale, gram / scale / scale[:, None]
     gradient = (target - x) @ gram
     history = [((target - x) * gradient).sum().item()]
-    step, least = 4.0, 0.5 / gram.abs().sum(1).max().item()  # 0.5 / its largest eigenvalue, or less
+    step, least = 8.0, 0.5 / gram.abs().sum(1).max().item()  # 0.5 / its largest eigenvalue, or less
     for _ in range(steps):
         while step > least:
             ahead = x + step * gradient

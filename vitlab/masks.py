@@ -37,9 +37,7 @@ def keep_largest(scores, *, sparsity=None, count=None, per="global", floor=0):
             size = score.shape[-1]
             dropped = to_drop(size, sparsity, count)
             if size - dropped < min(floor, size):
-                raise ValueError(
-                    f"rows of {name} keep {size - dropped} of {size}, below the floor of {floor}"
-                )
+                raise ValueError(f"rows of {name} keep {size - dropped} of {size}, below the floor of {floor}")
             masks[name] = drop_in_rows(score, dropped)
     else:
         raise ValueError(f'per must be "global", "layer" or "row"; got {per!r}')
@@ -84,12 +82,8 @@ def pieces(score):
 
 def check(scores):
     """Raise ValueError for {name: scores} that hold NaN, no floats, or floats of several precisions."""
-    if len({score.dtype for score in scores.values()}) > 1 or not all(
-        map(torch.is_floating_point, scores.values())
-    ):
-        raise ValueError(
-            f"scores must be floats of one dtype; got { {n: s.dtype for n, s in scores.items()} }"
-        )
+    if len({score.dtype for score in scores.values()}) > 1 or not all(map(torch.is_floating_point, scores.values())):
+        raise ValueError(f"scores must be floats of one dtype; got { {n: s.dtype for n, s in scores.items()} }")
     for name, score in scores.items():
         for piece in pieces(score):
             # A sum finds out in one read; only if it is not finite, look closer.

@@ -101,9 +101,9 @@ SMALL = {
 
 
 def nearest(name, known):
-    """Words for an error: ', did you mean X?' with the nearest of known, or nothing if none is near."""
+    """Words for an error: ', did you mean X?' with the nearest of known, or '.' if none is near."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f", did you mean {close[0]!r}?" if close else "."
 
 
 def create(name, *, num_classes, image_size=None, pretrained=False, weights=None, **options):

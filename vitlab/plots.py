@@ -95,8 +95,7 @@ def looks(names):
     """{name: color and marker} in the order of names; dense is grey in every figure."""
     others = [name for name in dict.fromkeys(names) if name != "dense"]
     chosen = {
-        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, name in enumerate(others)
+        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(others)
     }
     return {"dense": DENSE, **chosen}
 

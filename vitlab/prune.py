@@ -85,8 +85,7 @@ class Holder:
                 wrong = int(parameter[~self.alive[name]].count_nonzero())
                 if wrong:
                     raise RuntimeError(
-                        f"{wrong} pruned weights of {name} are not zero: "
-                        "call Holder.step after every optimizer step"
+                        f"{wrong} pruned weights of {name} are not zero: call Holder.step after every optimizer step"
                     )
 
 
@@ -107,8 +106,7 @@ def rows_to_masks(model, rows):
             count = len(parameters["weight"])
             if keep.dtype != torch.bool or keep.shape != (count,):
                 raise ValueError(
-                    f"{layer} needs a bool mask of its {count} rows; "
-                    f"got {keep.dtype} of shape {tuple(keep.shape)}"
+                    f"{layer} needs a bool mask of its {count} rows; got {keep.dtype} of shape {tuple(keep.shape)}"
                 )
             for part, parameter in parameters.items():
                 column = keep.to(parameter.device).view(-1, *[1] * (parameter.dim() - 1))
@@ -155,9 +153,7 @@ def units_to_masks(model, drop):
     view, masks = models.view(model), {}
     for (name, kind), indices in drop.items():
         if kind not in ("heads", "neurons", "rows"):
-            raise ValueError(
-                f"unknown kind of unit {kind!r}{models.nearest(kind, ('heads', 'neurons', 'rows'))}"
-            )
+            raise ValueError(f"unknown kind of unit {kind!r}{models.nearest(kind, ('heads', 'neurons', 'rows'))}")
         if kind == "rows":
             keep = kept(indices, len(own_parameters(model, name)["weight"]), name=f"rows of {name}")
             parts = rows_to_masks(model, {name: keep})

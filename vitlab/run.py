@@ -41,9 +41,7 @@ def parameters_of(path):
     cells = json.loads(Path(path).read_text())["cells"]
     tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
-        raise ValueError(
-            f"{Path(path).name} has {len(tagged)} cells tagged `parameters`; it needs exactly one"
-        )
+        raise ValueError(f"{Path(path).name} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
     defaults = {}
     for line in ast.parse("".join(tagged[0]["source"])).body:
         try:

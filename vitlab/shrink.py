@@ -96,9 +96,7 @@ def compress(
         budget = int((1 - ratio) * m * n + 1e-6)  # 1 - 0.9 is a little less than 0.1
         rank, count = _plan(m, n, budget, method=method, support=support, kappa=kappa, multiple=multiple)
         if rank + count == 0:
-            raise ValueError(
-                f"ratio {ratio} leaves nothing of {name} [{m}, {n}] by {method!r}; give a lower one"
-            )
+            raise ValueError(f"ratio {ratio} leaves nothing of {name} [{m}, {n}] by {method!r}; give a lower one")
         fit = _fit(weight, gram, rank=rank, count=count, method=method, support=support, whiten=whiten)
         if count:
             parts = {"sparse": fit.sparse, "mask": fit.mask, "support": support}
@@ -147,9 +145,7 @@ def rebuild(model, structure):
     known = view.linears(EVERY_ROLE)
     for name, config in structure["layers"].items():
         if name not in known:
-            raise ValueError(
-                f"{type(model).__name__} has no linear layer {name!r}{models.nearest(name, known)}"
-            )
+            raise ValueError(f"{type(model).__name__} has no linear layer {name!r}{models.nearest(name, known)}")
         weight = known[name].weight
         _put(model, name, layers.build(config, device=weight.device, dtype=weight.dtype))
     return model
@@ -179,28 +175,18 @@ def _checked_drop(view, drop):
         integer = indices.dtype != torch.bool and not indices.is_floating_point()
         size = sizes[key]
         if not integer or indices.min() < 0 or indices.max() >= size or len(indices.unique()) < len(indices):
-            raise ValueError(
-                f"{key}: give distinct indices in [0, {size}) of what goes; got {indices.tolist()}"
-            )
+            raise ValueError(f"{key}: give distinct indices in [0, {size}) of what goes; got {indices.tolist()}")
         key = _as_neurons(view, key)
         gone[key] = torch.cat([gone.get(key, indices[:0]), indices]).cpu().long().unique()
         if len(gone[key]) == size:
-            raise ValueError(
-                f"{key}: all {size} would go; keep at least one (masks.keep_largest takes a floor)"
-            )
+            raise ValueError(f"{key}: all {size} would go; keep at least one (masks.keep_largest takes a floor)")
     if not gone:
         raise ValueError("drop removes nothing; give indices of at least one unit")
     for name, kind in gone:
         if kind != "rows":
             part = view.block(name).attn if kind == "heads" else view.block(name).mlp
-            if any(
-                len(list(child.parameters()))
-                for word, child in part.named_children()
-                if word in ("norm", "gate")
-            ):
-                raise ValueError(
-                    f"{name}: {kind} share a norm or gate, which vitlab cannot cut; mask them instead"
-                )
+            if any(len(list(child.parameters())) for word, child in part.named_children() if word in ("norm", "gate")):
+                raise ValueError(f"{name}: {kind} share a norm or gate, which vitlab cannot cut; mask them instead")
     return dict(sorted(gone.items(), key=lambda item: item[0][1] != "rows"))
 
 
@@ -283,14 +269,10 @@ def _check_request(*, ratio, method, support, grams, kappa):
 def _fitting(tensors, name, shape):
     """tensors[name] if it is there and of that shape, or ValueError."""
     if name not in tensors:
-        raise ValueError(
-            f"grams has nothing for {name!r}{models.nearest(name, tensors)}; scores.grams makes it"
-        )
+        raise ValueError(f"grams has nothing for {name!r}{models.nearest(name, tensors)}; scores.grams makes it")
     given = list(tensors[name].shape)
     if given != list(shape):
-        raise ValueError(
-            f"gram of {name} is {given}, not {list(shape)}: take scores.grams of the model as it is now"
-        )
+        raise ValueError(f"gram of {name} is {given}, not {list(shape)}: take scores.grams of the model as it is now")
     return tensors[name]
 
 

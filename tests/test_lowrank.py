@@ -1,0 +1,250 @@
+"""Low rank and sparse fits: optimal where an optimum is known, falling objectives where it is not."""
+
+import pytest
+import torch
+
+from vitlab import lowrank
+
+SHAPES = [(1, 5), (5, 1), (6, 6), (24, 10), (10, 24)]
+
+
+def problem(m, n, *, tokens=200, seed=0):
+    """A weight and the gram of correlated inputs of very different sizes, as activations are."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=generator)
+    inputs = torch.randn(tokens, n, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    inputs = inputs @ mixing * torch.logspace(-1, 1, n, dtype=torch.float64)
+    return weight, inputs.T @ inputs / tokens
+
+
+def falls(history):
+    return all(after <= before for before, after in zip(history, history[1:], strict=False))
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("share", [0.2, 0.5, 1])
+def test_svd_is_torchs_optimum(m, n, share):
+    weight, _ = problem(m, n)
+    rank = max(1, round(share * min(m, n)))
+    u, v = lowrank.svd(weight, rank)
+    assert u.shape == (m, rank) and v.shape == (rank, n) and u.dtype == weight.dtype
+    cut = torch.linalg.svdvals(weight.double())[rank:].square().sum().item()
+    assert lowrank.objective(weight, u @ v) == pytest.approx(cut, rel=1e-6, abs=1e-10 * weight.square().sum().item())
+    torch.testing.assert_close(u.norm(dim=0), v.norm(dim=1))  # sqrt(sigma) on either side
+    assert falls(u.norm(dim=0).tolist())
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("share", [0.2, 0.5, 1])
+def test_whitened_svd_loses_the_singular_values_it_cuts(m, n, share):
+    weight, gram = problem(m, n)
+    rank = max(1, round(share * min(m, n)))
+    u, v = lowrank.svd(weight.double(), rank, gram=gram)
+    half = torch.linalg.cholesky(gram)
+    cut = torch.linalg.svdvals(weight.double() @ half)[rank:].square().sum().item()
+    total = lowrank.objective(weight, torch.zeros_like(weight), gram)
+    assert lowrank.objective(weight.double(), u @ v, gram) == pytest.approx(cut, rel=1e-6, abs=1e-8 * total)
+    plain = lowrank.objective(weight, torch.matmul(*lowrank.svd(weight, rank)), gram)
+    assert cut <= plain + 1e-6 * total
+
+
+@pytest.mark.parametrize("m, n", [(24, 10), (10, 24)])
+def test_whitened_svd_with_fewer_tokens_than_inputs(m, n):
+    weight, gram = problem(m, n, tokens=5)
+    u, v = lowrank.svd(weight, 5, gram=gram)  # rank 5 holds all that was seen
+    assert lowrank.objective(weight, u @ v, gram) < 1e-6 * lowrank.objective(weight, 0 * weight, gram)
+    assert (u @ v).isfinite().all() and (u @ v).norm() < 100 * weight.norm()
+
+
+def test_zero_weight_and_zero_gram_stay_finite():
+    zeros, weight = torch.zeros(6, 4), problem(6, 4)[0]
+    for fitted in (lowrank.svd(zeros, 2), lowrank.svd(weight, 2, gram=torch.zeros(4, 4))):
+        assert all(part.isfinite().all() for part in fitted)
+    fit = lowrank.iht(weight, torch.zeros(4, 4), 5)
+    assert fit.weight.isfinite().all() and fit.mask.sum() == 5 and fit.objectives[-1] == 0
+
+
+def test_ranks():
+    assert lowrank.break_even_rank(128, 128) == 64
+    assert lowrank.break_even_rank(384, 128) == 96  # qkv: 75 % of the full rank
+    assert lowrank.rank_for(128, 128, 0.5) == 32
+    assert lowrank.rank_for(128, 128, 0.49) == 24  # 31 rounded down to a multiple of 8
+    assert lowrank.rank_for(128, 128, 0.49, multiple=1) == 31
+    assert lowrank.rank_for(24, 24, 0.5) == 6  # below one multiple
+    assert lowrank.rank_for(128, 128, 0) == lowrank.rank_for(4, 4, 0.1) == 0
+    assert lowrank.rank_for(128, 128, 1, multiple=1) == 63  # the break-even rank saves nothing
+    with pytest.raises(ValueError, match="not a percentage; got 50"):
+        lowrank.rank_for(128, 128, 50)
+
+
+@pytest.mark.parametrize("support, total", [("entries", 60), ("rows", 5), ("columns", 12)])
+@pytest.mark.parametrize("fill", [torch.rand, torch.zeros, lambda *shape: torch.rand(shape).round(decimals=1)])
+def test_supports_are_exact_and_hold_the_largest(support, total, fill):
+    score = fill(5, 12)
+    groups = {"entries": score.flatten(), "rows": score.sum(1), "columns": score.sum(0)}[support]
+    for count in (0, 1, total // 2, total - 1, total):
+        mask = lowrank.support_mask(score, count, support=support)
+        assert mask.shape == (5, 12) and mask.sum() == count * 60 // total
+        chosen = {"entries": mask.flatten(), "rows": mask.all(1), "columns": mask.all(0)}[support]
+        assert chosen.sum() == count
+        if 0 < count < total:
+            assert groups[chosen].min() >= groups[~chosen].max()
+
+
+def test_ties_keep_the_last_in_memory():
+    mask = lowrank.support_mask(torch.ones(2, 3), 2)
+    assert mask.tolist() == [[False, False, False], [False, True, True]]
+
+
+def test_project_by_hand():
+    weight = torch.tensor([[3.0, -4.0], [0.0, 4.5]])
+    assert lowrank.project(weight, 2).tolist() == [[0, -4], [0, 4.5]]
+    assert lowrank.project(weight, 1, support="rows").tolist() == [[3, -4], [0, 0]]
+    assert lowrank.project(weight, 1, support="columns").tolist() == [[0, -4], [0, 4.5]]
+
+
+@pytest.mark.parametrize("m, n", [(24, 10), (10, 24), (16, 16)])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("support", ["entries", "columns"])
+def test_iht_falls_strictly_below_magnitude_pruning(m, n, share, support):
+    weight, gram = problem(m, n)
+    count = max(1, round(share * (m * n if support == "entries" else n)))
+    fit = lowrank.iht(weight, gram, count, support=support)
+    magnitude = lowrank.objective(weight, lowrank.project(weight, count, support=support), gram)
+    assert fit.start == pytest.approx(magnitude) and fit.objectives[0] == fit.start
+    assert falls(fit.objectives) and fit.objectives[-1] < 0.999 * fit.start
+    assert len(fit.objectives) > 3 or count == 1  # more than one step, but where one column is all
+    assert lowrank.objective(weight, fit.weight, gram) == pytest.approx(fit.objectives[-1], rel=1e-3)
+    assert fit.mask.sum() == count * (1 if support == "entries" else m)
+    assert fit.sparse[~fit.mask].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("count", [1, 5, 23])
+def test_iht_on_rows_is_the_best_choice_of_rows(count):
+    weight, gram = problem(24, 10)
+    fit = lowrank.iht(weight, gram, count, support="rows")
+    energy = (weight.double() @ gram * weight).sum(1).sort().values
+    assert fit.objectives[-1] == pytest.approx(energy[: 24 - count].sum().item())
+    assert fit.mask.sum() == 10 * count and torch.equal(fit.weight[fit.mask], weight[fit.mask])
+    assert falls(fit.objectives)
+
+
+def test_iht_finds_the_best_support_of_one_row_by_brute_force():
+    weight, gram = problem(1, 8)
+    fit = lowrank.iht(weight, gram, 3)
+
+    def least(kept):
+        kept = list(kept)
+        solved = torch.zeros(1, 8, dtype=torch.float64)
+        solved[:, kept] = torch.linalg.solve(gram[kept][:, kept], (weight.double() @ gram)[:, kept].T).T
+        return lowrank.objective(weight, solved, gram)
+
+    values = sorted(least(kept) for kept in torch.combinations(torch.arange(8), 3).tolist())
+    assert values[0] * (1 - 1e-6) <= fit.objectives[-1] <= values[5]  # among the best tenth of the 56
+
+
+@pytest.mark.parametrize("scale", [1, 0.01])
+@pytest.mark.parametrize("count", [1, 100, 239])
+def test_iht_without_activations_is_magnitude_pruning(scale, count):
+    weight, _ = problem(10, 24)
+    fit = lowrank.iht(weight, scale * torch.eye(24), count)
+    assert torch.equal(fit.weight, lowrank.project(weight, count))
+    assert fit.objectives[-1] == fit.start
+
+
+def test_iht_under_a_diagonal_gram_ranks_by_weight_times_input():
+    weight, gram = problem(10, 24)
+    diagonal = torch.diag(gram.diagonal())
+    fit = lowrank.iht(weight, diagonal, 50)
+    score = weight.double().square() * gram.diagonal()
+    assert torch.equal(fit.mask, lowrank.support_mask(score, 50))
+    torch.testing.assert_close(fit.weight, weight * fit.mask)
+
+
+def test_iht_keeping_all_is_the_weight():
+    weight, gram = problem(10, 24)
+    for support, count in (("entries", 240), ("rows", 10), ("columns", 24)):
+        fit = lowrank.iht(weight, gram, count, support=support)
+        assert torch.equal(fit.weight, weight) and fit.objectives[-1] == 0
+
+
+@pytest.mark.parametrize("m, n", [(24, 10), (10, 24)])
+@pytest.mark.parametrize("support, count", [("entries", 60), ("rows", 3), ("columns", 3)])
+def test_low_rank_plus_sparse_never_rises_and_beats_its_halves(m, n, support, count):
+    weight, gram = problem(m, n)
+    fit = lowrank.low_rank_plus_sparse(weight, gram, 2, count, support=support)
+    assert falls(fit.objectives) and len(fit.objectives) > 3
+    assert fit.u.shape == (m, 2) and fit.v.shape == (2, n)
+    assert fit.mask.sum() == count * {"entries": 1, "rows": n, "columns": m}[support]
+    assert fit.sparse[~fit.mask].count_nonzero() == 0
+    assert lowrank.objective(weight, fit.weight, gram) == pytest.approx(fit.objectives[-1], rel=1e-3)
+    low = lowrank.objective(weight, torch.matmul(*lowrank.svd(weight, 2, gram=gram)), gram)
+    assert fit.objectives[-1] < min(low, lowrank.iht(weight, gram, count, support=support).objectives[-1])
+
+
+def test_low_rank_plus_sparse_recovers_what_is_both():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 2, generator=generator) @ torch.randn(2, 30, generator=generator)
+    spikes = torch.randperm(600, generator=generator)[:20]
+    weight.view(-1)[spikes] += 50
+    fit = lowrank.low_rank_plus_sparse(weight, torch.eye(30), 2, 20)
+    assert fit.objectives[-1] < 1e-6 * weight.square().sum()
+    assert fit.mask.view(-1)[spikes].all()
+
+
+def test_thresholding_the_product_destroys_its_rank():
+    weight, _ = problem(10, 24)
+    product = lowrank.threshold_product(weight, 3, 60)
+    assert product.count_nonzero() == 60
+    assert torch.linalg.matrix_rank(product) > 3
+    assert lowrank.objective(weight, product) > lowrank.objective(weight, lowrank.project(weight, 60))
+
+
+def test_regression_is_least_squares():
+    weight, gram = problem(10, 24, tokens=500)
+    columns = [0, 3, 4, 9, 20]
+    transfer = lowrank.regression(gram, columns, damping=0)
+    assert torch.equal(transfer[columns], torch.eye(5, dtype=torch.float64))
+    best = lowrank.objective(weight, weight.double() @ transfer @ torch.eye(24).double()[columns], gram)
+    kept = weight.double() * torch.eye(24)[columns].sum(0)
+    assert best < lowrank.objective(weight, kept, gram)
+    gradient = (weight.double() - weight.double() @ transfer @ torch.eye(24).double()[columns]) @ gram
+    assert gradient[:, columns].abs().max() < 1e-6 * gradient.abs().max()
+
+
+def test_objective_by_hand():
+    weight = torch.tensor([[1.0, 2.0]])
+    gram = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    assert lowrank.objective(weight, torch.zeros(1, 2)) == 5
+    assert lowrank.objective(weight, torch.zeros(1, 2), gram) == 2 + 4 + 12
+
+
+def test_errors_say_what_is_allowed():
+    weight, gram = problem(10, 24)
+    broken = weight.clone()
+    broken[0, 0] = torch.nan
+    for call in (
+        lambda: lowrank.svd(broken, 2),
+        lambda: lowrank.iht(broken, gram, 5),
+        lambda: lowrank.low_rank_plus_sparse(broken, gram, 2, 5),
+        lambda: lowrank.project(broken, 5),
+        lambda: lowrank.iht(weight[0], gram, 5),
+    ):
+        with pytest.raises(ValueError, match="finite matrix"):
+            call()
+    with pytest.raises(ValueError, match="gram has NaN"):
+        lowrank.svd(weight, 2, gram=gram * torch.nan)
+    with pytest.raises(ValueError, match=r"gram must be \[24, 24\]"):
+        lowrank.iht(weight, gram[:10, :10], 5)
+    for rank in (0, 11):
+        with pytest.raises(ValueError, match=r"in \[1, 10\]"):
+            lowrank.svd(weight, rank)
+        with pytest.raises(ValueError, match=r"in \[1, 10\]"):
+            lowrank.low_rank_plus_sparse(weight, gram, rank, 5)
+    with pytest.raises(ValueError, match=r"in \[0, 240\]; got 241"):
+        lowrank.iht(weight, gram, 241)
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        lowrank.iht(weight, gram, 0)
+    with pytest.raises(ValueError, match="unknown support 'blocks'"):
+        lowrank.iht(weight, gram, 5, support="blocks")
