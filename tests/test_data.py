@@ -541,3 +541,11 @@ def test_real_images_are_found_and_split(name, place, sizes, classes):
     assert len(found.classes) == classes and "BACKGROUND_Google" not in found.classes
     for rows in parts.values():
         assert len(np.unique(found.labels[rows])) == classes
+
+
+def test_a_trial_takes_a_stratified_few_of_each_split(tmp_path):
+    data.make_shapes(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
+    whole = data.load(tmp_path / "tree", root=tmp_path, image_size=16)
+    few = data.load(tmp_path / "tree", root=tmp_path, image_size=16, images=20)
+    assert [len(split) for split in (few.train, few.val, few.test)] == [20, 20, 20]
+    assert set(torch.bincount(few.train.labels).tolist()) <= {1, 2, 3} and len(whole.train) == 60

@@ -2,6 +2,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from vitlab import plots
 
@@ -160,3 +161,32 @@ def test_a_caption_says_where_numbers_come_from():
     text = plots.caption(pd.DataFrame([row, row | {"model": "swin", "date": "2026-01-01T00:00:00Z"}]))
     for part in ("demo", "vit, swin", "a CPU", "abc+dirty", "2026-01-02"):
         assert part in text
+
+
+def test_image_grid_shows_every_class_once_or_the_batch():
+    class Split:
+        labels = torch.tensor([2, 0, 1, 0])
+        store, indices = np.zeros((9, 8, 8, 3), dtype=np.uint8), np.array([5, 6, 7, 8])
+
+    figure = plots.image_grid(Split(), classes=["ant", "bee", "cat"])
+    assert [ax.get_title() for ax in figure.axes if ax.get_title()] == ["ant", "bee", "cat"]
+    figure = plots.image_grid(torch.rand(4, 3, 8, 8), labels=torch.tensor([1, 1, 0, 2]), classes=["ant", "bee", "cat"])
+    assert [ax.get_title() for ax in figure.axes if ax.images] == ["bee", "bee", "ant", "cat"]
+
+
+def test_sensitivity_curves_draw_a_line_per_block_and_a_panel_per_role():
+    frame = pd.DataFrame(
+        {"role": ["qkv"] * 4 + ["fc1"] * 2, "block": ["a", "a", "b", "b", "a", "a"], "ratio": [0.1, 0.9] * 3}
+    ).assign(increase=[0.0, 1, 0, 2, 0, 3])
+    figure = plots.sensitivity_curves(frame)
+    assert [len(ax.lines) for ax in figure.axes] == [2, 1]
+    assert figure.axes[0].lines[1].get_ydata().tolist() == [0, 2]
+
+
+def test_agreement_draws_a_bar_per_criterion_and_kind():
+    frame = pd.DataFrame(
+        {"criterion": ["fisher", "fisher", "random", "random"], "kind": ["heads", "neurons"] * 2}
+    ).assign(spearman=[0.9, 0.8, -0.2, 0.1])
+    ax = plots.agreement(frame)
+    heights = sorted(round(patch.get_height(), 3) for patch in ax.patches if patch.get_width())
+    assert [h for h in heights if h] == [-0.2, 0.1, 0.8, 0.9] and ax.get_ylim()[0] < -0.2

@@ -246,3 +246,22 @@ def test_cubic_schedule():
         prune.cubic_schedule(0, 10, final=90)
     with pytest.raises(ValueError, match="at least one step"):
         prune.cubic_schedule(0, 0, final=0.9)
+
+
+def test_histogram_counts_every_weight_once_and_zeros_apart(model):
+    keep = {
+        f"{name}.weight": torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+        for name, layer in models.view(model).linears().items()
+    }
+    cut = copy.deepcopy(model)
+    prune.apply(cut, keep)
+    table = prune.histogram({"unpruned": model, "pruned": cut}, keep, bins=21)
+    total = sum(mask.numel() for mask in keep.values())
+    dead = sum(int((~mask).sum()) for mask in keep.values())
+    for stage, zeros in (("unpruned", 0), ("pruned", dead)):
+        whole = table[(table.stage == stage) & (table.role == "all")]
+        assert whole.zeros.unique().tolist() == [zeros] and whole["count"].sum() == total - zeros
+        roles = table[(table.stage == stage) & (table.role != "all")]
+        assert roles["count"].sum() == total - zeros
+        assert roles.drop_duplicates("role").zeros.sum() == zeros
+    assert table.left.min() == -table.right.max()

@@ -267,6 +267,7 @@ def load(
     image_size: int,
     split_seed: int = 0,
     normalise: str | tuple = "train",
+    images: int | None = None,
     skip_broken: bool = False,
     download: bool = True,
     progress: bool = True,
@@ -279,6 +280,7 @@ def load(
     one tree and Caltech-101 become 70 / 10 / 20. CIFAR-10 keeps its test set.
     image_size: side of a batch in pixels. normalise: "train" for mean and deviation of the train split,
     "imagenet" for those that pretrained weights expect, or (mean, std) of three numbers each.
+    images: at most so many of each split, stratified, for a trial run (None: all).
     skip_broken: leave out files that cannot be decoded and list them in `skipped`.
     Raises ValueError for an unknown name, an empty class folder or a file that is no whole image,
     RuntimeError where the images are missing and cannot be downloaded, PermissionError where the cache
@@ -303,6 +305,8 @@ def load(
         part: Split(store, rows, torch.from_numpy(found.labels[rows]), image_size, window, mean, std)
         for part, rows in parts.items()
     }
+    if images is not None:
+        splits = {part: split.subset(min(images, len(split))) for part, split in splits.items()}
     return Dataset(
         name=found.name,
         classes=found.classes,

@@ -261,7 +261,10 @@ def _pursue(target, sparse, mask, gram, *, count, support, steps, tolerance):
     target, x, gram = target * scale, sparse * scale, gram / scale / scale[:, None]
     gradient = (target - x) @ gram
     history = [((target - x) * gradient).sum().item()]
-    step, least = 8.0, 0.5 / gram.abs().sum(1).max().item()  # 0.5 / its largest eigenvalue, or less
+    step, least = (
+        8.0,
+        0.5 / gram.abs().sum(1).max().clamp_min(1).item(),
+    )  # 0.5 / its largest eigenvalue, or less
     for _ in range(steps):
         while step > least:
             ahead = x + step * gradient

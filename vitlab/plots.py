@@ -416,7 +416,8 @@ def image_grid(images, *, labels=None, classes, columns=10):
     if labels is None:
         first = {int(label): i for i, label in reversed(list(enumerate(images.labels)))}
         chosen = sorted(first)[: 3 * columns]
-        shown, names = [images.images[first[label]] for label in chosen], [classes[label] for label in chosen]
+        shown = [images.store[images.indices[first[label]]] for label in chosen]
+        names = [classes[label] for label in chosen]
     else:
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         shown = ((images - low) / (high - low)).permute(0, 2, 3, 1).cpu().numpy()

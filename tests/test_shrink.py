@@ -1,0 +1,380 @@
+"""Removed equals masked, thinner models cost and lose what they say, and any of them can be built again."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from vitlab import layers, models, shrink
+
+
+def heads_and_neurons(model):
+    """A drop of other heads and neurons in every block, one block down to a single head."""
+    drop = {}
+    for i, block in enumerate(models.view(model).blocks):
+        gone = list(range(1, block.num_heads)) if i == 1 else [i % block.num_heads]
+        drop[block.name, "heads"] = gone
+        drop[block.name, "neurons"] = list(range(i, block.neurons, 2 + i))
+    return drop
+
+
+def some_rows(model):
+    """A drop of every third row of each linear layer, fc1 (its MLP's neurons) among them."""
+    return {
+        (name, "rows"): list(range(i % 3, layer.out_features, 3))
+        for i, (name, layer) in enumerate(models.view(model).linears().items())
+    }
+
+
+def masked(model, drop):
+    """A copy of model with the units zeroed where they act, by hooks that know nothing of how weights are stored."""
+    model = copy.deepcopy(model)
+    view = models.view(model)
+    for (name, kind), indices in drop.items():
+        if kind == "rows":
+            model.get_submodule(name).register_forward_hook(lambda m, args, y, i=indices: zeroed(y, i))
+            continue
+        block = view.block(name)
+        if kind == "heads":
+            dim = block.head_dim
+            indices = [head * dim + lane for head in indices for lane in range(dim)]
+        reader = block.attn.proj if kind == "heads" else block.mlp.fc2
+        reader.register_forward_pre_hook(lambda m, args, i=indices: (zeroed(args[0], i),))
+    return model
+
+
+def zeroed(x, indices):
+    keep = torch.ones(x.shape[-1])
+    keep[indices] = 0
+    return x * keep
+
+
+def error(one, other):
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def fuse(model, fused):
+    for block in models.view(model).blocks:
+        block.attn.fused_attn = fused
+    return model
+
+
+def grams(model, x):
+    """{layer: mean of inputs times their transpose} of every linear layer."""
+    sums, hooks = {}, []
+
+    def see(name):
+        def hook(module, args):
+            rows = args[0].detach().flatten(0, -2).double()
+            sums[name] = (rows.T @ rows / len(rows), rows.mean(0))
+
+        return hook
+
+    for name, layer in models.view(model).linears(shrink.EVERY_ROLE).items():
+        hooks.append(layer.register_forward_pre_hook(see(name)))
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return {name: gram for name, (gram, mean) in sums.items()}, {name: mean for name, (gram, mean) in sums.items()}
+
+
+DROPS = {"heads and neurons": heads_and_neurons, "rows": some_rows}
+
+
+@pytest.mark.parametrize("drop", DROPS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_removed_equals_masked(model, batch, drop, fused):
+    drop = DROPS[drop](model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    small = fuse(shrink.remove(model, drop), fused)
+    expected = fuse(masked(model, drop), fused)
+    assert error(small(batch[0]), expected(batch[0])) < 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert not small.training and not any(module.training for module in small.modules())
+
+
+def test_kept_weights_get_the_gradients_of_the_masked_model(model, batch):
+    drop = heads_and_neurons(model)
+    small, whole = shrink.remove(model, drop).train(), masked(model, drop).train()
+    for each in (small, whole):
+        nn.functional.cross_entropy(each(batch[0]), batch[1]).backward()
+    mine, theirs = ({k: p.grad for k, p in each.named_parameters()} for each in (small, whole))
+    assert mine.keys() == theirs.keys()
+    for block in models.view(model).blocks:
+        gone = drop[block.name, "neurons"]
+        keep = [i for i in range(block.neurons) if i not in gone]
+        for name, index in (
+            ("mlp.fc1.weight", (keep,)),
+            ("mlp.fc1.bias", (keep,)),
+            ("mlp.fc2.weight", (slice(None), keep)),
+        ):
+            name = f"{block.name}.{name}"
+            assert error(mine[name], theirs[name][index]) < 1e-4
+    for name in mine:
+        if mine[name].shape == theirs[name].shape:
+            assert (mine[name] - theirs[name]).abs().max() < 1e-4 * max(theirs[name].abs().max(), 1e-2), name
+
+
+def test_all_that_a_head_has_goes_with_it(swin):
+    block = models.view(swin).blocks[1].name
+    small = shrink.remove(swin, {(block, "heads"): [1]})
+    attn, whole = (each.get_submodule(f"{block}.attn") for each in (small, swin))
+    assert attn.num_heads == 2 and attn.scale == whole.scale
+    assert attn.qkv.weight.shape == (3 * 16, 24) and attn.proj.weight.shape == (24, 16)
+    assert torch.equal(attn.relative_position_bias_table, whole.relative_position_bias_table[:, [0, 2]])
+    assert torch.equal(attn.qkv.bias, whole.qkv.bias.view(3, 3, 8)[:, [0, 2]].flatten())
+    assert torch.equal(attn.proj.bias, whole.proj.bias)
+
+
+def test_a_forgotten_bias_table_is_caught(swin, batch):
+    """What the laws above would see: with one head left, Swin broadcasts a whole table without a word."""
+    drop = heads_and_neurons(swin)
+    small = shrink.remove(swin, drop)
+    block = models.view(swin).blocks[0].name
+    table = swin.get_submodule(f"{block}.attn").relative_position_bias_table
+    small.get_submodule(f"{block}.attn").relative_position_bias_table = nn.Parameter(table.roll(1, 1)[:, :-1])
+    assert error(small(batch[0]), masked(swin, drop)(batch[0])) > 1e-4
+
+
+def test_fc1_rows_are_neurons_and_other_rows_leave_zeros(vit, batch):
+    small = shrink.remove(vit, {("blocks.0.mlp.fc1", "rows"): [3, 4], ("blocks.0", "neurons"): [4, 9]})
+    assert models.view(small).units()["blocks.0", "neurons"] == 61
+    small = shrink.remove(small, {("blocks.0.attn.proj", "rows"): [0, 7]})
+    proj = small.blocks[0].attn.proj
+    assert isinstance(proj, layers.RowLinear) and proj.macs == 30 * 32
+    y = proj(torch.randn(2, 32))
+    assert y[:, [0, 7]].count_nonzero() == 0 and y.count_nonzero() == 60
+    small = shrink.remove(small, {("blocks.0.attn.proj", "rows"): [7, 8], ("blocks.0", "heads"): [0]})
+    assert small.blocks[0].attn.proj.macs == 29 * 24 and small(batch[0]).isfinite().all()
+
+
+def test_an_activation_that_is_not_zero_at_zero_keeps_its_neurons(vit, batch):
+    vit.blocks[0].mlp.act = nn.Sigmoid()
+    drop = {("blocks.0.mlp.fc1", "rows"): [0, 5]}
+    small = shrink.remove(vit, drop)
+    assert models.view(small).units()["blocks.0", "neurons"] == 64
+    assert error(small(batch[0]), masked(vit, drop)(batch[0])) < 1e-5
+
+
+def test_removal_repeats_in_any_order(model, batch):
+    first = {("heads" if "heads" in key else "neurons", key): value for key, value in heads_and_neurons(model).items()}
+    heads = {key: value for (kind, key), value in first.items() if kind == "heads"}
+    neurons = {key: value for (kind, key), value in first.items() if kind == "neurons"}
+    together = shrink.remove(model, heads | neurons)(batch[0])
+    assert error(shrink.remove(shrink.remove(model, heads), neurons)(batch[0]), together) < 1e-5
+    assert error(shrink.remove(shrink.remove(model, neurons), heads)(batch[0]), together) < 1e-5
+    rows = some_rows(model)
+    left = {key: [i for i in range(0, 6) if i not in rows[key]] for key in rows if "fc1" not in key[0]}
+    both = {key: sorted(rows[key] + left[key]) for key in left}
+    once = shrink.remove(model, both)(batch[0])
+    twice = shrink.remove(shrink.remove(model, {key: rows[key] for key in left}), left)(batch[0])
+    assert error(twice, once) < 1e-5
+
+
+@pytest.mark.parametrize("support", layers.SUPPORTS)
+def test_heads_then_neurons_then_ranks_then_again(model, batch, support):
+    x = batch[0]
+    model = shrink.remove(model, some_rows(model))
+    thin, _ = shrink.compress(model, ratio=0.3, support=support, grams=grams(model, x)[0])
+    drop = heads_and_neurons(thin)
+    small = shrink.remove(thin, drop)
+    assert error(small(x), masked(thin, drop)(x)) < 1e-5
+    again, report = shrink.compress(small, ratio=0.6, method="svd", grams=grams(small, x)[0], multiple=1)
+    assert (report.macs <= 0.4 * report.macs_dense).all() and again(x).isfinite().all()
+    same = shrink.rebuild(models.create(**recipe(again)), json.loads(json.dumps(shrink.structure(again))))
+    same.load_state_dict(again.state_dict(), strict=True)
+    assert torch.equal(same.eval()(x), again(x))
+
+
+def recipe(model):
+    return {**model.recipe["options"], **{k: v for k, v in model.recipe.items() if k != "options"}}
+
+
+def test_means_and_least_squares_make_up_for_what_goes(model, batch):
+    x = batch[0]
+    gram, mean = grams(model, x)
+    block = models.view(model).blocks[0]
+    drop = {(block.name, "neurons"): list(range(0, block.neurons, 3)), (block.name, "heads"): [0]}
+    for reader, whole in (
+        (f"{block.name}.mlp.fc2", block.mlp.fc2),
+        (f"{block.name}.attn.proj", block.attn.proj),
+    ):
+        drop_one = {key: value for key, value in drop.items() if (key[1] == "heads") == reader.endswith("proj")}
+        seen = []
+        hook = whole.register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
+        model(x)
+        hook.remove()
+        inputs, outputs = seen[0]
+        gone = drop_one.popitem()
+        width = block.head_dim if gone[0][1] == "heads" else 1
+        keep = [i for i in range(whole.in_features) if i // width not in gone[1]]
+        losses = []
+        for given in ({}, {"means": mean}, {"grams": gram}, {"grams": gram, "means": mean}):
+            small = shrink.remove(model, dict([gone]), **given).get_submodule(reader)
+            assert small.in_features == len(keep)
+            losses.append((small(inputs[..., keep]) - outputs).square().mean().item())
+        plain, centred, fitted, both = losses
+        assert plain > centred > both and plain > fitted > both
+
+
+def test_compensation_works_on_factors(vit, batch):
+    gram, mean = grams(vit, batch[0])
+    thin, _ = shrink.compress(vit, ratio=0.5, method="svd", grams=gram, multiple=1)
+    gram, mean = grams(thin, batch[0])
+    drop = {("blocks.1", "neurons"): list(range(20))}
+    dense = vit.get_submodule("blocks.1.mlp.fc2")
+    small = shrink.remove(thin, drop, grams=gram, means=mean).blocks[1].mlp.fc2
+    assert isinstance(small, layers.FactoredLinear) and small.in_features == dense.in_features - 20
+    with pytest.raises(ValueError, match="no place"):
+        sparse, _ = shrink.compress(vit, ratio=0.5, method="iht", grams=grams(vit, batch[0])[0])
+        shrink.remove(sparse, drop, grams=gram)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize(
+    "method, support", [("svd+iht", s) for s in layers.SUPPORTS] + [("iht", s) for s in layers.SUPPORTS]
+)
+def test_compressed_models_cost_and_lose_what_the_report_says(model, batch, ratio, method, support):
+    gram, _ = grams(model, batch[0])
+    thin, report = shrink.compress(model, ratio=ratio, method=method, support=support, grams=gram)
+    assert list(report.layer) == list(models.view(model).linears())
+    dense = report.m * report.n
+    assert (report.macs_dense == dense).all() and (report.macs_ideal <= (1 - ratio) * dense + 1e-6).all()
+    assert (report.objective <= report.objective_start).all()
+    assert (report.objective < report.objective_magnitude).all() or support == "rows"
+    for line in report.itertuples():
+        layer = thin.get_submodule(line.layer)
+        low = line.rank * (line.m + line.n)
+        assert isinstance(layer, layers.LowRankSparseLinear) and layer.rank == line.rank == (
+            line.rank if "svd" in method else 0
+        )
+        if support == "entries":
+            assert line.macs_ideal == low + line.count == int((1 - ratio) * line.m * line.n + 1e-6)
+            assert layer.sparse.count_nonzero() == line.count and line.macs == low + line.m * line.n
+        else:
+            assert line.macs == line.macs_ideal == low + line.count * (line.n if support == "rows" else line.m)
+        weight = model.get_submodule(line.layer).weight
+        loss = ((weight - layer.weight).double() @ gram[line.layer] * (weight - layer.weight)).sum().item()
+        assert loss == pytest.approx(line.objective, rel=1e-2, abs=1e-6 * line.objective_magnitude)
+    assert thin(batch[0]).isfinite().all()
+
+
+def test_svd_is_two_thin_layers_within_the_share(model, batch):
+    gram, _ = grams(model, batch[0])
+    plain, one = shrink.compress(model, ratio=0.4, method="svd", multiple=1)
+    unwhitened, two = shrink.compress(model, ratio=0.4, method="svd", multiple=1, grams=gram, whiten=False)
+    white, three = shrink.compress(model, ratio=0.4, method="svd", multiple=1, grams=gram)
+    assert torch.equal(plain(batch[0]), unwhitened(batch[0]))
+    assert (three.objective <= two.objective).all() and (three.objective_start == two.objective).all()
+    for report in (one, two, three):
+        assert (report.macs == report["rank"] * (report.m + report.n)).all() and (report["count"] == 0).all()
+        assert (report.macs <= 0.6 * report.macs_dense).all()
+    assert all(isinstance(layer, layers.FactoredLinear) for layer in models.view(white).linears().values())
+
+
+def test_the_thresholded_product_is_masked_only(model):
+    thin, report = shrink.compress(model, ratio=0.5, method="threshold")
+    assert (report["count"] == report.macs_dense // 2).all() and (report.macs == report.macs_dense).all()
+    for line in report.itertuples():
+        assert thin.get_submodule(line.layer).weight.count_nonzero() == line.count
+    assert (report.objective > report.objective_magnitude).all()
+
+
+def test_only_the_roles_asked_for_change(vit, batch):
+    thin, report = shrink.compress(vit, ratio=0.5, method="svd", roles=["fc1", "fc2"])
+    assert set(report.role) == {"fc1", "fc2"} and isinstance(thin.blocks[0].attn.qkv, nn.Linear)
+    assert isinstance(thin.head, nn.Linear)
+    thin, report = shrink.compress(vit, ratio=0.5, method="svd", roles=["head"], multiple=1)
+    assert isinstance(thin.head, layers.FactoredLinear) and thin(batch[0]).shape == (6, 3)
+
+
+def test_compressing_anew_starts_from_what_is_there(vit, batch):
+    x = batch[0]
+    model, report = vit, None
+    for ratio in (0.1, 0.2, 0.3, 0.4):
+        model, report = shrink.compress(model, ratio=ratio, support="columns", grams=grams(model, x)[0])
+        assert (report.macs <= (1 - ratio) * report.macs_dense).all()
+        assert (report.macs_dense == [64 * 48, 32 * 32, 64 * 32, 64 * 32] * 2).sum() >= 6  # m n of the layer, always
+    assert list(report.macs_dense) == [96 * 32, 32 * 32, 64 * 32, 32 * 64] * 2
+
+
+@pytest.mark.parametrize("cut", [lambda m: m, lambda m: shrink.remove(m, heads_and_neurons(m))])
+def test_structure_says_only_what_differs_and_rebuilds_it(model, batch, cut):
+    small = cut(model)
+    structure = json.loads(json.dumps(shrink.structure(small)))
+    if small is model:
+        assert structure == {"heads": {}, "layers": {}}
+    before = torch.get_rng_state()
+    shrink.structure(small)
+    assert torch.equal(torch.get_rng_state(), before)
+    same = shrink.rebuild(models.create(**recipe(model)), structure)
+    same.load_state_dict(small.state_dict(), strict=True)
+    assert torch.equal(same.eval()(batch[0]), small(batch[0]))
+    assert shrink.structure(same) == structure
+
+
+def test_errors_of_removal_name_what_is_known(vit):
+    remove = shrink.remove
+    with pytest.raises(ValueError, match=r"did you mean .*blocks.1.*heads"):
+        remove(vit, {("block.1", "heads"): [0]})
+    with pytest.raises(ValueError, match=r"did you mean .*blocks.0.*neurons"):
+        remove(vit, {("blocks.0", "neuron"): [0]})
+    with pytest.raises(ValueError, match=r"did you mean .*blocks.0.mlp.fc2"):
+        remove(vit, {("blocks.0.mlp.fc", "rows"): [0]})
+    for indices in ([4], [-1], [1, 1], [0.5], torch.tensor([True, False, True, True])):
+        with pytest.raises(ValueError, match=r"distinct indices in \[0, 4\)"):
+            remove(vit, {("blocks.0", "heads"): indices})
+    for key, size in (
+        (("blocks.0", "heads"), 4),
+        (("blocks.0.mlp.fc1", "rows"), 64),
+        (("blocks.0.attn.proj", "rows"), 32),
+    ):
+        with pytest.raises(ValueError, match=f"all {size} would go; keep at least one"):
+            remove(vit, {key: range(size)})
+    for drop in ({}, {("blocks.0", "heads"): []}):
+        with pytest.raises(ValueError, match="removes nothing"):
+            remove(vit, drop)
+    assert remove(vit, {("blocks.0", "heads"): [], ("blocks.0", "neurons"): [1]})  # one of several may be empty
+    with pytest.raises(ValueError, match=r"are \[64\] and \[64, 64\]"):
+        remove(vit, {("blocks.0", "neurons"): [1]}, means={"blocks.0.mlp.fc2": torch.zeros(3)})
+    last = remove(vit, {("blocks.0.attn.proj", "rows"): range(31)})
+    with pytest.raises(ValueError, match="keep at least one"):
+        remove(last, {("blocks.0.attn.proj", "rows"): [31]})
+
+
+def test_errors_of_compression_name_what_is_allowed(vit, batch):
+    gram, _ = grams(vit, batch[0])
+
+    def fails(match, **options):
+        with pytest.raises(ValueError, match=match):
+            shrink.compress(vit, **{"ratio": 0.5, "grams": gram} | options)
+
+    for ratio in (-0.1, 1, 40):
+        fails("not a percentage", ratio=ratio)
+    fails("changes no layer", ratio=0)
+    fails("leaves nothing of blocks.0", ratio=0.999)
+    fails(r"did you mean 'svd\+iht'", method="svd+ith")
+    fails("did you mean 'columns'", support="column")
+    fails("keeps entries, not rows", method="threshold", support="rows")
+    fails("kappa is a share", kappa=1)
+    fails("give grams=scores.grams", grams=None)
+    fails("unknown role", roles=["qvk"])
+    fails("grams has nothing for 'blocks.0.attn.qkv'", grams={"blocks.1.attn.qkv": torch.eye(32)})
+    small = shrink.remove(vit, {("blocks.0", "neurons"): [0]})
+    with pytest.raises(ValueError, match=r"gram of blocks.0.mlp.fc2 is \[64, 64\], not \[63, 63\]"):
+        shrink.compress(small, ratio=0.5, grams=gram)
+
+
+def test_errors_of_rebuilding(vit):
+    with pytest.raises(ValueError, match="no recipe"):
+        del vit.recipe
+        shrink.structure(vit)
+    config = layers.config(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="did you mean 'blocks.0.mlp.fc1'"):
+        shrink.rebuild(vit, {"heads": {}, "layers": {"block.0.mlp.fc1": config}})
+    with pytest.raises(ValueError, match="no block 'blocks.7'"):
+        shrink.rebuild(vit, {"heads": {"blocks.7": 1}, "layers": {}})
