@@ -60,7 +60,7 @@ install: .venv/.installed
 	@echo "Installing vitlab and what it needs into .venv: 6 GB, a few minutes. pyproject.toml lists it."
 	@if command -v uv >/dev/null; then uv venv -q --allow-existing --python $(PY) .venv; \
 	    else [ -x $(BIN)/python ] && [ -x $(BIN)/pip ] || $(PY) -m venv .venv; fi
-	@if command -v uv >/dev/null; then uv pip install -q --python $(BIN)/python -c constraints.txt -e ".[all]"; \
+	@if command -v uv >/dev/null; then uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[all]"; \
 	    else $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]"; \
 	    fi >.venv/install.log 2>&1 || { tail -n 12 .venv/install.log; echo; \
 	    if grep -qiE "no space left|disk quota" .venv/install.log; then echo "The disk is full."; \

@@ -65,6 +65,13 @@ def test_zero_weight_and_zero_gram_stay_finite():
     assert fit.weight.isfinite().all() and fit.mask.sum() == 5 and fit.objectives[-1] == 0
 
 
+def test_a_gram_of_few_tokens_keeps_rank_and_count():
+    weight, gram = problem(24, 10, tokens=2)  # sparse alone loses nothing here: rank has nothing to gain
+    fit = lowrank.low_rank_plus_sparse(weight, gram, 3, 150)
+    assert fit.u.shape == (24, 3) and fit.mask.sum() == 150
+    assert falls(fit.objectives) and fit.objectives[-1] >= 0
+
+
 def test_ranks():
     assert lowrank.break_even_rank(128, 128) == 64
     assert lowrank.break_even_rank(384, 128) == 96  # qkv: 75 % of the full rank
@@ -204,13 +211,20 @@ def test_thresholding_the_product_destroys_its_rank():
 def test_regression_is_least_squares():
     weight, gram = problem(10, 24, tokens=500)
     columns = [0, 3, 4, 9, 20]
-    transfer = lowrank.regression(gram, columns, damping=0)
+    transfer = lowrank.regression(gram, columns)
     assert torch.equal(transfer[columns], torch.eye(5, dtype=torch.float64))
     best = lowrank.objective(weight, weight.double() @ transfer @ torch.eye(24).double()[columns], gram)
     kept = weight.double() * torch.eye(24)[columns].sum(0)
     assert best < lowrank.objective(weight, kept, gram)
     gradient = (weight.double() - weight.double() @ transfer @ torch.eye(24).double()[columns]) @ gram
     assert gradient[:, columns].abs().max() < 1e-6 * gradient.abs().max()
+
+
+def test_damping_by_hand():
+    gram = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
+    damped = lowrank.damped(gram, 0.5)
+    assert damped.tolist() == [[3.5, 1], [1, 5.5]] and damped.dtype == torch.float64
+    assert torch.equal(lowrank.damped(gram, 0), gram.double())
 
 
 def test_objective_by_hand():

@@ -139,7 +139,7 @@ def test_no_permission_says_where_and_what_to_do(tmp_path, monkeypatch):
 
 def test_arguments_for_the_calls_that_a_notebook_makes(lab):
     assert lab.model == lab.params.models.vit
-    assert lab.data == {"name": "shapes", "image_size": 32, "split_seed": 0, "normalise": "train"}
+    assert lab.data == {"name": "shapes", "image_size": 32, "split_seed": 0, "images": None, "normalise": "train"}
     settings = lab.training("global_pruning")
     assert settings["epochs"] == lab.params.global_pruning.epochs != lab.params.train.epochs
     assert settings["batch_size"] == lab.params.train.batch_size and settings["seed"] == 0

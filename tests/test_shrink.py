@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitlab import layers, models, shrink
+from vitlab import layers, lowrank, models, shrink
 
 
 def heads_and_neurons(model):
@@ -179,7 +179,7 @@ def test_removal_repeats_in_any_order(model, batch):
 def test_heads_then_neurons_then_ranks_then_again(model, batch, support):
     x = batch[0]
     model = shrink.remove(model, some_rows(model))
-    thin, _ = shrink.compress(model, ratio=0.3, support=support, grams=grams(model, x)[0])
+    thin, _ = shrink.compress(model, ratio=0.3, support=support, grams=grams(model, x)[0], rounds=1)
     drop = heads_and_neurons(thin)
     small = shrink.remove(thin, drop)
     assert error(small(x), masked(thin, drop)(x)) < 1e-5
@@ -205,7 +205,7 @@ def test_means_and_least_squares_make_up_for_what_goes(model, batch):
     ):
         drop_one = {key: value for key, value in drop.items() if (key[1] == "heads") == reader.endswith("proj")}
         seen = []
-        hook = whole.register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
+        hook = whole.register_forward_hook(lambda m, args, y, seen=seen: seen.append((args[0], y)))
         model(x)
         hook.remove()
         inputs, outputs = seen[0]
@@ -234,13 +234,12 @@ def test_compensation_works_on_factors(vit, batch):
         shrink.remove(sparse, drop, grams=gram)
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8])
-@pytest.mark.parametrize(
-    "method, support", [("svd+iht", s) for s in layers.SUPPORTS] + [("iht", s) for s in layers.SUPPORTS]
-)
+@pytest.mark.parametrize("method", ["svd+iht", "iht"])
+@pytest.mark.parametrize("ratio, support", [(0.1, "columns"), (0.5, "entries"), (0.8, "rows")])
 def test_compressed_models_cost_and_lose_what_the_report_says(model, batch, ratio, method, support):
     gram, _ = grams(model, batch[0])
-    thin, report = shrink.compress(model, ratio=ratio, method=method, support=support, grams=gram)
+    options = {"ratio": ratio, "method": method, "support": support, "grams": gram, "rounds": 3}
+    thin, report = shrink.compress(model, **options)
     assert list(report.layer) == list(models.view(model).linears())
     dense = report.m * report.n
     assert (report.macs_dense == dense).all() and (report.macs_ideal <= (1 - ratio) * dense + 1e-6).all()
@@ -258,7 +257,7 @@ def test_compressed_models_cost_and_lose_what_the_report_says(model, batch, rati
         else:
             assert line.macs == line.macs_ideal == low + line.count * (line.n if support == "rows" else line.m)
         weight = model.get_submodule(line.layer).weight
-        loss = ((weight - layer.weight).double() @ gram[line.layer] * (weight - layer.weight)).sum().item()
+        loss = lowrank.objective(weight, layer.weight, lowrank.damped(gram[line.layer]))
         assert loss == pytest.approx(line.objective, rel=1e-2, abs=1e-6 * line.objective_magnitude)
     assert thin(batch[0]).isfinite().all()
 
@@ -294,12 +293,12 @@ def test_only_the_roles_asked_for_change(vit, batch):
 
 def test_compressing_anew_starts_from_what_is_there(vit, batch):
     x = batch[0]
-    model, report = vit, None
-    for ratio in (0.1, 0.2, 0.3, 0.4):
-        model, report = shrink.compress(model, ratio=ratio, support="columns", grams=grams(model, x)[0])
+    model = vit
+    for ratio in (0.1, 0.2, 0.4):
+        options = {"ratio": ratio, "support": "columns", "grams": grams(model, x)[0], "rounds": 1}
+        model, report = shrink.compress(model, **options)
+        assert list(report.macs_dense) == [96 * 32, 32 * 32, 64 * 32, 32 * 64] * 2
         assert (report.macs <= (1 - ratio) * report.macs_dense).all()
-        assert (report.macs_dense == [64 * 48, 32 * 32, 64 * 32, 64 * 32] * 2).sum() >= 6  # m n of the layer, always
-    assert list(report.macs_dense) == [96 * 32, 32 * 32, 64 * 32, 32 * 64] * 2
 
 
 @pytest.mark.parametrize("cut", [lambda m: m, lambda m: shrink.remove(m, heads_and_neurons(m))])

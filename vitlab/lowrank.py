@@ -73,10 +73,10 @@ def support_mask(score, count, *, support="entries"):
 
     The count is exact: among equals the first in memory goes first. Raises ValueError for a count beyond them.
     """
-    groups = {"entries": score, "rows": score.sum(1), "columns": score.sum(0)}
-    if support not in groups:
-        raise ValueError(f"unknown support {support!r}; supports are {', '.join(groups)}")
-    total = groups[support].flatten()
+    sums = {"entries": torch.flatten, "rows": lambda x: x.sum(1), "columns": lambda x: x.sum(0)}
+    if support not in sums:
+        raise ValueError(f"unknown support {support!r}; supports are {', '.join(sums)}")
+    total = sums[support](score)
     if not 0 <= count <= len(total):
         raise ValueError(f"count of {support} in a {list(score.shape)} matrix is in [0, {len(total)}]; got {count}")
     if not count:
@@ -136,6 +136,7 @@ def low_rank_plus_sparse(weight, gram, rank, count, *, support="entries", rounds
     u, v = _truncate(double, rank, gram, root)
     zeros = torch.zeros_like(double)
     rank_first = Fit(u, v, zeros, zeros > 0, sparse_first.start, [_objective(double - u @ v, gram)])
+    sparse_first = replace(sparse_first, u=torch.zeros_like(u), v=torch.zeros_like(v))
     starts = (_sparse_step(double, rank_first, gram, **options), sparse_first)
     fits = [_alternate(double, fit, gram, root=root, rank=rank, rounds=rounds, **options) for fit in starts]
     return _as(weight.dtype, min(fits, key=lambda fit: fit.objectives[-1]))
@@ -150,16 +151,22 @@ def threshold_product(weight, rank, count):
     return project(u @ v, count)
 
 
-def regression(gram, columns, *, damping=1e-4):
-    """transfer [n, k], float64, with which x is nearest to transfer x[columns]; gram [n, n] = mean of x x^T.
+def damped(gram, damping=1e-3):
+    """gram [n, n] plus damping times the mean of its diagonal on the diagonal, float64.
 
-    Ridge regression, damping times the mean of gram's diagonal. The columns kept are themselves, exactly.
+    For directions that few tokens showed: 1e-3 costs nothing with many tokens and helps with few.
     """
     gram = gram.double()
-    columns = torch.as_tensor(columns, device=gram.device)
-    ridge = damping * gram.diagonal().mean().clamp_min(1e-300)
-    kept = gram[columns][:, columns] + ridge * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
-    transfer = torch.linalg.solve(kept, gram[columns]).T.contiguous()
+    return gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def regression(gram, columns):
+    """transfer [n, k], float64, with which x is nearest to transfer x[columns]; gram [n, n] = mean of x x^T.
+
+    Least squares, so gram must have an inverse: see `damped`. The columns kept are themselves, exactly.
+    """
+    gram, columns = gram.double(), torch.as_tensor(columns, device=gram.device)
+    transfer = torch.linalg.solve(gram[columns][:, columns], gram[columns]).T.contiguous()
     transfer[columns] = torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
     return transfer
 
@@ -193,7 +200,7 @@ def _as(dtype, fit):
 
 
 def _objective(residual, gram):
-    return ((residual @ gram) * residual).sum().item()
+    return max(((residual @ gram) * residual).sum().item(), 0.0)  # rounding must not make it negative
 
 
 def _root(gram, damping=1e-9):
@@ -234,8 +241,8 @@ def _alternate(weight, fit, gram, *, root, rank, rounds, tolerance, **options):
         before = fit.objectives[-1]
         u, v = _truncate(weight - fit.sparse, rank, gram, root)
         value = _objective(weight - fit.sparse - u @ v, gram)
-        if value <= before:
-            fit = replace(fit, u=u, v=v, objectives=[*fit.objectives, value])
+        if value <= before + 1e-12 * fit.start:  # up to rounding, where nothing is left to lose
+            fit = replace(fit, u=u, v=v, objectives=[*fit.objectives, min(value, before)])
         fit = _sparse_step(weight, fit, gram, tolerance=tolerance, **options)
         if fit.objectives[-1] > (1 - tolerance) * before:
             break

@@ -266,7 +266,8 @@ class Run:
     @property
     def origin(self):
         """What a dense checkpoint of this run depends on beside training settings: values of data and model."""
-        return json.loads(json.dumps({"data": self.data, "model": self.params.models[self.model_name]}))
+        data = {key: value for key, value in self.data.items() if value is not None}
+        return json.loads(json.dumps({"data": data, "model": self.params.models[self.model_name]}))
 
     def command(self, notebook):
         """The command that runs notebook for this run."""

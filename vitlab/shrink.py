@@ -16,9 +16,8 @@ METHODS = ("svd+iht", "svd", "iht", "threshold")
 EVERY_ROLE = (*models.ROLES.values(), "head")
 
 
-def remove(model, drop, *, means=None, grams=None):
-    """A copy of model without these units; it computes what model computes with the same units masked to
-    zero.
+def remove(model, drop, *, means=None, grams=None, damping=1e-3):
+    """A copy of model without these units; it computes what model does with the same units masked to zero.
 
     drop: {(block, "heads"): indices, (block, "neurons"): indices, (layer, "rows"): indices}, numbered as in
     model. Rows go with their biases. Rows of fc1 are its MLP's neurons, if the activation maps 0 to 0; any
@@ -27,7 +26,8 @@ def remove(model, drop, *, means=None, grams=None):
     means, grams: closed-form compensation for heads and neurons, for the layers found in them (attn.proj
     reads the heads, mlp.fc2 the neurons). means {layer: [n]} of its inputs: what is lost on average goes into
     its bias (VBP). grams {layer: [n, n]}, as from scores.grams: the inputs that stay take over, by least
-    squares, what they can of those that go (CORP); about the mean, if means has the layer, too.
+    squares, what they can of those that go (CORP); about the mean, if means has the layer, too. damping: see
+    lowrank.damped.
 
     Works on models already cut. Raises ValueError for unknown names (with the nearest) and wrong indices, for
     a drop that removes nothing, and for one that removes all heads, neurons or rows of a block or layer.
@@ -45,8 +45,8 @@ def remove(model, drop, *, means=None, grams=None):
         else:
             reader, columns = f"{name}.mlp.fc2", _complement(indices, block.neurons)
             _put(model, f"{name}.mlp.fc1", layers.select(block.mlp.fc1, rows=columns))
-        mean, gram = ((given or {}).get(reader) for given in (means, grams))
-        _put(model, reader, _reading(model.get_submodule(reader), columns, mean=mean, gram=gram))
+        known = {"mean": (means or {}).get(reader), "gram": (grams or {}).get(reader), "damping": damping}
+        _put(model, reader, _reading(model.get_submodule(reader), columns, **known))
     return model
 
 
@@ -61,6 +61,8 @@ def compress(
     kappa=0.3,
     multiple=8,
     whiten=True,
+    rounds=20,
+    damping=1e-3,
 ):
     """A copy of model whose linear layers keep 1 - ratio of their m n weights, and a report of what was lost.
 
@@ -75,8 +77,8 @@ def compress(
     - "threshold": the largest entries of a truncated SVD's product, a baseline (lowrank.threshold_product).
 
     grams: {layer: [n, n]} of this very model, as from scores.grams. "iht" and "svd+iht" need them: without
-    activations IHT is magnitude pruning. "svd" uses them unless whiten is False. Layers that were replaced
-    before are compressed anew.
+    activations IHT is magnitude pruning. "svd" uses them unless whiten is False. damping: see lowrank.damped.
+    rounds: of low rank and sparse in turns, at most. Layers that were replaced before are compressed anew.
 
     Returns (model, report), a DataFrame of layer, role, m, n, rank, count (of entries, rows or columns);
     objective_magnitude (of magnitude pruning with all of the share on that support), objective_start and
@@ -92,12 +94,13 @@ def compress(
         inner = layer.kept if isinstance(layer, layers.RowLinear) else layer
         weight = layers.effective_weight(inner).detach()
         m, n = weight.shape
-        gram = None if grams is None else _fitting(grams, name, (n, n))
+        gram = None if grams is None else lowrank.damped(_fitting(grams, name, (n, n)), damping)
         budget = int((1 - ratio) * m * n + 1e-6)  # 1 - 0.9 is a little less than 0.1
         rank, count = _plan(m, n, budget, method=method, support=support, kappa=kappa, multiple=multiple)
         if rank + count == 0:
             raise ValueError(f"ratio {ratio} leaves nothing of {name} [{m}, {n}] by {method!r}; give a lower one")
-        fit = _fit(weight, gram, rank=rank, count=count, method=method, support=support, whiten=whiten)
+        options = {"method": method, "support": support, "whiten": whiten, "rounds": rounds}
+        fit = _fit(weight, gram, rank=rank, count=count, **options)
         if count:
             parts = {"sparse": fit.sparse, "mask": fit.mask, "support": support}
             new = layers.low_rank_sparse(fit.u, fit.v, **parts, bias=inner.bias)
@@ -231,7 +234,7 @@ def _set_heads(attn, keep, *, dim):
         attn.relative_position_bias_table = nn.Parameter(table.detach()[:, keep.to(table.device)].clone())
 
 
-def _reading(layer, columns, *, mean, gram):
+def _reading(layer, columns, *, mean, gram, damping):
     """layer with only these inputs; mean [n] and gram [n, n], or None, make up for the others: see `remove`."""
     new = layers.select(layer, columns=columns)
     if mean is None and gram is None:
@@ -244,7 +247,8 @@ def _reading(layer, columns, *, mean, gram):
     mean = mean.double().to(weight.device)
     transfer = torch.eye(n, dtype=torch.float64, device=weight.device)[:, columns]  # x ~ transfer x[columns]
     if gram is not None:
-        transfer = lowrank.regression(gram.to(mean) - mean[:, None] * mean, columns)
+        gram = lowrank.damped(gram.to(mean.device), damping)
+        transfer = lowrank.regression(gram - mean[:, None] * mean, columns)
         layers.recombine(new, layer, transfer.to(weight.dtype))
     layers.shift(new, (weight.double() @ (mean - transfer @ mean[columns])).to(weight.dtype))
     return new
@@ -294,12 +298,12 @@ def _plan(m, n, budget, *, method, support, kappa, multiple):
     return (rank, count) if count and (rank or method == "iht") else (0, 0)
 
 
-def _fit(weight, gram, *, rank, count, method, support, whiten):
+def _fit(weight, gram, *, rank, count, method, support, whiten, rounds):
     """The lowrank.Fit of one layer; of svd with nothing sparse, of threshold with nothing of low rank."""
     if method == "iht":
         return lowrank.iht(weight, gram, count, support=support)
     if method == "svd+iht":
-        return lowrank.low_rank_plus_sparse(weight, gram, rank, count, support=support)
+        return lowrank.low_rank_plus_sparse(weight, gram, rank, count, support=support, rounds=rounds)
     u, v = lowrank.svd(weight, rank)
     plain = lowrank.objective(weight, u @ v, gram)
     if method == "svd":
