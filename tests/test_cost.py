@@ -200,3 +200,11 @@ def test_models_without_a_closed_form():
     model.patch_embed.steps.append(nn.MaxPool2d(2))
     with pytest.raises(TypeError, match="no closed form for the stem ConvStem"):
         cost.macs(model)
+
+
+def test_peak_memory_is_of_what_came_since_the_reset():
+    cost.reset_peak_memory()
+    before = cost.peak_memory_mb("cpu")
+    held = torch.ones(100_000_000 // 4)  # 100 MB, written to
+    assert cost.peak_memory_mb("cpu") - before >= 90
+    del held

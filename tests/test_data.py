@@ -549,3 +549,13 @@ def test_a_trial_takes_a_stratified_few_of_each_split(tmp_path):
     few = data.load(tmp_path / "tree", root=tmp_path, image_size=16, images=20)
     assert [len(split) for split in (few.train, few.val, few.test)] == [20, 20, 20]
     assert set(torch.bincount(few.train.labels).tolist()) <= {1, 2, 3} and len(whole.train) == 60
+
+
+def test_the_identity_of_a_split_changes_with_what_its_batches_show(tmp_path):
+    data.make_shapes(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
+
+    def identity(**options):
+        return data.load(tmp_path / "tree", root=tmp_path, **{"image_size": 16, **options}).train.identity
+
+    assert identity() == identity()
+    assert len({identity(), identity(image_size=32), identity(normalise="imagenet"), identity(images=30)}) == 4

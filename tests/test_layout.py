@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "shrink": "models layers lowrank cost",
     "budget": "scores shrink lowrank cost",
     "sensitivity": "models masks scores",
-    "train": "evaluate prune record",
+    "train": "cost evaluate prune record",
     "evaluate": "cost",
     "cost": "models layers",
     "bench": "cost checkpoint",

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -155,12 +156,28 @@ def test_local_weights_are_found_from_anywhere():
 def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkeypatch, tmp_path):
     settings, folder = lab.training(), tmp_path / "checkpoints" / "demo" / "vit"
     monkeypatch.setattr(record, "repository", lambda: tmp_path)
-    assert lab.shipped(settings) is None
-    record.write_atomic(folder / "model.json", json.dumps({"extra": {"settings": settings, "values": lab.origin}}))
-    assert lab.shipped(settings) == folder
-    assert lab.shipped(settings | {"epochs": 1}) is None
+    images = SimpleNamespace(description="drawn shapes")
+    assert lab.shipped(settings, images) is None
+    kept = {"settings": settings, "values": lab.origin, "data": "drawn shapes"}
+    record.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
+    assert lab.shipped(settings, images) == folder
+    assert lab.shipped(settings | {"epochs": 1}, images) is None
+    assert lab.shipped(settings, SimpleNamespace(description="other shapes")) is None
     lab.params.data["image_size"] = 64
-    assert lab.shipped(settings) is None
+    assert lab.shipped(settings, images) is None
+
+
+def test_calibration_takes_what_there_is(lab):
+    class Split(list):
+        def subset(self, n, *, seed):
+            return Split(self[:n])
+
+        def batches(self, size, *, device):
+            return (self[i : i + size] for i in range(0, len(self), size))
+
+    assert sum(map(len, lab.calibration(Split(range(100))))) == 100
+    assert sum(map(len, lab.calibration(Split(range(10_000))))) == lab.params.calibration.images
+    assert sum(map(len, lab.calibration(Split(range(100)), images=7))) == 7
 
 
 def test_a_missing_step_is_named_with_its_command(lab):

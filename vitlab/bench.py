@@ -1,17 +1,14 @@
 """Benchmarks: latency and throughput of models side by side, and peak memory in a process of its own."""
 
 import argparse
-import contextlib
 import copy
 import json
 import multiprocessing
 import random
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -159,23 +156,10 @@ def _memory_here(folder, *, image_size, batch, precision, device, threads):
         layer.eval()(nn.Conv2d(3, 32, 4, 4)(torch.zeros(2, 3, 16, 16)).flatten(2).mT)
     before = psutil.Process().memory_info().rss
     model, images = _ready(checkpoint.load(folder), image_size, batch, precision, torch.device(device))
-    with contextlib.suppress(OSError):  # Linux only: forget the peak of loading, which holds the weights twice
-        Path("/proc/self/clear_refs").write_text("5")
-    if images.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
+    cost.reset_peak_memory()  # forget the peak of loading, which holds the weights twice
     with torch.inference_mode():
         model(images)
-    return (torch.cuda.max_memory_allocated() if images.is_cuda else _peak_resident() - before) / 1e6
-
-
-def _peak_resident():
-    """Highest resident memory of this process in bytes."""
-    status = Path("/proc/self/status")  # Linux: ru_maxrss would start from the peak of the process that started this
-    if status.exists() and (line := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return 1024 * int(line[1])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return cost.peak_memory_mb(images.device) - (0 if images.is_cuda else before / 1e6)
 
 
 def main():

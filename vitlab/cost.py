@@ -3,8 +3,11 @@
 One MAC is one multiply-accumulate, two FLOPs. All counts are for one forward pass of one image.
 """
 
+import contextlib
 import copy
 import math
+import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -208,3 +211,24 @@ def summary(model, *, image_size=None, folder=None):
         | meters(model, image_size=image_size)
         | {"bytes_memory": bytes_memory(model), "bytes_disk": bytes_disk(model, folder=folder)}
     )
+
+
+def reset_peak_memory():
+    """Forget the peaks so far, that `peak_memory_mb` is of what follows (Linux and CUDA; elsewhere of all before)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_mb(device):
+    """Highest memory since `reset_peak_memory`, in MB (10^6 bytes): on a GPU what torch held there, on a CPU the
+    resident memory of this whole process, with all that was imported and loaded."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")  # ru_maxrss would start from the peak of the process that started this one
+    if status.exists() and (line := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(line[1]) / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -73,6 +73,14 @@ class Split:
         return len(self.indices)
 
     @property
+    def identity(self) -> str:
+        """Hash of what its batches depend on: which images (by the cache's content key), labels, sizes, moments."""
+        digest = hashlib.sha256(self.indices.tobytes() + self.labels.numpy().tobytes())
+        cache = Path(getattr(self.store, "filename", "")).parent.name
+        digest.update(repr((cache, self.image_size, self.window, self.mean, self.std)).encode())
+        return digest.hexdigest()
+
+    @property
     def images(self) -> np.ndarray:
         """uint8 [N, H, H, 3], row i belongs to labels[i]; read from the memory map into a new array."""
         return np.take(self.store, self.indices, axis=0)

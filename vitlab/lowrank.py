@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+TINY = 1e-37  # stands for zero in a divisor, in float32, too
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -64,7 +66,7 @@ def svd(weight, rank, *, gram=None):
     """
     _check_rank(weight, rank)
     double, gram = _checked(weight, gram)
-    u, v = _truncate(double, rank, gram, _root(gram))
+    u, v = _truncate(double, rank, gram, _root(double, gram))
     return u.to(weight.dtype), v.to(weight.dtype)
 
 
@@ -109,7 +111,7 @@ def iht(weight, gram, count, *, support="entries", steps=30, tolerance=1e-4):
     pruning. Its end lies below that unless magnitude pruning is a fixed point, as it is for a gram like the
     identity.
     """
-    _check_count(weight, count, support)
+    _check_sparse(weight, gram, count, support)
     double, gram = _checked(weight, gram)
     fit = _iht(double, gram, count, support=support, steps=steps, tolerance=tolerance)
     return _as(weight.dtype, fit)
@@ -127,12 +129,12 @@ def low_rank_plus_sparse(weight, gram, rank, count, *, support="entries", rounds
     stops when a round gains a smaller share of the objective. Returns a Fit; objectives begin with those of
     the half that came first, either magnitude pruning and `iht` or the whitened SVD.
     """
-    _check_count(weight, count, support)
+    _check_sparse(weight, gram, count, support)
     _check_rank(weight, rank)
     double, gram = _checked(weight, gram)
     options = {"count": count, "support": support, "tolerance": tolerance}
     sparse_first = _iht(double, gram, steps=30, **options)
-    root = _root(gram)
+    root = _root(double, gram)
     u, v = _truncate(double, rank, gram, root)
     zeros = torch.zeros_like(double)
     rank_first = Fit(u, v, zeros, zeros > 0, sparse_first.start, [_objective(double - u @ v, gram)])
@@ -172,12 +174,12 @@ def regression(gram, columns):
 
 
 def _checked(weight, gram):
-    """weight and gram (None: identity) as float64, or ValueError for shapes and values that no layer has."""
+    """weight and gram as float64, or ValueError for shapes and values that no layer has."""
     if weight.ndim != 2 or not weight.isfinite().all():
-        raise ValueError(f"weight must be a finite matrix [m, n]; got shape {list(weight.shape)} or NaN or inf in it")
+        raise ValueError(f"weight must be a matrix [m, n] without NaN and inf; got one of {list(weight.shape)}")
     n = weight.shape[1]
     if gram is None:
-        return weight.detach().double(), torch.eye(n, dtype=torch.float64, device=weight.device)
+        return weight.detach().double(), None
     if gram.shape != (n, n):
         raise ValueError(f"gram must be [{n}, {n}] for a weight {list(weight.shape)}; got {list(gram.shape)}")
     if not gram.isfinite().all():
@@ -185,9 +187,11 @@ def _checked(weight, gram):
     return weight.detach().double(), gram.detach().to(weight.device, torch.float64)
 
 
-def _check_count(weight, count, support):
+def _check_sparse(weight, gram, count, support):
+    if gram is None:
+        raise ValueError("thresholding needs a gram of activations; without, it is magnitude pruning: project")
     if count < 1:
-        raise ValueError(f"count must be at least 1 of the {support} of a {list(weight.shape)} matrix; got {count}")
+        raise ValueError(f"count must be at least 1 of the {support} of {list(weight.shape)}; got {count}")
 
 
 def _check_rank(weight, rank):
@@ -200,11 +204,14 @@ def _as(dtype, fit):
 
 
 def _objective(residual, gram):
-    return max(((residual @ gram) * residual).sum().item(), 0.0)  # rounding must not make it negative
+    seen = residual if gram is None else residual @ gram
+    return max((seen * residual).sum().item(), 0.0)  # rounding must not make it negative
 
 
-def _root(gram, damping=1e-9):
-    """S and S^-T with S S^T = gram, damped so that directions never seen still have an inverse."""
+def _root(weight, gram, damping=1e-9):
+    """S and S^-T with S S^T = gram, damped so that directions never seen have an inverse; None if not needed."""
+    if gram is None or len(weight) <= weight.shape[1]:
+        return None
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(damping * values[-1].item() or 1.0)
     return vectors * values.sqrt(), vectors / values.sqrt()
@@ -212,14 +219,14 @@ def _root(gram, damping=1e-9):
 
 def _truncate(weight, rank, gram, root):
     """u, v of the best approximation of that rank in the norm of gram, by the leading singular vectors of W S."""
-    m, n = weight.shape
-    if m <= n:  # left vectors: no inverse of S is needed
-        left = torch.linalg.eigh(weight @ gram @ weight.T).eigenvectors[:, -rank:]
+    if len(weight) <= weight.shape[1]:  # left vectors: no inverse of S is needed
+        seen = weight if gram is None else weight @ gram
+        left = torch.linalg.eigh(seen @ weight.T).eigenvectors[:, -rank:]
         u, v = left, left.T @ weight
     else:
-        whitened = weight @ root[0]
-        right = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -rank:]
-        u, v = whitened @ right, right.T @ root[1].T
+        seen = weight if root is None else weight @ root[0]
+        right = torch.linalg.eigh(seen.T @ seen).eigenvectors[:, -rank:]
+        u, v = seen @ right, right.T if root is None else right.T @ root[1].T
     ratio = (v.norm(dim=1) / u.norm(dim=0).clamp_min(1e-150)).clamp_min(1e-150).sqrt()
     return (u * ratio).flip(1), (v / ratio[:, None]).flip(0)  # largest first
 
@@ -266,7 +273,10 @@ def _pursue(target, sparse, mask, gram, *, count, support, steps, tolerance):
         return (target * best, best, history) if history[1] <= history[0] else (sparse, mask, history[:1])
     scale = _scale(gram)
     target, x, gram = target * scale, sparse * scale, gram / scale / scale[:, None]
-    gradient = (target - x) @ gram
+    gradient, single = (
+        (target - x) @ gram,
+        gram.float(),
+    )  # corrections need no double precision, their sums do
     history = [((target - x) * gradient).sum().item()]
     step, least = (
         8.0,
@@ -276,7 +286,8 @@ def _pursue(target, sparse, mask, gram, *, count, support, steps, tolerance):
         while step > least:
             ahead = x + step * gradient
             new = support_mask(ahead.square(), count, support=support)
-            y = _conjugate_gradients(target, torch.where(mask, x, ahead) * new, new, gram, steps=10)
+            y = torch.where(mask, x, ahead) * new
+            y = y + _conjugate_gradients(((target - y) @ gram * new).float(), new, single, steps=10)
             slope = (target - y) @ gram
             value = ((target - y) * slope).sum().item()
             if value < history[-1]:
@@ -297,25 +308,27 @@ def _scale(gram):
     return square.clamp_min(1e-12 * square.mean().clamp_min(1e-300)).sqrt()
 
 
-def _conjugate_gradients(target, x, mask, gram, *, steps):
-    """Minimise each row's quadratic over the entries in mask, all rows at once. gram has a unit diagonal."""
-    residual = ((target - x) @ gram) * mask
-    direction, square = residual, residual.square().sum(1, keepdim=True)
+def _conjugate_gradients(residual, mask, gram, *, steps):
+    """Correction, zero outside mask, that brings residual = (target - x) gram to zero on mask.
+
+    Minimises each row's quadratic, all rows at once. residual [m, n] is zero outside mask, gram has a unit diagonal.
+    """
+    correction, direction = torch.zeros_like(residual), residual
+    square = torch.linalg.vecdot(residual, residual)[:, None]
     for _ in range(steps):
-        product = (direction @ gram) * mask
-        length = square / (direction * product).sum(1, keepdim=True).clamp_min(1e-300)
-        x = x + length * direction
-        residual = residual - length * product
-        previous, square = square, residual.square().sum(1, keepdim=True)
-        direction = residual + square / previous.clamp_min(1e-300) * direction
-    return x
+        product = (direction @ gram).mul_(mask)
+        length = square / torch.linalg.vecdot(direction, product)[:, None].clamp_min(TINY)
+        correction = correction.addcmul_(length, direction)
+        residual = torch.addcmul(residual, length, product, value=-1)
+        previous, square = square, torch.linalg.vecdot(residual, residual)[:, None]
+        direction = torch.addcmul(residual, square / previous.clamp_min(TINY), direction)
+    return correction
 
 
 def _debiased(target, sparse, mask, gram, value):
-    """Least squares on the support, damped by stopping after 50 steps; sparse and its objective, never
-    worse."""
+    """Least squares on the support, damped by stopping after 50 steps; sparse and its objective, never worse."""
     scale = _scale(gram)
-    scaled = gram / scale / scale[:, None]
-    solved = _conjugate_gradients(target * scale, sparse * scale, mask, scaled, steps=50) / scale
+    residual = (target - sparse) @ gram / scale * mask
+    solved = sparse + _conjugate_gradients(residual, mask, gram / scale / scale[:, None], steps=50) / scale
     after = _objective(target - solved, gram)
     return (solved, after) if after < value else (sparse, value)

@@ -347,10 +347,12 @@ def caption(rows):
     """What a figure must say of where its rows come from: study, seeds, meters, machine, versions, commit."""
 
     def all_of(column):
-        return ", ".join(str(value) for value in dict.fromkeys(rows[column].dropna())) or "unknown"
+        known = rows[column].dropna() if column in rows else []
+        return ", ".join(str(value) for value in dict.fromkeys(known)) or "unknown"
 
     return (
-        f"Study {all_of('study')}; {all_of('model')}; seeds {all_of('seed')}, split {all_of('split_seed')}. "
+        f"Study {all_of('study')} on {all_of('data')}; {all_of('model')}; "
+        f"seeds {all_of('seed')}, split {all_of('split_seed')}. "
         f"MACs by vitlab's closed form; latency as median. {all_of('device')}, threads: {all_of('threads')}; "
         f"torch {all_of('torch')}, timm {all_of('timm')}, commit {all_of('commit')}, "
         f"{rows.date.astype(str).max()[:10]}."

@@ -46,7 +46,7 @@ ROW = [
     *("latency_ms", "latency_q1", "latency_q3", "images_per_s", "memory_mb"),
     *("batch", "threads", "precision", "image_size"),
     *("epochs", "seconds"),
-    *("checkpoint", "split_seed", "commit", "torch", "timm", "device", "date"),
+    *("checkpoint", "data", "split_seed", "commit", "torch", "timm", "device", "date"),
 ]
 HISTORY = [*IDENTITY, "method", "criterion", "form", "target_kind", "target", "stage", "epoch"]
 
@@ -226,12 +226,22 @@ class Run:
     @property
     def data(self):
         """Arguments of data.load: `data.load(**lab.data)`."""
-        return {key: value for key, value in self.params.data.items() if key != "augment"}
+        options = {key: value for key, value in self.params.data.items() if key != "augment"}
+        inside = repository() / str(options["name"])  # a relative path is meant from the repository, as `weights` is
+        return options | ({"name": str(inside)} if inside.is_dir() and "/" in str(options["name"]) else {})
 
     def training(self, section="train"):
         """Settings of train.fit: those of `train`, under any epochs, lr, images, warmup_epochs of section."""
         own = {key: value for key, value in self.params[section].items() if key in SETTINGS}
         return {**self.params.train, **own, "augment": dict(self.params.data.augment), "seed": self.seed}
+
+    def calibration(self, split, *, images=None, device="cpu"):
+        """List of (x, y) batches for scores: a stratified part of split, a data.Split, in evaluation transforms.
+
+        As many images as the study's `calibration` says, or `images`; all of a smaller split.
+        """
+        count = min(images or self.params.calibration.images, len(split))
+        return list(split.subset(count, seed=self.seed).batches(self.params.calibration.batch_size, device=device))
 
     def path(self, name):
         """Where this run writes the file or folder called name."""
@@ -253,14 +263,16 @@ class Run:
             f"  {self.command(notebook)}"
         )
 
-    def shipped(self, settings):
+    def shipped(self, settings, images):
         """Folder of the dense checkpoint that the repository ships for this study, model and seed 0; None if
-        there is none, or it was trained by other settings (as `training` gives them) or on other data."""
+        there is none, or it was trained by other settings (as `training` gives them) or on other data than images,
+        the data.Dataset."""
         folder = repository() / "checkpoints" / self.study / str(self.model_name)
         if self.seed != 0 or not (folder / "model.json").is_file():
             return None
         kept = json.loads((folder / "model.json").read_text())["extra"]
         same = kept.get("settings") == settings and kept.get("values") == self.origin
+        same = same and kept.get("data") == images.description  # CIFAR-10 is not CIFAR-10 (JPEG)
         return folder if same else None
 
     @property
@@ -278,15 +290,18 @@ class Run:
             words += ["--set", f"'{name}={json.dumps(value)}'"]
         return " ".join(words)
 
-    def save_rows(self, notebook, rows):
+    def save_rows(self, notebook, rows, *, data=None):
         """Write the results of notebook, all of them, and return them as a frame with provenance.
 
         rows: frame or list of dicts, one per model measured; at least `method` and `stage`, and a number as
-        `target` where something was cut. Columns become those of ROW in that order, then any others.
+        `target` where something was cut. data: what the images are called, such as "CIFAR-10 (JPEG)". Columns become
+        those of ROW in that order, then any others.
         """
         frame = pd.DataFrame(rows)
         if missing := [column for column in ("method", "stage") if column not in frame]:
             raise ValueError(f"rows of {notebook} lack {' and '.join(missing)}")
+        if data:
+            frame["data"] = data
         if "target" in frame:
             frame["target"] = pd.to_numeric(frame["target"])
         frame = frame.assign(**{key: value for key, value in self._provenance().items() if key not in frame})

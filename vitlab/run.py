@@ -156,6 +156,7 @@ def _kernel():
             "JUPYTER_PATH": os.pathsep.join(paths),
             "JUPYTER_RUNTIME_DIR": folder,
             "VITLAB_HEADLESS": "1",
+            "VITLAB_DATA": str(record.root()),  # a relative one is meant from here, not from the kernel's folder
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # two notebooks on two cores
         }
         sockets = os.name == "posix" and len(folder) < 80

@@ -9,14 +9,14 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import torch
 from accelerate import Accelerator
 from timm.optim import param_groups_weight_decay
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
 
-from vitlab import evaluate, prune, record
+from vitlab import cost, evaluate, prune, record
 
 
 def fit(
@@ -57,7 +57,8 @@ def fit(
 
     History has one row per epoch: stage, epoch, train_loss, train_top1 (on augmented batches, in passing),
     val_loss, val_top1, lr, seconds, images_per_s, data_share (of the seconds, spent waiting for batches; on a GPU
-    that still computes also for it), resident_mb, device_mb, sparsity.
+    that still computes also for it), resident_mb and device_mb (peak of the epoch in MB of 10**6 bytes: resident
+    memory of the whole process, and what torch held on the GPU), sparsity.
     Raises ValueError for settings out of range, FloatingPointError when the loss is no longer finite.
     """
     if epochs < 1 or not 0 <= warmup_epochs < epochs or lr <= 0:
@@ -69,7 +70,8 @@ def fit(
     device = accelerator.device
     model.to(device)
     state_file = Path(folder) / f"{stage}.state.pt" if folder else None
-    key = _fingerprint(settings, model, len(train), masks)
+    seen = [getattr(split, "identity", len(split)) for split in (train, val)]
+    key = _fingerprint(settings | {"images seen": seen}, model, masks)
 
     groups = param_groups_weight_decay(
         model, weight_decay, no_weight_decay_list=getattr(model, "no_weight_decay", set)()
@@ -106,7 +108,9 @@ def fit(
             drop_last=True,
         )  # fmt: skip
         waited = 0.0
-        for step in range(steps):
+        cost.reset_peak_memory()
+        bar = tqdm(range(steps), desc=f"{stage} {epoch + 1}/{epochs}", leave=False, disable=record.headless())
+        for step in bar:
             asked = time.perf_counter()
             x, y = next(batches)
             waited += time.perf_counter() - asked
@@ -133,8 +137,10 @@ def fit(
                 averaged.update_parameters(model)
             total_loss += loss.detach()
             total_right += (logits.detach().argmax(1) == y).sum()
+        finite = total_loss.isfinite().item()  # waits for the device, so before the clock is read
         seconds = time.perf_counter() - begun
-        if not total_loss.isfinite():
+        peak = cost.peak_memory_mb(device)
+        if not finite:
             raise FloatingPointError(
                 f"the training loss is no longer finite in epoch {epoch + 1}; use a lower lr than {lr}"
             )
@@ -155,8 +161,8 @@ def fit(
                 "seconds": seconds,
                 "images_per_s": seen / seconds,
                 "data_share": waited / seconds,
-                "resident_mb": psutil.Process().memory_info().rss / 2**20,
-                "device_mb": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0,
+                "resident_mb": cost.peak_memory_mb("cpu"),
+                "device_mb": peak if device.type == "cuda" else 0.0,
                 "sparsity": prune.sparsity(model, masks) if masks else 0.0,
             }
         )
@@ -191,9 +197,9 @@ def _schedule(step, steps, warmup_steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-def _fingerprint(settings, model, images, masks):
+def _fingerprint(settings, model, masks):
     """Hash of everything that the result depends on and that a state file must share to be gone on from."""
-    digest = hashlib.sha256(json.dumps([settings, images], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for tensors in (model.state_dict(), masks or {}):
         for name, tensor in sorted(tensors.items()):
             digest.update(name.encode())
