@@ -205,6 +205,6 @@ def test_models_without_a_closed_form():
 def test_peak_memory_is_of_what_came_since_the_reset():
     cost.reset_peak_memory()
     before = cost.peak_memory_mb("cpu")
-    held = torch.ones(100_000_000 // 4)  # 100 MB, written to
-    assert cost.peak_memory_mb("cpu") - before >= 90
+    held = torch.ones(400_000_000 // 4)  # 400 MB, written to; some may be memory that was held before
+    assert cost.peak_memory_mb("cpu") - before >= 200
     del held

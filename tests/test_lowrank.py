@@ -72,6 +72,13 @@ def test_a_gram_of_few_tokens_keeps_rank_and_count():
     assert falls(fit.objectives) and fit.objectives[-1] >= 0
 
 
+def test_a_weight_of_low_rank_still_has_its_count():
+    weight = torch.outer(torch.arange(1.0, 7), torch.arange(1.0, 6))
+    fit = lowrank.low_rank_plus_sparse(weight, problem(6, 5)[1], 2, 4)
+    assert fit.mask.sum() == 4 and fit.u.shape == (6, 2)
+    torch.testing.assert_close(fit.weight, weight, rtol=1e-4, atol=1e-4)
+
+
 def test_ranks():
     assert lowrank.break_even_rank(128, 128) == 64
     assert lowrank.break_even_rank(384, 128) == 96  # qkv: 75 % of the full rank

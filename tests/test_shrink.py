@@ -97,6 +97,31 @@ def test_removed_equals_masked(model, batch, drop, fused):
     assert not small.training and not any(module.training for module in small.modules())
 
 
+OTHER_VITS = {
+    "normed queries and keys, LayerScale": {"qk_norm": True, "init_values": 0.5},
+    "class token, registers": {"class_token": True, "reg_tokens": 2, "global_pool": "token"},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+}
+
+
+@pytest.mark.parametrize("options", OTHER_VITS)
+@pytest.mark.parametrize("drop", DROPS)
+def test_removed_equals_masked_on_other_vits(batch, options, drop):
+    torch.manual_seed(0)
+    options = {"image_size": 16, "embed_dim": 32, "depth": 2, **OTHER_VITS[options]}
+    model = models.create("conv_vit", num_classes=3, **options).eval()
+    drop = DROPS[drop](model)
+    assert error(shrink.remove(model, drop)(batch[0]), masked(model, drop)(batch[0])) < 1e-5
+    assert shrink.remove(model, drop, grams=grams(model, batch[0])[0])(batch[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("option, key", [("scale_attn_norm", "heads"), ("scale_mlp_norm", "neurons")])
+def test_units_under_a_norm_of_their_own_are_refused(option, key):
+    model = models.create("conv_vit", num_classes=3, image_size=16, embed_dim=32, depth=2, **{option: True})
+    with pytest.raises(ValueError, match=f"{key} share a norm or gate"):
+        shrink.remove(model, {("blocks.0", key): [0]})
+
+
 def test_kept_weights_get_the_gradients_of_the_masked_model(model, batch):
     drop = heads_and_neurons(model)
     small, whole = shrink.remove(model, drop).train(), masked(model, drop).train()

@@ -136,8 +136,9 @@ def low_rank_plus_sparse(weight, gram, rank, count, *, support="entries", rounds
     sparse_first = _iht(double, gram, steps=30, **options)
     root = _root(double, gram)
     u, v = _truncate(double, rank, gram, root)
-    zeros = torch.zeros_like(double)
-    rank_first = Fit(u, v, zeros, zeros > 0, sparse_first.start, [_objective(double - u @ v, gram)])
+    rest = double - u @ v
+    mask = support_mask(rest.square(), count, support=support)
+    rank_first = Fit(u, v, torch.zeros_like(rest), mask, sparse_first.start, [_objective(rest, gram)])
     sparse_first = replace(sparse_first, u=torch.zeros_like(u), v=torch.zeros_like(v))
     starts = (_sparse_step(double, rank_first, gram, **options), sparse_first)
     fits = [_alternate(double, fit, gram, root=root, rank=rank, rounds=rounds, **options) for fit in starts]

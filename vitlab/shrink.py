@@ -241,16 +241,17 @@ def _reading(layer, columns, *, mean, gram, damping):
         return new
     n = layer.in_features
     weight = layers.effective_weight(layer).detach()
-    mean = weight.new_zeros(n) if mean is None else mean
-    if mean.shape != (n,) or (gram is not None and gram.shape != (n, n)):
+    centre = weight.new_zeros(n) if mean is None else mean
+    if centre.shape != (n,) or (gram is not None and gram.shape != (n, n)):
         raise ValueError(f"mean and gram of a layer with {n} inputs are [{n}] and [{n}, {n}]")
-    mean = mean.double().to(weight.device)
+    centre = centre.double().to(weight.device)
     transfer = torch.eye(n, dtype=torch.float64, device=weight.device)[:, columns]  # x ~ transfer x[columns]
     if gram is not None:
-        gram = lowrank.damped(gram.to(mean.device), damping)
-        transfer = lowrank.regression(gram - mean[:, None] * mean, columns)
+        gram = lowrank.damped(gram.to(weight.device), damping)
+        transfer = lowrank.regression(gram - centre[:, None] * centre, columns)
         layers.recombine(new, layer, transfer.to(weight.dtype))
-    layers.shift(new, (weight.double() @ (mean - transfer @ mean[columns])).to(weight.dtype))
+    if mean is not None:
+        layers.shift(new, (weight.double() @ (centre - transfer @ centre[columns])).to(weight.dtype))
     return new
 
 
@@ -261,7 +262,7 @@ def _check_request(*, ratio, method, support, grams, kappa):
         raise ValueError("ratio 0 changes no layer; give a share above 0, or keep the model as it is")
     for word, known in ((method, METHODS), (support, layers.SUPPORTS)):
         if word not in known:
-            raise ValueError(f"unknown {word!r}{models.nearest(word, known)} Known are {', '.join(known)}.")
+            raise ValueError(f"unknown {word!r}{models.nearest(word, known)}; known are {', '.join(known)}")
     if method == "threshold" and support != "entries":
         raise ValueError(f"threshold keeps entries, not {support}; give support='entries' or another method")
     if not 0 < kappa < 1:
