@@ -382,8 +382,8 @@ def _find_cifar10(home: Path, download: bool) -> _Found:
             found.description = "CIFAR-10 (JPEG)"  # lossy: accuracies are a little below
         return found
     if holder is None:
-        todo = f"the folder {layout} into {home}, or train/ and test/ with a folder a class into {tree}"
-        _fetch(datasets.CIFAR10, home, download, todo)
+        remedy = f"the folder {layout} into {home}, or train/ and test/ with a folder a class into {tree}"
+        _fetch(datasets.CIFAR10, home, download, remedy)
     parts = [datasets.CIFAR10(holder or home, train=train) for train in (True, False)]
     given = np.repeat(["train", "test"], [len(part.data) for part in parts])
     return _Found(
@@ -398,7 +398,7 @@ def _find_cifar10(home: Path, download: bool) -> _Found:
     )
 
 
-def _fetch(kind, home: Path, download: bool, todo: str) -> None:
+def _fetch(kind, home: Path, download: bool, remedy: str) -> None:
     reason = "download=False"
     if download:
         try:
@@ -407,7 +407,7 @@ def _fetch(kind, home: Path, download: bool, todo: str) -> None:
         except (OSError, RuntimeError) as error:
             reason = f"the download failed: {error}"
     raise RuntimeError(
-        f"no images of {kind.__name__} under {home} ({reason}). Put {todo}; "
+        f"no images of {kind.__name__} under {home} ({reason}). Put {remedy}; "
         f"or set VITLAB_DATA to the folder that holds them"
     )
 
