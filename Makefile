@@ -10,7 +10,7 @@ DATA = $(or $(VITLAB_DATA),data)
 .PHONY: help demo smoke study figures test test-long lab lint install
 
 help:
-	@echo "make demo                  train, prune and compare two tiny models: six minutes on two cores"
+	@echo "make demo                  train, prune and compare two tiny models, in minutes"
 	@echo "make test                  the tests; make test-long those too that take minutes"
 	@echo "make lab                   JupyterLab; open the notebooks in their order"
 	@echo "make study STUDY=NAME      all notebooks of a study of notebooks/params: $(basename $(notdir $(wildcard notebooks/params/*.yaml)))"

@@ -134,6 +134,16 @@ def test_distillation_from_itself_leaves_the_model_alone(vit):
     assert history.train_loss.iloc[0] == pytest.approx(0, abs=1e-4)
 
 
+def test_a_state_of_another_teacher_is_not_used(vit):
+    import copy
+
+    other = copy.deepcopy(vit)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    keys = {train._fingerprint({}, vit, None, teacher) for teacher in (None, vit, other)}
+    assert len(keys) == 3 and train._fingerprint({}, vit, None, copy.deepcopy(vit)) in keys
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -71,7 +71,7 @@ def fit(
     model.to(device)
     state_file = Path(folder) / f"{stage}.state.pt" if folder else None
     seen = [getattr(split, "identity", len(split)) for split in (train, val)]
-    key = _fingerprint(settings | {"images seen": seen}, model, masks)
+    key = _fingerprint(settings | {"images seen": seen}, model, masks, teacher)
 
     groups = param_groups_weight_decay(
         model, weight_decay, no_weight_decay_list=getattr(model, "no_weight_decay", set)()
@@ -197,10 +197,10 @@ def _schedule(step, steps, warmup_steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-def _fingerprint(settings, model, masks):
+def _fingerprint(settings, model, masks, teacher):
     """Hash of everything that the result depends on and that a state file must share to be gone on from."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for tensors in (model.state_dict(), masks or {}):
+    for tensors in (model.state_dict(), masks or {}, teacher.state_dict() if teacher is not None else {}):
         for name, tensor in sorted(tensors.items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
