@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
 
-from vitlab import data
+from vitlab import data, shapes
 
 COUNTS = {"cat": 20, "dog": 30, "owl": 41}
 
@@ -487,40 +487,6 @@ def test_sizes(one_tree):
             load(one_tree).train.subset(n)
 
 
-# Shapes
-
-
-def tree_bytes(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")}
-
-
-def test_shapes_are_a_function_of_the_seed(tmp_path):
-    counts = (3, 1, 2)
-    first, again, other = (
-        tree_bytes(data.make_shapes(tmp_path / str(i), per_class=counts, seed=seed)) for i, seed in enumerate((0, 0, 1))
-    )
-    assert first == again and len(first) == 10 * 6 == len(set(first.values()))
-    assert not set(first.values()) & set(other.values())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]  # nothing half-written
-
-
-def test_shapes_are_drawn_at_first_use(tmp_path, monkeypatch):
-    draw = data.make_shapes
-    monkeypatch.setattr(data, "make_shapes", lambda folder: draw(folder, per_class=(4, 2, 3)))
-    images = data.load("shapes", root=tmp_path, image_size=32)
-    assert images.name == "shapes" and len(images.classes) == 10
-    assert [len(getattr(images, part)) for part in data.SPLITS] == [40, 20, 30]
-    monkeypatch.setattr(data, "make_shapes", None)
-    assert (data.load("shapes", root=tmp_path, image_size=32).test.images == images.test.images).all()
-
-
-def test_shapes_do_not_overwrite(tmp_path):
-    with pytest.raises(FileExistsError, match="is there already"):
-        data.make_shapes(tmp_path)
-    with pytest.raises(ValueError, match="three counts"):
-        data.make_shapes(tmp_path / "new", per_class=(3, 0, 1))
-
-
 # The real images, where they are
 
 
@@ -544,7 +510,7 @@ def test_real_images_are_found_and_split(name, place, sizes, classes):
 
 
 def test_a_trial_takes_a_stratified_few_of_each_split(tmp_path):
-    data.make_shapes(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
+    shapes.make(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
     whole = data.load(tmp_path / "tree", root=tmp_path, image_size=16)
     few = data.load(tmp_path / "tree", root=tmp_path, image_size=16, images=20)
     assert [len(split) for split in (few.train, few.val, few.test)] == [20, 20, 20]
@@ -552,7 +518,7 @@ def test_a_trial_takes_a_stratified_few_of_each_split(tmp_path):
 
 
 def test_the_identity_of_a_split_changes_with_what_its_batches_show(tmp_path):
-    data.make_shapes(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
+    shapes.make(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
 
     def identity(**options):
         return data.load(tmp_path / "tree", root=tmp_path, **{"image_size": 16, **options}).train.identity

@@ -12,7 +12,8 @@ from vitlab import record, run
 ROOT = record.repository()
 MAY_IMPORT = {
     "__init__": "",
-    "data": "",
+    "shapes": "",
+    "data": "shapes",
     "models": "",
     "scores": "models",
     "masks": "",

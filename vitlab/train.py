@@ -1,11 +1,13 @@
 """Training: the one loop, on accelerate, for dense, masked and distilled models. A killed run resumes."""
 
+import contextlib
 import copy
 import hashlib
 import json
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -94,15 +96,15 @@ def fit(
             averaged.load_state_dict(saved["averaged"])
         history, best, start = saved["history"], saved["best"], len(saved["history"])
 
-    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)] if device.type == "cpu" else []
-    for module in fused:  # the fused kernel is slower to train in bf16 on CPUs
-        module.fused_attn = False
+    step = partial(
+        _step, prepared, optimizer, accelerator, label_smoothing=label_smoothing, clip_norm=clip_norm,
+        precision=precision, teacher=teacher, teacher_share=teacher_share, temperature=temperature,
+    )  # fmt: skip
     for epoch in range(start, epochs):
         begun = time.perf_counter()
         torch.manual_seed(1_000_003 * seed + epoch)  # drop-path and drop-out depend on (seed, epoch) alone
         prepared.train()
-        total_loss = torch.zeros((), device=device)
-        total_right = torch.zeros((), device=device)
+        sums = torch.zeros(2, device=device)  # of losses, of right answers
         batches = train.batches(
             min(batch_size, len(train)), device=device, augment=augment, shuffle=True, seed=seed, epoch=epoch,
             drop_last=True,
@@ -110,37 +112,21 @@ def fit(
         waited = 0.0
         cost.reset_peak_memory()
         bar = tqdm(range(steps), desc=f"{stage} {epoch + 1}/{epochs}", leave=False, disable=record.headless())
-        for step in bar:
-            asked = time.perf_counter()
-            x, y = next(batches)
-            waited += time.perf_counter() - asked
-            rate = lr * _schedule(epoch * steps + step, epochs * steps, warmup_epochs * steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with evaluate.autocast(device, precision):
-                logits = prepared(x)
-                loss = cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
-                if teacher is not None:
-                    with torch.no_grad():
-                        target = log_softmax(teacher(x).float() / temperature, 1)
-                    student = log_softmax(logits.float() / temperature, 1)
-                    distance = kl_div(student, target, reduction="batchmean", log_target=True)
-                    loss = (1 - teacher_share) * loss + teacher_share * temperature**2 * distance
-            accelerator.backward(loss)
-            if clip_norm:
-                accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            if holder:
-                holder.step()
-            if averaged:
-                averaged.update_parameters(model)
-            total_loss += loss.detach()
-            total_right += (logits.detach().argmax(1) == y).sum()
-        finite = total_loss.isfinite().item()  # waits for the device, so before the clock is read
+        with _plain_attention(model, device):
+            for i in bar:
+                asked = time.perf_counter()
+                x, y = next(batches)
+                waited += time.perf_counter() - asked
+                rate = lr * _schedule(epoch * steps + i, epochs * steps, warmup_epochs * steps)
+                sums += step(x, y, rate)
+                if holder:
+                    holder.step()
+                if averaged:
+                    averaged.update_parameters(model)
+            total_loss, total_right = sums.tolist()  # waits for the device, so before the clock is read
         seconds = time.perf_counter() - begun
         peak = cost.peak_memory_mb(device)
-        if not finite:
+        if not math.isfinite(total_loss):
             raise FloatingPointError(
                 f"the training loss is no longer finite in epoch {epoch + 1}; use a lower lr than {lr}"
             )
@@ -153,8 +139,8 @@ def fit(
             {
                 "stage": stage,
                 "epoch": epoch + 1,
-                "train_loss": total_loss.item() / steps,
-                "train_top1": 100 * total_right.item() / seen,
+                "train_loss": total_loss / steps,
+                "train_top1": 100 * total_right / seen,
                 "val_loss": result.loss,
                 "val_top1": result.top1,
                 "lr": rate,
@@ -183,11 +169,46 @@ def fit(
                 "best": best,
             },
         )
-    for module in fused:
-        module.fused_attn = True
     model.load_state_dict(best["model"])
     model.eval()
     return pd.DataFrame(history)
+
+
+def _step(
+    model, optimizer, accelerator, x, y, rate,
+    *, label_smoothing, clip_norm, precision, teacher, teacher_share, temperature,
+):  # fmt: skip
+    """One step at this rate; returns [loss, number of right answers], a tensor on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    with evaluate.autocast(x.device, precision):
+        logits = model(x)
+        loss = cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
+        if teacher is not None:
+            with torch.no_grad():
+                target = log_softmax(teacher(x).float() / temperature, 1)
+            student = log_softmax(logits.float() / temperature, 1)
+            distance = kl_div(student, target, reduction="batchmean", log_target=True)
+            loss = (1 - teacher_share) * loss + teacher_share * temperature**2 * distance
+    accelerator.backward(loss)
+    if clip_norm:
+        accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).sum().to(loss.dtype)])
+
+
+@contextlib.contextmanager
+def _plain_attention(model, device):
+    """On CPUs, attention without the fused kernel, which is slower to train in bf16 there."""
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)] if device.type == "cpu" else []
+    try:
+        for module in fused:
+            module.fused_attn = False
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def _schedule(step, steps, warmup_steps):
