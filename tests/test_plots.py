@@ -140,7 +140,7 @@ def test_the_same_figure_is_the_same_bytes(rows, tmp_path):
     assert not matplotlib.pyplot.get_fignums()
 
 
-def test_tables_are_written_for_machines_and_for_people(tmp_path):
+def test_tables_are_written_for_machines_and_for_people(tmp_path, capsys):
     frame = pd.DataFrame({"method": ["heads_svd", "dense"], "top1": [80.123456, np.nan], "macs": [4_000_000, 1]})
     plots.save_table(frame, tmp_path / "t", formats={"macs": "{:,}"})
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), frame, check_dtype=False)
@@ -153,6 +153,9 @@ def test_tables_are_written_for_machines_and_for_people(tmp_path):
         plots.save_table(frame, tmp_path / "u", formats={"top": "{}"})
     plots.save_table(frame, tmp_path / "v", kinds=["csv"])
     assert (tmp_path / "v.csv").exists() and not (tmp_path / "v.md").exists()
+    plots.save_table(frame.head(0), tmp_path / "v", kinds=["csv"])
+    assert len(pd.read_csv(tmp_path / "v.csv")) == 2, "nothing to write is no reason to lose what there is"
+    assert capsys.readouterr().out == "v: no rows yet, not written\n"
 
 
 def test_a_caption_says_where_numbers_come_from():

@@ -5,6 +5,7 @@ Saved twice, a figure is the same file byte for byte.
 """
 
 import functools
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -379,8 +380,9 @@ def save(drawn, path, *, caption=None):
 def save_table(frame, path, *, formats=None, kinds=("csv", "md", "tex")):
     """Write frame as path + ".csv" (as it is), ".md" and ".tex" (formatted, for people), or those of kinds.
 
-    formats: {column: format such as "{:.1f}"}; other numbers have three digits after the point at most. What
-    is missing is left empty. Raises ValueError for an unknown column.
+    A frame without rows (a study run in part has some) is not written, and a line says so. formats: {column:
+    format such as "{:.1f}"}; other numbers have three digits after the point at most. What is missing is left
+    empty. Raises ValueError for an unknown column.
     """
     formats = formats or {}
 
@@ -397,6 +399,9 @@ def save_table(frame, path, *, formats=None, kinds=("csv", "md", "tex")):
     for column in formats:
         if column not in frame:
             raise ValueError(record.unknown("column", column, frame.columns))
+    if frame.empty:
+        record.say(f"{Path(path).name}: no rows yet, not written")
+        return
     text = frame.astype(object).apply(shown)
     align = ["right" if pd.api.types.is_numeric_dtype(kind) else "left" for kind in frame.dtypes]
     styler = text.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
