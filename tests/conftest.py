@@ -33,6 +33,22 @@ def swin():  # a grid of 4 x 4 in windows of 2 (shifted in every second block), 
     return toy("conv_swin", embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=2)
 
 
+OTHERS = {  # toys of 16 px, unless said otherwise; 3 classes
+    "distilled": dict(name="deit_tiny_distilled_patch16_224", embed_dim=24, depth=2, num_heads=3, patch_size=4),
+    "deit3": dict(name="deit3_small_patch16_224", embed_dim=24, depth=2, num_heads=3, patch_size=4),
+    "registers": dict(name="vit_small_patch14_reg4_dinov2", embed_dim=24, depth=2, num_heads=3, patch_size=4),
+    "qk norm": dict(name="conv_vit", embed_dim=24, depth=2, num_heads=3, qk_norm=True, init_values=0.5),
+    "swinv2": dict(
+        name="swinv2_tiny_window8_256", embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=2, patch_size=4
+    ),
+}
+
+
+@pytest.fixture(params=["vit", "swin", *OTHERS])
+def any_model(request):
+    return toy(**OTHERS[request.param]) if request.param in OTHERS else request.getfixturevalue(request.param)
+
+
 @pytest.fixture(params=["vit", "swin"])
 def model(request):
     return request.getfixturevalue(request.param)

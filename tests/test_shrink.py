@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitlab import layers, lowrank, models, shrink
+from vitlab import cost, layers, lowrank, models, prune, shrink
 
 
 def heads_and_neurons(model):
@@ -97,6 +97,115 @@ def test_removed_equals_masked(model, batch, drop, fused):
     assert not small.training and not any(module.training for module in small.modules())
 
 
+def every_kind(model):
+    """{kind: a drop of some units of it everywhere}; of heads and neurons all of one block, of blocks one."""
+    view = models.view(model)
+    drops = {}
+    for kind in models.UNITS:
+        units = view.units([kind])
+        drops[kind] = {key: list(range(i % 2, count, 3)) for i, (key, count) in enumerate(units.items())}
+    for kind, size in (("qk", "qk_dim"), ("v", "head_dim")):
+        sizes = {block.name: (block.num_heads, getattr(block, size)) for block in view.blocks}
+        drops[kind] = {  # as many of each head, but others
+            (name, kind): [h * d + (h + lane) % d for h in range(heads) for lane in range(d // 2)]
+            for name, (heads, d) in sizes.items()
+        }
+    last = view.blocks[-1]
+    drops["heads"][last.name, "heads"] = list(range(last.num_heads))
+    drops["neurons"][last.name, "neurons"] = list(range(last.neurons))
+    drops["block"] = {(view.blocks[0].name, "block"): [0]}
+    if any(len(list(norm.parameters())) for norm in shrink._query_norms(last.attn)):
+        del drops["qk"]
+    return {kind: drop for kind, drop in drops.items() if drop}
+
+
+def masked_as_well(model, drop):
+    """As `masked`, for the other kinds."""
+    model = masked(model, {key: gone for key, gone in drop.items() if key[1] in ("heads", "neurons", "rows")})
+    view = models.view(model)
+    for (name, kind), indices in drop.items():
+        if kind == "qk":
+            block = view.block(name)
+            both = [*indices, *(block.num_heads * block.qk_dim + i for i in indices)]
+            # SwinV2 adds its biases after this layer
+            q_bias = getattr(block.attn, "q_bias", None)
+            if q_bias is not None:
+                q_bias.data[indices] = 0
+            block.attn.qkv.register_forward_hook(lambda m, args, y, i=both: zeroed(y, i))
+        elif kind == "v":
+            view.block(name).attn.proj.register_forward_pre_hook(lambda m, args, i=indices: (zeroed(args[0], i),))
+        elif kind == "block":
+            model.get_submodule(name).register_forward_hook(lambda m, args, y: args[0])
+        elif kind == "filters":
+            keep = [i for i in range(len(model.get_submodule(name).weight)) if i not in indices]
+            norm = model.get_submodule(prune.norm_after(model, name))
+            norm.register_forward_hook(lambda m, args, y, i=indices: zeroed(y.movedim(1, -1), i).movedim(-1, 1))
+            assert keep
+        elif kind == "width":
+            mask_stream(model, view.stream(name), indices)
+    return model
+
+
+def mask_stream(model, stream, indices):
+    """Dead channels are zero wherever they are written, and norms look at the others alone."""
+    size = len(stream[0][0].weight)
+    wide = [j * size + i for j in range(4) for i in indices]
+    for thing, how in stream:
+        gone = wide if how == "merged" else indices
+        if how == "last":
+            thing.data[..., gone] = 0
+        elif isinstance(thing, (nn.Conv2d, nn.BatchNorm2d)):
+            thing.register_forward_hook(lambda m, args, y, i=gone: zeroed(y.movedim(1, -1), i).movedim(-1, 1))
+        elif isinstance(thing, nn.LayerNorm):
+            keep = [i for i in range(len(thing.weight)) if i not in gone]
+            thing.register_forward_hook(lambda m, args, y, i=keep: norm_of(m, args[0], i))
+        elif how == "rows":
+            thing.register_forward_hook(lambda m, args, y, i=gone: zeroed(y, i))
+
+
+def norm_of(norm, x, keep):
+    y = nn.functional.layer_norm(x[..., keep], (len(keep),), norm.weight[keep], norm.bias[keep], norm.eps)
+    return torch.zeros_like(x).index_copy(-1, torch.tensor(keep), y)
+
+
+@pytest.mark.parametrize("kind", models.UNITS)
+def test_removed_equals_masked_for_every_kind_and_architecture(any_model, batch, kind):
+    drop = every_kind(any_model).get(kind)
+    if drop is None:
+        pytest.skip(f"this model has no {kind} that can be cut")
+    expected = masked_as_well(any_model, drop)
+    small = shrink.remove(any_model, drop)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in any_model.parameters())
+    assert error(small(batch[0]), expected(batch[0])) < 1e-5
+    assert error(fuse(small, True)(batch[0]), expected(batch[0])) < 1e-5
+    with torch.no_grad():
+        fuse(small, False)
+    same = shrink.rebuild(models.create(**recipe(small)), json.loads(json.dumps(shrink.structure(small)))).eval()
+    same.load_state_dict(small.state_dict(), strict=True)
+    assert torch.equal(same(batch[0]), small(batch[0]))
+    assert cost.macs(small) < cost.macs(any_model)
+    assert cost.macs(same) == cost.macs(small) == cost.meters(small)["macs_torch"]
+
+
+def test_all_kinds_together_and_once_more(any_model, batch):
+    drops = every_kind(any_model)
+    small = any_model
+    for drop in drops.values():  # numbered anew after each, so only what is still there
+        left = models.view(small).units([next(iter(drop))[1]])
+        drop = {key: [i for i in gone if i < left.get(key, 0)] for key, gone in drop.items() if key in left}
+        if next(iter(drop))[1] in ("qk", "v"):
+            drop = {key: every_kind(small)[key[1]][key] for key in drop}
+        expected = masked_as_well(small, drop)(batch[0])
+        small = shrink.remove(small, drop)
+        assert error(small(batch[0]), expected) < 1e-5
+    means = {name: mean.float() for name, mean in grams(small, batch[0])[1].items()}
+    again = shrink.remove(small, {("stages.0", "width"): [1]}, grams=grams(small, batch[0])[0], means=means)
+    assert again(batch[0]).isfinite().all()
+    same = shrink.rebuild(models.create(**recipe(again)), json.loads(json.dumps(shrink.structure(again)))).eval()
+    same.load_state_dict(again.state_dict(), strict=True)
+    assert torch.equal(same(batch[0]), again(batch[0]))
+
+
 OTHER_VITS = {
     "normed queries and keys, LayerScale": {"qk_norm": True, "init_values": 0.5},
     "class token, registers": {"class_token": True, "reg_tokens": 2, "global_pool": "token"},
@@ -142,6 +251,40 @@ def test_kept_weights_get_the_gradients_of_the_masked_model(model, batch):
     for name in mine:
         if mine[name].shape == theirs[name].shape:
             assert (mine[name] - theirs[name]).abs().max() < 1e-4 * max(theirs[name].abs().max(), 1e-2), name
+
+
+def test_without_all_heads_or_neurons_the_mean_of_what_they_gave_is_left(model, batch):
+    means = {name: mean.float() for name, mean in grams(model, batch[0])[1].items()}
+    for block in models.view(model).blocks:
+        for kind, owner, reader, count in (
+            ("heads", "attn", "proj", block.num_heads),
+            ("neurons", "mlp", "fc2", block.neurons),
+        ):
+            small = shrink.remove(model, {(block.name, kind): range(count)}, means=means)
+            whole, left = (
+                model.get_submodule(f"{block.name}.{owner}.{reader}"),
+                small.get_submodule(f"{block.name}.{owner}"),
+            )
+            expected = whole(means[f"{block.name}.{owner}.{reader}"])
+            assert isinstance(left, layers.Constant) and error(left(torch.zeros(2, 5, 7))[1, 2], expected) < 1e-5
+            assert (block.name, kind) not in models.view(small).units()
+
+
+def test_narrower_streams_are_refitted_where_their_readers_can(model, batch):
+    name = "stages.0"
+    seen, _ = grams(model, batch[0])
+    plain = shrink.remove(model, {(name, "width"): [0, 5]})
+    fitted = shrink.remove(model, {(name, "width"): [0, 5]}, grams=seen)
+    reader = f"{models.view(model).blocks[0].name}.mlp.fc1"
+    weight, gram = model.get_submodule(reader).weight, seen[reader]
+    keep = [i for i in range(weight.shape[1]) if i not in (0, 5)]
+
+    def lost(small):
+        whole = torch.zeros_like(weight)
+        whole[:, keep] = small.get_submodule(reader).weight.detach()
+        return lowrank.objective(weight, whole, gram)
+
+    assert lost(fitted) < lost(plain)
 
 
 def test_all_that_a_head_has_goes_with_it(swin):
@@ -353,12 +496,16 @@ def test_errors_of_removal_name_what_is_known(vit):
         with pytest.raises(ValueError, match=r"distinct indices in \[0, 4\)"):
             remove(vit, {("blocks.0", "heads"): indices})
     for key, size in (
-        (("blocks.0", "heads"), 4),
-        (("blocks.0.mlp.fc1", "rows"), 64),
+        (("stages.0", "width"), 32),
+        (("patch_embed.steps.0", "filters"), 32),
         (("blocks.0.attn.proj", "rows"), 32),
     ):
         with pytest.raises(ValueError, match=f"all {size} would go; keep at least one"):
             remove(vit, {key: range(size)})
+    with pytest.raises(ValueError, match="all blocks would go"):
+        remove(vit, {("blocks.0", "block"): [0], ("blocks.1", "block"): [0]})
+    with pytest.raises(ValueError, match=r"blocks.0 v: the heads would keep \[7, 8\] dimensions"):
+        remove(vit, {("blocks.0", "v"): [3]})
     for drop in ({}, {("blocks.0", "heads"): []}):
         with pytest.raises(ValueError, match="removes nothing"):
             remove(vit, drop)

@@ -37,7 +37,7 @@ def macs(model, *, image_size=None, ideal=False):
 def breakdown(model, *, image_size=None):
     """Costs by layer in forward order: a frame of layer, block, role, macs, macs_ideal, params, nonzero.
 
-    role: stem, qkv, qk (query x key), av (attention x value), proj, fc1, fc2, merge, head, and one last row
+    role: stem, qkv, qk (query x key), av (attention x value), position, proj, fc1, fc2, merge, head, and one last row
     "rest" for parameters without MACs (norms, position tables, tokens), so that every column sums to the
     model's. image_size: side in pixels, None for the size that the model was built for.
     Raises ValueError for a size that the model cannot run at, TypeError for a model with layers that the
@@ -63,6 +63,7 @@ def breakdown(model, *, image_size=None):
                 layer_name = name.removesuffix("qkv") + product
                 cost = padded * keys * width
                 table.append((layer_name, block.name, product, cost, cost, 0, 0))
+            table += _position_mlp(block)
     _refuse_unknown(model, [row[0] for row in table])
     columns = ["layer", "block", "role", "macs", "macs_ideal", "params", "nonzero"]
     rest = [total - sum(row[i] for row in table) for i, total in ((5, _params(model)), (6, _nonzero(model)))]
@@ -76,12 +77,24 @@ def _row(name, layer, block, role, *, positions):
     return name, block, role, positions * dense, positions * ideal, _params(layer), _nonzero(layer)
 
 
+def _position_mlp(block):
+    """Lines of SwinV2's position bias: an MLP over the distances in a window, once for all its images."""
+    if not hasattr(block.attn, "cpb_mlp"):
+        return []
+    distances = math.prod(2 * side - 1 for side in block.attn.window_size)
+    named = [(f"{block.name}.attn.cpb_mlp.{i}", block.attn.cpb_mlp[i]) for i in (0, 2)]
+    return [_row(name, layer, block.name, "position", positions=distances) for name, layer in named]
+
+
 def _tokens(view, block, grid):
     """Tokens after the stem, tokens that attention runs on, and keys that each query sees."""
     tokens = math.prod(grid) + getattr(view.model, "num_prefix_tokens", 0)
     if view.kind == "vit" or block is None:
         return tokens, tokens, tokens
-    window = block.attn.window_size  # Swin pads to whole windows, for qkv and proj too, but not for the MLP
+    window = getattr(block.attn, "window_size", None)
+    if window is None:  # attention without heads
+        return tokens, tokens, tokens
+    # Swin pads to whole windows, for qkv and proj too, but not for the MLP
     padded = math.prod(math.ceil(side / w) * w for side, w in zip(grid, window, strict=True))
     return tokens, padded, math.prod(window)
 

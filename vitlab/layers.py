@@ -207,6 +207,36 @@ class RowLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+class Constant(nn.Module):
+    """What is left of attention or an MLP without heads or neurons: its last bias at every token.
+
+    x [..., tokens, any] to [..., tokens, out_features]; no multiply-accumulates.
+    """
+
+    def __init__(self, out_features, *, bias=True, device=None, dtype=None):
+        super().__init__()
+        self.out_features = out_features
+        values = torch.zeros(out_features, device=device, dtype=dtype)
+        self.bias = nn.Parameter(values) if bias else None
+
+    def forward(self, x, *_, **__):
+        y = x.new_zeros(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def config(self):
+        return {"out_features": self.out_features, "bias": self.bias is not None}
+
+    def extra_repr(self):
+        return f"out_features={self.out_features}"
+
+
+class Skip(nn.Identity):
+    """Stands where a whole block was: the residual stream passes."""
+
+    def forward(self, x, *_, **__):
+        return x
+
+
 CUT = (FactoredLinear, LowRankSparseLinear, RowLinear)
 
 

@@ -21,10 +21,14 @@ except RuntimeError as error:  # torchvision built against another torch: "opera
     ) from error
 
 from timm.layers import Attention, Mlp
-from timm.models import swin_transformer, vision_transformer
+from timm.models import swin_transformer, swin_transformer_v2, vision_transformer
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 
+from vitlab import attention, layers
+
+UNITS = ("heads", "neurons", "qk", "v", "width", "filters", "block")
 ROLES = {
     "attn.qkv": "qkv",
     "attn.proj": "proj",
@@ -133,6 +137,9 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
         raise ValueError(
             f"unknown model {name!r}{nearest(name, known)} Known are {', '.join(SMALL)} and timm.list_models()."
         )
+    if isinstance(model, SwinTransformerV2):  # timm's reads the weight of qkv past its module
+        for module in model.modules():
+            attention.open_up(module)
     model.recipe = {
         "name": name,
         "num_classes": num_classes,
@@ -151,7 +158,8 @@ def load_weights(model, path):
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; give a .safetensors or .pth file or a checkpoint folder")
     state = timm.models.load_state_dict(str(path), weights_only=True)
-    adapt = swin_transformer if isinstance(model, SwinTransformer) else vision_transformer
+    families = {SwinTransformer: swin_transformer, SwinTransformerV2: swin_transformer_v2}
+    adapt = next((own for kind, own in families.items() if isinstance(model, kind)), vision_transformer)
     state = adapt.checkpoint_filter_fn(state, model)
     own = model.state_dict()
     heads = {key for name in classifier_names(model) for key in (f"{name}.weight", f"{name}.bias")}
@@ -187,15 +195,21 @@ class Block:
 
     @property
     def num_heads(self):
-        return self.attn.num_heads
+        return getattr(self.attn, "num_heads", 0)
 
     @property
     def head_dim(self):
-        return self.attn.proj.in_features // self.attn.num_heads
+        """Size of a head's values, and of its queries and keys if none of these were cut."""
+        return self.attn.proj.in_features // self.num_heads if self.num_heads else 0
+
+    @property
+    def qk_dim(self):
+        """Size of a head's queries and keys."""
+        return (self.attn.qkv.out_features // self.num_heads - self.head_dim) // 2 if self.num_heads else 0
 
     @property
     def neurons(self):
-        return self.mlp.fc2.in_features
+        return self.mlp.fc2.in_features if hasattr(self.mlp, "fc2") else 0
 
 
 class View:
@@ -233,34 +247,112 @@ class View:
         names = [b.name for b in self.blocks]
         raise ValueError(f"no block {name!r}{nearest(name, names)} Blocks are {', '.join(names)}.")
 
-    def units(self):
-        """{(block name, "heads" or "neurons"): how many there are now}."""
-        return {
-            (b.name, kind): count
-            for b in self.blocks
-            for kind, count in (("heads", b.num_heads), ("neurons", b.neurons))
-        }
+    def units(self, kinds=("heads", "neurons")):
+        """{(where, kind): how many there are now}, without those of which none are left. Kinds:
+
+        "heads", "neurons"  of a block
+        "qk", "v"           dimensions of a block's heads, numbered head * size + dimension
+        "width"             channels of a stage's residual stream: ("stages.0", "width"), of a ViT its only one
+        "filters"           of a convolution of the stem that feeds another one
+        "block"             the block itself: 1
+        """
+        for kind in kinds:
+            if kind not in UNITS:
+                raise ValueError(f"unknown kind of unit {kind!r}{nearest(kind, UNITS)} Kinds are {', '.join(UNITS)}.")
+        counts = {}
+        for b in self.blocks:
+            heads = b.num_heads
+            own = {"heads": heads, "neurons": b.neurons, "qk": heads * b.qk_dim, "v": heads * b.head_dim, "block": 1}
+            counts |= {(b.name, kind): own[kind] for kind in kinds if kind in own}
+        if "width" in kinds:
+            counts |= {(stage, "width"): len(self.stream(stage)[0][0].weight) for stage in self.stages}
+        if "filters" in kinds:
+            counts |= {(name, "filters"): conv.out_channels for name, conv in self.stem[:-1]}
+        return {key: count for key, count in counts.items() if count}
+
+    @property
+    def stages(self):
+        """Names of the stages of the residual stream, which has one width in each: "stages.0" and so on."""
+        return [f"stages.{i}" for i in range(len(self.model.layers) if self.kind == "swin" else 1)]
+
+    @property
+    def stem(self):
+        """[(name, convolution)] of the patch embedding, in forward order."""
+        modules = self.model.patch_embed.named_modules(prefix="patch_embed")
+        return [(name, module) for name, module in modules if isinstance(module, nn.Conv2d)]
+
+    def stream(self, stage):
+        """[(module or parameter, how it is as wide as the stage's residual stream)]; the first one has a weight row
+        for each channel. How: "rows" or "columns" of a linear layer or convolution, "channels" of a norm or a scale,
+        "merged" for columns and channels of patch merging, which sees four tokens side by side, "last" dimension of
+        a parameter. Raises ValueError for an unknown stage, TypeError for what cannot be made narrower."""
+        if stage not in self.stages:
+            raise ValueError(f"no stage {stage!r}{nearest(stage, self.stages)} Stages are {', '.join(self.stages)}.")
+        number = self.stages.index(stage)
+        found = _stem_end(self.model) if number == 0 else _merging(self.model.layers[number].downsample, "rows")
+        for block in self.blocks:
+            if block.stage == number:
+                found += _block_stream(self.model.get_submodule(block.name))
+        if number + 1 < len(self.stages):
+            return found + _merging(self.model.layers[number + 1].downsample, "merged")
+        return found + _ending(self.model, self.classifiers)
+
+
+def _stem_end(model):
+    """What is as wide as the first stage in front of the blocks, the last convolution first."""
+    inside = list(model.patch_embed.modules())
+    last = max(i for i, module in enumerate(inside) if isinstance(module, nn.Conv2d))
+    found = [(inside[last], "rows")]
+    found += [(m, "channels") for m in inside[last + 1 :] if getattr(m, "weight", None) is not None]
+    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+        if getattr(model, name, None) is not None:
+            found.append((getattr(model, name), "last"))
+    return found + [(m, "channels") for m in [getattr(model, "norm_pre", None)] if hasattr(m, "weight")]
+
+
+def _merging(merging, side):
+    """Patch merging where it writes ("rows") or reads ("merged") a stage's stream. Swin's norm is on what it reads,
+    SwinV2's on what it writes."""
+    writes = isinstance(merging, swin_transformer_v2.PatchMerging)
+    norm = [(merging.norm, "channels" if writes else "merged")] if writes == (side == "rows") else []
+    return [(merging.reduction, side), *norm]
+
+
+def _block_stream(block):
+    readers = [(m, "columns") for m in (getattr(block.attn, "qkv", None), getattr(block.mlp, "fc1", None)) if m]
+    writers = [(getattr(block.attn, "proj", block.attn), "rows"), (getattr(block.mlp, "fc2", block.mlp), "rows")]
+    scales = [getattr(block, name, None) for name in ("norm1", "norm2", "ls1", "ls2")]
+    if getattr(block.attn, "gate", None) is not None:
+        raise TypeError("attention with a gate cannot be made narrower")
+    return [*readers, *writers, *((m, "channels") for m in scales if m is not None and list(m.parameters()))]
+
+
+def _ending(model, classifiers):
+    if getattr(model, "attn_pool", None) is not None:
+        raise TypeError("a model that pools by attention cannot be made narrower")
+    norms = [getattr(model, name, None) for name in ("norm", "fc_norm")]
+    found = [(norm, "channels") for norm in norms if norm is not None and list(norm.parameters())]
+    return found + [(model.get_submodule(name), "columns") for name in classifiers]
 
 
 def view(model):
-    """View of a timm ViT/DeiT or Swin. Raises TypeError for a model that vitlab cannot see into."""
-    if isinstance(model, SwinTransformer):
-        blocks = [
-            Block(f"layers.{s}.blocks.{i}", s, block.attn, block.mlp)
-            for s, stage in enumerate(model.layers)
-            for i, block in enumerate(stage.blocks)
-        ]
+    """View of a timm ViT/DeiT, Swin or SwinV2. Raises TypeError for a model that vitlab cannot see into."""
+    kind, found = None, []
+    if isinstance(model, (SwinTransformer, SwinTransformerV2)):
         kind = "swin"
+        found = [(f"layers.{s}.blocks.{i}", s, b) for s, st in enumerate(model.layers) for i, b in enumerate(st.blocks)]
     elif isinstance(model, VisionTransformer):
-        blocks = [Block(f"blocks.{i}", 0, b.attn, b.mlp) for i, b in enumerate(model.blocks)]
-        kind = "vit"
-    else:
-        blocks, kind = [], None
-    attention = (Attention, swin_transformer.WindowAttention)
-    plain = [isinstance(b.attn, attention) and isinstance(b.mlp, Mlp) for b in blocks]
-    if not blocks or not all(plain):
+        kind, found = "vit", [(f"blocks.{i}", 0, b) for i, b in enumerate(model.blocks)]
+    found = [each for each in found if not isinstance(each[2], layers.Skip)]
+    known = (Attention, swin_transformer.WindowAttention, attention.CutWindowAttentionV2, layers.Constant)
+    plain = [
+        isinstance(getattr(b, "attn", None), known) and isinstance(getattr(b, "mlp", None), (Mlp, layers.Constant))
+        for _, _, b in found
+    ]
+    if not found or not all(plain):
         raise TypeError(
-            f"cannot see into {type(model).__name__}: supported are timm's VisionTransformer family (ViT, DeiT) and "
-            "SwinTransformer with fused qkv and a two-layer MLP; not EVA, SwiGLU, MaxViT, SwinV2 or ConvNets"
+            f"cannot see into {type(model).__name__}: supported are timm's VisionTransformer family (ViT, DeiT), "
+            "SwinTransformer and (made by models.create) SwinTransformerV2, with fused qkv and a two-layer MLP; not "
+            "EVA, SwiGLU, MaxViT or ConvNets"
         )
-    return View(model, kind, blocks)
+    return View(model, kind, [Block(name, stage, b.attn, b.mlp) for name, stage, b in found])

@@ -5,12 +5,13 @@ to make the same shapes again.
 """
 
 import copy
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from torch import nn
 
-from . import layers, lowrank, models
+from . import attention, layers, lowrank, models
 
 METHODS = ("svd+iht", "svd", "iht", "threshold")
 EVERY_ROLE = (*models.ROLES.values(), "head")
@@ -19,34 +20,32 @@ EVERY_ROLE = (*models.ROLES.values(), "head")
 def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     """A copy of model without these units; it computes what model does with the same units masked to zero.
 
-    drop: {(block, "heads"): indices, (block, "neurons"): indices, (layer, "rows"): indices}, numbered as in
-    model. Rows go with their biases. Rows of fc1 are its MLP's neurons, if the activation maps 0 to 0; any
-    other layer computes the rows that stay and leaves zeros in the place of the others.
+    drop: {(where, kind): indices}, numbered as in model, for the kinds of models.View.units and "rows":
 
-    means, grams: closed-form compensation for heads and neurons, for the layers found in them (attn.proj
-    reads the heads, mlp.fc2 the neurons). means {layer: [n]} of its inputs: what is lost on average goes into
-    its bias (VBP). grams {layer: [n, n]}, as from scores.grams: the inputs that stay take over, by least
-    squares, what they can of those that go (CORP); about the mean, if means has the layer, too. damping: see
-    lowrank.damped.
+    - (block, "heads"), (block, "neurons"): all of them, too; the layer's last bias stays.
+    - (block, "qk"), (block, "v"): dimensions of heads, head * size + dimension, as many from each head. `scale` stays.
+    - (stage, "width"): channels of the residual stream. A norm then looks at the channels that stay, so that the
+      masked model meant here is one whose norms leave dead channels out.
+    - (convolution, "filters"): of the stem, with their batch norm and the next convolution's inputs.
+    - (layer, "rows"): with their biases. Rows of fc1 are its MLP's neurons, if the activation maps 0 to 0; any other
+      layer computes the rows that stay and leaves zeros in the place of the others.
+    - (block, "block"): [0], the whole block; not all blocks.
+
+    means, grams: closed-form compensation for what reads heads, v dimensions, neurons and channels, for the layers
+    found in them (attn.proj reads the heads, mlp.fc2 the neurons; qkv, fc1, merging and, if given, the classifier
+    read channels). means {layer: [n]} of its inputs: what is lost on average goes into its bias (VBP). grams
+    {layer: [n, n]}, as from scores.grams: the inputs that stay take over, by least squares, what they can of those
+    that go (CORP); about the mean, if means has the layer, too. damping: see lowrank.damped.
 
     Works on models already cut. Raises ValueError for unknown names (with the nearest) and wrong indices, for
-    a drop that removes nothing, and for one that removes all heads, neurons or rows of a block or layer.
+    a drop that removes nothing, and for one that removes all rows, filters, channels or blocks.
     """
     gone = _checked_drop(models.view(model), drop)
     model = copy.deepcopy(model)
-    view = models.view(model)
-    for (name, kind), indices in gone.items():
-        if kind == "rows":  # first, see _checked_drop: their numbers are those of the layer before heads go
-            _put(model, name, _without_rows(model.get_submodule(name), indices))
-            continue
-        block = view.block(name)
-        if kind == "heads":
-            reader, columns = f"{name}.attn.proj", _keep_heads(block, indices)
-        else:
-            reader, columns = f"{name}.mlp.fc2", _complement(indices, block.neurons)
-            _put(model, f"{name}.mlp.fc1", layers.select(block.mlp.fc1, rows=columns))
-        known = {"mean": (means or {}).get(reader), "gram": (grams or {}).get(reader), "damping": damping}
-        _put(model, reader, _reading(model.get_submodule(reader), columns, **known))
+    fill = _Fill(means or {}, grams or {}, damping)
+    for kinds, cut in CUTS:  # in this order: numbers are those of the layers before others go
+        for where in dict.fromkeys(name for name, kind in gone if kind in kinds):
+            cut(model, where, {kind: gone[where, kind] for kind in kinds if (where, kind) in gone}, fill)
     return model
 
 
@@ -118,7 +117,9 @@ def compress(
 def structure(model):
     """What of model's shapes differs from models.create with its recipe, JSON-able, for `rebuild`.
 
-    Returns {"heads": {block: how many}, "layers": {layer: config}}, both empty for a model that was not cut.
+    Returns {"heads": {block: how many}, "layers": {layer: config}} and, where there are some, "skipped": blocks that
+    are gone, "constant": {attention or MLP without units: config}, "opened": attention with dimensions cut,
+    "sizes": {other parameter or buffer: shape}. Empty for a model that was not cut.
     Raises ValueError for a model without a recipe.
     """
     if not hasattr(model, "recipe"):
@@ -126,13 +127,34 @@ def structure(model):
     recipe = {**model.recipe}
     options = recipe.pop("options", {})
     with torch.device("meta"):  # shapes only: no memory, no random numbers
-        whole = models.view(models.create(**recipe, **options))
-    view = models.view(model)
-    pairs = zip(view.blocks, whole.blocks, strict=True)
-    heads = {block.name: block.num_heads for block, dense in pairs if block.num_heads != dense.num_heads}
-    dense = whole.linears(EVERY_ROLE)
-    configs = {name: layers.config(layer) for name, layer in view.linears(EVERY_ROLE).items()}
-    return {"heads": heads, "layers": {k: v for k, v in configs.items() if v != layers.config(dense[k])}}
+        whole = models.create(**recipe, **options)
+    dense, modules = dict(whole.named_modules()), dict(model.named_modules())
+    heads = {
+        block.name: block.num_heads
+        for block in models.view(model).blocks
+        if block.num_heads not in (0, models.view(whole).block(block.name).num_heads)
+    }
+    configs = {name: layers.config(layer) for name, layer in models.view(model).linears(EVERY_ROLE).items()}
+    configs = {name: config for name, config in configs.items() if config != layers.config(dense[name])}
+    kinds = attention.OPEN.values()
+    found = {
+        "skipped": [name for name, module in modules.items() if isinstance(module, layers.Skip)],
+        "constant": {n: m.config() for n, m in modules.items() if isinstance(m, layers.Constant)},
+        "opened": [n for n, m in modules.items() if type(m) in kinds and type(dense[n]) is not type(m)],
+        "sizes": _other_sizes(model, whole, within=configs),
+    }
+    return {"heads": heads, "layers": configs} | {key: value for key, value in found.items() if value}
+
+
+def _other_sizes(model, whole, *, within):
+    """{parameter or buffer: shape} where model's differs from whole's, but for those of the layers in within."""
+    before = {name: tensor.shape for name, tensor in whole.state_dict().items()}
+    inside = tuple(f"{name}." for name in within)
+    return {
+        name: list(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(inside) and tensor.shape != before.get(name, tensor.shape)
+    }
 
 
 def rebuild(model, structure):
@@ -141,16 +163,25 @@ def rebuild(model, structure):
     load_state_dict(strict=True) of the model that structure was taken from then fits. Raises ValueError for
     blocks and layers that model does not have.
     """
+    for name in structure.get("skipped", ()):
+        model.set_submodule(name, layers.Skip())
+    for name, config in structure.get("constant", {}).items():
+        _put(model, name, layers.Constant(**config))
+    for name in structure.get("opened", ()):
+        attention.open_up(model.get_submodule(name))
     view = models.view(model)
-    for name, count in structure["heads"].items():
-        block = view.block(name)
-        _set_heads(block.attn, torch.arange(count), dim=block.head_dim)
     known = view.linears(EVERY_ROLE)
     for name, config in structure["layers"].items():
         if name not in known:
             raise ValueError(f"{type(model).__name__} has no linear layer {name!r}{models.nearest(name, known)}")
         weight = known[name].weight
         _put(model, name, layers.build(config, device=weight.device, dtype=weight.dtype))
+    for name, shape in structure.get("sizes", {}).items():
+        owner, _, own = name.rpartition(".")
+        _resize(model.get_submodule(owner), own, torch.empty(shape))
+    for name, count in structure["heads"].items():
+        block = view.block(name)
+        _set_heads(block.attn, torch.arange(count))
     return model
 
 
@@ -166,8 +197,10 @@ def _complement(indices, size):
 
 
 def _checked_drop(view, drop):
-    """{key: indices}, rows first, rows of fc1 counted as neurons, empty entries left out; or ValueError."""
-    sizes = {(name, "rows"): layer.out_features for name, layer in view.linears().items()} | view.units()
+    """{key: indices}, rows of fc1 counted as neurons, empty entries left out; or ValueError."""
+    sizes = {(name, "rows"): layer.out_features for name, layer in view.linears().items()}
+    cheap = [kind for kind in models.UNITS if kind != "width"]  # whose asking raises where it cannot be cut
+    sizes |= view.units(models.UNITS if any(kind == "width" for _, kind in drop) else cheap)
     gone = {}
     for key, indices in drop.items():
         if key not in sizes:
@@ -181,16 +214,24 @@ def _checked_drop(view, drop):
             raise ValueError(f"{key}: give distinct indices in [0, {size}) of what goes; got {indices.tolist()}")
         key = _as_neurons(view, key)
         gone[key] = torch.cat([gone.get(key, indices[:0]), indices]).cpu().long().unique()
-        if len(gone[key]) == size:
+        if len(gone[key]) == size and key[1] not in ("heads", "neurons", "block"):
             raise ValueError(f"{key}: all {size} would go; keep at least one (masks.keep_largest takes a floor)")
     if not gone:
         raise ValueError("drop removes nothing; give indices of at least one unit")
+    if sum(kind == "block" for _, kind in gone) == len(view.blocks):
+        raise ValueError("all blocks would go; keep at least one")
     for name, kind in gone:
-        if kind != "rows":
-            part = view.block(name).attn if kind == "heads" else view.block(name).mlp
+        if kind in ("heads", "qk", "v", "neurons"):
+            part = view.block(name).mlp if kind == "neurons" else view.block(name).attn
             if any(len(list(child.parameters())) for word, child in part.named_children() if word in ("norm", "gate")):
                 raise ValueError(f"{name}: {kind} share a norm or gate, which vitlab cannot cut; mask them instead")
-    return dict(sorted(gone.items(), key=lambda item: item[0][1] != "rows"))
+            if kind == "qk" and any(len(list(norm.parameters())) for norm in _query_norms(part)):
+                raise ValueError(f"{name}: queries and keys are normalised together; cut v, or whole heads")
+    return gone
+
+
+def _query_norms(attn):
+    return [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
 
 
 def _as_neurons(view, key):
@@ -201,8 +242,47 @@ def _as_neurons(view, key):
     return (block.name, "neurons") if block.mlp.act(torch.zeros(1)).item() == 0 else key
 
 
-def _without_rows(layer, indices):
-    """layer with zeros in the place of these rows."""
+@dataclass(frozen=True)
+class _Fill:
+    """Closed-form compensation: {layer: means of its inputs [n]}, {layer: their grams [n, n]}, damping."""
+
+    means: dict
+    grams: dict
+    damping: float
+
+    def reading(self, model, name, columns):
+        """The layer called name with only these inputs, made up for the others where there is something to do it by."""
+        layer = model.get_submodule(name)
+        new = layers.select(layer, columns=columns)
+        mean, gram, n = self.means.get(name), self.grams.get(name), layer.in_features
+        if (mean is not None and mean.shape != (n,)) or (gram is not None and gram.shape != (n, n)):
+            raise ValueError(f"mean and gram of a layer with {n} inputs are [{n}] and [{n}, {n}]")
+        if layer.bias is None:  # it cannot take up a mean
+            mean = None
+        if mean is None and gram is None:
+            return new
+        weight = layers.effective_weight(layer).detach()
+        centre = (weight.new_zeros(n) if mean is None else mean).double().to(weight.device)
+        transfer = torch.eye(n, dtype=torch.float64, device=weight.device)[:, columns]  # x ~ transfer x[columns]
+        if gram is not None:
+            gram = lowrank.damped(gram.to(weight.device), self.damping)
+            transfer = lowrank.regression(gram - centre[:, None] * centre, columns)
+            layers.recombine(new, layer, transfer.to(weight.dtype))
+        if mean is not None:
+            layers.shift(new, (weight.double() @ (centre - transfer @ centre[columns])).to(weight.dtype))
+        return new
+
+    def constant(self, model, name):
+        """What the layer called name gives if all its inputs are gone, [m], or None for nothing."""
+        layer, mean = model.get_submodule(name), self.means.get(name)
+        if layer.bias is None or mean is None:
+            return layer.bias
+        return layer.bias + (layers.effective_weight(layer).double() @ mean.double()).to(layer.bias.dtype)
+
+
+def _cut_rows(model, name, gone, fill):
+    """Put zeros in the place of these rows."""
+    layer, indices = model.get_submodule(name), gone["rows"]
     keep = _complement(indices, layer.out_features)
     if isinstance(layer, layers.RowLinear):  # some are gone already
         keep = keep[torch.isin(keep, layer.rows.cpu())]
@@ -210,49 +290,162 @@ def _without_rows(layer, indices):
             raise ValueError(f"rows {indices.tolist()} are the last of a layer; keep at least one")
     kept = layers.select(layer, rows=keep)
     shape = layer.in_features, layer.out_features
-    return layers.RowLinear(*shape, rows=keep, kept=kept, device=layer.weight.device)
+    _put(model, name, layers.RowLinear(*shape, rows=keep, kept=kept, device=layer.weight.device))
 
 
-def _keep_heads(block, gone):
-    """Take heads out of all of attention but proj; returns the columns that proj keeps."""
-    heads, dim = block.num_heads, block.head_dim
-    keep = _complement(gone, heads)
-    columns = (keep[:, None] * dim + torch.arange(dim)).flatten()
-    qkv = [part * heads * dim + columns for part in range(3)]
-    _put(block.attn, "qkv", layers.select(block.attn.qkv, rows=torch.cat(qkv)))
-    _set_heads(block.attn, keep, dim=dim)
-    return columns
+def _cut_attention(model, name, gone, fill):
+    """Take heads, and dimensions of their queries and keys or values, out of all of a block's attention."""
+    block = models.view(model).block(name)
+    attn, reader, count = block.attn, f"{name}.attn.proj", block.num_heads
+    heads = _complement(gone.get("heads", []), count)
+    if not len(heads):
+        return _put_constant(model, f"{name}.attn", reader, fill)
+    grids = {
+        kind: _kept_dimensions(
+            gone.get(kind, []), heads, torch.arange(count * size).view(count, size), f"{name} {kind}"
+        )
+        for kind, size in (("qk", block.qk_dim), ("v", block.head_dim))
+    }
+    queries, values = count * block.qk_dim, grids["v"].flatten()
+    rows = torch.cat([grids["qk"].flatten(), queries + grids["qk"].flatten(), 2 * queries + values])
+    if {"qk", "v"} & set(gone):
+        attention.open_up(attn)
+    for word, kept in (("q_bias", grids["qk"].flatten()), ("k_bias", grids["qk"].flatten()), ("v_bias", values)):
+        if getattr(attn, word, None) is not None:  # SwinV2's
+            _resize(attn, word, getattr(attn, word).detach()[kept])
+    _put(attn, "qkv", layers.select(attn.qkv, rows=rows))
+    _put(model, reader, fill.reading(model, reader, values))
+    _set_heads(attn, heads)
 
 
-def _set_heads(attn, keep, *, dim):
-    """Tell attention which heads it has. `scale` stays, as the size of a head does."""
+def _kept_dimensions(gone, heads, grid, what):
+    """Indices [heads that stay, dimensions that stay in each] of grid [heads, dimensions]."""
+    keep = torch.ones(grid.numel(), dtype=torch.bool)
+    keep[gone] = False
+    keep = keep.view(grid.shape)[heads]
+    counts = keep.sum(1).unique().tolist()
+    if len(counts) > 1 or counts == [0]:
+        raise ValueError(f"{what}: the heads would keep {counts} dimensions; take as many from each and leave some")
+    return grid[heads][keep].view(len(heads), -1)
+
+
+def _set_heads(attn, keep):
+    """Tell attention which heads it has, with all that there is one of for each. `scale` stays."""
     attn.num_heads = len(keep)
     if hasattr(attn, "attn_dim"):  # timm's ViT
-        attn.attn_dim = len(keep) * dim
-    table = getattr(attn, "relative_position_bias_table", None)
-    if table is not None:  # Swin's: forgotten, it raises, or with one head left broadcasts in silence
-        attn.relative_position_bias_table = nn.Parameter(table.detach()[:, keep.to(table.device)].clone())
+        attn.attn_dim = attn.proj.in_features
+    if hasattr(attn, "head_dim"):
+        attn.head_dim = attn.proj.in_features // len(keep)
+    for owner, word, axis in ((attn, "relative_position_bias_table", 1), (attn, "logit_scale", 0)):
+        tensor = getattr(owner, word, None)
+        if tensor is not None:  # Swin's: forgotten, it raises, or with one head left broadcasts in silence
+            _resize(owner, word, tensor.detach().index_select(axis, keep.to(tensor.device)))
+    if hasattr(attn, "cpb_mlp"):  # SwinV2's
+        _resize(attn.cpb_mlp[2], "weight", attn.cpb_mlp[2].weight.detach()[keep])
 
 
-def _reading(layer, columns, *, mean, gram, damping):
-    """layer with only these inputs; mean [n] and gram [n, n], or None, make up for the others: see `remove`."""
-    new = layers.select(layer, columns=columns)
-    if mean is None and gram is None:
-        return new
-    n = layer.in_features
-    weight = layers.effective_weight(layer).detach()
-    centre = weight.new_zeros(n) if mean is None else mean
-    if centre.shape != (n,) or (gram is not None and gram.shape != (n, n)):
-        raise ValueError(f"mean and gram of a layer with {n} inputs are [{n}] and [{n}, {n}]")
-    centre = centre.double().to(weight.device)
-    transfer = torch.eye(n, dtype=torch.float64, device=weight.device)[:, columns]  # x ~ transfer x[columns]
-    if gram is not None:
-        gram = lowrank.damped(gram.to(weight.device), damping)
-        transfer = lowrank.regression(gram - centre[:, None] * centre, columns)
-        layers.recombine(new, layer, transfer.to(weight.dtype))
-    if mean is not None:
-        layers.shift(new, (weight.double() @ (centre - transfer @ centre[columns])).to(weight.dtype))
-    return new
+def _cut_neurons(model, name, gone, fill):
+    block, reader = models.view(model).block(name), f"{name}.mlp.fc2"
+    columns = _complement(gone["neurons"], block.neurons)
+    if not len(columns):
+        return _put_constant(model, f"{name}.mlp", reader, fill)
+    _put(model, f"{name}.mlp.fc1", layers.select(block.mlp.fc1, rows=columns))
+    _put(model, reader, fill.reading(model, reader, columns))
+
+
+def _put_constant(model, name, reader, fill):
+    bias, like = fill.constant(model, reader), model.get_submodule(reader)
+    options = {"device": like.weight.device, "dtype": like.weight.dtype}
+    new = layers.Constant(like.out_features, bias=bias is not None, **options)
+    if bias is not None:
+        new.bias.data.copy_(bias.detach())
+    _put(model, name, new)
+
+
+def _cut_filters(model, name, gone, fill):
+    """Take filters out of a convolution of the stem, up to the inputs of the next one."""
+    modules = dict(model.patch_embed.named_modules(prefix="patch_embed"))
+    names = list(modules)
+    keep = _complement(gone["filters"], modules[name].out_channels)
+    _narrow(model, name, "rows", keep)
+    for later in names[names.index(name) + 1 :]:
+        if isinstance(modules[later], nn.Conv2d):
+            return _narrow(model, later, "columns", keep)
+        if getattr(modules[later], "weight", None) is not None:
+            _narrow(model, later, "channels", keep)
+
+
+def _cut_width(model, stage, gone, fill):
+    """Take channels out of all that writes, carries and reads the residual stream of a stage."""
+    stream = models.view(model).stream(stage)
+    size = len(stream[0][0].weight)
+    keep = _complement(gone["width"], size)
+    merged = (torch.arange(4)[:, None] * size + keep).flatten()
+    names = {id(thing): name for name, thing in [*model.named_modules(), *model.named_parameters()]}
+    for thing, how in stream:
+        wide = how == "merged"
+        how = {True: "columns" if hasattr(thing, "out_features") else "channels", False: how}[wide]
+        _narrow(model, names[id(thing)], how, merged if wide else keep, fill=fill)
+    if stage == models.view(model).stages[0] and hasattr(model, "embed_dim"):
+        model.embed_dim = len(keep)
+    if stage == models.view(model).stages[-1]:
+        model.num_features = model.head_hidden_size = len(keep)
+
+
+def _narrow(model, name, how, keep, *, fill=None):
+    """Keep these rows (outputs) or columns (inputs) of a layer, channels of a norm, or the last of a parameter."""
+    owner, _, own = name.rpartition(".")
+    if how == "last":
+        tensor = model.get_parameter(name).detach()
+        return _resize(model.get_submodule(owner), own, tensor.index_select(-1, keep.to(tensor.device)))
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Conv2d):
+        axis = 0 if how == "rows" else 1
+        _resize(module, "weight", module.weight.detach().index_select(axis, keep.to(module.weight.device)))
+        if how == "rows" and module.bias is not None:
+            _resize(module, "bias", module.bias.detach()[keep])
+    elif how == "channels" or isinstance(module, layers.Constant):
+        for word, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.ndim == 1:
+                _resize(module, word, tensor.detach()[keep])
+    elif how == "rows":
+        _put(model, name, layers.select(module, rows=keep))
+    else:
+        _put(model, name, fill.reading(model, name, keep))
+
+
+def _resize(module, name, tensor):
+    """Set a parameter or buffer to tensor, and what the module says of its size."""
+    old = getattr(module, name)
+    tensor = tensor.to(old.device, old.dtype).clone()
+    if isinstance(old, nn.Parameter):
+        setattr(module, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
+    else:
+        setattr(module, name, tensor)
+    if name == "weight" and isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = tensor.shape[:2]
+    elif name == "weight" and isinstance(module, nn.Linear):
+        module.out_features, module.in_features = tensor.shape
+    elif hasattr(module, "normalized_shape"):
+        module.normalized_shape = tuple(tensor.shape)
+    elif hasattr(module, "num_features"):
+        module.num_features = len(tensor) if tensor.ndim else module.num_features
+    elif hasattr(module, "out_features"):
+        module.out_features = len(tensor)
+
+
+def _cut_block(model, name, gone, fill):
+    _put(model, name, layers.Skip())
+
+
+CUTS = [  # kinds that are cut together, and by what
+    (("rows",), _cut_rows),
+    (("heads", "qk", "v"), _cut_attention),
+    (("neurons",), _cut_neurons),
+    (("filters",), _cut_filters),
+    (("width",), _cut_width),
+    (("block",), _cut_block),
+]
 
 
 def _check_request(*, ratio, method, support, grams, kappa):
