@@ -28,6 +28,25 @@ def test_the_plan_costs_what_it_says_and_meets_the_target(model, batch, macs, ki
         assert kind in kinds and (kind == "heads" or (units - gone) % 8 == 0)
 
 
+@pytest.mark.parametrize("macs", [0.8, 0.3])
+def test_kinds_that_share_their_costs_are_counted_as_they_fall(any_model, macs):
+    """Random scores for every kind there is: widths, heads and their dimensions multiply in what they save."""
+    kinds = [
+        kind for kind in budget.FLOORS if kind != "qk" or not hasattr(models.view(any_model).blocks[0].attn, "q_norm")
+    ]
+    generator = torch.Generator().manual_seed(0)
+    counts = models.view(any_model).units(kinds)
+    unit_scores = {key: torch.rand(count, generator=generator) for key, count in counts.items()}
+    plan = budget.plan(any_model, unit_scores, macs=macs, kinds=kinds, multiple=4)
+    small = shrink.remove(any_model, plan.drop)
+    assert cost.macs(small) / cost.macs(any_model) == pytest.approx(plan.share, abs=1e-9) and plan.share <= macs
+    assert plan.table.macs_saved.sum() / cost.macs(any_model) == pytest.approx(1 - plan.share, abs=1e-9)
+    for key, left in models.view(small).units(kinds).items():
+        block = models.view(small).block(key[0]) if key[1] in ("qk", "v") else None
+        assert left >= budget.FLOORS[key[1]] * (block.num_heads if block else 1)
+        assert (counts[key] - left) % 4 == 0 or key[1] not in ("neurons", "width", "filters")
+
+
 def test_the_cheapest_loss_per_mac_goes_first_by_hand(vit):
     view = models.view(vit)
     unit_scores = {key: torch.ones(count) for key, count in view.units().items()}
@@ -44,4 +63,4 @@ def test_a_share_out_of_reach_names_the_floor(vit, batch):
     with pytest.raises(ValueError, match="share to keep"):
         budget.plan(vit, units, macs=50)
     with pytest.raises(ValueError, match="unknown kinds"):
-        budget.plan(vit, units, macs=0.5, kinds=["filters"])
+        budget.plan(vit, units, macs=0.5, kinds=["blocks"])

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "layers": "",
     "lowrank": "",
     "shrink": "attention models layers lowrank cost",
-    "budget": "scores shrink lowrank cost",
+    "budget": "models scores shrink lowrank cost",
     "sensitivity": "models masks scores",
     "train": "cost evaluate prune record",
     "evaluate": "cost",

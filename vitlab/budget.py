@@ -1,20 +1,23 @@
-"""Budget: which heads and neurons go for a target of MACs, by predicted loss per MAC saved."""
+"""Budget: which units go for a target of MACs, by predicted loss per MAC saved."""
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 
-from . import cost
+from . import cost, models
 
-FLOORS = {"heads": 1, "neurons": 8}
+FLOORS = {"heads": 1, "neurons": 8, "width": 8, "filters": 4, "qk": 4, "v": 4}  # at least so many stay (of each head)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What would go, before any weight is touched.
 
-    drop: {(block, kind): indices}, for shrink.remove. table: one line per block and kind: units, dropped, predicted
-    (sum of the scores that go), macs_saved. share: MACs that stay, as a share of the model's.
+    drop: {(where, kind): indices}, for shrink.remove. table: one line per block (stage, convolution) and kind: units,
+    dropped, predicted (sum of the scores that go), macs_saved. share: MACs that stay, as a share of the model's.
     """
 
     drop: dict
@@ -25,14 +28,15 @@ class Plan:
 def plan(model, unit_scores, *, macs, kinds=("heads", "neurons"), multiple=8, image_size=None):
     """Plan that cuts the model's MACs to the share `macs` with the least predicted loss.
 
-    unit_scores: {(block, kind): tensor} of one criterion, best in loss units ("fisher"), so that heads and neurons
-    compete in one currency: score per MAC saved, smallest first (METHODS: scores in loss units need no
-    normalisation, only cost). macs: share to keep, in (0, 1). kinds: what may go. multiple: neurons go in groups of
-    so many (the weakest of a block together), so that widths stay friendly to the kernels. At least one head and
-    8 neurons stay in every block. A head's or neuron's MACs do not change while others go, as the width of the
-    residual stream stays: no re-ranking is needed.
+    unit_scores: {(where, kind): tensor} of one criterion, best in loss units ("fisher"), so that all kinds compete in
+    one currency: score per MAC saved, smallest first (METHODS: scores in loss units need no normalisation, only
+    cost). What a unit costs depends on what is left of the others, a neuron on the width of the stream: it is counted
+    anew at each step. macs: share to keep, in (0, 1). kinds: what may go, of heads, neurons, width, filters, qk, v.
+    multiple: neurons, channels and filters go in groups of so many (the weakest of a place together), so that sizes
+    stay friendly to the kernels; head dimensions go one from each head. FLOORS stay everywhere. The model's layers
+    are plain: remove units first, factorise afterwards.
 
-    The result is at most the target and misses it by less than the cheapest candidate left.
+    The result is at most the target and misses it by less than the cheapest group that could come back.
     Raises ValueError for a share outside (0, 1), an unknown kind, or a target below what these kinds can reach,
     naming the floor.
     """
@@ -40,55 +44,141 @@ def plan(model, unit_scores, *, macs, kinds=("heads", "neurons"), multiple=8, im
         raise ValueError(f"macs is the share to keep, in (0, 1); got {macs}")
     if unknown := set(kinds) - set(FLOORS):
         raise ValueError(f"unknown kinds {sorted(unknown)}; known are {', '.join(FLOORS)}")
-    table = cost.breakdown(model, image_size=image_size)
-    total, unit_macs = int(table.macs.sum()), _unit_macs(table)
-    candidates, units = [], {}
-    for (block, kind), score in unit_scores.items():
-        if kind not in kinds:
-            continue
-        units[block, kind] = len(score)
-        size = multiple if kind == "neurons" else 1
-        saved = unit_macs[block, kind] / len(score)
-        order = score.argsort(stable=True)
-        for group in order[: len(score) - FLOORS[kind]].split(size):
-            if len(group) == size:
-                loss = score[group].sum().item()
-                candidates.append((loss / (saved * size), block, kind, group.tolist(), loss, saved * size))
-    floor = 1 - sum(c[-1] for c in candidates) / total
+    view = models.view(model)
+    unit_scores = {key: score for key, score in unit_scores.items() if key[1] in kinds}
+    groups = {key: _groups(score, key[1], multiple, _heads(view, key)) for key, score in unit_scores.items()}
+    costs = _Costs(view, cost.breakdown(model, image_size=image_size))
+    sizes = {key: len(score) for key, score in unit_scores.items()}
+    floor = costs.macs({key: 1 - sum(map(len, own)) / sizes[key] for key, own in groups.items()}) / costs.total
     if macs < floor:
         raise ValueError(
             f"{' and '.join(kinds)} alone cannot reach {macs:g} x MACs: {floor:.3f} stays when all but the floor "
             "is gone; allow more kinds or ask for more MACs"
         )
-    return _choose(sorted(candidates, key=lambda c: c[0]), units, total=total, need=(1 - macs) * total)
+    taken = _give_back(_take(costs, groups, unit_scores, macs * costs.total), costs, groups, sizes, macs * costs.total)
+    return _told(taken, costs, groups, unit_scores)
 
 
-def _unit_macs(table):
-    """{(block, kind): MACs of all its heads, or of all its neurons, together}."""
-    kind = table.role.map(
-        {"qkv": "heads", "qk": "heads", "av": "heads", "proj": "heads"} | dict.fromkeys(("fc1", "fc2"), "neurons")
-    )
-    return table.groupby(["block", kind]).macs.sum().to_dict()
+def _heads(view, key):
+    return view.block(key[0]).num_heads if key[1] in ("qk", "v") else 1
 
 
-def _choose(candidates, units, *, total, need):
-    """Take candidates in order until the need is met; then give back those that it is met without."""
-    taken, saved = [], 0.0
-    for candidate in candidates:
-        if saved >= need:
-            break
-        taken.append(candidate)
-        saved += candidate[-1]
-    for candidate in reversed(taken[:-1]):  # the last one may have overshot: return what is no longer needed
-        if saved - candidate[-1] >= need:
-            taken.remove(candidate)
-            saved -= candidate[-1]
+def _groups(score, kind, multiple, heads):
+    """[indices] of what goes together, the weakest first, so many that the floor stays."""
+    if kind in ("qk", "v"):  # one dimension of each head, its weakest
+        order = score.view(heads, -1).argsort(dim=1, stable=True)
+        order = (order + torch.arange(heads)[:, None].to(order) * order.shape[1]).T
+        return [each.tolist() for each in order[: len(order) - FLOORS[kind]]]
+    size = 1 if kind == "heads" else multiple
+    order = score.argsort(stable=True)[: max(0, len(score) - FLOORS[kind])]
+    return [group.tolist() for group in order.split(size) if len(group) == size]
+
+
+class _Costs:
+    """MACs of the model when of each kind of unit only a share is left: a sum of products of such shares."""
+
+    def __init__(self, view, table):
+        self.terms = [term for row in table.itertuples() for term in _terms(view, row)]
+        self.total = int(table.macs.sum())
+        self.of = {}
+        for term in self.terms:
+            for key in set(term[1]):
+                self.of.setdefault(key, []).append(term)
+
+    def macs(self, left, key=None):
+        """MACs with these shares left ({key: share in [0, 1]}, else 1): of everything, or of what key is part of."""
+        terms = self.terms if key is None else self.of.get(key, [])
+        return sum(base * math.prod(left.get(each, 1.0) for each in keys) for base, keys in terms)
+
+
+def _terms(view, row):
+    """[(MACs, keys of the units whose shares they are proportional to)] of one line of cost.breakdown."""
+    stages, name = view.stages, row.block
+    if not isinstance(name, str):  # in no block
+        if row.role == "stem":
+            names = [own for own, _ in view.stem]
+            at = names.index(row.layer)
+            reads = [(names[at - 1], "filters")] if at else []
+            return [(row.macs, [*reads, (stages[0], "width") if at == len(names) - 1 else (row.layer, "filters")])]
+        if row.role == "merge":
+            at = int(row.layer.split(".")[1])
+            return [(row.macs, [(stages[at - 1], "width"), (stages[at], "width")])]
+        return [(row.macs, [(stages[-1], "width")] if row.role == "head" else [])]
+    block = view.block(name)
+    width, heads, neurons = (stages[block.stage], "width"), (name, "heads"), (name, "neurons")
+    if row.role == "qkv":
+        queries = 2 * block.qk_dim / (2 * block.qk_dim + block.head_dim)
+        return [
+            (row.macs * queries, [width, heads, (name, "qk")]),
+            (row.macs * (1 - queries), [width, heads, (name, "v")]),
+        ]
+    keys = {
+        "qk": [heads, (name, "qk")],
+        "av": [heads, (name, "v")],
+        "proj": [heads, (name, "v"), width],
+        "fc1": [width, neurons],
+        "fc2": [neurons, width],
+        "position": [heads] if row.layer.endswith(".2") else [],
+    }
+    return [(row.macs, keys[row.role])]
+
+
+def _take(costs, groups, unit_scores, target):
+    """Keys in the order in which their next group goes: the least predicted loss per MAC saved, until the target."""
+    sizes = {key: len(score) for key, score in unit_scores.items()}
+    losses = {key: [unit_scores[key][group].sum().item() for group in own] for key, own in groups.items()}
+    left, macs, taken = dict.fromkeys(sizes, 1.0), float(costs.total), []
+    reached = dict.fromkeys(sizes, 0)
+    while macs > target * (1 + 1e-12):
+        best = None
+        for key, own in groups.items():
+            if reached[key] == len(own):
+                continue
+            smaller = left | {key: left[key] - len(own[reached[key]]) / sizes[key]}
+            saved = costs.macs(left, key) - costs.macs(smaller, key)
+            price = losses[key][reached[key]] / saved if saved > 0 else math.inf
+            if best is None or price < best[0]:
+                best = price, key, smaller, saved
+        _, key, left, saved = best
+        reached[key] += 1
+        taken.append(key)
+        macs -= saved
+    return taken
+
+
+def _give_back(taken, costs, groups, sizes, target):
+    """taken without the groups, the dearest first, that the target is met without: the last one may overshoot."""
+    counts = Counter(taken)
+    for key in reversed(taken[:-1]):
+        counts[key] -= 1
+        if costs.macs(_left(counts, groups, sizes)) > target * (1 + 1e-12):
+            counts[key] += 1
+    seen, kept = Counter(), []
+    for key in taken:
+        seen[key] += 1
+        kept += [key] * (seen[key] <= counts[key])
+    return kept
+
+
+def _left(counts, groups, sizes):
+    """{key: share left} when so many groups of each key, the first ones, are gone."""
+    return {key: 1 - sum(map(len, groups[key][:count])) / sizes[key] for key, count in counts.items()}
+
+
+def _told(taken, costs, groups, unit_scores):
+    """The Plan of taken; MACs that several groups save together are told of the one that went first."""
+    sizes = {key: len(score) for key, score in unit_scores.items()}
+    saved, counts, before = dict.fromkeys(sizes, 0.0), Counter(), float(costs.total)
+    for key in taken:
+        counts[key] += 1
+        after = costs.macs(_left(counts, groups, sizes))
+        saved[key] += before - after
+        before = after
     drop, lines = {}, []
-    for (block, kind), count in units.items():
-        own = [c for c in taken if c[1:3] == (block, kind)]
-        indices = sorted(index for c in own for index in c[3])
+    for key, size in sizes.items():
+        indices = sorted(index for group in groups[key][: counts[key]] for index in group)
         if indices:
-            drop[block, kind] = indices
-        lines.append((block, kind, count, len(indices), sum(c[4] for c in own), round(sum(c[5] for c in own))))
+            drop[key] = indices
+        lines.append((*key, size, len(indices), unit_scores[key][indices].sum().item(), saved[key]))
     columns = ["block", "kind", "units", "dropped", "predicted", "macs_saved"]
-    return Plan(drop, pd.DataFrame(lines, columns=columns), 1 - saved / total)
+    return Plan(drop, pd.DataFrame(lines, columns=columns), before / costs.total)
