@@ -207,6 +207,127 @@ def test_low_rank_plus_sparse_recovers_what_is_both():
     assert fit.mask.view(-1)[spikes].all()
 
 
+def masked_problem(m, n, share, *, seed=0):
+    """A problem, its gram damped, and the mask of Optimal Brain Surgeon that keeps share of it."""
+    weight, gram = problem(m, n, seed=seed)
+    gram = lowrank.damped(gram, 0.01)
+    return weight, gram, lowrank.obs_mask(weight, gram, max(1, round(share * m * n)))
+
+
+def sparsegpt(weight, gram, mask):
+    """The update as Frantar and Alistarh (2023) write it, by the Cholesky factor of the inverse."""
+    weight = weight.double().clone()
+    factor = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
+    for j in range(weight.shape[1]):
+        error = weight[:, j] * ~mask[:, j] / factor[j, j]
+        weight[:, j:] -= error[:, None] * factor[j, j:]
+    return weight * mask
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 1])
+def test_obs_update_is_sparsegpts_and_refit_is_least_squares(m, n, share):
+    weight, gram, mask = masked_problem(m, n, share)
+    assert mask.sum() == max(1, round(share * m * n))
+    updated, refitted = lowrank.obs_update(weight, gram, mask), lowrank.refit(weight, gram, mask, steps=200)
+    torch.testing.assert_close(updated, sparsegpt(weight, gram, mask).float(), rtol=1e-4, atol=1e-4)
+    assert updated.dtype == refitted.dtype == weight.dtype
+    assert updated[~mask].count_nonzero() == refitted[~mask].count_nonzero() == 0
+    slope = (weight - refitted.double()) @ gram * mask
+    assert slope.abs().max() < 1e-4 * (weight.double() @ gram).abs().max()
+    after, between, before = (lowrank.objective(weight, w, gram) for w in (refitted, updated, weight * mask))
+    room = 1e-9 * lowrank.objective(weight, 0 * weight, gram)  # results are rounded to float32
+    assert after <= between + room and after <= before + room
+    assert between <= before + room  # no law, see below, but true of these
+
+
+def test_refit_is_never_worse_than_its_start():
+    weight, gram, mask = masked_problem(24, 10, 0.5)
+    start = lowrank.obs_update(weight.double(), gram, mask)
+    values = [lowrank.objective(weight, start, gram)]
+    for steps in (0, 1, 5, 50):
+        fitted = lowrank.refit(weight.double(), gram, mask, start=start, steps=steps)
+        values.append(lowrank.objective(weight, fitted, gram))
+    assert falls(values) and values[0] == values[1] and values[-1] < 0.99 * values[0]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_without_correlations_nothing_takes_over(share):
+    weight, _ = problem(10, 24)
+    mask = lowrank.obs_mask(weight, torch.eye(24), round(share * 240))
+    assert torch.equal(mask, weight.abs() >= weight.abs().flatten().sort().values[-mask.sum()])
+    for gram in (torch.eye(24), 3 * torch.eye(24)):
+        assert torch.equal(lowrank.obs_update(weight, gram, mask), weight * mask)
+        assert torch.equal(lowrank.refit(weight, gram, mask), weight * mask)
+
+
+def test_obs_update_is_exact_where_what_goes_comes_first_and_idle_where_it_comes_last():
+    weight, gram = problem(10, 24)
+    gram, late = lowrank.damped(gram, 0.01), (torch.arange(24) >= 9).expand(10, 24)
+    exact = lowrank.refit(weight, gram, late, steps=200)
+    torch.testing.assert_close(lowrank.obs_update(weight, gram, late), exact, rtol=1e-4, atol=1e-4)
+    assert torch.equal(lowrank.obs_update(weight, gram, ~late), weight * ~late)
+
+
+def test_obs_by_hand():
+    weight, gram = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0], [1.0, 4.0]])
+    first, last = torch.tensor([[True, False]]), torch.tensor([[False, True]])
+    # The inverse is [[4, -1], [-1, 2]] / 7: costs are 1 * 7 / 4 and 4 * 7 / 2.
+    assert torch.equal(lowrank.obs_mask(weight, gram, 1), last)
+    for w in (lowrank.obs_update(weight, gram, last), lowrank.refit(weight, gram, last)):
+        torch.testing.assert_close(w, torch.tensor([[0, 2 + 1 * 1 / 4]]))  # w_2 += w_1 h_12 / h_22
+        assert lowrank.objective(weight, w, gram) == pytest.approx(7 / 4)
+    assert torch.equal(lowrank.obs_update(weight, gram, first), torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(lowrank.refit(weight, gram, first), torch.tensor([[1 + 2 * 1 / 2, 0]]))
+
+
+def test_obs_update_may_lose_more_than_plain_masking():
+    # D R for D = (1, d, 1) is (1, 1 + d, -3 d): plain masking has d = 0, the update d = -1, least squares d = -0.1.
+    root = torch.tensor([[1.0, 1.0, -1.0], [0.0, 1.0, -3.0], [0.0, 0.0, 1.0]])
+    weight, gram, mask = torch.ones(1, 3), root @ root.T, torch.tensor([[False, True, False]])
+    updated, refitted = lowrank.obs_update(weight, gram, mask), lowrank.refit(weight, gram, mask)
+    values = [lowrank.objective(weight, w, gram) for w in (weight * mask, updated, refitted)]
+    assert values == pytest.approx([2, 10, 1.9])
+
+
+def test_obs_mask_drops_the_one_weight_that_costs_least_by_brute_force():
+    weight, gram, mask = masked_problem(3, 5, 14 / 15)
+
+    def cost(index):
+        keep = torch.ones(15, dtype=torch.bool).scatter(0, torch.tensor(index), False).view(3, 5)
+        return lowrank.objective(weight, lowrank.refit(weight, gram, keep, steps=200), gram)
+
+    assert (~mask).flatten().nonzero().tolist() == [[min(range(15), key=cost)]]
+    assert lowrank.obs_mask(weight, gram, 15).all()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_obs_mask_loses_less_than_magnitude(share):
+    weight, gram, mask = masked_problem(24, 10, share)
+    magnitude = lowrank.support_mask(weight.abs(), int(mask.sum()))
+    losses = [lowrank.objective(weight, lowrank.refit(weight, gram, m), gram) for m in (mask, magnitude)]
+    assert losses[0] < losses[1]
+
+
+def test_errors_of_a_fixed_support_say_what_is_allowed():
+    weight, gram, mask = masked_problem(10, 24, 0.5)
+    for call in (lowrank.obs_update, lowrank.refit):
+        with pytest.raises(ValueError, match="without, it is weight"):
+            call(weight, None, mask)
+        for wrong in (mask.float(), mask[:5], mask & False):
+            with pytest.raises(ValueError, match=r"must be bool \[10, 24\] and keep something; got one of torch"):
+                call(weight, gram, wrong)
+    singular = problem(10, 24, tokens=5)[1]
+    singular[:, 0] = singular[0] = 0
+    for call in (lambda: lowrank.obs_update(weight, singular, mask), lambda: lowrank.obs_mask(weight, singular, 9)):
+        with pytest.raises(ValueError, match="no inverse.*see lowrank.damped"):
+            call()
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        lowrank.obs_mask(weight, gram, 0)
+    with pytest.raises(ValueError, match=r"start must be \[10, 24\]"):
+        lowrank.refit(weight, gram, mask, start=weight[:5])
+
+
 def test_thresholding_the_product_destroys_its_rank():
     weight, _ = problem(10, 24)
     product = lowrank.threshold_product(weight, 3, 60)

@@ -1,35 +1,70 @@
 """Laws of the scores: gates equal brute force, weights their definitions, nothing stays on the model."""
 
 import copy
+import itertools
 
 import pytest
 import torch
+from conftest import toy
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
-from vitlab import models, scores
+from vitlab import lowrank, masks, models, scores
+
+CHANNELS = ("qk", "v", "width")
 
 
 def split(batch, size):
     return list(zip(batch[0].split(size), batch[1].split(size), strict=True))
 
 
-def brute_force(model, batch, layer, units, *, output=False):
-    """dL_b/dz [B, units] by autograd: one image at a time, an explicit gate of ones per unit, no folding."""
+def brute_force(model, batch, places, units, *, channels=None):
+    """dL_b/dz [B, units] by autograd: one image at a time, an explicit gate of ones per unit, no folding.
+
+    places: all (module, output?) that the gates multiply, on their first channels (None: all).
+    """
     gates = torch.ones(units, requires_grad=True)
 
     def gated(x):
-        return x * gates.repeat_interleave(x.shape[-1] // units)
+        z = gates.repeat_interleave((channels or x.shape[-1]) // units)
+        return x * pad(z, (0, x.shape[-1] - len(z)), value=1)
 
-    if output:
-        handle = layer.register_forward_hook(lambda _, arguments, result: gated(result))
-    else:
-        handle = layer.register_forward_pre_hook(lambda _, arguments: gated(arguments[0]))
+    def hook(module, output):
+        if output:
+            return module.register_forward_hook(lambda _, arguments, result: gated(result))
+        return module.register_forward_pre_hook(lambda _, arguments: gated(arguments[0]))
+
+    handles = [hook(module, output) for module, output in places]
     found = []
     for x, y in split(batch, 1):
         found.append(torch.autograd.grad(cross_entropy(model(x), y), gates)[0])
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     return torch.stack(found)
+
+
+def assert_gates(found, key, gradients):
+    mean = gradients.abs().mean(0)
+    torch.testing.assert_close(found["taylor"][key], mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["michel"][key], mean / mean.norm(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["fisher"][key], gradients.square().mean(0) / 2, rtol=1e-4, atol=1e-7)
+
+
+def record(model, batch, places):
+    """{key: values [tokens, channels]} of {key: (module, output?)} in one plain forward pass."""
+    values = {}
+
+    def keep(key, x):
+        values[key] = x.detach().flatten(0, -2).double()
+
+    handles = [
+        module.register_forward_hook(lambda _, x, y, key=key, output=output: keep(key, y if output else x[0]))
+        for key, (module, output) in places.items()
+    ]
+    model(batch[0])
+    for handle in handles:
+        handle.remove()
+    return values
 
 
 def test_unit_gates_equal_brute_force(model, batch):  # Swin: windows, shifted in every second block
@@ -39,13 +74,50 @@ def test_unit_gates_equal_brute_force(model, batch):  # Swin: windows, shifted i
             ("heads", block.attn.proj, block.num_heads),
             ("neurons", block.mlp.fc2, block.neurons),
         ):
-            gradients = brute_force(model, batch, layer, units)
-            mean = gradients.abs().mean(0)
-            key = (block.name, kind)
-            torch.testing.assert_close(found["taylor"][key], mean, rtol=1e-4, atol=1e-6)
-            torch.testing.assert_close(found["michel"][key], mean / mean.norm(), rtol=1e-4, atol=1e-6)
-            half_square = gradients.square().mean(0) / 2
-            torch.testing.assert_close(found["fisher"][key], half_square, rtol=1e-4, atol=1e-7)
+            assert_gates(found, (block.name, kind), brute_force(model, batch, [(layer, False)], units))
+
+
+def test_gates_of_head_dimensions_equal_brute_force(model, batch):
+    found = scores.units(model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["v", "qk"])
+    blocks = models.view(model).blocks
+    assert list(found["fisher"]) == [(block.name, kind) for block in blocks for kind in ("qk", "v")]
+    for block in blocks:
+        size = block.num_heads * block.head_dim
+        gradients = brute_force(model, batch, [(block.attn.qkv, True)], size, channels=size)
+        assert_gates(found, (block.name, "qk"), gradients)
+        assert_gates(found, (block.name, "v"), brute_force(model, batch, [(block.attn.proj, False)], size))
+
+
+def test_a_gate_on_keys_is_the_gate_on_queries(vit, batch):
+    """q_d k_d is a product: why one score stands for the pair."""
+    seen = []
+    vit.blocks[1].attn.qkv.register_forward_hook(lambda _, x, y: seen.append(y) or y.retain_grad())
+    cross_entropy(vit(batch[0]), batch[1], reduction="sum").backward()
+    q, k, _ = (seen[0] * seen[0].grad).detach().sum(1).abs().mean(0).chunk(3)
+    torch.testing.assert_close(k, q, rtol=1e-3, atol=1e-6)
+    found = scores.units(vit.requires_grad_(False), [batch], criteria="taylor", kinds="qk")["taylor"]
+    torch.testing.assert_close(found["blocks.1", "qk"], q, rtol=1e-4, atol=1e-6)
+
+
+def writes(model, stage):
+    """All places where a stage's residual stream is written to, behind LayerScale and window merging."""
+    blocks = [model.get_submodule(block.name) for block in models.view(model).blocks if block.stage == stage]
+    ends = [(end, True) for block in blocks for end in (block.drop_path1, block.drop_path2)]
+    return [(blocks[0], False), *ends], blocks[-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.3, "class_token": True, "global_pool": "token"}])
+def test_width_gates_of_a_vit_equal_brute_force(options, batch):  # DeiT-3 has LayerScale
+    vit = toy("conv_vit", embed_dim=32, depth=2, num_heads=4, **options)
+    found = scores.units(vit, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["width"])
+    assert_gates(found, ("stages.0", "width"), brute_force(vit, batch, writes(vit, 0)[0], 32))
+
+
+def test_width_gates_of_a_swin_equal_brute_force(swin, batch):
+    found = scores.units(swin, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["width"])
+    assert list(found["taylor"]) == [("stages.0", "width"), ("stages.1", "width")]
+    for stage, size in enumerate((24, 48)):
+        assert_gates(found, (f"stages.{stage}", "width"), brute_force(swin, batch, writes(swin, stage)[0], size))
 
 
 def test_row_gates_equal_brute_force(model, batch):
@@ -53,7 +125,7 @@ def test_row_gates_equal_brute_force(model, batch):
     linears = models.view(model).linears()
     assert list(found["taylor"]) == list(found["fisher"]) == list(linears)
     for name, layer in linears.items():
-        gradients = brute_force(model, batch, layer, layer.out_features, output=True)
+        gradients = brute_force(model, batch, [(layer, True)], layer.out_features)
         torch.testing.assert_close(found["taylor"][name], gradients.abs().mean(0), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found["fisher"][name], gradients.square().mean(0) / 2, rtol=1e-4, atol=1e-7)
 
@@ -75,15 +147,15 @@ def test_a_convolutions_rows_are_its_filters(vit, batch):
     torch.testing.assert_close(found["fisher"][name], squares / 6 / 2, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
-def test_gate_scores_do_not_depend_on_batches(model, batch, criterion):
-    whole = scores.units(model, [batch], criteria=[criterion])[criterion]
-    halves = scores.units(model, split(batch, 3)[::-1], criteria=[criterion])[criterion]
-    rows = scores.rows(model, [batch], criteria=criterion)[criterion]
-    singles = scores.rows(model, split(batch, 1), criteria=criterion)[criterion]
-    for a, b in ((whole, halves), (rows, singles)):
-        for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-7)
+def test_gate_and_forward_scores_do_not_depend_on_batches(model, batch):
+    wanted = dict(weights=["wanda", "obs"], rows=["taylor", "fisher", "variance"], kinds=scores.KINDS)
+    wanted["units"] = ["taylor", "michel", "fisher", "variance"]
+    whole, *others = (scores.measure(model, b, **wanted) for b in ([batch], split(batch, 1), split(batch, 4)[::-1]))
+    for other in others:
+        for group, criteria in whole.items():
+            for criterion, tensors in criteria.items():
+                for key, value in tensors.items():
+                    torch.testing.assert_close(value, other[group][criterion][key], rtol=1e-3, atol=1e-6)
 
 
 def test_weight_scores_equal_their_definitions(model, batch):
@@ -94,6 +166,9 @@ def test_weight_scores_equal_their_definitions(model, batch):
     gradients = [torch.autograd.grad(cross_entropy(model(x), y), parameters) for x, y in batches]
     for criterion in scores.WEIGHTS:
         assert list(found[criterion]) == names  # no bias, and the classifier is protected
+    sizes = torch.tensor([4, 2]).view(-1, 1, 1)
+    assert sum(value.sum() for value in found["snip"].values()).item() == pytest.approx(1)
+    scale = sum((p * sum(g) / 2).abs().sum() for p, *g in zip(parameters, *gradients, strict=True)).detach()
     for name, w, *g in zip(names, parameters, *gradients, strict=True):
         w, g = w.detach(), torch.stack(g)
         expected = {
@@ -101,9 +176,133 @@ def test_weight_scores_equal_their_definitions(model, batch):
             "gradient": g.abs().mean(0),
             "taylor": (w * g).abs().mean(0),
             "fisher": (w * g).square().mean(0),
+            "obd": (sizes * (w * g).square()).mean(0) / 2,
+            "snip": (w * g.mean(0)).abs() / scale,
         }
         for criterion, value in expected.items():
             torch.testing.assert_close(found[criterion][name], value, rtol=1e-4, atol=1e-8)
+
+
+def test_obd_with_labels_of_the_model_is_the_gauss_newton_diagonal_in_the_mean():
+    # The mean over all pairs of labels, each as likely as the model has it, is what drawing them estimates. By hand,
+    # the Hessian of a linear classifier's cross-entropy by w_ij is the mean of p_i (1 - p_i) x_j^2.
+    model, x = OneLayer(), torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
+    p = model(x).detach().softmax(-1)
+    mean = 0
+    for labels in itertools.product(range(2), repeat=2):
+        chance = p[0, labels[0]] * p[1, labels[1]]
+        batch = [(x, torch.tensor(labels))]
+        mean += (
+            chance * scores.weights(model, batch, criteria="obd", parameters=["layer.weight"])["obd"]["layer.weight"]
+        )
+    hessian = (p * (1 - p)).T @ x.square() / 2
+    torch.testing.assert_close(mean, hessian * model.layer.weight.detach().square() / 2)
+
+
+def test_wanda_is_weight_times_the_norm_of_its_input(model, batch):
+    found = scores.weights(model, split(batch, 4), criteria="wanda")["wanda"]
+    linears = models.view(model).linears()
+    inputs = record(model, batch, {name: (layer, False) for name, layer in linears.items()})
+    for name, layer in linears.items():
+        expected = layer.weight.detach().abs() * inputs[name].norm(dim=0).float()
+        torch.testing.assert_close(found[f"{name}.weight"], expected, rtol=1e-4, atol=1e-6)
+    keep = masks.keep_largest(found, sparsity=0.5, per="row")
+    assert all((~mask).sum(1).eq(mask.shape[1] // 2).all() for mask in keep.values())
+
+
+def test_obs_is_half_of_what_the_output_loses_when_one_weight_goes(model, batch):
+    grams = scores.grams(model, [batch])
+    found = scores.weights(model, criteria="obs", grams=grams, damping=0.01)["obs"]
+    same = scores.weights(model, split(batch, 4), criteria="obs", damping=0.01)["obs"]
+    for name, gram in grams.items():
+        weight = model.get_submodule(name).weight.detach()
+        gram, j = lowrank.damped(gram, 0.01), 5
+        others = torch.arange(len(gram)) != j
+        solved = weight.double().clone()  # the row's best without weight j, by least squares on the others
+        solved[:, j] = 0
+        solved[:, others] += weight[:, j : j + 1] * torch.linalg.solve(gram[others][:, others], gram[others, j])
+        rise = ((weight - solved) @ gram * (weight - solved)).sum(1)
+        torch.testing.assert_close(found[f"{name}.weight"][:, j], (rise / 2).float(), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(same[f"{name}.weight"], found[f"{name}.weight"], rtol=1e-2, atol=1e-7)
+
+
+def test_variances_equal_their_definition(model, batch):
+    view = models.view(model)
+    found = scores.measure(model, split(batch, 4), rows=["variance"], units=["variance"], kinds=scores.KINDS)
+    places = {name: (layer, True) for name, layer in view.linears().items()}
+    for block in view.blocks:
+        places |= {
+            (block.name, "in", "proj"): (block.attn.proj, False),
+            (block.name, "in", "fc2"): (block.mlp.fc2, False),
+        }
+        places["stage", block.stage] = model.get_submodule(block.name), True  # the stage's last block stays
+    variance = {key: x.var(0, correction=0).float() for key, x in record(model, batch, places).items()}
+    expected = {}
+    for block in view.blocks:
+        v = variance[block.name, "in", "proj"]
+        expected[block.name, "heads"] = v.view(block.num_heads, -1).sum(1)
+        expected[block.name, "neurons"] = variance[block.name, "in", "fc2"]
+        expected[block.name, "qk"] = variance[f"{block.name}.attn.qkv"][: len(v)]
+        expected[block.name, "v"] = v
+        expected[f"stages.{block.stage}", "width"] = variance["stage", block.stage]
+    assert set(found["units"]["variance"]) == set(expected)
+    for key, value in found["units"]["variance"].items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+    for name, value in found["rows"]["variance"].items():
+        torch.testing.assert_close(value, variance[name], rtol=1e-4, atol=1e-6)
+
+
+def test_variance_of_a_convolution_is_per_filter(vit, batch):
+    name = "patch_embed.steps.0"
+    found = scores.rows(vit, split(batch, 4), criteria="variance", layers=[name])["variance"][name]
+    output = vit.get_submodule(name)(batch[0]).detach()
+    torch.testing.assert_close(found, output.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-6)
+
+
+def test_variance_survives_a_large_mean():
+    x = 1e4 + torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    moments = scores.Moments()
+    for part in x.split(70):
+        moments.add("x", part)
+    torch.testing.assert_close(moments.variance["x"].double(), x.double().var(0, correction=0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(moments.norm("x"), x.norm(dim=0))
+
+
+def test_one_pass_measures_all_and_each_as_if_alone(model, batch):
+    batches, passes = split(batch, 4), []
+    handle = model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    found = scores.measure(
+        model, batches, weights=scores.WEIGHTS, rows=scores.ROWS, units=scores.UNITS, kinds=scores.KINDS[:-1]
+    )
+    assert passes == [True, True]
+    alone = {
+        "weights": {c: scores.weights(model, batches, criteria=c)[c] for c in scores.WEIGHTS},
+        "rows": {c: scores.rows(model, batches, criteria=c)[c] for c in scores.ROWS},
+        "units": {c: scores.units(model, batches, criteria=c, kinds=scores.KINDS[:-1])[c] for c in scores.UNITS},
+    }
+    handle.remove()
+    assert list(found) == list(alone)
+    for group, criteria in alone.items():
+        assert list(found[group]) == list(criteria)
+        for criterion, tensors in criteria.items():
+            assert list(found[group][criterion]) == list(tensors)
+            assert all(found[group][criterion][key].equal(value) for key, value in tensors.items())
+
+
+def test_without_gradients_there_is_no_graph(model, batch):
+    passes = []
+    model.register_forward_hook(lambda _, x, y: passes.append((torch.is_grad_enabled(), y.requires_grad)))
+    wanted = dict(weights=["magnitude", "wanda", "obs"], rows="variance", units=["random", "variance"])
+    found = scores.measure(model, split(batch, 4), kinds=scores.KINDS, **wanted)
+    assert passes == [(False, False)] * 2
+    assert [list(criteria) for criteria in found.values()] == [
+        ["magnitude", "wanda", "obs"],
+        ["variance"],
+        ["random", "variance"],
+    ]
+    scores.measure(model, weights=["random"], units=["magnitude"])
+    assert len(passes) == 2  # and some need no data
+    assert scores.measure(model, rows="random")["weights"] == {}
 
 
 def test_row_magnitude_and_gradient_equal_their_definitions(model, batch):
@@ -129,6 +328,19 @@ def test_unit_magnitude_counts_all_that_goes(model):
         torch.testing.assert_close(found[block.name, "heads"][1], norm.detach())
         norm = torch.cat([fc1.weight[5], fc1.bias[5:6], fc2.weight[:, 5]]).norm()
         torch.testing.assert_close(found[block.name, "neurons"][5], norm.detach())
+
+
+def test_magnitudes_of_head_dimensions_add_up_to_heads(model):
+    found = scores.units(model, criteria="magnitude", kinds=["heads", "qk", "v"])["magnitude"]
+    for block in models.view(model).blocks:
+        qk, v = (found[block.name, kind].square().view(block.num_heads, -1).sum(1) for kind in ("qk", "v"))
+        torch.testing.assert_close((qk + v).sqrt(), found[block.name, "heads"])
+        size, d = block.num_heads * block.head_dim, block.head_dim + 2  # dimension 2 of head 1
+        weight, bias, proj = block.attn.qkv.weight, block.attn.qkv.bias, block.attn.proj.weight
+        norm = torch.cat([weight[d], weight[size + d], bias[d : d + 1], bias[size + d : size + d + 1]]).norm()
+        torch.testing.assert_close(found[block.name, "qk"][d], norm.detach())
+        norm = torch.cat([weight[2 * size + d], bias[2 * size + d : 2 * size + d + 1], proj[:, d]]).norm()
+        torch.testing.assert_close(found[block.name, "v"][d], norm.detach())
 
 
 class OneLayer(nn.Module):
@@ -170,20 +382,11 @@ def test_one_layer_by_hand():
 
 def test_grams_equal_their_definition(model, batch):
     found = scores.grams(model, split(batch, 4))
-    inputs = {}
     linears = models.view(model).linears()
-    handles = [
-        layer.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].flatten(0, -2)}))
-        for name, layer in linears.items()
-    ]
-    with torch.no_grad():
-        model(batch[0])
-    for handle in handles:
-        handle.remove()
+    inputs = record(model, batch, {name: (layer, False) for name, layer in linears.items()})
     affine = scores.grams(model, [batch], affine=True)
     assert list(found) == list(linears)
     for name, x in inputs.items():
-        x = x.double()
         assert found[name].dtype == torch.float64
         torch.testing.assert_close(found[name], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(affine[name][-1, :-1], x.mean(0), rtol=1e-4, atol=1e-5)
@@ -215,6 +418,7 @@ def test_the_model_is_left_as_it_was(model, batch):
         scores.weights(model, [batch], criteria=scores.WEIGHTS)
         scores.rows(model, [batch], criteria=scores.ROWS)
         scores.units(model, [batch], criteria=scores.UNITS)
+        scores.units(model, [batch], criteria=["taylor", "variance"], kinds=scores.KINDS)
     scores.grams(model, [batch])
     scores.loss(model, [batch])
     unchanged()
@@ -228,6 +432,17 @@ def test_loss_is_the_mean_over_images(model, batch):
     with torch.no_grad():
         expected = cross_entropy(model(batch[0]), batch[1]).item()
     assert scores.loss(model, split(batch, 4)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_calibration_far_below_held_out_is_a_warning(vit, batch):
+    with torch.no_grad():
+        fitted = batch[0], vit(batch[0]).argmax(1)
+        wrong = batch[0], vit(batch[0]).argmin(1)
+    with pytest.warns(UserWarning, match='fits its calibration images.*labels="model"'):
+        losses = scores.check_calibration(vit, [fitted], [wrong])
+    assert losses == (scores.loss(vit, [fitted]), scores.loss(vit, [wrong]))
+    assert scores.check_calibration(vit, [wrong], [fitted]) == losses[::-1]  # a warning would be an error here
+    assert scores.check_calibration(vit, [fitted], [wrong], share=losses[0] / losses[1] / 1.01) == losses
 
 
 def test_random_needs_a_seed_and_no_data(model):
@@ -256,12 +471,10 @@ def test_statistics_are_float32_or_better(vit, batch, dtype):
     batches = [(batch[0].to(dtype), batch[1])]
     vit = vit.to(dtype)
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    for found in (
-        scores.weights(vit, batches, criteria=["magnitude", "gradient", "taylor", "fisher"]),
-        scores.rows(vit, batches, criteria=["magnitude", "gradient", "taylor", "fisher"]),
-        scores.units(vit, batches, criteria=["magnitude", "taylor", "michel", "fisher"]),
-    ):
-        assert {value.dtype for tensors in found.values() for value in tensors.values()} == {wanted}
+    found = scores.measure(vit, batches, weights=scores.WEIGHTS[1:], rows=scores.ROWS[1:], units=scores.UNITS[1:])
+    found["width"] = scores.units(vit, batches, criteria=["fisher", "variance"], kinds=CHANNELS)
+    for criteria in found.values():
+        assert {value.dtype for tensors in criteria.values() for value in tensors.values()} == {wanted}
 
 
 def test_bf16_sums_many_small_parts(vit):
@@ -294,3 +507,30 @@ def test_errors_name_what_is_wrong(vit, batch):
         scores.weights(vit, criteria="magnitude")
     with pytest.raises(ValueError, match="gram scores of blocks.1.mlp.fc2 are not finite"):
         scores.grams(vit, [batch])
+
+
+def test_errors_of_criteria_and_kinds_name_what_is_wrong(vit, batch):
+    with pytest.raises(ValueError, match="nothing to measure"):
+        scores.measure(vit, [batch])
+    with pytest.raises(ValueError, match="unknown kind of unit 'head', did you mean 'heads'"):
+        scores.units(vit, [batch], criteria="taylor", kinds=["head"])
+    with pytest.raises(ValueError, match='width has no "magnitude"'):
+        scores.units(vit, criteria="magnitude", kinds=["heads", "width"])
+    with pytest.raises(ValueError, match="blocks.0 normalises queries and keys"):
+        normed = toy("conv_vit", embed_dim=32, depth=1, num_heads=4, qk_norm=True)
+        scores.units(normed, [batch], criteria="taylor", kinds=["qk"])
+    assert len(scores.units(normed, [batch], criteria="taylor", kinds=["v", "width"])["taylor"]) == 2
+    for criterion in ("wanda", "obs"):
+        for name in ("patch_embed.steps.0.weight", "blocks.0.attn.qkv.bias"):
+            with pytest.raises(ValueError, match=f"linear layers, {name} is none"):
+                scores.weights(vit, [batch], criteria=criterion, parameters=[name])
+    grams = scores.grams(vit, [batch], affine=True)
+    with pytest.raises(ValueError, match=r"needs a gram \[32, 32\] of 'blocks.0.attn.qkv'"):
+        scores.weights(vit, criteria="obs", grams=grams)
+    with pytest.raises(ValueError, match="of 'blocks.0.attn.qkv', did you mean 'blocks.1.attn.qkv'"):
+        scores.weights(vit, criteria="obs", grams={"blocks.1.attn.qkv": grams["blocks.1.attn.qkv"]})
+    with pytest.raises(ValueError, match="qkv.weight has no inverse with damping 0"):
+        dead = {name: torch.zeros(len(gram) - 1, len(gram) - 1) for name, gram in grams.items()}
+        scores.weights(vit, criteria="obs", grams=dead, damping=0)
+    with pytest.raises(ValueError, match="no batches"):
+        scores.loss(vit, [])

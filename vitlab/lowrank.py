@@ -1,4 +1,5 @@
-"""One matrix made low rank (truncated and activation-whitened SVD), sparse (iterative hard thresholding) or both.
+"""One matrix made low rank (truncated and activation-whitened SVD), sparse (iterative hard thresholding, Optimal Brain
+Surgeon) or both.
 
 Every fit serves one layer y = W x, W [m, n], and is judged by what its output loses on the inputs seen,
     objective(W, A, H) = tr[(W - A) H (W - A)^T],   H = gram [n, n] = mean of x x^T over tokens
@@ -117,6 +118,53 @@ def iht(weight, gram, count, *, support="entries", steps=30, tolerance=1e-4):
     return _as(weight.dtype, fit)
 
 
+def obs_mask(weight, gram, count):
+    """Mask [m, n] of the count entries whose loss costs the output most, by Optimal Brain Surgeon, exact count.
+
+    One entry w_ij alone, its row adapting, costs w_ij^2 / [gram^-1]_jj of the objective (Hassibi and Stork 1993): all
+    are ranked at once. SparseGPT (Frantar and Alistarh 2023) ranks block by block of columns, updating between.
+    Raises ValueError for a gram without inverse (see `damped`), a count below 1 or beyond the entries.
+    """
+    _check_sparse(weight, gram, count, "entries")
+    double, gram = _checked(weight, gram)
+    cost = double.square() / torch.cholesky_inverse(_cholesky(gram)).diagonal()
+    return support_mask(cost, count)
+
+
+def obs_update(weight, gram, mask):
+    """weight cut to mask [m, n], columns in order, each taking up what it can of those before: SparseGPT's update.
+
+    Frantar and Alistarh (2023): w_j goes, the columns after j adapt (Optimal Brain Surgeon), column j is then frozen.
+    Here in one product a column: with gram = R R^T, R upper triangular, the objective is the squared length of D R,
+    D = W - A, whose column j holds D's columns up to j only; entries that stay are chosen to make it zero.
+    Exact, as `refit`, where all that goes comes first. In general better than plain masking, but no bound holds: an
+    early column may be moved to where a later cut costs more. `refit` with this as start is never worse.
+    Raises ValueError for wrong shapes, a mask that keeps nothing, a gram without inverse (see `damped`).
+    """
+    double, gram, mask = _checked_support(weight, gram, mask)
+    root = _cholesky(gram.flip(0, 1)).flip(0, 1)
+    change = double * ~mask
+    for j in range(len(gram)):
+        carried = change[:, :j] @ root[:j, j] / root[j, j]
+        change[:, j] = torch.where(mask[:, j], -carried, change[:, j])
+    return (double - change).to(weight.dtype)
+
+
+def refit(weight, gram, mask, *, start=None, steps=50):
+    """The matrix, zero outside mask [m, n], with the least objective: each row's least squares on its support.
+
+    By conjugate gradients from start [m, n] (None: weight, plainly masked), which the result is never worse than;
+    stopping after so many steps damps what few tokens showed. No inverse of gram is needed.
+    Raises ValueError for wrong shapes and a mask that keeps nothing.
+    """
+    double, gram, mask = _checked_support(weight, gram, mask)
+    if start is not None and start.shape != weight.shape:
+        raise ValueError(f"start must be {list(weight.shape)}, as weight; got {list(start.shape)}")
+    sparse = (double if start is None else start.detach().to(double)) * mask
+    before = _objective(double - sparse, gram)
+    return _debiased(double, sparse, mask, gram, before, steps=steps)[0].to(weight.dtype)
+
+
 def low_rank_plus_sparse(weight, gram, rank, count, *, support="entries", rounds=20, tolerance=1e-3):
     """Low rank plus sparse, in turns: L = whitened SVD_r(W - S), S = a step of iterative thresholding for W - L.
 
@@ -193,6 +241,23 @@ def _check_sparse(weight, gram, count, support):
         raise ValueError("thresholding needs a gram of activations; without, it is magnitude pruning: project")
     if count < 1:
         raise ValueError(f"count must be at least 1 of the {support} of {list(weight.shape)}; got {count}")
+
+
+def _checked_support(weight, gram, mask):
+    """weight and gram as float64 and mask on their device, or ValueError for what makes no fixed support."""
+    if gram is None:
+        raise ValueError("weights that stay take over by a gram of activations; without, it is weight * mask")
+    if mask.dtype != torch.bool or mask.shape != weight.shape or not mask.any():
+        given = f"one of {mask.dtype} {list(mask.shape)} that keeps {mask.count_nonzero()}"
+        raise ValueError(f"mask must be bool {list(weight.shape)} and keep something; got {given}")
+    return *_checked(weight, gram), mask.to(weight.device)
+
+
+def _cholesky(gram):
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        raise ValueError("gram has no inverse, as some inputs are zero or follow from others: see lowrank.damped")
+    return factor
 
 
 def _check_rank(weight, rank):
@@ -326,10 +391,10 @@ def _conjugate_gradients(residual, mask, gram, *, steps):
     return correction
 
 
-def _debiased(target, sparse, mask, gram, value):
-    """Least squares on the support, damped by stopping after 50 steps; sparse and its objective, never worse."""
+def _debiased(target, sparse, mask, gram, value, *, steps=50):
+    """Least squares on the support, damped by stopping after so many steps; sparse and its objective, never worse."""
     scale = _scale(gram)
     residual = (target - sparse) @ gram / scale * mask
-    solved = sparse + _conjugate_gradients(residual, mask, gram / scale / scale[:, None], steps=50) / scale
+    solved = sparse + _conjugate_gradients(residual, mask, gram / scale / scale[:, None], steps=steps) / scale
     after = _objective(target - solved, gram)
     return (solved, after) if after < value else (sparse, value)
