@@ -9,7 +9,7 @@ from conftest import toy
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
-from vitlab import lowrank, masks, models, scores
+from vitlab import lowrank, masks, models, scores, shrink
 
 CHANNELS = ("qk", "v", "width")
 
@@ -106,18 +106,24 @@ def writes(model, stage):
     return [(blocks[0], False), *ends], blocks[-1]
 
 
-@pytest.mark.parametrize("options", [{}, {"init_values": 0.3, "class_token": True, "global_pool": "token"}])
-def test_width_gates_of_a_vit_equal_brute_force(options, batch):  # DeiT-3 has LayerScale
-    vit = toy("conv_vit", embed_dim=32, depth=2, num_heads=4, **options)
-    found = scores.units(vit, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["width"])
-    assert_gates(found, ("stages.0", "width"), brute_force(vit, batch, writes(vit, 0)[0], 32))
+def test_width_gates_equal_brute_force(any_model, batch):  # DeiT-3 has LayerScale, SwinV2 its norms last
+    found = scores.units(any_model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["width"])
+    assert list(found["taylor"]) == [(stage, "width") for stage in models.view(any_model).stages]
+    for number, (key, score) in enumerate(found["taylor"].items()):
+        assert_gates(found, key, brute_force(any_model, batch, writes(any_model, number)[0], len(score)))
 
 
-def test_width_gates_of_a_swin_equal_brute_force(swin, batch):
-    found = scores.units(swin, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["width"])
-    assert list(found["taylor"]) == [("stages.0", "width"), ("stages.1", "width")]
-    for stage, size in enumerate((24, 48)):
-        assert_gates(found, (f"stages.{stage}", "width"), brute_force(swin, batch, writes(swin, stage)[0], size))
+def test_what_is_left_of_a_cut_model_is_scored(model, batch):
+    """Attention without heads, an MLP without neurons and a block that is gone have no scores, the others do."""
+    first, second = (block.name for block in models.view(model).blocks[:2])
+    counts = models.view(model).units()
+    gone = {(second, "neurons"): range(counts[second, "neurons"]), (first, "heads"): range(counts[first, "heads"])}
+    for drop in (gone, gone | {(first, "block"): [0]}):
+        small = shrink.remove(model, drop)
+        found = scores.units(small, [batch], criteria="fisher", kinds=["heads", "neurons", "v", "width"])["fisher"]
+        counts = models.view(small).units(["heads", "neurons", "v", "width"])
+        assert {key: len(score) for key, score in found.items()} == counts
+        assert (second, "neurons") not in found and (first, "heads") not in found and (second, "heads") in found
 
 
 def test_row_gates_equal_brute_force(model, batch):

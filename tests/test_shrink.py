@@ -114,7 +114,7 @@ def every_kind(model):
     drops["heads"][last.name, "heads"] = list(range(last.num_heads))
     drops["neurons"][last.name, "neurons"] = list(range(last.neurons))
     drops["block"] = {(view.blocks[0].name, "block"): [0]}
-    if any(len(list(norm.parameters())) for norm in shrink._query_norms(last.attn)):
+    if last.normalises_queries:
         del drops["qk"]
     return {kind: drop for kind, drop in drops.items() if drop}
 
@@ -127,10 +127,6 @@ def masked_as_well(model, drop):
         if kind == "qk":
             block = view.block(name)
             both = [*indices, *(block.num_heads * block.qk_dim + i for i in indices)]
-            # SwinV2 adds its biases after this layer
-            q_bias = getattr(block.attn, "q_bias", None)
-            if q_bias is not None:
-                q_bias.data[indices] = 0
             block.attn.qkv.register_forward_hook(lambda m, args, y, i=both: zeroed(y, i))
         elif kind == "v":
             view.block(name).attn.proj.register_forward_pre_hook(lambda m, args, i=indices: (zeroed(args[0], i),))

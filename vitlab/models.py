@@ -208,6 +208,12 @@ class Block:
         return (self.attn.qkv.out_features // self.num_heads - self.head_dim) // 2 if self.num_heads else 0
 
     @property
+    def normalises_queries(self):
+        """Whether a query's dimensions change each other before they meet the keys."""
+        normed = not isinstance(getattr(self.attn, "q_norm", None), nn.Identity | None)
+        return normed or isinstance(self.attn, attention.CutWindowAttentionV2)
+
+    @property
     def neurons(self):
         return self.mlp.fc2.in_features if hasattr(self.mlp, "fc2") else 0
 
@@ -280,6 +286,13 @@ class View:
         """[(name, convolution)] of the patch embedding, in forward order."""
         modules = self.model.patch_embed.named_modules(prefix="patch_embed")
         return [(name, module) for name, module in modules if isinstance(module, nn.Conv2d)]
+
+    def writes(self, block):
+        """Modules whose outputs, scaled by the channel at most, a block adds to the residual stream."""
+        inside = self.model.get_submodule(block.name)
+        if isinstance(self.model, SwinTransformerV2):  # norms come last
+            return [inside.norm1, inside.norm2]
+        return [getattr(block.attn, "proj", block.attn), getattr(block.mlp, "fc2", block.mlp)]
 
     def stream(self, stage):
         """[(module or parameter, how it is as wide as the stage's residual stream)]; the first one has a weight row

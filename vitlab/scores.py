@@ -512,34 +512,32 @@ def plan_units(sweep, criteria, kinds, *, seed):
 
 
 def unit_places(view, kinds):
-    """{(block or stage name, kind): Place} of the units of these kinds."""
-    places = {}
+    """{(block or stage name, kind): Place} of the units of these kinds that there are."""
+    counts, places = view.units(kinds), {}
     for block in view.blocks:
         for kind in KINDS[:-1]:
-            if kind in kinds:
-                places[block.name, kind] = block_place(block, kind)
-    for stage in sorted({block.stage for block in view.blocks}) if "width" in kinds else ():
-        blocks = [block for block in view.blocks if block.stage == stage]
-        first, last = (view.model.get_submodule(blocks[i].name) for i in (0, -1))
-        # What follows a layer's output on its way into the stream (LayerScale) scales value and gradient inversely.
-        writes = [(layer, True) for block in blocks for layer in (block.attn.proj, block.mlp.fc2)]
-        width = blocks[0].attn.proj.out_features
-        places[f"stages.{stage}", "width"] = Place(width, ((first, False), *writes), (last, True))
+            if (block.name, kind) in counts:
+                places[block.name, kind] = block_place(block, kind, counts[block.name, kind])
+    for number, stage in enumerate(view.stages) if "width" in kinds else ():
+        blocks = [block for block in view.blocks if block.stage == number]
+        if blocks:
+            first, last = (view.model.get_submodule(blocks[i].name) for i in (0, -1))
+            writes = [(module, True) for block in blocks for module in view.writes(block)]
+            places[stage, "width"] = Place(counts[stage, "width"], ((first, False), *writes), (last, True))
     return places
 
 
-def block_place(block, kind):
-    """Place of the units of one block; ValueError for qk where queries are normalised."""
+def block_place(block, kind, count):
+    """Place of the count units of one kind in one block; ValueError for qk where queries are normalised."""
     if kind == "qk":
-        if not isinstance(getattr(block.attn, "q_norm", None), nn.Identity | None):
+        if block.normalises_queries:
             raise ValueError(
                 f"{block.name} normalises queries and keys (qk_norm): their dimensions cannot go one by one; "
                 'leave "qk" out of kinds'
             )
-        count, gate = key_channels(block), (block.attn.qkv, True)
+        gate = block.attn.qkv, True
         return Place(count, (gate,), gate, channels=count)
     gate = (block.mlp.fc2 if kind == "neurons" else block.attn.proj), False
-    count = {"heads": block.num_heads, "neurons": block.neurons, "v": block.attn.proj.in_features}[kind]
     return Place(count, (gate,), gate)
 
 

@@ -225,13 +225,9 @@ def _checked_drop(view, drop):
             part = view.block(name).mlp if kind == "neurons" else view.block(name).attn
             if any(len(list(child.parameters())) for word, child in part.named_children() if word in ("norm", "gate")):
                 raise ValueError(f"{name}: {kind} share a norm or gate, which vitlab cannot cut; mask them instead")
-            if kind == "qk" and any(len(list(norm.parameters())) for norm in _query_norms(part)):
+            if kind == "qk" and view.block(name).normalises_queries:
                 raise ValueError(f"{name}: queries and keys are normalised together; cut v, or whole heads")
     return gone
-
-
-def _query_norms(attn):
-    return [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
 
 
 def _as_neurons(view, key):
