@@ -72,6 +72,14 @@ def test_a_model_comes_back_bit_by_bit(model, batch, change, tmp_path):
     back(batch[0]).sum().backward()  # and can be trained on
 
 
+def test_every_architecture_comes_back_cut_and_whole(any_model, batch, tmp_path):
+    block = models.view(any_model).blocks[-1]
+    cut = {("stages.0", "width"): [1], (block.name, "heads"): [0], (block.name, "neurons"): range(block.neurons)}
+    for name, model in {"whole": any_model, "cut": shrink.remove(any_model, cut)}.items():
+        checkpoint.save(model, tmp_path / name)
+        assert torch.equal(checkpoint.load(tmp_path / name)(batch[0]), model(batch[0]))
+
+
 def test_a_real_swin_comes_back_with_its_window_masks(tmp_path):
     model = models.create(
         "swin_tiny_patch4_window7_224", num_classes=3, image_size=64, depths=(1, 2, 1, 1), embed_dim=48

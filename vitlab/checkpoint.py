@@ -182,8 +182,11 @@ def load(folder, *, device="cpu"):
 def _create(recipe):
     """models.create for weights that come later: spends no time on initial ones."""
     options = recipe["options"] | {key: value for key, value in recipe.items() if key != "options"}
-    with init_empty_weights(include_buffers=False):  # parameters on the meta device
-        model = models.create(**options)
+    try:
+        with init_empty_weights(include_buffers=False):  # parameters on the meta device
+            model = models.create(**options)
+    except NotImplementedError:  # SwinV2 fills its tables from where its weights are
+        return models.create(**options)
     # Swin's window masks are in no state dict and went where the weights are: timm computes them anew
     masked = [module for module in model.modules() if any(b.is_meta for b in module.buffers(recurse=False))]
     model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
