@@ -1,5 +1,7 @@
 """train: masks hold, a killed run resumes bit-equal, distillation's closed form, errors."""
 
+import copy
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab import models, prune, train
+from vitlab import evaluate, layers, models, prune, train
 
 
 class Blobs:
@@ -66,9 +68,57 @@ def test_masks_hold_through_momentum_decay_and_averaging(model, ema):
             assert not parameter[~keep[name]].any() and parameter[keep[name]].all()
 
 
-def test_a_second_call_is_bit_equal_and_another_seed_is_not(vit):
-    import copy
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_weights_that_are_kept_are_masked_too(vit, monkeypatch, ema, keep_best):
+    seen = []  # the models that were validated, the first the best
 
+    def accuracy(model, images, **options):
+        seen.append(copy.deepcopy(model.state_dict()))
+        return dataclasses.replace(right(model, images, **options), top1=90.0 - len(seen))
+
+    right = evaluate.accuracy
+    monkeypatch.setattr(evaluate, "accuracy", accuracy)
+    keep = half_of(vit)
+    train.fit(vit, Blobs(), Blobs(seed=1), epochs=3, masks=keep, ema=ema, keep_best=keep_best, **RECIPE)
+    assert all(not state[name][~mask].any() for state in seen for name, mask in keep.items())
+    kept = seen[0 if keep_best else -1]
+    assert all(torch.equal(kept[name], tensor) for name, tensor in vit.state_dict().items())
+    assert not torch.equal(seen[0]["head.weight"], seen[-1]["head.weight"])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("support", layers.SUPPORTS)
+def test_sparse_parts_are_trained_on_their_support(vit, support, rank, ema):
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in models.view(vit).linears(["qkv", "fc1"]).items():
+        m, n = layer.weight.shape
+        mask = {"entries": torch.rand(m, n, generator=generator), "rows": torch.rand(m, 1, generator=generator)}
+        mask = (mask.get(support, torch.rand(n, generator=generator)) > 0.7).expand(m, n)
+        u, v = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
+        parts = dict(sparse=layer.weight.detach(), mask=mask, support=support, bias=layer.bias)
+        vit.set_submodule(name, layers.low_rank_sparse(0.1 * u, 0.1 * v, **parts))
+    found = {name: layer for name, layer in vit.named_modules() if isinstance(layer, layers.LowRankSparseLinear)}
+    before = {name: (layer.support_mask.clone(), layer.sparse_weight.detach()) for name, layer in found.items()}
+    train.fit(vit, Blobs(), Blobs(seed=1), epochs=2, ema=ema, weight_decay=0.5, **RECIPE)
+    assert len(before) == 4
+    for name, (mask, values) in before.items():
+        assert found[name].support_mask.equal(mask) and not found[name].sparse_weight[~mask].any()
+        assert (found[name].sparse_weight != values)[mask].float().mean() > 0.9  # it was trained
+        if support == "entries":  # what is stored, too: it is counted as non-zero
+            assert not found[name].sparse[~mask].any()
+
+
+def test_averaging_leaves_whole_numbers_alone(swin):
+    """Swin's windows look up their position bias by index, which 0.9 * i + 0.1 * i would round down."""
+    history = train.fit(swin, Blobs(), Blobs(seed=1), epochs=4, ema=0.9, keep_best=False, **RECIPE)
+    result = evaluate.accuracy(swin, Blobs(seed=1))
+    assert history.val_loss.iloc[-1] == pytest.approx(result.loss, rel=1e-5)  # what was validated is what is kept
+    assert swin.patch_embed.steps[2].num_batches_tracked == 12
+
+
+def test_a_second_call_is_bit_equal_and_another_seed_is_not(vit):
     runs = []
     for seed in (0, 0, 1):
         runs.append(copy.deepcopy(vit))
@@ -122,8 +172,6 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(vit, tmp_path, c
 
 
 def test_distillation_from_itself_leaves_the_model_alone(vit):
-    import copy
-
     teacher = copy.deepcopy(vit)
     options = dict(RECIPE, lr=1e-8)  # AdamW would make steps of size lr out of rounding errors
     # Batch norm statistics move in train mode whatever the loss is; frozen, the distance to itself is zero.
@@ -134,9 +182,36 @@ def test_distillation_from_itself_leaves_the_model_alone(vit):
     assert history.train_loss.iloc[0] == pytest.approx(0, abs=1e-4)
 
 
-def test_a_state_of_another_teacher_is_not_used(vit):
-    import copy
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_loss_of_distillation_by_hand(vit, swin, share, temperature):
+    split, options = Blobs(32), dict(teacher=swin, teacher_share=share, temperature=temperature)
+    x, y = next(split.batches(32))
+    with torch.no_grad():
+        student, teacher = copy.deepcopy(vit).train()(x).double(), swin(x).double()
+    target = torch.nn.functional.one_hot(y, 3) * 0.9 + 0.1 / 3  # smoothed labels
+    hard = -(target * student.log_softmax(1)).sum(1).mean()
+    p, q = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
+    soft = (p * (p.log() - q.log())).sum(1).mean()
+    expected = (1 - share) * hard + share * temperature**2 * soft
+    history = train.fit(vit, split, Blobs(seed=1), epochs=1, **options, **RECIPE)  # one step, one batch
+    assert history.train_loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
+
+def test_a_teacher_at_high_temperature_keeps_its_weight(vit, swin):
+    """Why T**2: gradients of the softened loss shrink with it (Hinton et al. 2015, section 2)."""
+    x, losses = Blobs(32).x, []
+    for temperature in (50.0, 100.0):
+        model = copy.deepcopy(vit)
+        options = dict(teacher=swin, teacher_share=1.0, temperature=temperature)
+        losses.append(train.fit(model, Blobs(32), Blobs(), epochs=1, **options, **RECIPE).train_loss.item())
+    with torch.no_grad():
+        distance = copy.deepcopy(vit).train()(x) - swin(x)
+    limit = 0.5 * distance.sub(distance.mean(1, keepdim=True)).square().mean()  # in the limit, matched logits
+    assert losses == pytest.approx([limit.item()] * 2, rel=0.05)
+
+
+def test_a_state_of_another_teacher_is_not_used(vit):
     other = copy.deepcopy(vit)
     with torch.no_grad():
         next(other.parameters()).add_(1)

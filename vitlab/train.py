@@ -80,7 +80,7 @@ def fit(
     )
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     holder = prune.Holder(model, masks, optimizer) if masks else None
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+    averaged = AveragedModel(model, multi_avg_fn=_averaging(ema), use_buffers=True) if ema else None
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if teacher is not None:
         teacher.to(device).eval()
@@ -196,6 +196,19 @@ def _step(
     optimizer.step()
     optimizer.zero_grad()
     return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).sum().to(loss.dtype)])
+
+
+def _averaging(decay):
+    """What AveragedModel does with tensors of one kind. Whole numbers are copied: an average rounds indices down."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averaged, current, count):
+        if averaged[0].is_floating_point():
+            average(averaged, current, count)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return update
 
 
 @contextlib.contextmanager
