@@ -1,4 +1,4 @@
-"""train: masks hold, a killed run resumes bit-equal, distillation's closed form, errors."""
+"""train: masks hold, a killed run resumes bit-equal, distillation's closed form, cuts in steps, errors."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab import evaluate, layers, models, prune, train
+from vitlab import evaluate, layers, masks, models, prune, scores, shrink, train
 
 
 class Blobs:
@@ -217,6 +217,119 @@ def test_a_state_of_another_teacher_is_not_used(vit):
         next(other.parameters()).add_(1)
     keys = {train._fingerprint({}, vit, None, teacher) for teacher in (None, vit, other)}
     assert len(keys) == 3 and train._fingerprint({}, vit, None, copy.deepcopy(vit)) in keys
+
+
+def at_random(model, share):
+    """The worst case for masks that may only grow: scores that know nothing of the step before."""
+    names = [f"{name}.weight" for name in models.view(model).linears()]
+    saliency = {name: torch.rand(model.get_parameter(name).shape) for name in names}
+    return model, prune.further(model, saliency, sparsity=share)
+
+
+def neurons(model, share):
+    """A smaller model: share of the 64 neurons a block is gone, by magnitude."""
+    units = {k: v for k, v in scores.units(model, criteria="magnitude")["magnitude"].items() if k[1] == "neurons"}
+    keep = {key: masks.keep_largest(score, count=len(score) - round((1 - share) * 64)) for key, score in units.items()}
+    return shrink.remove(model, masks.dropped(keep)), None
+
+
+def test_masks_grow_by_the_schedule_and_the_dead_stay_dead(model):
+    found, shares = [], prune.shares("cubic", 3, final=0.8)
+
+    def cut(model, share):
+        for name, mask in (found[-1] if found else {}).items():
+            assert model.get_parameter(name).eq(0).equal(~mask)
+        found.append(at_random(model, share)[1])
+        return model, found[-1]
+
+    options = dict(shares=shares, epochs=1, tail_epochs=2, ema=0.5, **RECIPE)
+    same_model, keep, history = train.in_steps(model, cut, Blobs(), Blobs(seed=1), **options)
+    total = sum(mask.numel() for mask in keep.values())
+    expected = [round(share * total) / total for share in shares]
+    assert same_model is model and keep is found[-1] and history.epoch.tolist() == [1, 2, 3, 4]
+    assert history.step.tolist() == [1, 2, 3, 3] and history.share.tolist() == [*shares, 0.8]
+    assert history.sparsity.tolist() == [*expected, expected[-1]]
+    assert prune.sparsity(model, keep) == expected[-1] and history.params.nunique() == 1
+    for before, after in zip(found, found[1:], strict=False):
+        assert not any((after[name] & ~before[name]).any() for name in after)
+    for name, mask in keep.items():
+        assert not model.get_parameter(name)[~mask].any()
+
+
+def test_a_model_shrinks_step_by_step(model):
+    before = sum(parameter.numel() for parameter in model.parameters())
+    sizes = [block.neurons for block in models.view(model).blocks]
+    shares = [0.25, 0.5]
+
+    def cut(model, share):
+        pairs = zip(models.view(model).blocks, sizes, strict=True)
+        drop = {(block.name, "neurons"): range(block.neurons - round((1 - share) * n)) for block, n in pairs}
+        return shrink.remove(model, drop), None
+
+    small, keep, history = train.in_steps(model, cut, Blobs(), Blobs(), shares=shares, epochs=1, **RECIPE)
+    assert keep is None and before > history.params[0] > history.params[1]
+    assert [block.neurons for block in models.view(small).blocks] == [n // 2 for n in sizes]
+    assert history.params.iloc[-1] == sum(parameter.numel() for parameter in small.parameters())
+    assert small is not model and sum(parameter.numel() for parameter in model.parameters()) == before
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("cut", [at_random, neurons])
+def test_steps_go_on_after_a_stop_to_the_same_result(vit, tmp_path, monkeypatch, cut):
+    start, calls = copy.deepcopy(vit.state_dict()), []
+    options = dict(shares=[0.25, 0.5, 0.75], epochs=2, seed=5, **RECIPE)
+    whole, _, expected = train.in_steps(copy.deepcopy(vit), cut, Blobs(), Blobs(seed=1), **options)
+
+    right = evaluate.accuracy
+
+    def accuracy(*arguments, **named):
+        calls.append(len(calls))
+        if len(calls) == 4:  # after the training of the second step's second epoch, before its state is saved
+            raise Stop
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(evaluate, "accuracy", accuracy)
+    with pytest.raises(Stop):
+        train.in_steps(vit, cut, Blobs(), Blobs(seed=1), folder=tmp_path, **options)
+    vit.load_state_dict(start)
+    again, _, history = train.in_steps(vit, cut, Blobs(), Blobs(seed=1), folder=tmp_path, **options)
+    assert len(calls) == 4 + 3  # three epochs of six were done already
+    assert same(whole, again)
+    columns = ["stage", "epoch", "step", "share", "params", "train_loss", "val_loss", "lr", "sparsity"]
+    pd.testing.assert_frame_equal(history[columns], expected[columns])
+
+
+def test_every_step_draws_other_images(vit):
+    class Spy(Blobs):
+        def batches(self, *arguments, **named):
+            if named.get("shuffle"):
+                seen.append((named["seed"], named["epoch"]))
+            yield from super().batches(*arguments, **named)
+
+    seen = []
+    for seed in (0, 1):
+        model = copy.deepcopy(vit)
+        train.in_steps(model, at_random, Spy(), Blobs(), shares=[0.2, 0.4], epochs=1, seed=seed, **RECIPE)
+    assert len(set(seen)) == 4
+
+
+def test_steps_that_make_no_sense_are_refused(vit):
+    def steps(cut, shares):
+        train.in_steps(vit, cut, Blobs(), Blobs(), shares=shares, epochs=1, **RECIPE)
+
+    for shares in ([], [0.5, 0.5], [0.5, 0.2], [0, 0.5], [0.5, 1], [20, 40]):
+        with pytest.raises(ValueError, match="shares must rise, above 0 and below 1"):
+            steps(at_random, shares)
+    with pytest.raises(ValueError, match="the first cut, of 0.5, changed nothing"):
+        steps(lambda model, share: (model, None), [0.5])
+    (name, keep), (other, rest) = list(half_of(vit).items())[:2]
+    for second in ({name: ~keep}, {other: rest}, None):  # other weights die, or those are not masked any more
+        turns = iter([{name: keep}, second])
+        with pytest.raises(ValueError, match=f"brings dead weights of {name} back"):
+            steps(lambda model, share, turns=turns: (model, next(turns)), [0.3, 0.5])
 
 
 @pytest.mark.parametrize(
