@@ -1,11 +1,13 @@
-"""Laws of the masks: counts are exact, ranks are those of a stable sort, floors hold."""
+"""Laws of the masks: counts are exact, ranks are those of a stable sort, floors hold, memory is bounded."""
+
+import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitlab import masks
+from vitlab import cost, masks
 
 
 def reference(score, count):
@@ -112,6 +114,65 @@ def test_layers_and_rows_are_ranked_apart(per, fill, sparsity):
             assert mask.equal(reference(group, round(sparsity * group.numel())))
 
 
+@pytest.mark.parametrize("fill", [torch.rand, torch.zeros, coarse])
+@pytest.mark.parametrize("asked", [{"sparsity": 0.5}, {"count": 7}, {"count": 0}])
+def test_a_group_is_ranked_as_if_it_were_alone(fill, asked):
+    scores = {"a": fill(6, 10), "b": fill(3, 4), "c": fill(5)}
+    keep = masks.keep_largest(scores, per={"c": "x", "b": "y", "a": "x", "elsewhere": "z"}, floor=1, **asked)
+    first = masks.keep_largest({name: scores[name] for name in ("a", "c")}, floor=1, **asked)
+    second = masks.keep_largest({"b": scores["b"]}, floor=1, **asked)
+    assert list(keep) == ["a", "b", "c"] and all(mask.equal((first | second)[name]) for name, mask in keep.items())
+    for per, labels in (("global", [0, 0, 0]), ("layer", [0, 1, 2])):  # the ends: one group, each its own
+        keep = masks.keep_largest(scores, per=dict(zip(scores, labels, strict=True)), sparsity=0.3)
+        known = masks.keep_largest(scores, per=per, sparsity=0.3)
+        assert all(keep[name].equal(known[name]) for name in scores)
+
+
+def test_every_score_needs_a_group():
+    with pytest.raises(ValueError, match=r"no label for 'b' \(1 of 2 names lack one\)"):
+        masks.keep_largest({"a": torch.rand(4), "b": torch.rand(4)}, per={"a": 0}, count=1)
+
+
+@pytest.mark.parametrize("fill", [torch.rand, torch.zeros, coarse])
+@pytest.mark.parametrize("per", ["global", "layer", "row"])
+@pytest.mark.parametrize("tile", [(1, 1), (2, 2), (1, 4), (3, 1), (1, None), (None, 2), (None, None)])
+def test_tiles_go_whole_and_in_exact_number(fill, per, tile):
+    scores, sums = {"a": fill(6, 8), "b": fill(2, 12, 4)}, {}
+    for name, score in scores.items():
+        h, w = (own if side is None else side for side, own in zip(tile, score.shape[-2:], strict=True))
+        rows = [torch.stack([part.sum((-2, -1)) for part in band.split(w, -1)], -1) for band in score.split(h, -2)]
+        sums[name] = torch.stack(rows, -2)
+    if min(own.shape[-1] if per == "row" else own.numel() for own in sums.values()) == 1 and per != "global":
+        with pytest.raises(ValueError, match="at least one must stay"):  # of a layer or row that is one tile
+            masks.keep_largest(scores, count=1, per=per, tile=tile)
+        return
+    expected = masks.keep_largest(sums, count=1, per=per)
+    for name, mask in masks.keep_largest(scores, count=1, per=per, tile=tile).items():
+        h, w = (own // tiles for own, tiles in zip(mask.shape[-2:], sums[name].shape[-2:], strict=True))
+        assert mask.equal(torch.kron(expected[name].byte(), torch.ones(h, w, dtype=torch.uint8)).bool())
+
+
+def test_tiles_by_hand():
+    score = torch.tensor([[1.0, 2.0, 0.0, 9.0], [3.0, 4.0, 0.0, 0.0], [5.0, 0.0, 1.0, 1.0], [0.0, 5.0, 1.0, 1.0]])
+    keep = masks.keep_largest(score, sparsity=0.5, tile=2)  # sums 10 and 9, 10 and 4
+    assert keep.tolist() == [[True, True, False, False]] * 4
+    assert keep.equal(masks.keep_largest(score, sparsity=0.5, tile=(2, 2)))
+    assert masks.keep_largest(score, count=2, tile=2, floor=2).sum() == 8  # counts and floors are of tiles
+    rows = masks.keep_largest(score, count=1, tile=(1, None))  # sums 12, 7, 8, 7: of the two sevens the first
+    assert (~rows).nonzero()[:, 0].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("tile", [5, 0, -2, (2, 3), (2, 2, 2), (2,)])
+def test_tiles_must_fill_the_matrix(tile):
+    with pytest.raises(ValueError, match=r"do not fill w of shape \(6, 8\): give divisors"):
+        masks.keep_largest({"w": torch.rand(6, 8)}, count=1, tile=tile)
+
+
+def test_only_matrices_have_tiles():
+    with pytest.raises(ValueError, match=r"do not fill scores of shape \(6,\)"):
+        masks.keep_largest(torch.rand(6), count=1, tile=2)
+
+
 def test_transposed_scores_keep_their_own_order():
     score = coarse(6, 9).T
     assert masks.keep_largest(score, sparsity=0.5).equal(reference(score, 27))
@@ -183,7 +244,22 @@ def test_other_errors_say_what_is_allowed():
     for count in (-1, 4):
         with pytest.raises(ValueError, match=f"cannot drop {count} of 4"):
             masks.keep_largest(score, count=count)
-    with pytest.raises(ValueError, match='"global", "layer" or "row"'):
+    with pytest.raises(ValueError, match='"global", "layer", "row" or {name: label}'):
         masks.keep_largest(score, count=1, per="block")
     with pytest.raises(ValueError, match="floats of one dtype"):
         masks.keep_largest({"a": score, "b": score.double()}, count=1)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be reset here")
+@pytest.mark.parametrize("floor", [0, 400_000])  # of the tensors that hold nothing but small scores, many times
+def test_a_global_threshold_takes_no_copy_of_the_scores(floor):
+    scores = {str(i): torch.rand(20, 100_000).add_(i > 4) for i in range(10)}  # 20 M
+    masks.keep_largest({"a": torch.rand(1 << 20)}, sparsity=0.5)  # what torch sets up once
+
+    cost.reset_peak_memory()
+    before = cost.peak_memory_mb("cpu")
+    keep = masks.keep_largest(scores, sparsity=0.6, floor=floor)
+    grown = cost.peak_memory_mb("cpu") - before
+    assert sum(int((~mask).sum()) for mask in keep.values()) == 12_000_000
+    assert grown - 20 < 10  # MB; the masks take 20, a copy of the scores would take 80

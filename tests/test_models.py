@@ -32,6 +32,34 @@ def test_view_sees_every_block_and_linear_layer(name, options, blocks, heads):
         assert view.block(block.name) is block and view.block_of(block.name + ".mlp.fc1") is block
 
 
+def test_layers_are_selected_by_role_pattern_and_place():
+    view = models.view(models.create("conv_swin", num_classes=3, image_size=16, window_size=2))
+    linears = view.linears()
+    assert view.select() == linears and list(view.select()) == list(linears)
+    attention, mlp = view.select(match="*.attn.*"), view.select(["fc1", "fc2"])
+    assert attention == view.linears(["qkv", "proj"]) and mlp == view.select(match=("*.fc2", "*.fc1"))
+    assert list(mlp) == list(view.linears(["fc1", "fc2"]))  # forward order, whatever the order of patterns
+    assert {*attention, *mlp} == {name for name in linears if view.role(name) != "merge"}
+    inner = view.select(skip_ends=True)  # merging lies between blocks and stays
+    ends = tuple(f"{view.blocks[i].name}." for i in (0, -1))
+    assert set(inner) == {name for name in linears if not name.startswith(ends)} and len(inner) == len(linears) - 8
+    assert list(view.select(["head"], match="head*")) == view.classifiers
+
+
+def test_a_selection_of_nothing_is_refused(vit):
+    view = models.view(vit)
+    for wrong, said in (
+        (dict(match="attn"), "no layer of any role but head matches 'attn'"),
+        (dict(match=["*fc1", "blocks.0.mlp.fc3"]), "'blocks.0.mlp.fc3', did you mean 'blocks.0.mlp.fc2'"),
+        (dict(roles=["qkv"], match="*fc1"), "no layer of qkv matches"),
+        (dict(match="head"), "any role but head matches 'head'"),  # protected unless asked for by its role
+        (dict(skip_ends=True), "skip_ends=True leave no layer of 2 blocks"),
+        (dict(roles=["fc3"]), "unknown role 'fc3'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            view.select(**wrong)
+
+
 def test_units_are_counted_per_block(vit):
     assert models.view(vit).units() == {
         ("blocks.0", "heads"): 4, ("blocks.0", "neurons"): 64,

@@ -183,6 +183,47 @@ def test_masked_units_are_units_times_zero(model, batch, dropped):
         torch.testing.assert_close(masked(model, mask, batch[0]), scaled(model, block.mlp.fc2, kept, batch[0]))
 
 
+@pytest.mark.parametrize("dropped", [[0], [2, 5], [1, 8, 9, 17]])
+def test_masked_head_dimensions_are_dimensions_times_zero(model, batch, dropped):
+    for block in models.view(model).blocks:
+        size = block.num_heads * block.head_dim
+        kept = torch.ones(3, size)
+        kept[2, dropped] = 0
+        mask = prune.units_to_masks(model, {(block.name, "v"): dropped})
+        assert set(mask) == {f"{block.name}.attn.{part}" for part in ("qkv.weight", "qkv.bias", "proj.weight")}
+        found = masked(model, mask, batch[0])
+        torch.testing.assert_close(found, scaled(model, block.attn.proj, kept[2], batch[0]))
+        torch.testing.assert_close(found, scaled(model, block.attn.qkv, kept.flatten(), batch[0], output=True))
+        mask = prune.units_to_masks(model, {(block.name, "qk"): torch.tensor(dropped)})
+        assert set(mask) == {f"{block.name}.attn.{part}" for part in ("qkv.weight", "qkv.bias")}
+        found = masked(model, mask, batch[0])
+        for gone in ([0], [1], [0, 1]):  # of a product, one factor's zero is enough
+            kept = torch.ones(3, size)
+            kept[torch.tensor(gone)[:, None], dropped] = 0
+            expected = scaled(model, block.attn.qkv, kept.flatten(), batch[0], output=True)
+            torch.testing.assert_close(found, expected)
+        assert not torch.allclose(found, model(batch[0]))
+
+
+def test_all_dimensions_of_a_head_are_the_head(model):
+    block = models.view(model).blocks[1]
+    whole = prune.units_to_masks(model, {(block.name, "heads"): [1]})
+    dims = range(block.head_dim, 2 * block.head_dim)
+    parts = prune.units_to_masks(model, {(block.name, "qk"): dims, (block.name, "v"): dims})
+    assert all(whole[name].equal(mask) for name, mask in parts.items()) and whole.keys() == parts.keys()
+
+
+def test_queries_and_values_may_differ_in_size(vit):
+    attn = vit.blocks[0].attn  # 4 heads with 3 dimensions of q and k, 8 of v
+    attn.qkv = nn.Linear(32, 12 + 12 + 32)
+    mask = prune.units_to_masks(vit, {("blocks.0", "qk"): [4], ("blocks.0", "v"): [31]})
+    assert (~mask["blocks.0.attn.qkv.bias"]).nonzero().flatten().tolist() == [4, 12 + 4, 24 + 31]
+    mask = prune.units_to_masks(vit, {("blocks.0", "heads"): [1]})
+    gone = [*range(3, 6), *range(15, 18), *range(32, 40)]
+    assert (~mask["blocks.0.attn.qkv.bias"]).nonzero().flatten().tolist() == gone
+    assert (~mask["blocks.0.attn.proj.weight"]).any(0).nonzero().flatten().tolist() == list(range(8, 16))
+
+
 def test_all_units_of_a_block_can_go_beside_others(model, batch):
     first, second = models.view(model).blocks[:2]
     drop = {(first.name, "heads"): range(first.num_heads), (second.name, "heads"): [0]}
@@ -221,6 +262,8 @@ def test_units_and_rows_refuse_what_is_not_there(vit):
         ({("blocks.0", "head"): [0]}, "unknown kind of unit 'head', did you mean 'heads'"),
         ({("blocks.0", "heads"): [4]}, r"heads of blocks.0 are 0 to 3; got \[4\]"),
         ({("blocks.0", "neurons"): [-1]}, "neurons of blocks.0 are 0 to 63"),
+        ({("blocks.0", "qk"): [32]}, "qk dimensions of blocks.0 are 0 to 31"),
+        ({("blocks.1", "v"): [-1]}, "v dimensions of blocks.1 are 0 to 31"),
         ({("blocks.0.mlp.fc3", "rows"): [0]}, "no layer 'blocks.0.mlp.fc3'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -246,6 +289,45 @@ def test_cubic_schedule():
         prune.cubic_schedule(0, 10, final=90)
     with pytest.raises(ValueError, match="at least one step"):
         prune.cubic_schedule(0, 0, final=0.9)
+
+
+def test_shares_of_a_schedule():
+    assert prune.shares("cubic", 4, final=0.8) == pytest.approx([0.8 * (1 - x**3) for x in (0.75, 0.5, 0.25, 0)])
+    assert prune.shares("iterative", 3, final=0.875) == pytest.approx([0.5, 0.75, 0.875])  # each takes half of the rest
+    for kind in ("cubic", "iterative"):
+        assert prune.shares(kind, 1, final=0.7) == [0.7]  # one-shot
+        path = prune.shares(kind, 9, final=0.7, initial=0.1)
+        assert path == sorted(set(path)) and path[0] > 0.1 and path[-1] == 0.7 and len(path) == 9
+        for wrong, said in ((dict(steps=0, final=0.5), "at least one step"), (dict(steps=2, final=50), "percentages")):
+            with pytest.raises(ValueError, match=said):
+                prune.shares(kind, **wrong)
+    with pytest.raises(ValueError, match="'cubed', did you mean 'cubic'"):
+        prune.shares("cubed", 3, final=0.5)
+
+
+@pytest.mark.parametrize("per", ["global", "layer", "row"])
+def test_going_further_keeps_the_dead_dead(model, per):
+    parameters, dead = dict(model.named_parameters()), None
+    for sparsity in (0.25, 0.5, 0.875):
+        generator = torch.Generator().manual_seed(int(100 * sparsity))
+        saliency = {name: torch.rand(score.shape, generator=generator) for name, score in magnitudes(model).items()}
+        keep = prune.further(model, saliency, sparsity=sparsity, per=per)
+        fresh = masks.keep_largest(saliency, sparsity=sparsity, per=per)
+        count = [sum(int(mask.sum()) for mask in found.values()) for found in (keep, fresh)]
+        assert count[0] == count[1]  # exact, whatever was dead
+        if dead is None:
+            assert all(keep[name].equal(mask) for name, mask in fresh.items())  # nothing dead: the same as afresh
+        else:
+            assert not any((mask & dead[name]).any() for name, mask in keep.items())
+        prune.apply(model, keep)
+        dead = {name: parameters[name] == 0 for name in keep}
+    with pytest.raises(ValueError, match="would come back, first in .* ask for a higher sparsity than before"):
+        prune.further(model, saliency, sparsity=0.5, per=per)
+
+
+def test_further_refuses_scores_of_another_model(vit, swin):
+    with pytest.raises(ValueError, match="no parameter 'layers.0"):
+        prune.further(vit, magnitudes(swin), sparsity=0.5)
 
 
 def test_histogram_counts_every_weight_once_and_zeros_apart(model):

@@ -1,5 +1,7 @@
 """sensitivity: what is measured is the loss of the model that was really cut, and nothing is left changed."""
 
+import copy
+
 import pytest
 import torch
 
@@ -19,6 +21,34 @@ def test_curves_measure_each_layer_alone_and_restore_it_bit_equal(model, batch):
     name = f"{row.layer}.weight"
     prune.apply(model, {name: masks.keep_largest(saliency[name], sparsity=row.ratio)})
     assert scores.loss(model, [batch]) == pytest.approx(row.loss, rel=1e-6)
+
+
+def test_curves_of_a_role_cut_all_its_layers_together(model, batch):
+    before, saliency = state(model), scores.weights(model, [batch], criteria=["taylor"])["taylor"]
+    view = models.view(model)
+    table = sensitivity.curves(model, saliency, [batch], ratios=[0.5, 0.9], per="role")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    roles = list(dict.fromkeys(view.role(name) for name in view.linears()))
+    assert table.role.tolist() == [role for role in roles for _ in range(2)]
+    assert {*table.layer, *table.block} == {"all"}
+    layers = sensitivity.curves(model, saliency, [batch], ratios=[0.5, 0.9])
+    assert list(table) == list(layers) and not {"all"} & {*layers.layer, *layers.block}
+    for row in table[table.ratio == 0.9].itertuples():
+        own = {f"{name}.weight": saliency[f"{name}.weight"] for name in view.linears([row.role])}
+        cut = copy.deepcopy(model)
+        prune.apply(cut, masks.keep_largest(own, sparsity=0.9, per="layer"))
+        assert scores.loss(cut, [batch]) == pytest.approx(row.loss, rel=1e-6)
+        if len(own) == 1:  # a role of one layer is that layer
+            assert row.loss == layers[(layers.role == row.role) & (layers.ratio == 0.9)].loss.item()
+
+
+def test_a_measurement_that_fails_leaves_the_model_whole(vit, batch, monkeypatch):
+    before, saliency = state(vit), scores.weights(vit, criteria=["magnitude"])["magnitude"]
+    losses = iter([1.0])  # of the uncut model, and no more
+    monkeypatch.setattr(scores, "loss", lambda *_: next(losses))
+    with pytest.raises(StopIteration):
+        sensitivity.curves(vit, saliency, [batch], ratios=[0.5])
+    assert all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
 
 
 def test_ablation_equals_removal(model, batch):
@@ -45,3 +75,5 @@ def test_kinds_can_be_chosen(vit, batch):
     assert set(sensitivity.ablations(vit, [batch], per_block=1, kinds=["heads"]).kind) == {"heads"}
     with pytest.raises(ValueError, match="sparsity is a share"):
         sensitivity.curves(vit, scores.weights(vit, criteria=["magnitude"])["magnitude"], [batch], ratios=[50])
+    with pytest.raises(ValueError, match='per must be "layer" or "role"; got \'block\''):
+        sensitivity.curves(vit, {}, [batch], ratios=[0.5], per="block")

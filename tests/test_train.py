@@ -1,5 +1,7 @@
-"""train: masks hold, a killed run resumes bit-equal, distillation's closed form, errors."""
+"""train: masks hold, a killed run resumes bit-equal, distillation's closed form, cuts in steps, errors."""
 
+import copy
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab import models, prune, train
+from vitlab import evaluate, layers, masks, models, prune, scores, shrink, train
 
 
 class Blobs:
@@ -66,9 +68,57 @@ def test_masks_hold_through_momentum_decay_and_averaging(model, ema):
             assert not parameter[~keep[name]].any() and parameter[keep[name]].all()
 
 
-def test_a_second_call_is_bit_equal_and_another_seed_is_not(vit):
-    import copy
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_weights_that_are_kept_are_masked_too(vit, monkeypatch, ema, keep_best):
+    seen = []  # the models that were validated, the first the best
 
+    def accuracy(model, images, **options):
+        seen.append(copy.deepcopy(model.state_dict()))
+        return dataclasses.replace(right(model, images, **options), top1=90.0 - len(seen))
+
+    right = evaluate.accuracy
+    monkeypatch.setattr(evaluate, "accuracy", accuracy)
+    keep = half_of(vit)
+    train.fit(vit, Blobs(), Blobs(seed=1), epochs=3, masks=keep, ema=ema, keep_best=keep_best, **RECIPE)
+    assert all(not state[name][~mask].any() for state in seen for name, mask in keep.items())
+    kept = seen[0 if keep_best else -1]
+    assert all(torch.equal(kept[name], tensor) for name, tensor in vit.state_dict().items())
+    assert not torch.equal(seen[0]["head.weight"], seen[-1]["head.weight"])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("support", layers.SUPPORTS)
+def test_sparse_parts_are_trained_on_their_support(vit, support, rank, ema):
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in models.view(vit).linears(["qkv", "fc1"]).items():
+        m, n = layer.weight.shape
+        mask = {"entries": torch.rand(m, n, generator=generator), "rows": torch.rand(m, 1, generator=generator)}
+        mask = (mask.get(support, torch.rand(n, generator=generator)) > 0.7).expand(m, n)
+        u, v = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
+        parts = dict(sparse=layer.weight.detach(), mask=mask, support=support, bias=layer.bias)
+        vit.set_submodule(name, layers.low_rank_sparse(0.1 * u, 0.1 * v, **parts))
+    found = {name: layer for name, layer in vit.named_modules() if isinstance(layer, layers.LowRankSparseLinear)}
+    before = {name: (layer.support_mask.clone(), layer.sparse_weight.detach()) for name, layer in found.items()}
+    train.fit(vit, Blobs(), Blobs(seed=1), epochs=2, ema=ema, weight_decay=0.5, **RECIPE)
+    assert len(before) == 4
+    for name, (mask, values) in before.items():
+        assert found[name].support_mask.equal(mask) and not found[name].sparse_weight[~mask].any()
+        assert (found[name].sparse_weight != values)[mask].float().mean() > 0.9  # it was trained
+        if support == "entries":  # what is stored, too: it is counted as non-zero
+            assert not found[name].sparse[~mask].any()
+
+
+def test_averaging_leaves_whole_numbers_alone(swin):
+    """Swin's windows look up their position bias by index, which 0.9 * i + 0.1 * i would round down."""
+    history = train.fit(swin, Blobs(), Blobs(seed=1), epochs=4, ema=0.9, keep_best=False, **RECIPE)
+    result = evaluate.accuracy(swin, Blobs(seed=1))
+    assert history.val_loss.iloc[-1] == pytest.approx(result.loss, rel=1e-5)  # what was validated is what is kept
+    assert swin.patch_embed.steps[2].num_batches_tracked == 12
+
+
+def test_a_second_call_is_bit_equal_and_another_seed_is_not(vit):
     runs = []
     for seed in (0, 0, 1):
         runs.append(copy.deepcopy(vit))
@@ -122,8 +172,6 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(vit, tmp_path, c
 
 
 def test_distillation_from_itself_leaves_the_model_alone(vit):
-    import copy
-
     teacher = copy.deepcopy(vit)
     options = dict(RECIPE, lr=1e-8)  # AdamW would make steps of size lr out of rounding errors
     # Batch norm statistics move in train mode whatever the loss is; frozen, the distance to itself is zero.
@@ -134,14 +182,154 @@ def test_distillation_from_itself_leaves_the_model_alone(vit):
     assert history.train_loss.iloc[0] == pytest.approx(0, abs=1e-4)
 
 
-def test_a_state_of_another_teacher_is_not_used(vit):
-    import copy
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_loss_of_distillation_by_hand(vit, swin, share, temperature):
+    split, options = Blobs(32), dict(teacher=swin, teacher_share=share, temperature=temperature)
+    x, y = next(split.batches(32))
+    with torch.no_grad():
+        student, teacher = copy.deepcopy(vit).train()(x).double(), swin(x).double()
+    target = torch.nn.functional.one_hot(y, 3) * 0.9 + 0.1 / 3  # smoothed labels
+    hard = -(target * student.log_softmax(1)).sum(1).mean()
+    p, q = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
+    soft = (p * (p.log() - q.log())).sum(1).mean()
+    expected = (1 - share) * hard + share * temperature**2 * soft
+    history = train.fit(vit, split, Blobs(seed=1), epochs=1, **options, **RECIPE)  # one step, one batch
+    assert history.train_loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
+
+def test_a_teacher_at_high_temperature_keeps_its_weight(vit, swin):
+    """Why T**2: gradients of the softened loss shrink with it (Hinton et al. 2015, section 2)."""
+    x, losses = Blobs(32).x, []
+    for temperature in (50.0, 100.0):
+        model = copy.deepcopy(vit)
+        options = dict(teacher=swin, teacher_share=1.0, temperature=temperature)
+        losses.append(train.fit(model, Blobs(32), Blobs(), epochs=1, **options, **RECIPE).train_loss.item())
+    with torch.no_grad():
+        distance = copy.deepcopy(vit).train()(x) - swin(x)
+    limit = 0.5 * distance.sub(distance.mean(1, keepdim=True)).square().mean()  # in the limit, matched logits
+    assert losses == pytest.approx([limit.item()] * 2, rel=0.05)
+
+
+def test_a_state_of_another_teacher_is_not_used(vit):
     other = copy.deepcopy(vit)
     with torch.no_grad():
         next(other.parameters()).add_(1)
     keys = {train._fingerprint({}, vit, None, teacher) for teacher in (None, vit, other)}
     assert len(keys) == 3 and train._fingerprint({}, vit, None, copy.deepcopy(vit)) in keys
+
+
+def at_random(model, share):
+    """The worst case for masks that may only grow: scores that know nothing of the step before."""
+    names = [f"{name}.weight" for name in models.view(model).linears()]
+    saliency = {name: torch.rand(model.get_parameter(name).shape) for name in names}
+    return model, prune.further(model, saliency, sparsity=share)
+
+
+def neurons(model, share):
+    """A smaller model: share of the 64 neurons a block is gone, by magnitude."""
+    units = {k: v for k, v in scores.units(model, criteria="magnitude")["magnitude"].items() if k[1] == "neurons"}
+    keep = {key: masks.keep_largest(score, count=len(score) - round((1 - share) * 64)) for key, score in units.items()}
+    return shrink.remove(model, masks.dropped(keep)), None
+
+
+def test_masks_grow_by_the_schedule_and_the_dead_stay_dead(model):
+    found, shares = [], prune.shares("cubic", 3, final=0.8)
+
+    def cut(model, share):
+        for name, mask in (found[-1] if found else {}).items():
+            assert model.get_parameter(name).eq(0).equal(~mask)
+        found.append(at_random(model, share)[1])
+        return model, found[-1]
+
+    options = dict(shares=shares, epochs=1, tail_epochs=2, ema=0.5, **RECIPE)
+    same_model, keep, history = train.in_steps(model, cut, Blobs(), Blobs(seed=1), **options)
+    total = sum(mask.numel() for mask in keep.values())
+    expected = [round(share * total) / total for share in shares]
+    assert same_model is model and keep is found[-1] and history.epoch.tolist() == [1, 2, 3, 4]
+    assert history.step.tolist() == [1, 2, 3, 3] and history.share.tolist() == [*shares, 0.8]
+    assert history.sparsity.tolist() == [*expected, expected[-1]]
+    assert prune.sparsity(model, keep) == expected[-1] and history.params.nunique() == 1
+    for before, after in zip(found, found[1:], strict=False):
+        assert not any((after[name] & ~before[name]).any() for name in after)
+    for name, mask in keep.items():
+        assert not model.get_parameter(name)[~mask].any()
+
+
+def test_a_model_shrinks_step_by_step(model):
+    before = sum(parameter.numel() for parameter in model.parameters())
+    sizes = [block.neurons for block in models.view(model).blocks]
+    shares = [0.25, 0.5]
+
+    def cut(model, share):
+        pairs = zip(models.view(model).blocks, sizes, strict=True)
+        drop = {(block.name, "neurons"): range(block.neurons - round((1 - share) * n)) for block, n in pairs}
+        return shrink.remove(model, drop), None
+
+    small, keep, history = train.in_steps(model, cut, Blobs(), Blobs(), shares=shares, epochs=1, **RECIPE)
+    assert keep is None and before > history.params[0] > history.params[1]
+    assert [block.neurons for block in models.view(small).blocks] == [n // 2 for n in sizes]
+    assert history.params.iloc[-1] == sum(parameter.numel() for parameter in small.parameters())
+    assert small is not model and sum(parameter.numel() for parameter in model.parameters()) == before
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("cut", [at_random, neurons])
+def test_steps_go_on_after_a_stop_to_the_same_result(vit, tmp_path, monkeypatch, cut):
+    start, calls = copy.deepcopy(vit.state_dict()), []
+    options = dict(shares=[0.25, 0.5, 0.75], epochs=2, seed=5, **RECIPE)
+    whole, _, expected = train.in_steps(copy.deepcopy(vit), cut, Blobs(), Blobs(seed=1), **options)
+
+    right = evaluate.accuracy
+
+    def accuracy(*arguments, **named):
+        calls.append(len(calls))
+        if len(calls) == 4:  # after the training of the second step's second epoch, before its state is saved
+            raise Stop
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(evaluate, "accuracy", accuracy)
+    with pytest.raises(Stop):
+        train.in_steps(vit, cut, Blobs(), Blobs(seed=1), folder=tmp_path, **options)
+    vit.load_state_dict(start)
+    again, _, history = train.in_steps(vit, cut, Blobs(), Blobs(seed=1), folder=tmp_path, **options)
+    assert len(calls) == 4 + 3  # three epochs of six were done already
+    assert same(whole, again)
+    columns = ["stage", "epoch", "step", "share", "params", "train_loss", "val_loss", "lr", "sparsity"]
+    pd.testing.assert_frame_equal(history[columns], expected[columns])
+
+
+def test_every_step_draws_other_images(vit):
+    class Spy(Blobs):
+        def batches(self, *arguments, **named):
+            if named.get("shuffle"):
+                seen.append((named["seed"], named["epoch"]))
+            yield from super().batches(*arguments, **named)
+
+    seen = []
+    for seed in (0, 1):
+        model = copy.deepcopy(vit)
+        train.in_steps(model, at_random, Spy(), Blobs(), shares=[0.2, 0.4], epochs=1, seed=seed, **RECIPE)
+    assert len(set(seen)) == 4
+
+
+def test_steps_that_make_no_sense_are_refused(vit):
+    def steps(cut, shares):
+        train.in_steps(vit, cut, Blobs(), Blobs(), shares=shares, epochs=1, **RECIPE)
+
+    for shares in ([], [0.5, 0.5], [0.5, 0.2], [0, 0.5], [0.5, 1], [20, 40]):
+        with pytest.raises(ValueError, match="shares must rise, above 0 and below 1"):
+            steps(at_random, shares)
+    with pytest.raises(ValueError, match="the first cut, of 0.5, changed nothing"):
+        steps(lambda model, share: (model, None), [0.5])
+    (name, keep), (other, rest) = list(half_of(vit).items())[:2]
+    for second in ({name: ~keep}, {other: rest}, None):  # other weights die, or those are not masked any more
+        turns = iter([{name: keep}, second])
+        with pytest.raises(ValueError, match=f"brings dead weights of {name} back"):
+            steps(lambda model, share, turns=turns: (model, next(turns)), [0.3, 0.5])
 
 
 @pytest.mark.parametrize(

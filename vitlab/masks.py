@@ -1,4 +1,4 @@
-"""Scores to boolean masks by exact count: global, per layer, per row, N:M. Tensors only.
+"""Scores to boolean masks by exact count: global, per layer, group or row, whole tiles, N:M. Tensors only.
 
 Everywhere True stays, the smallest scores go, and of equal scores the first in memory goes first, so that
 counts are exact (comparing with a threshold is not).
@@ -10,37 +10,36 @@ SAMPLE = 1 << 18  # scores drawn to bracket the threshold; up to so many are ran
 CHUNK = 1 << 18  # scores looked at together: a piece and its comparisons stay in the cache
 
 
-def keep_largest(scores, *, sparsity=None, count=None, per="global", floor=0):
+def keep_largest(scores, *, sparsity=None, count=None, per="global", floor=0, tile=None):
     """Masks that drop an exact number of the smallest scores.
 
     scores: a tensor or {name: tensor}; only their order matters, infinities are allowed. Either sparsity, the
     share to drop in [0, 1), of which round(sparsity * n) is taken, or count, the number to drop. per: over
-    what both are meant and scores are ranked: "global" (all tensors together), "layer" (each tensor) or "row"
-    (each row along the last dimension). floor: how many at least stay in each tensor (in each row with
-    per="row"; all of a smaller one); with "global" the others then lose more, so that the total remains
-    exact. Returns bool tensors in the structure of scores. Raises ValueError for NaN scores (named), a
-    sparsity outside [0, 1), a cut that leaves nothing at all, and a floor that the count does not allow.
+    what both are meant and scores are ranked: "global" (all tensors together), "layer" (each tensor), "row"
+    (each row along the last dimension), or {name: label}, such as the role of each layer, for all tensors of
+    one label together. floor: how many at least stay in each tensor (in each row with per="row"; all of a
+    smaller one); the others of its group then lose more, so that the total remains exact. tile: whole tiles go,
+    by the sums of their scores, and sparsity, count, floor and rows are of tiles. b cuts the last two
+    dimensions into squares of b x b; (height, width) into rectangles, where None is all of that dimension:
+    (1, None) is whole rows.
+
+    Returns bool tensors in the structure of scores. Raises ValueError for NaN scores (named), a sparsity
+    outside [0, 1), a cut that leaves nothing at all (of one layer or group), a floor that the count does not
+    allow, names without a label, and tiles that do not fill a tensor.
     """
     named = scores if isinstance(scores, dict) else {"scores": scores}
+    if tile is not None:
+        sizes = {name: tile_size(name, score, tile) for name, score in named.items()}
+        named = {name: tile_sums(score, *sizes[name]) for name, score in named.items()}
     check(named)
-    if per == "global":
-        total = sum(score.numel() for score in named.values())
-        masks = drop_globally(named, to_drop(total, sparsity, count), floor)
-    elif per == "layer":
-        masks = {}
-        for name, score in named.items():
-            dropped = to_drop(score.numel(), sparsity, count)
-            masks[name] = drop_globally({name: score}, dropped, floor)[name]
-    elif per == "row":
-        masks = {}
-        for name, score in named.items():
-            size = score.shape[-1]
-            dropped = to_drop(size, sparsity, count)
-            if size - dropped < min(floor, size):
-                raise ValueError(f"rows of {name} keep {size - dropped} of {size}, below the floor of {floor}")
-            masks[name] = drop_in_rows(score, dropped)
-    else:
-        raise ValueError(f'per must be "global", "layer" or "row"; got {per!r}')
+    masks = {}
+    for group in grouped(named, per):
+        if per == "row":
+            masks |= drop_rowwise(group, sparsity, count, floor)
+        else:
+            total = sum(score.numel() for score in group.values())
+            masks |= drop_globally(group, to_drop(total, sparsity, count), floor)
+    masks = {name: masks[name] if tile is None else whole_tiles(masks[name], *sizes[name]) for name in named}
     return masks if isinstance(scores, dict) else masks["scores"]
 
 
@@ -73,6 +72,42 @@ def to_drop(total, sparsity, count):
     if not 0 <= count < total:
         raise ValueError(f"cannot drop {count} of {total} scores: at least one must stay")
     return count
+
+
+def grouped(scores, per):
+    """{name: score} as a list of such, one for each set that is ranked together (see keep_largest)."""
+    if per == "global":
+        return [scores]
+    if per in ("layer", "row"):
+        return [{name: score} for name, score in scores.items()]
+    if not isinstance(per, dict):
+        raise ValueError(f'per must be "global", "layer", "row" or {{name: label}}; got {per!r}')
+    missing = [name for name in scores if name not in per]
+    if missing:
+        raise ValueError(f"per has no label for {missing[0]!r} ({len(missing)} of {len(scores)} names lack one)")
+    labels = dict.fromkeys(per[name] for name in scores)
+    return [{name: score for name, score in scores.items() if per[name] == label} for label in labels]
+
+
+def tile_size(name, score, tile):
+    """(height, width) of the tiles of a tensor; ValueError if they do not fill its last two dimensions."""
+    shape = tuple(score.shape[-2:])
+    size = tuple(tile) if isinstance(tile, (tuple, list)) else (tile, tile)
+    if len(size) == len(shape) == 2:
+        size = tuple(own if side is None else side for side, own in zip(size, shape, strict=True))
+        if all(side >= 1 and own % side == 0 for side, own in zip(size, shape, strict=True)):
+            return size
+    raise ValueError(f"tiles of {tile} do not fill {name} of shape {tuple(score.shape)}: give divisors of its sides")
+
+
+def tile_sums(score, height, width):
+    """[..., m / height, n / width] sums of the scores [..., m, n] in each tile."""
+    return score.detach().unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).sum((-3, -1))
+
+
+def whole_tiles(mask, height, width):
+    """The mask [..., m, n] of weights from the one [..., m / height, n / width] of tiles."""
+    return mask.repeat_interleave(height, -2).repeat_interleave(width, -1)
 
 
 def pieces(score):
@@ -110,6 +145,7 @@ def drop_globally(scores, count, floor):
         )
     fixed, free = {}, dict(scores)
     while True:
+        keep = None  # frees the masks of the round before, a byte for each score
         gone = sum(scores[name].numel() - floors[name] for name in fixed)
         keep = dict(zip(free, drop_smallest(list(free.values()), count - gone), strict=True))
         short = [name for name in free if floor and int(keep[name].count_nonzero()) < floors[name]]
@@ -206,11 +242,26 @@ def tally(scores, value):
     return below, equal
 
 
+def drop_rowwise(scores, sparsity, count, floor):
+    """{name: mask} that drops the same number in each row along the last dimension (see keep_largest)."""
+    masks = {}
+    for name, score in scores.items():
+        size = score.shape[-1]
+        dropped = to_drop(size, sparsity, count)
+        if size - dropped < min(floor, size):
+            raise ValueError(f"rows of {name} keep {size - dropped} of {size}, below the floor of {floor}")
+        masks[name] = drop_in_rows(score, dropped)
+    return masks
+
+
 def drop_in_rows(score, count):
     """Mask that drops the count smallest of each row along the last dimension; of equal ones the first go."""
-    if count == 0:
-        return torch.ones_like(score, dtype=torch.bool)
-    threshold = score.detach().kthvalue(count, dim=-1, keepdim=True).values
-    above, equal = score > threshold, score == threshold
-    spare = score.shape[-1] - above.sum(-1, keepdim=True) - equal.sum(-1, keepdim=True)  # smaller than it
-    return above | (equal & (equal.cumsum(-1) > count - spare))
+    mask = torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    size, rows = score.shape[-1], max(1, CHUNK // score.shape[-1])
+    parts = zip(score.detach().reshape(-1, size).split(rows), mask.view(-1, size).split(rows), strict=True)
+    for part, out in parts if count else ():
+        threshold = part.kthvalue(count, dim=-1, keepdim=True).values
+        above, equal = part > threshold, part == threshold
+        spare = size - above.sum(-1, keepdim=True) - equal.sum(-1, keepdim=True)  # smaller than it
+        torch.logical_or(above, equal & (equal.cumsum(-1) > count - spare), out=out)
+    return mask

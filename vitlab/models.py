@@ -4,6 +4,7 @@ The only module that knows timm's classes.
 """
 
 import difflib
+import fnmatch
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -240,6 +241,27 @@ class View:
                 raise ValueError(f"unknown role {role!r}{nearest(role, known)} Roles are {', '.join(known)}.")
         wanted = set(ROLES.values()) if roles is None else set(roles)
         return {name: m for name, m in self.model.named_modules() if self.role(name) in wanted}
+
+    def select(self, roles=None, *, match="*", skip_ends=False):
+        """{name: module} of the linear layers of these roles whose names match, in forward order.
+
+        roles: as for `linears`; None protects the classifier, whatever match is. match: a shell pattern for the
+        whole name, such as "*attn*", or several, of which one must fit. skip_ends: without the layers of the first
+        and the last block. Raises ValueError for an unknown role and for a pattern, or all of it, that chooses nothing.
+        """
+        known, chosen = self.linears(roles), set()
+        for pattern in [match] if isinstance(match, str) else match:
+            found = fnmatch.filter(known, pattern)
+            if not found:
+                sort = ", ".join(roles) if roles else "any role but head"
+                raise ValueError(f"no layer of {sort} matches {pattern!r}{nearest(pattern, known)}")
+            chosen.update(found)
+        if skip_ends:
+            ends = tuple(f"{block.name}." for block in (self.blocks[0], self.blocks[-1]))
+            chosen = {name for name in chosen if not name.startswith(ends)}
+        if not chosen:
+            raise ValueError(f"match={match!r} and skip_ends={skip_ends} leave no layer of {len(self.blocks)} blocks")
+        return {name: module for name, module in known.items() if name in chosen}
 
     def block_of(self, name):
         """The Block that a module or parameter name lies in, or None (stem, merging, classifier)."""

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from . import models
+from .masks import keep_largest
+
+UNITS = ("heads", "neurons", "qk", "v", "rows")
 
 
 def parameters_of(model, keep):
@@ -145,15 +148,18 @@ def norm_after(model, layer):
 def units_to_masks(model, drop):
     """Parameter masks for dropped units, so that the masked model equals the one with the units removed.
 
-    drop: {(block name, "heads" or "neurons") or (layer name, "rows"): indices}, the same as for
-    shrink.remove. A head takes its proj columns and its rows and biases of q, k and v; a neuron its fc1 row
-    and bias and its fc2 column. Returns {parameter name: bool tensor}. Raises ValueError for unknown units or
-    indices out of range.
+    drop: {(block name, kind): indices} or {(layer name, "rows"): indices}, kind one of
+      heads    a head's rows and biases of q, k and v, and its columns of proj
+      neurons  a neuron's row and bias of fc1 and its column of fc2
+      qk       dimension d of the queries and keys of head h, counted as h * size + d with the size that one head
+               has of them: its row and bias of q and its row and bias of k
+      v        dimension d of the values of head h, counted likewise: its row and bias of v and its column of proj
+    Returns {parameter name: bool tensor}. Raises ValueError for unknown units or indices out of range.
     """
     view, masks = models.view(model), {}
     for (name, kind), indices in drop.items():
-        if kind not in ("heads", "neurons", "rows"):
-            raise ValueError(f"unknown kind of unit {kind!r}{models.nearest(kind, ('heads', 'neurons', 'rows'))}")
+        if kind not in UNITS:
+            raise ValueError(f"unknown kind of unit {kind!r}{models.nearest(kind, UNITS)}")
         if kind == "rows":
             keep = kept(indices, len(own_parameters(model, name)["weight"]), name=f"rows of {name}")
             parts = rows_to_masks(model, {name: keep})
@@ -162,14 +168,24 @@ def units_to_masks(model, drop):
             parts = rows_to_masks(model, {f"{name}.mlp.fc1": keep})
             parts |= columns_to_mask(model, f"{name}.mlp.fc2", keep)
         else:
-            block = view.block(name)
-            keep = kept(indices, block.num_heads, name=f"heads of {name}")
-            keep = keep.repeat_interleave(block.head_dim)  # [heads * head_dim], the columns of proj
-            parts = rows_to_masks(model, {f"{name}.attn.qkv": keep.repeat(3)})  # q, then k, then v
-            parts |= columns_to_mask(model, f"{name}.attn.proj", keep)
+            queries, values = attention_kept(view.block(name), kind, indices)
+            parts = rows_to_masks(model, {f"{name}.attn.qkv": torch.cat([queries, queries, values])})
+            if kind != "qk":
+                parts |= columns_to_mask(model, f"{name}.attn.proj", values)
         for parameter, mask in parts.items():
             masks[parameter] = masks[parameter] & mask if parameter in masks else mask
     return masks
+
+
+def attention_kept(block, kind, indices):
+    """Bool [heads * size] of the query (and key) and of the value dimensions that stay without these heads, qk or v."""
+    values = block.attn.proj.in_features
+    queries = (block.attn.qkv.out_features - values) // 2  # heads may have fewer dimensions of one than of the other
+    if kind == "heads":
+        keep = kept(indices, block.num_heads, name=f"heads of {block.name}")
+        return tuple(keep.repeat_interleave(size // block.num_heads) for size in (queries, values))
+    keep = kept(indices, queries if kind == "qk" else values, name=f"{kind} dimensions of {block.name}")
+    return (keep, keep.new_ones(values)) if kind == "qk" else (keep.new_ones(queries), keep)
 
 
 def kept(indices, count, *, name):
@@ -200,6 +216,45 @@ def cubic_schedule(step, total, *, final, initial=0.0):
         raise ValueError(f"total must be at least one step; got {total}")
     left = 1 - min(max(step / total, 0), 1)
     return final + (initial - final) * left**3
+
+
+def shares(kind, steps, *, final, initial=0.0):
+    """Shares to have cut after each of a number of steps, a rising list that ends with final exactly.
+
+    kind: "cubic" (cubic_schedule, which begins from initial), or "iterative": each step cuts the same share of what
+    the one before left (Han et al. 2015). With one step either is one-shot. Shares in [0, 1). Raises ValueError for
+    an unknown kind and for what cubic_schedule refuses.
+    """
+    kinds = ("cubic", "iterative")
+    if kind not in kinds:
+        raise ValueError(f"unknown kind of schedule {kind!r}{models.nearest(kind, kinds)}")
+    last = cubic_schedule(steps, steps, final=final, initial=initial)  # final, or the error that is due
+    if kind == "cubic":
+        before = [cubic_schedule(step, steps, final=final, initial=initial) for step in range(1, steps)]
+    else:
+        left = (1 - final) / (1 - initial)
+        before = [1 - (1 - initial) * left ** (step / steps) for step in range(1, steps)]
+    return [*before, last]
+
+
+@torch.no_grad()
+def further(model, scores, **options):
+    """Masks of masks.keep_largest(scores, **options) in which what is zero in the model goes first: dead stays dead.
+
+    scores: {parameter name: tensor of its shape}, such as new ones for a model that was cut before; the budget
+    counts the weights that are dead already. Raises ValueError for scores that do not fit the model, for a
+    budget that would bring dead weights back, and what keep_largest raises.
+    """
+    parameters = parameters_of(model, {name: torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()})
+    dead = {name: (parameter == 0).to(scores[name].device) for name, parameter in parameters.items()}
+    keep = keep_largest({n: score.masked_fill(dead[n], -torch.inf) for n, score in scores.items()}, **options)
+    back = {name: int((mask & dead[name]).count_nonzero()) for name, mask in keep.items()}
+    if any(back.values()):
+        raise ValueError(
+            f"{sum(back.values())} of {sum(int(d.count_nonzero()) for d in dead.values())} weights that are zero "
+            f"would come back, first in {next(n for n in back if back[n])}: ask for a higher sparsity than before"
+        )
+    return keep
 
 
 @torch.no_grad()

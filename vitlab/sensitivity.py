@@ -8,29 +8,49 @@ import torch
 from . import masks, models, scores
 
 
-def curves(model, saliency, batches, *, ratios):
-    """Loss when one linear layer alone loses its least salient weights: a frame of layer, block, role, ratio,
-    loss and increase (loss minus that of the uncut model, in nats).
+def curves(model, saliency, batches, *, ratios, per="layer"):
+    """Loss when linear layers lose their least salient weights: a frame of layer, block, role, ratio, loss and
+    increase (loss minus that of the uncut model, in nats).
 
     saliency: {parameter name: tensor} as scores.weights returns for one criterion; the layers are its keys.
-    batches: the fixed (x, y) of the measurement. ratios: shares of the layer cut, each in (0, 1). The model is
-    restored bit-equal after each cut. Raises what masks.keep_largest raises.
+    batches: the fixed (x, y) of the measurement. ratios: shares cut, each in (0, 1). per: what is cut at a time:
+    "layer", each layer alone, or "role", all layers of a role together, each by that share; layer and block are
+    then "all". The model is restored bit-equal after each cut. Raises ValueError for another per, and what
+    masks.keep_largest raises.
     """
+    if per not in ("layer", "role"):
+        raise ValueError(f'per must be "layer" or "role"; got {per!r}')
     view, parameters = models.view(model), dict(model.named_parameters())
+    groups = {}
+    for name in saliency:
+        layer = name.removesuffix(".weight")
+        block, role = view.block_of(layer), view.role(layer)
+        key = (layer, block and block.name, role) if per == "layer" else ("all", "all", role)
+        groups.setdefault(key, []).append(name)
     dense = scores.loss(model, batches)
     rows = []
-    for name, score in saliency.items():
-        parameter, layer = parameters[name], name.removesuffix(".weight")
-        whole, block = parameter.detach().clone(), view.block_of(layer)
+    for key, names in groups.items():
         for ratio in ratios:
-            keep = masks.keep_largest(score, sparsity=ratio)
-            with torch.no_grad():
-                parameter.mul_(keep)
-            loss = scores.loss(model, batches)
-            with torch.no_grad():
-                parameter.copy_(whole)
-            rows.append((layer, block and block.name, view.role(layer), ratio, loss, loss - dense))
+            keep = masks.keep_largest({name: saliency[name] for name in names}, sparsity=ratio, per="layer")
+            with _cut({name: parameters[name] for name in names}, keep):
+                loss = scores.loss(model, batches)
+            rows.append((*key, ratio, loss, loss - dense))
     return pd.DataFrame(rows, columns=["layer", "block", "role", "ratio", "loss", "increase"])
+
+
+@contextmanager
+def _cut(parameters, keep):
+    """The parameters with zeros where keep is False; put back bit-equal at the end."""
+    whole = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.masked_fill_(~keep[name], 0)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(whole[name])
 
 
 def ablations(model, batches, *, per_block=16, kinds=("heads", "neurons"), seed=0):

@@ -1,4 +1,4 @@
-"""Training: the one loop, on accelerate, for dense, masked and distilled models. A killed run resumes."""
+"""Training: the one loop, on accelerate, for models dense, masked, distilled or cut in steps. A killed run resumes."""
 
 import contextlib
 import copy
@@ -80,7 +80,7 @@ def fit(
     )
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     holder = prune.Holder(model, masks, optimizer) if masks else None
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+    averaged = AveragedModel(model, multi_avg_fn=_averaging(ema), use_buffers=True) if ema else None
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if teacher is not None:
         teacher.to(device).eval()
@@ -174,6 +174,58 @@ def fit(
     return pd.DataFrame(history)
 
 
+def in_steps(
+    model, cut, train, val, *, shares, epochs, tail_epochs=None, seed=0, stage="gradual", folder=None, **settings
+):
+    """Cut a little, train, cut more, train on (Zhu & Gupta 2017). Returns the model, its masks and the history.
+
+    cut: (model, share) -> (model, masks or None), called before each training with the model as it is by then. It
+    takes new scores and gives either masks of that sparsity (prune.further: dead weights stay dead) or a smaller
+    model (shrink.remove) without masks. What a share is of is its own affair. shares: rising, in (0, 1), such as
+    prune.shares gives; one share is one-shot. epochs: after each cut but the last, and tail_epochs (None: as many)
+    after that one, with its masks frozen. settings: for `fit`; every training starts its optimizer and schedule of
+    rates anew, and draws other images. folder: as for `fit`. A killed run calls all cuts again, which must then
+    give the same for the same model (torch is seeded before each), and trains only what was not trained yet.
+
+    History is that of `fit` with epochs counted through, and step (1, 2, ...), share and params (of the model).
+    Raises ValueError for shares that do not rise, a first cut that changes nothing, and masks that bring dead
+    weights back; else what `fit` raises.
+    """
+    shares, masks, frames = list(shares), None, []
+    if not shares or any(not a < b for a, b in zip([0, *shares], [*shares, 1], strict=True)):
+        raise ValueError(f"shares must rise, above 0 and below 1, at least one of them; got {shares}")
+    params = _params(model)
+    for step, share in enumerate(shares, 1):
+        own_seed = len(shares) * seed + step - 1
+        torch.manual_seed(own_seed)
+        before = masks
+        model, masks = cut(model, share)
+        if step == 1 and not masks and _params(model) == params:
+            raise ValueError(
+                f"the first cut, of {share}, changed nothing; give masks or a smaller model, or fewer steps"
+            )
+        _check_grown(model, before or {}, masks or {})
+        length = epochs if step < len(shares) or tail_epochs is None else tail_epochs
+        own = {"seed": own_seed, "stage": f"{stage}-{step}", "folder": folder}
+        history = fit(model, train, val, epochs=length, masks=masks, **own, **settings)
+        frames.append(history.assign(stage=stage, step=step, share=share, params=_params(model)))
+    history = pd.concat(frames, ignore_index=True)
+    return model, masks, history.assign(epoch=range(1, len(history) + 1))
+
+
+def _params(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_grown(model, before, after):
+    """ValueError if masks bring back weights that were masked before; what was removed for good does not count."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, mask in before.items():
+        still = shapes.get(name) == mask.shape
+        if still and (name not in after or (after[name].to(mask.device) & ~mask).any()):
+            raise ValueError(f"the cut brings dead weights of {name} back; prune.further gives masks that do not")
+
+
 def _step(
     model, optimizer, accelerator, x, y, rate,
     *, label_smoothing, clip_norm, precision, teacher, teacher_share, temperature,
@@ -196,6 +248,19 @@ def _step(
     optimizer.step()
     optimizer.zero_grad()
     return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).sum().to(loss.dtype)])
+
+
+def _averaging(decay):
+    """What AveragedModel does with tensors of one kind. Whole numbers are copied: an average rounds indices down."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averaged, current, count):
+        if averaged[0].is_floating_point():
+            average(averaged, current, count)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return update
 
 
 @contextlib.contextmanager
