@@ -283,6 +283,29 @@ def test_narrower_streams_are_refitted_where_their_readers_can(model, batch):
     assert lost(fitted) < lost(plain)
 
 
+def test_what_stays_makes_up_for_masked_weights(model, batch):
+    seen, _ = grams(model, batch[0])
+    generator = torch.Generator().manual_seed(0)
+    layers_ = models.view(model).linears()
+    keep = {f"{n}.weight": torch.rand(m.weight.shape, generator=generator) < 0.4 for n, m in layers_.items()}
+    norm = f"{models.view(model).blocks[0].name}.norm1.weight"
+    keep[norm] = torch.arange(len(model.get_parameter(norm))) > 2
+    fitted = shrink.refit(model, keep, seen)
+    for name, mask in keep.items():
+        weight, new = model.get_parameter(name), fitted.get_parameter(name)
+        assert new[~mask].count_nonzero() == 0
+        if name == norm:
+            assert torch.equal(new, weight * mask)
+            continue
+        gram = lowrank.damped(seen[name.removesuffix(".weight")])
+        assert lowrank.objective(weight, new, gram) < lowrank.objective(weight, weight * mask, gram)
+    assert fitted(batch[0]).isfinite().all() and not torch.equal(model.get_parameter(name), new)
+    with pytest.raises(ValueError, match="no parameter 'norm.weigth' of shape"):
+        shrink.refit(model, {"norm.weigth": keep[norm]}, seen)
+    with pytest.raises(ValueError, match="none of the layers in keep"):
+        shrink.refit(model, {norm: keep[norm]}, seen)
+
+
 def test_all_that_a_head_has_goes_with_it(swin):
     block = models.view(swin).blocks[1].name
     small = shrink.remove(swin, {(block, "heads"): [1]})

@@ -49,6 +49,37 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     return model
 
 
+@torch.no_grad()
+def refit(model, keep, grams, *, damping=1e-3):
+    """A copy of model whose masked weights are zero and whose other ones, layer by layer, make up for them.
+
+    Each linear layer's weights are solved for anew on their support, by least squares between its outputs before and
+    after, on calibration activations (lowrank.refit): the best end that SparseGPT's update of Optimal Brain Surgeon
+    (Frantar and Alistarh 2023) can have for a given mask. No labels, no training. What has no gram (biases, norms,
+    convolutions) is masked only.
+
+    keep: {parameter: bool tensor}, True stays, as from masks.keep_largest. grams: {layer: [n, n]}, as from
+    scores.grams. damping: see lowrank.damped. Raises ValueError for an unknown parameter, a mask or a gram that does
+    not fit, and if no weight in keep has a gram.
+    """
+    model = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    for name, mask in keep.items():
+        if name not in parameters or mask.shape != parameters[name].shape:
+            raise ValueError(f"no parameter {name!r} of shape {list(mask.shape)}{models.nearest(name, parameters)}")
+    solved = [name for name in keep if name.endswith(".weight") and name.removesuffix(".weight") in grams]
+    if not solved:
+        raise ValueError("grams has none of the layers in keep: give scores.grams of them")
+    for name, mask in keep.items():
+        weight, mask = parameters[name], mask.to(parameters[name].device)
+        if name in solved and mask.any():
+            gram = _fitting(grams, name.removesuffix(".weight"), [weight.shape[1]] * 2)
+            weight.copy_(lowrank.refit(weight, lowrank.damped(gram, damping), mask))
+        else:
+            weight.mul_(mask)
+    return model
+
+
 def compress(
     model,
     *,
