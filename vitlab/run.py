@@ -159,8 +159,8 @@ def _kernel():
             "VITLAB_HEADLESS": "1",
             "VITLAB_DATA": str(record.root()),  # a relative one is meant from here, not from the kernel's folder
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # two notebooks on two cores
-            # glibc gives the activations of each step back to the system and asks for them again, 6 to 13 % of a
-            # training on CPUs; these let it keep them.
+            # glibc gives the activations of each step back to the system and asks for them again, a part of each
+            # training step on CPUs; these let it keep them.
             "MALLOC_TRIM_THRESHOLD_": os.environ.get("MALLOC_TRIM_THRESHOLD_", str(10**9)),
             "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(10**9)),
         }
