@@ -38,6 +38,8 @@ OTHERS = {  # toys of 16 px, unless said otherwise; 3 classes
     "deit3": dict(name="deit3_small_patch16_224", embed_dim=24, depth=2, num_heads=3, patch_size=4),
     "registers": dict(name="vit_small_patch14_reg4_dinov2", embed_dim=24, depth=2, num_heads=3, patch_size=4),
     "qk norm": dict(name="conv_vit", embed_dim=24, depth=2, num_heads=3, qk_norm=True, init_values=0.5),
+    "norms last": dict(name="vit_base_patch16_rpn_224", embed_dim=24, depth=2, num_heads=3, patch_size=4),
+    "no biases": dict(name="conv_vit", embed_dim=24, depth=2, num_heads=3, qkv_bias=False, proj_bias=False),
     "swinv2": dict(
         name="swinv2_tiny_window8_256", embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=2, patch_size=4
     ),

@@ -31,9 +31,8 @@ def test_the_plan_costs_what_it_says_and_meets_the_target(model, batch, macs, ki
 @pytest.mark.parametrize("macs", [0.8, 0.3])
 def test_kinds_that_share_their_costs_are_counted_as_they_fall(any_model, macs):
     """Random scores for every kind there is: widths, heads and their dimensions multiply in what they save."""
-    kinds = [
-        kind for kind in budget.FLOORS if kind != "qk" or not hasattr(models.view(any_model).blocks[0].attn, "q_norm")
-    ]
+    normed = models.view(any_model).blocks[0].normalises_queries
+    kinds = [kind for kind in budget.FLOORS if kind != "qk" or not normed]
     generator = torch.Generator().manual_seed(0)
     counts = models.view(any_model).units(kinds)
     unit_scores = {key: torch.rand(count, generator=generator) for key, count in counts.items()}
@@ -45,6 +44,20 @@ def test_kinds_that_share_their_costs_are_counted_as_they_fall(any_model, macs):
         block = models.view(small).block(key[0]) if key[1] in ("qk", "v") else None
         assert left >= budget.FLOORS[key[1]] * (block.num_heads if block else 1)
         assert (counts[key] - left) % 4 == 0 or key[1] not in ("neurons", "width", "filters")
+
+
+def test_dimensions_of_heads_go_one_from_each(model):
+    counts = models.view(model).units(["qk", "v"])
+    generator = torch.Generator().manual_seed(0)
+    unit_scores = {key: torch.rand(count, generator=generator) for key, count in counts.items()}
+    plan = budget.plan(model, unit_scores, macs=0.97, kinds=["qk", "v"])
+    assert {kind for _, kind in plan.drop} == {"qk", "v"}
+    small = shrink.remove(model, plan.drop)
+    assert cost.macs(small) / cost.macs(model) == pytest.approx(plan.share, abs=1e-9) and plan.share <= 0.97
+    for (name, kind), gone in plan.drop.items():
+        heads = models.view(model).block(name).num_heads
+        each = torch.tensor(gone).div(counts[name, kind] // heads, rounding_mode="floor").bincount(minlength=heads)
+        assert len(set(each.tolist())) == 1
 
 
 def test_the_cheapest_loss_per_mac_goes_first_by_hand(vit):
@@ -62,5 +75,7 @@ def test_a_share_out_of_reach_names_the_floor(vit, batch):
         budget.plan(vit, units, macs=0.05, kinds=["neurons"])
     with pytest.raises(ValueError, match="share to keep"):
         budget.plan(vit, units, macs=50)
+    with pytest.raises(ValueError, match=r"no scores for \['width'\]"):
+        budget.plan(vit, units, macs=0.5, kinds=["neurons", "width"])
     with pytest.raises(ValueError, match="unknown kinds"):
         budget.plan(vit, units, macs=0.5, kinds=["blocks"])

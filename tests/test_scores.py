@@ -50,12 +50,15 @@ def assert_gates(found, key, gradients):
     torch.testing.assert_close(found["fisher"][key], gradients.square().mean(0) / 2, rtol=1e-4, atol=1e-7)
 
 
+FILTERS = {"patch_embed.steps.0": "patch_embed.steps.2", "patch_embed.steps.4": "patch_embed.steps.6"}  # their norms
+
+
 def record(model, batch, places):
     """{key: values [tokens, channels]} of {key: (module, output?)} in one plain forward pass."""
     values = {}
 
     def keep(key, x):
-        values[key] = x.detach().flatten(0, -2).double()
+        values[key] = (x.movedim(1, -1) if key in FILTERS else x).detach().flatten(0, -2).double()
 
     handles = [
         module.register_forward_hook(lambda _, x, y, key=key, output=output: keep(key, y if output else x[0]))
@@ -111,6 +114,20 @@ def test_width_gates_equal_brute_force(any_model, batch):  # DeiT-3 has LayerSca
     assert list(found["taylor"]) == [(stage, "width") for stage in models.view(any_model).stages]
     for number, (key, score) in enumerate(found["taylor"].items()):
         assert_gates(found, key, brute_force(any_model, batch, writes(any_model, number)[0], len(score)))
+
+
+def test_gates_of_filters_sit_behind_their_norm(model, batch):
+    found = scores.units(model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["filters"])
+    assert list(found["taylor"]) == [(name, "filters") for name in FILTERS]
+    for name, norm in FILTERS.items():
+        module = model.get_submodule(norm)
+        gradients = []
+        for x, y in split(batch, 1):
+            gates = torch.ones(1, module.num_features, 1, 1, requires_grad=True)
+            handle = module.register_forward_hook(lambda _, arguments, result, gates=gates: result * gates)
+            gradients.append(torch.autograd.grad(cross_entropy(model(x), y), gates)[0].flatten())
+            handle.remove()
+        assert_gates(found, (name, "filters"), torch.stack(gradients))
 
 
 def test_what_is_left_of_a_cut_model_is_scored(model, batch):
@@ -242,6 +259,7 @@ def test_variances_equal_their_definition(model, batch):
             (block.name, "in", "fc2"): (block.mlp.fc2, False),
         }
         places["stage", block.stage] = model.get_submodule(block.name), True  # the stage's last block stays
+    places |= {name: (model.get_submodule(norm), True) for name, norm in FILTERS.items()}
     variance = {key: x.var(0, correction=0).float() for key, x in record(model, batch, places).items()}
     expected = {}
     for block in view.blocks:
@@ -251,6 +269,8 @@ def test_variances_equal_their_definition(model, batch):
         expected[block.name, "qk"] = variance[f"{block.name}.attn.qkv"][: len(v)]
         expected[block.name, "v"] = v
         expected[f"stages.{block.stage}", "width"] = variance["stage", block.stage]
+    for name in FILTERS:
+        expected[name, "filters"] = variance[name]
     assert set(found["units"]["variance"]) == set(expected)
     for key, value in found["units"]["variance"].items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
@@ -278,13 +298,13 @@ def test_one_pass_measures_all_and_each_as_if_alone(model, batch):
     batches, passes = split(batch, 4), []
     handle = model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     found = scores.measure(
-        model, batches, weights=scores.WEIGHTS, rows=scores.ROWS, units=scores.UNITS, kinds=scores.KINDS[:-1]
+        model, batches, weights=scores.WEIGHTS, rows=scores.ROWS, units=scores.UNITS, kinds=scores.KINDS[:-2]
     )
     assert passes == [True, True]
     alone = {
         "weights": {c: scores.weights(model, batches, criteria=c)[c] for c in scores.WEIGHTS},
         "rows": {c: scores.rows(model, batches, criteria=c)[c] for c in scores.ROWS},
-        "units": {c: scores.units(model, batches, criteria=c, kinds=scores.KINDS[:-1])[c] for c in scores.UNITS},
+        "units": {c: scores.units(model, batches, criteria=c, kinds=scores.KINDS[:-2])[c] for c in scores.UNITS},
     }
     handle.remove()
     assert list(found) == list(alone)

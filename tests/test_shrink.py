@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitlab import cost, layers, lowrank, models, prune, shrink
+from vitlab import cost, layers, lowrank, models, shrink
 
 
 def heads_and_neurons(model):
@@ -134,7 +134,7 @@ def masked_as_well(model, drop):
             model.get_submodule(name).register_forward_hook(lambda m, args, y: args[0])
         elif kind == "filters":
             keep = [i for i in range(len(model.get_submodule(name).weight)) if i not in indices]
-            norm = model.get_submodule(prune.norm_after(model, name))
+            norm = model.get_submodule(models.norm_after(model, name))
             norm.register_forward_hook(lambda m, args, y, i=indices: zeroed(y.movedim(1, -1), i).movedim(-1, 1))
             assert keep
         elif kind == "width":
@@ -179,8 +179,18 @@ def test_removed_equals_masked_for_every_kind_and_architecture(any_model, batch,
     same = shrink.rebuild(models.create(**recipe(small)), json.loads(json.dumps(shrink.structure(small)))).eval()
     same.load_state_dict(small.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), small(batch[0]))
+    widths = list(models.view(small).units(["width"]).values())
+    for model in (small, same):
+        assert [model.embed_dim, model.num_features, model.head_hidden_size] == [widths[0], widths[-1], widths[-1]]
     assert cost.macs(small) < cost.macs(any_model)
     assert cost.macs(same) == cost.macs(small) == cost.meters(small)["macs_torch"]
+
+
+def test_a_block_without_heads_and_biases_gets_narrower_too(any_model, batch):
+    block = models.view(any_model).blocks[0]
+    drop = {(block.name, "heads"): range(block.num_heads), ("stages.0", "width"): [2, 3]}
+    expected = masked_as_well(any_model, drop)(batch[0])
+    assert error(shrink.remove(any_model, drop)(batch[0]), expected) < 1e-5
 
 
 def test_all_kinds_together_and_once_more(any_model, batch):

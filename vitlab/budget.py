@@ -45,6 +45,10 @@ def plan(model, unit_scores, *, macs, kinds=("heads", "neurons"), multiple=8, im
     if unknown := set(kinds) - set(FLOORS):
         raise ValueError(f"unknown kinds {sorted(unknown)}; known are {', '.join(FLOORS)}")
     view = models.view(model)
+    if "qk" in kinds and any(block.normalises_queries for block in view.blocks):
+        raise ValueError("queries and keys are normalised together here; leave qk out of kinds")
+    if absent := {kind for _, kind in view.units(kinds)} - {kind for _, kind in unit_scores}:
+        raise ValueError(f"no scores for {sorted(absent)}; give scores.units of these kinds, or leave them out")
     unit_scores = {key: score for key, score in unit_scores.items() if key[1] in kinds}
     groups = {key: _groups(score, key[1], multiple, _heads(view, key)) for key, score in unit_scores.items()}
     costs = _Costs(view, cost.breakdown(model, image_size=image_size))
@@ -68,7 +72,7 @@ def _groups(score, kind, multiple, heads):
     if kind in ("qk", "v"):  # one dimension of each head, its weakest
         order = score.view(heads, -1).argsort(dim=1, stable=True)
         order = (order + torch.arange(heads)[:, None].to(order) * order.shape[1]).T
-        return [each.tolist() for each in order[: len(order) - FLOORS[kind]]]
+        return [each.tolist() for each in order[: max(0, len(order) - FLOORS[kind])]]
     size = 1 if kind == "heads" else multiple
     order = score.argsort(stable=True)[: max(0, len(score) - FLOORS[kind])]
     return [group.tolist() for group in order.split(size) if len(group) == size]

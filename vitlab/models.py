@@ -161,7 +161,8 @@ def load_weights(model, path):
     state = timm.models.load_state_dict(str(path), weights_only=True)
     families = {SwinTransformer: swin_transformer, SwinTransformerV2: swin_transformer_v2}
     adapt = next((own for kind, own in families.items() if isinstance(model, kind)), vision_transformer)
-    state = adapt.checkpoint_filter_fn(state, model)
+    scales = {"adapt_layer_scale": True} if adapt is vision_transformer else {}  # DeiT-III's own names for it
+    state = adapt.checkpoint_filter_fn(state, model, **scales)
     own = model.state_dict()
     heads = {key for name in classifier_names(model) for key in (f"{name}.weight", f"{name}.bias")}
     resized = [k for k in heads if k in state and k in own and state[k].shape != own[k].shape]
@@ -182,6 +183,7 @@ def classifier_names(model):
     """Names of the classifier layers, by timm's own get_classifier (two for distilled DeiT)."""
     heads = model.get_classifier()
     heads = heads if isinstance(heads, (tuple, list)) else (heads,)
+    heads = [head for head in heads if not isinstance(head, nn.Identity)]
     return [name for name, module in model.named_modules() if any(module is head for head in heads)]
 
 
@@ -230,7 +232,8 @@ class View:
         """Role of a linear layer by name: qkv, proj, fc1, fc2, merge, head; None if it is no linear layer."""
         if name in self.classifiers:
             return "head"
-        return next((role for end, role in ROLES.items() if name.endswith(end)), None)
+        role = next((role for end, role in ROLES.items() if name.endswith(end)), None)
+        return role if role == "merge" or self.block_of(name) else None  # attention pooling has an MLP, too
 
     def linears(self, roles=None):
         """{name: module} of the linear layers in forward order. roles: a subset of qkv, proj, fc1, fc2, merge and
@@ -281,7 +284,7 @@ class View:
         "heads", "neurons"  of a block
         "qk", "v"           dimensions of a block's heads, numbered head * size + dimension
         "width"             channels of a stage's residual stream: ("stages.0", "width"), of a ViT its only one
-        "filters"           of a convolution of the stem that feeds another one
+        "filters"           of a convolution of the stem that feeds another one of the same nn.Sequential
         "block"             the block itself: 1
         """
         for kind in kinds:
@@ -295,7 +298,8 @@ class View:
         if "width" in kinds:
             counts |= {(stage, "width"): len(self.stream(stage)[0][0].weight) for stage in self.stages}
         if "filters" in kinds:
-            counts |= {(name, "filters"): conv.out_channels for name, conv in self.stem[:-1]}
+            chained = [(name, conv) for name, conv in self.stem[:-1] if _is_chained(self.model, name)]
+            counts |= {(name, "filters"): conv.out_channels for name, conv in chained}
         return {key: count for key, count in counts.items() if count}
 
     @property
@@ -312,7 +316,7 @@ class View:
     def writes(self, block):
         """Modules whose outputs, scaled by the channel at most, a block adds to the residual stream."""
         inside = self.model.get_submodule(block.name)
-        if isinstance(self.model, SwinTransformerV2):  # norms come last
+        if isinstance(self.model, SwinTransformerV2) or isinstance(inside, vision_transformer.ResPostBlock):
             return [inside.norm1, inside.norm2]
         return [getattr(block.attn, "proj", block.attn), getattr(block.mlp, "fc2", block.mlp)]
 
@@ -331,6 +335,27 @@ class View:
         if number + 1 < len(self.stages):
             return found + _merging(self.model.layers[number + 1].downsample, "merged")
         return found + _ending(self.model, self.classifiers)
+
+
+def norm_after(model, layer):
+    """Name of the batch norm that a convolution of an nn.Sequential feeds (after pooling or not), or None."""
+    modules = dict(model.named_modules())
+    parent, _, own = layer.rpartition(".")
+    if not isinstance(modules.get(layer), nn.Conv2d) or not isinstance(modules[parent], nn.Sequential):
+        return None
+    for name, module in list(modules[parent].named_children())[int(own) + 1 :]:
+        if isinstance(module, nn.BatchNorm2d):
+            return f"{parent}.{name}"
+        if not isinstance(module, (nn.MaxPool2d, nn.AvgPool2d, nn.Identity)):
+            return None
+    return None
+
+
+def _is_chained(model, layer):
+    """Whether a convolution's outputs go to another one through a plain chain of modules."""
+    parent, _, own = layer.rpartition(".")
+    chain = model.get_submodule(parent)
+    return isinstance(chain, nn.Sequential) and any(isinstance(m, nn.Conv2d) for m in list(chain)[int(own) + 1 :])
 
 
 def _stem_end(model):

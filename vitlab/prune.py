@@ -6,7 +6,6 @@ Models are never wrapped: their parameters keep their names and dead weights are
 
 import pandas as pd
 import torch
-from torch import nn
 
 from . import models
 from .masks import keep_largest
@@ -103,7 +102,7 @@ def rows_to_masks(model, rows):
     """
     masks = {}
     for layer, keep in rows.items():
-        names = [layer] + ([norm] if (norm := norm_after(model, layer)) else [])
+        names = [layer] + ([norm] if (norm := models.norm_after(model, layer)) else [])
         for name in names:
             parameters = own_parameters(model, name)
             count = len(parameters["weight"])
@@ -131,20 +130,6 @@ def own_parameters(model, layer):
     return found
 
 
-def norm_after(model, layer):
-    """Name of the batch norm that a convolution of an nn.Sequential feeds (after pooling or not), or None."""
-    modules = dict(model.named_modules())
-    parent, _, own = layer.rpartition(".")
-    if not isinstance(modules.get(layer), nn.Conv2d) or not isinstance(modules[parent], nn.Sequential):
-        return None
-    for name, module in list(modules[parent].named_children())[int(own) + 1 :]:
-        if isinstance(module, nn.BatchNorm2d):
-            return f"{parent}.{name}"
-        if not isinstance(module, (nn.MaxPool2d, nn.AvgPool2d, nn.Identity)):
-            return None
-    return None
-
-
 def units_to_masks(model, drop):
     """Parameter masks for dropped units, so that the masked model equals the one with the units removed.
 
@@ -167,6 +152,8 @@ def units_to_masks(model, drop):
             keep = kept(indices, view.block(name).neurons, name=f"neurons of {name}")
             parts = rows_to_masks(model, {f"{name}.mlp.fc1": keep})
             parts |= columns_to_mask(model, f"{name}.mlp.fc2", keep)
+        elif kind == "qk" and view.block(name).normalises_queries:
+            raise ValueError(f"{name}: queries and keys are normalised together; mask v, or whole heads")
         else:
             queries, values = attention_kept(view.block(name), kind, indices)
             parts = rows_to_masks(model, {f"{name}.attn.qkv": torch.cat([queries, queries, values])})

@@ -20,7 +20,7 @@ from . import models
 WEIGHTS = ("random", "magnitude", "gradient", "taylor", "fisher", "obd", "snip", "wanda", "obs")
 ROWS = ("random", "magnitude", "gradient", "taylor", "fisher", "variance")
 UNITS = ("random", "magnitude", "taylor", "michel", "fisher", "variance")
-KINDS = ("heads", "neurons", "qk", "v", "width")
+KINDS = ("heads", "neurons", "qk", "v", "filters", "width")
 NO_BATCHES = "no batches: give a list of (x, y); a generator is empty after its first use"
 
 
@@ -128,6 +128,8 @@ def units(model, batches=None, *, criteria, kinds=("heads", "neurons"), labels="
       qk          one dimension of a head's queries and keys, gated at q: [heads * dimensions], head by head; not for
                   models that normalise queries and keys
       v           one dimension of a head's values, gated at the input of proj: [heads * dimensions], head by head
+      filters     of a convolution of the stem that feeds another one, gated behind its batch norm, keys (convolution
+                  name, "filters")
       width       a channel of the residual stream, keys ("stages.0", "width") for a ViT, ("stages.s", "width") for
                   stage s of a Swin: one gate on all that is written to it, which is the input of the stage's first
                   block and the outputs of each proj and fc2
@@ -135,7 +137,7 @@ def units(model, batches=None, *, criteria, kinds=("heads", "neurons"), labels="
     and writes; E is the mean over images. criteria, any of
       random      uniform in [0, 1), drawn from seed
       magnitude   L2 norm of all weights that would go: rows of qkv or fc1 with biases, columns of proj or fc2; not
-                  for width, whose weights lie in every layer around
+                  for width and filters, whose weights lie in every layer around
       taylor      E|dL/dz| (Michel et al. 2019, equation 2)
       michel      the same divided by the L2 norm of the block's vector (their normalisation over a layer)
       fisher      E(dL/dz)^2 / 2, in loss units: comparable between all units as it is
@@ -483,8 +485,8 @@ def plan_rows(sweep, criteria, names, *, seed):
 def plan_units(sweep, criteria, kinds, *, seed):
     """Keys of units, and for each criterion the function from a key to its score after the sweep."""
     kinds = known(kinds, KINDS, "kind of unit")
-    if "magnitude" in criteria and "width" in kinds:
-        raise ValueError('width has no "magnitude", its weights lie in every layer around: use taylor or fisher')
+    for kind in {"width", "filters"} & {*kinds} if "magnitude" in criteria else ():
+        raise ValueError(f'{kind} has no "magnitude", its weights lie in every layer around: use taylor or fisher')
     view = models.view(sweep.model)
     places = unit_places(view, kinds)
     shapes = {key: (place.units,) for key, place in places.items()}
@@ -515,9 +517,13 @@ def unit_places(view, kinds):
     """{(block or stage name, kind): Place} of the units of these kinds that there are."""
     counts, places = view.units(kinds), {}
     for block in view.blocks:
-        for kind in KINDS[:-1]:
+        for kind in ("heads", "neurons", "qk", "v"):
             if (block.name, kind) in counts:
                 places[block.name, kind] = block_place(block, kind, counts[block.name, kind])
+    for name, count in ((name, count) for (name, kind), count in counts.items() if kind == "filters"):
+        end = models.norm_after(view.model, name) or name  # a filter goes with its channel of the batch norm
+        gate = view.model.get_submodule(end), True
+        places[name, "filters"] = Place(count, (gate,), gate)
     for number, stage in enumerate(view.stages) if "width" in kinds else ():
         blocks = [block for block in view.blocks if block.stage == number]
         if blocks:
@@ -557,8 +563,8 @@ def inverse_diagonal(gram, *, damping, name):
 
 
 def channels_last(x, layer):
-    """x with the channels of the layer's output as its last dimension; a convolution has them second."""
-    return x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x
+    """x with the channels of the layer's output as its last dimension; a convolution and its norm have them second."""
+    return x.movedim(1, -1) if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)) else x
 
 
 def wide(x):

@@ -58,6 +58,8 @@ def ablations(model, batches, *, per_block=16, kinds=("heads", "neurons"), seed=
 
     Up to per_block units of each kind in each block, drawn by seed: every one costs a pass over batches.
     """
+    if unknown := set(kinds) - {"heads", "neurons"}:
+        raise ValueError(f"ablations are of heads and neurons; got {sorted(unknown)}")
     view, generator = models.view(model), torch.Generator().manual_seed(seed)
     dense = scores.loss(model, batches)
     rows = []

@@ -27,8 +27,9 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     - (stage, "width"): channels of the residual stream. A norm then looks at the channels that stay, so that the
       masked model meant here is one whose norms leave dead channels out.
     - (convolution, "filters"): of the stem, with their batch norm and the next convolution's inputs.
-    - (layer, "rows"): with their biases. Rows of fc1 are its MLP's neurons, if the activation maps 0 to 0; any other
-      layer computes the rows that stay and leaves zeros in the place of the others.
+    - (layer, "rows"): with their biases (SwinV2 keeps those of q and v elsewhere: they stay). Rows of fc1 are its
+      MLP's neurons, if the activation maps 0 to 0; any other layer computes the rows that stay and leaves zeros in the
+      place of the others.
     - (block, "block"): [0], the whole block; not all blocks.
 
     means, grams: closed-form compensation for what reads heads, v dimensions, neurons and channels, for the layers
@@ -213,6 +214,8 @@ def rebuild(model, structure):
     for name, count in structure["heads"].items():
         block = view.block(name)
         _set_heads(block.attn, torch.arange(count))
+    if structure.get("sizes"):
+        _tell_width(model)
     return model
 
 
@@ -413,10 +416,13 @@ def _cut_width(model, stage, gone, fill):
         wide = how == "merged"
         how = {True: "columns" if hasattr(thing, "out_features") else "channels", False: how}[wide]
         _narrow(model, names[id(thing)], how, merged if wide else keep, fill=fill)
-    if stage == models.view(model).stages[0] and hasattr(model, "embed_dim"):
-        model.embed_dim = len(keep)
-    if stage == models.view(model).stages[-1]:
-        model.num_features = model.head_hidden_size = len(keep)
+    _tell_width(model)
+
+
+def _tell_width(model):
+    """Set what timm's model says of its width, for a new classifier."""
+    widths = list(models.view(model).units(["width"]).values())
+    model.embed_dim, model.num_features, model.head_hidden_size = widths[0], widths[-1], widths[-1]
 
 
 def _narrow(model, name, how, keep, *, fill=None):
@@ -435,6 +441,8 @@ def _narrow(model, name, how, keep, *, fill=None):
         for word, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.ndim == 1:
                 _resize(module, word, tensor.detach()[keep])
+        if isinstance(module, layers.Constant):
+            module.out_features = len(keep)
     elif how == "rows":
         _put(model, name, layers.select(module, rows=keep))
     else:
@@ -455,10 +463,8 @@ def _resize(module, name, tensor):
         module.out_features, module.in_features = tensor.shape
     elif hasattr(module, "normalized_shape"):
         module.normalized_shape = tuple(tensor.shape)
-    elif hasattr(module, "num_features"):
-        module.num_features = len(tensor) if tensor.ndim else module.num_features
-    elif hasattr(module, "out_features"):
-        module.out_features = len(tensor)
+    elif isinstance(module, nn.BatchNorm2d) and tensor.ndim:
+        module.num_features = len(tensor)
 
 
 def _cut_block(model, name, gone, fill):
