@@ -243,7 +243,8 @@ def heat_map(frame, *, value, label, ax=None):
     """
     table = _table(frame, "block", "role", value)
     ax = ax or plt.subplots(figsize=(2.2 + 0.85 * table.shape[1], 1.1 + 0.42 * len(table)))[1]
-    return _heat(ax, table, label=label, fmt=".2g", cmap="rocket_r")
+    table = table.round(3) + 0.0  # so that a cell of next to nothing is 0.000, not -1.6e-08
+    return _heat(ax, table, label=label, fmt=".3f", cmap="rocket_r")
 
 
 @styled
