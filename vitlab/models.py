@@ -1,6 +1,6 @@
 """Models: create any ViT or Swin of timm, and see it as blocks, heads, neurons and linear layers by role.
 
-The only module that knows timm's classes.
+With `attention` the only module that knows timm's classes.
 """
 
 import difflib

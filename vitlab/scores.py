@@ -547,11 +547,6 @@ def block_place(block, kind, count):
     return Place(count, (gate,), gate)
 
 
-def key_channels(block):
-    """Dimensions of all heads' queries together, of which qkv's output has first q, then as many of k, then v."""
-    return (block.attn.qkv.out_features - block.attn.proj.in_features) // 2
-
-
 def inverse_diagonal(gram, *, damping, name):
     """Diagonal of the inverse of gram [n, n] plus damping times the mean of its diagonal, float64 [n]."""
     gram = gram.double()
@@ -655,7 +650,8 @@ def unit_squares(block, kind):
     rows, columns = row_squares(first), wide(second.weight.detach()).square().sum(0)
     if kind == "neurons":
         return rows + columns
-    q, k, v = rows.split([key_channels(block), key_channels(block), len(columns)])
+    queries = block.num_heads * block.qk_dim
+    q, k, v = rows.split([queries, queries, len(columns)])
     if kind == "heads":
         return sum(part.view(block.num_heads, -1).sum(1) for part in (q, k, v, columns))
     return q + k if kind == "qk" else v + columns

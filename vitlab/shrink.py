@@ -1,4 +1,4 @@
-"""Makes a model really smaller: removes heads, neurons and rows, and replaces linear layers by thinner ones.
+"""Makes a model really smaller: removes units of every kind, and replaces linear layers by thinner ones.
 
 A new model comes back and the one given is untouched. `structure` and `rebuild` are what a checkpoint needs
 to make the same shapes again.
@@ -413,9 +413,10 @@ def _cut_width(model, stage, gone, fill):
     merged = (torch.arange(4)[:, None] * size + keep).flatten()
     names = {id(thing): name for name, thing in [*model.named_modules(), *model.named_parameters()]}
     for thing, how in stream:
-        wide = how == "merged"
-        how = {True: "columns" if hasattr(thing, "out_features") else "channels", False: how}[wide]
-        _narrow(model, names[id(thing)], how, merged if wide else keep, fill=fill)
+        kept = merged if how == "merged" else keep
+        if how == "merged":
+            how = "columns" if hasattr(thing, "out_features") else "channels"
+        _narrow(model, names[id(thing)], how, kept, fill=fill)
     _tell_width(model)
 
 
