@@ -420,6 +420,49 @@ def test_grams_equal_their_definition(model, batch):
         assert affine[name][-1, -1] == 1
 
 
+def test_a_convolution_has_the_gram_of_its_patches(model, batch):
+    """W H W^T is then the second moment of what it gives, whatever its stride and padding."""
+    stem = dict(models.view(model).stem)
+    found, close = scores.grams(model, split(batch, 4), layers=list(stem)), {"rtol": 1e-4, "atol": 1e-5}
+    for name, conv in stem.items():
+        seen = []
+        handle = conv.register_forward_hook(lambda _, arguments, y, seen=seen: seen.append(y.detach()))
+        model(batch[0])
+        handle.remove()
+        y = seen[0].movedim(1, -1).flatten(0, -2).double()
+        weight = conv.weight.detach().flatten(1).double()
+        bias = 0 if conv.bias is None else conv.bias.detach()
+        torch.testing.assert_close(weight @ found[name] @ weight.T, (y - bias).T @ (y - bias) / len(y), **close)
+    with pytest.raises(ValueError, match="no patches of"):
+        scores.patches(torch.zeros(1, 4, 3, 3), nn.Conv2d(4, 4, 3, groups=2))
+
+
+def test_gradient_grams_equal_their_definition(model, batch):
+    """One image at a time, the gradient by a zero that is added to the output."""
+    names = [*dict(models.view(model).stem), *models.view(model).linears()]
+    found = scores.gradient_grams(model, split(batch, 4), layers=names)
+    expected = dict.fromkeys(names, 0)
+    for x, y in split(batch, 1):
+        added, handles = {}, []
+
+        def add(module, _, output, added=added):
+            added[module] = torch.zeros_like(output, requires_grad=True)
+            return output + added[module]
+
+        for name in names:
+            handles.append(model.get_submodule(name).register_forward_hook(add))
+        cross_entropy(model(x), y).backward()
+        for handle in handles:
+            handle.remove()
+        for name in names:
+            g = added[model.get_submodule(name)].grad.double()
+            g = g.movedim(1, -1).flatten(0, -2) if name in dict(models.view(model).stem) else g.flatten(0, -2)
+            expected[name] = expected[name] + g.T @ g / len(batch[0])
+    assert list(found) == names
+    for name, matrix in expected.items():
+        torch.testing.assert_close(found[name], matrix, rtol=1e-3, atol=1e-9)
+
+
 def test_the_model_is_left_as_it_was(model, batch):
     model.train()
     view = models.view(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitlab import cost, layers, lowrank, models, shrink
+from vitlab import cost, layers, lowrank, models, scores, shrink
 
 
 def heads_and_neurons(model):
@@ -293,11 +293,74 @@ def test_narrower_streams_are_refitted_where_their_readers_can(model, batch):
     assert lost(fitted) < lost(plain)
 
 
+def test_filters_that_say_the_same_can_stand_in_for_each_other(model, batch):
+    """Of two equal filters one goes: with grams nothing is lost, without a lot."""
+    first, second = list(dict(models.view(model).stem))[:2]
+    norm = model.get_submodule(models.norm_after(model, first))
+    with torch.no_grad():
+        for tensor in (model.get_submodule(first).weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor[5] = tensor[2]
+    seen = scores.grams(model, [batch], layers=[second])
+    drop = {(first, "filters"): [5]}
+    fitted = shrink.remove(model, drop, grams=seen, damping=1e-9)
+    assert (
+        error(fitted(batch[0]), model(batch[0]))
+        < 1e-4
+        < 1e-2
+        < error(shrink.remove(model, drop)(batch[0]), model(batch[0]))
+    )
+    with pytest.raises(ValueError, match=r"sees \d+ values is"):
+        shrink.remove(model, drop, grams={second: torch.eye(3)})
+
+
+def test_factors_of_the_stem_and_linear_layers(any_model, batch):
+    """What has low rank already stays as it is, costs rank (m + n) at each position, and is built again."""
+    view = models.view(any_model)
+    ranks = {
+        name: min(3, int(lowrank.break_even_rank(*m.weight.flatten(1).shape))) for name, m in view.matrices.items()
+    }
+    with torch.no_grad():
+        for name, rank in ranks.items():
+            weight = any_model.get_submodule(name).weight
+            u, v = lowrank.svd(weight.flatten(1), rank)
+            weight.copy_((u @ v).view_as(weight))
+    thin = shrink.factorise(any_model, ranks, grams=scores.grams(any_model, [batch], layers=list(ranks)))
+    assert error(thin(batch[0]), any_model(batch[0])) < 1e-4
+    before, after = (cost.breakdown(m).groupby("layer").macs.sum() for m in (any_model, thin))
+    for name, rank in ranks.items():
+        m, n = any_model.get_submodule(name).weight.flatten(1).shape
+        found = sum(macs for layer, macs in after.items() if f"{layer}.".startswith(f"{name}."))
+        assert found * m * n == before[name] * rank * (m + n)
+    same = shrink.rebuild(models.create(**recipe(thin)), json.loads(json.dumps(shrink.structure(thin)))).eval()
+    same.load_state_dict(thin.state_dict(), strict=True)
+    assert torch.equal(same(batch[0]), thin(batch[0]))
+    less = shrink.remove(thin, {("stages.0", "width"): [1], (view.blocks[0].name, "neurons"): [0]})
+    assert less(batch[0]).isfinite().all() and cost.macs(less) < cost.macs(thin)
+
+
+def test_errors_of_factorising(vit):
+    with pytest.raises(ValueError, match="ranks is empty"):
+        shrink.factorise(vit, {})
+    with pytest.raises(ValueError, match="did you mean 'blocks.0.mlp.fc1'"):
+        shrink.factorise(vit, {"block.0.mlp.fc1": 3})
+    for rank in (0, 22):
+        with pytest.raises(ValueError, match=r"fc1 \[64, 32\]: a rank in \[1, 21.3\) saves MACs"):
+            shrink.factorise(vit, {"blocks.0.mlp.fc1": rank})
+    thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 3})
+    with pytest.raises(ValueError, match="is a FactoredLinear already"):
+        shrink.factorise(thin, {"blocks.0.mlp.fc1": 2})
+    with pytest.raises(ValueError, match="give one of 1 group"):
+        layers.FactoredConv2d(nn.Conv2d(4, 4, 3, groups=2), rank=2)
+
+
 def test_what_stays_makes_up_for_masked_weights(model, batch):
     seen, _ = grams(model, batch[0])
     generator = torch.Generator().manual_seed(0)
     layers_ = models.view(model).linears()
     keep = {f"{n}.weight": torch.rand(m.weight.shape, generator=generator) < 0.4 for n, m in layers_.items()}
+    stem = models.view(model).stem[1][0]
+    seen |= scores.grams(model, [batch], layers=[stem])
+    keep[f"{stem}.weight"] = torch.rand(model.get_submodule(stem).weight.shape, generator=generator) < 0.4
     norm = f"{models.view(model).blocks[0].name}.norm1.weight"
     keep[norm] = torch.arange(len(model.get_parameter(norm))) > 2
     fitted = shrink.refit(model, keep, seen)
@@ -308,6 +371,7 @@ def test_what_stays_makes_up_for_masked_weights(model, batch):
             assert torch.equal(new, weight * mask)
             continue
         gram = lowrank.damped(seen[name.removesuffix(".weight")])
+        weight, new, mask = (tensor.flatten(1) for tensor in (weight, new, mask))
         assert lowrank.objective(weight, new, gram) < lowrank.objective(weight, weight * mask, gram)
     assert fitted(batch[0]).isfinite().all() and not torch.equal(model.get_parameter(name), new)
     with pytest.raises(ValueError, match="no parameter 'norm.weigth' of shape"):

@@ -1,4 +1,4 @@
-"""Budget: which units go for a target of MACs, by predicted loss per MAC saved."""
+"""Budget: which units go for a target of MACs, or which ranks stay, by predicted loss per MAC saved."""
 
 import math
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from . import cost, models
+from . import cost, lowrank, models
 
 FLOORS = {"heads": 1, "neurons": 8, "width": 8, "filters": 4, "qk": 4, "v": 4}  # at least so many stay (of each head)
 
@@ -40,8 +40,7 @@ def plan(model, unit_scores, *, macs, kinds=("heads", "neurons"), multiple=8, im
     Raises ValueError for a share outside (0, 1), an unknown kind, or a target below what these kinds can reach,
     naming the floor.
     """
-    if not 0 < macs < 1:
-        raise ValueError(f"macs is the share to keep, in (0, 1); got {macs}")
+    _check_share(macs)
     if unknown := set(kinds) - set(FLOORS):
         raise ValueError(f"unknown kinds {sorted(unknown)}; known are {', '.join(FLOORS)}")
     view = models.view(model)
@@ -61,6 +60,86 @@ def plan(model, unit_scores, *, macs, kinds=("heads", "neurons"), multiple=8, im
         )
     taken = _give_back(_take(costs, groups, unit_scores, macs * costs.total), costs, groups, sizes, macs * costs.total)
     return _told(taken, costs, groups, unit_scores)
+
+
+def ranks(model, grams, gradients, *, macs, multiple=8, damping=1e-3, image_size=None):
+    """{layer: rank} with which the model's MACs fall to the share `macs` at the least predicted loss.
+
+    For shrink.factorise with the same grams; a layer that should stay dense is left out. grams: {layer: [n, n]} of
+    scores.grams; gradients: {layer: [m, m]} of scores.gradient_grams: both say which layers may be factored. A rank
+    that goes is predicted to cost half of (u^T G u)(v^T H v), u v its part of the activation-weighted SVD, H the gram
+    and G the gradients' (see scores.gradient_grams). Each layer has a choice of ranks, multiples of `multiple` below
+    break-even (any rank, where that is lower), or to stay dense; one price per MAC, found by bisection, decides for
+    all, and what is left over is spent where it gains most. macs: share to keep, in (0, 1), of the whole model's.
+    damping: see lowrank.damped. The model's layers are plain or cut, not factored before.
+
+    Raises ValueError for a share outside (0, 1), no common layers, one with another shape, and a target below what
+    the lowest ranks leave, naming the floor.
+    """
+    _check_share(macs)
+    known = dict(model.named_modules())
+    table = cost.breakdown(model, image_size=image_size).set_index("layer").macs
+    choices = {}
+    for name in [name for name in table.index if name in grams and name in gradients]:
+        weight = known[name].weight.detach().flatten(1)
+        m, n = weight.shape
+        u, v = lowrank.svd(weight, min(m, n), gram=lowrank.damped(grams[name], damping))
+        lost = _along(u.T.double(), gradients[name]) * _along(v.double(), grams[name]) / 2
+        after = lost.flip(0).cumsum(0).flip(0).tolist()  # after[r]: all from rank r on go
+        most = (m * n - 1) // (m + n)
+        steps = range(multiple, most + 1, multiple) if most >= multiple else range(1, most + 1)
+        thin = [(after[r], table[name] / (m * n) * r * (m + n), r) for r in steps]
+        choices[name] = [*thin, (0.0, float(table[name]), None)]
+    if not choices:
+        raise ValueError("grams and gradients have no layer of this model in common: take both of the same layers")
+    rest = table.sum() - sum(own[-1][1] for own in choices.values())
+    floor = (rest + sum(own[0][1] for own in choices.values())) / table.sum()
+    if macs < floor:
+        raise ValueError(f"ranks alone cannot reach {macs:g} x MACs: {floor:.3f} stays at the lowest ones")
+    chosen = _priced(choices, macs * table.sum() - rest)
+    return {name: rank for name, (_, _, rank) in chosen.items() if rank is not None}
+
+
+def _along(vectors, matrix):
+    """x^T matrix x of each row x of vectors, [k]."""
+    return torch.linalg.vecdot(vectors @ matrix.to(vectors), vectors)
+
+
+def _priced(choices, room):
+    """One of each list of (loss, MACs, rank), rising in MACs, that fit in room MACs together, with little loss."""
+
+    def at(price):
+        return {name: min(own, key=lambda c: c[0] + price * c[1]) for name, own in choices.items()}
+
+    def spent(chosen):
+        return sum(macs for _, macs, _ in chosen.values())
+
+    low, high = 0.0, 1.0
+    while spent(at(high)) > room * (1 + 1e-12):
+        high *= 2
+        if math.isinf(high):  # only the very lowest ranks fit
+            return {name: own[0] for name, own in choices.items()}
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(at(middle)) > room * (1 + 1e-12) else (low, middle)
+    chosen = at(high)
+    while True:
+        left = room * (1 + 1e-12) - spent(chosen)
+        better = [
+            ((chosen[name][0] - loss) / (macs - chosen[name][1]), name, (loss, macs, rank))
+            for name, own in choices.items()
+            for loss, macs, rank in own
+            if loss < chosen[name][0] and 0 < macs - chosen[name][1] <= left
+        ]
+        if not better:
+            return chosen
+        _, name, choice = max(better, key=lambda each: each[0])
+        chosen[name] = choice
+
+
+def _check_share(macs):
+    if not 0 < macs < 1:
+        raise ValueError(f"macs is the share to keep, in (0, 1); got {macs}")
 
 
 def _heads(view, key):

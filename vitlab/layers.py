@@ -50,6 +50,26 @@ class FactoredLinear(nn.Module):
         return f"rank={self.rank}"
 
 
+class FactoredConv2d(nn.Sequential):
+    """In the place of a convolution: one like it to rank channels, without bias, then one of 1 x 1 (Zhang et al. 2016).
+
+    Executes rank (C k k + O) multiply-accumulates at each output position. conv: the nn.Conv2d, of one group, whose
+    shapes are taken over, not its values (see `factored_conv`). Both parts are convolutions of the stem like any other.
+    """
+
+    def __init__(self, conv, *, rank):
+        if conv.groups != 1 or rank < 1:
+            raise ValueError(f"a convolution of {conv.groups} groups at rank {rank}: give one of 1 group and rank >= 1")
+        shape = {k: getattr(conv, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        first = nn.Conv2d(conv.in_channels, rank, **shape, bias=False, **like)
+        super().__init__(first, nn.Conv2d(rank, conv.out_channels, 1, bias=conv.bias is not None, **like))
+
+    @property
+    def rank(self):
+        return self[0].out_channels
+
+
 class LowRankSparseLinear(nn.Module):
     """y = (L + S) x + bias with L = U V of the given rank r (0: none) and S sparse, of a fixed support:
 
@@ -290,6 +310,17 @@ def factored(u, v, *, bias=None):
     layer = FactoredLinear(v.shape[1], u.shape[0], rank=u.shape[1], bias=bias is not None, **options)
     layer.first, layer.second = linear(v), linear(u, bias)
     return layer
+
+
+@torch.no_grad()
+def factored_conv(conv, u, v):
+    """FactoredConv2d of the product u [O, rank] v [rank, C * k * k] of flattened filters, with conv's bias."""
+    new = FactoredConv2d(conv, rank=len(v))
+    new[0].weight.copy_(v.view_as(new[0].weight))
+    new[1].weight.copy_(u.view_as(new[1].weight))
+    if conv.bias is not None:
+        new[1].bias.copy_(conv.bias)
+    return new
 
 
 def low_rank_sparse(u, v, *, sparse, mask, support, bias=None):

@@ -313,6 +313,12 @@ class View:
         modules = self.model.patch_embed.named_modules(prefix="patch_embed")
         return [(name, module) for name, module in modules if isinstance(module, nn.Conv2d)]
 
+    @property
+    def matrices(self):
+        """{name: module} of all that may become low rank: the stem's convolutions, and the linear layers but the
+        classifier."""
+        return dict(self.stem) | self.linears()
+
     def writes(self, block):
         """Modules whose outputs, scaled by the channel at most, a block adds to the residual stream."""
         inside = self.model.get_submodule(block.name)

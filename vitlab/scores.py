@@ -152,22 +152,41 @@ def units(model, batches=None, *, criteria, kinds=("heads", "neurons"), labels="
 def grams(model, batches, *, layers=None, affine=False):
     """Second moments of layer inputs: {layer name: float64 [n, n]}, X^T X / tokens. Forward passes only.
 
-    X [tokens, n] are the inputs of a linear layer over all images and positions, window padding included.
-    layers: names of linear layers; None means all but the classifier. affine: append a constant 1 to the
-    inputs, so that the tensors are [n+1, n+1] and their last row is the mean input. Products are taken in the
-    inputs' precision, at least float32, and added up in float64. Raises ValueError for unknown layers,
+    X [tokens, n] are the inputs of a linear layer over all images and positions, window padding included; of a
+    convolution of one group the patches that its filters see, n = channels * k * k, as in weight.flatten(1).
+    layers: names of linear layers and convolutions; None means all linear layers but the classifier. affine: append
+    a constant 1 to the inputs, so that the tensors are [n+1, n+1] and their last row is the mean input. Products are
+    taken in the inputs' precision, at least float32, and added up in float64. Raises ValueError for unknown layers,
     missing batches, inputs that are not finite.
     """
     chosen = own_layers(model, layers)
-    for name, layer in chosen.items():
-        if isinstance(layer, nn.Conv2d):
-            raise ValueError(f"{name} is a convolution; grams are of the inputs of linear layers")
     totals = Grams(affine)
     with Sweep(model) as sweep:
         for name, layer in chosen.items():
-            sweep.on_value(layer, partial(totals.add, name))
+            if isinstance(layer, nn.Conv2d):
+                sweep.hook(layer, lambda x, n=name, conv=layer: totals.add(n, patches(wide(x.detach()), conv)))
+            else:
+                sweep.on_value(layer, partial(totals.add, name))
         sweep.run(batches)
     return finite({"gram": {name: totals.mean(name) for name in chosen}})["gram"]
+
+
+def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
+    """Second moments of the loss's gradients by layer outputs: {layer name: float64 [m, m]}, one pass.
+
+    With g [m] the gradient of one image's loss by the layer's output at one position: the mean over images of the sum
+    over positions of g g^T. An output error e, if errors at different positions and e and g are independent, costs
+    half of what this matrix makes of E[e e^T] (K-FAC's assumptions, Martens and Grosse 2015): it turns the output
+    errors of all layers into one currency, as budget.ranks needs. layers: as for `grams`. labels, batches, errors: as
+    for `weights`.
+    """
+    chosen = own_layers(model, layers)
+    totals = Grams()
+    with Sweep(model) as sweep:
+        for name, layer in chosen.items():
+            sweep.on_output_gradient(layer, partial(totals.add, name))
+        sweep.run(batches, labels=labels, seed=seed)
+    return finite({"gram": {name: totals.totals[name] / sweep.images for name in chosen}})["gram"]
 
 
 @torch.no_grad()
@@ -271,6 +290,20 @@ class Sweep:
                 output=output,
             )
 
+    def on_output_gradient(self, layer, add):
+        """Have add(g) called for each batch with the gradients of each image's loss by the layer's output,
+        [tokens, channels] and wide."""
+        place = "gradient", layer
+
+        def watch(y):
+            if not y.requires_grad:
+                y.requires_grad_()
+            y.register_hook(lambda gradient: self.tell(place, channels_last(wide(gradient), layer).flatten(0, -2)))
+
+        if self.is_first(place, add):
+            self.backward = True
+            self.hook(layer, watch, output=True)
+
     def is_first(self, place, add):
         """Put add on the list of those who are told about a place; whether the list is new."""
         self.adds.setdefault(place, []).append(add)
@@ -280,7 +313,7 @@ class Sweep:
         for add in self.adds[place]:
             add(value)
 
-    def hook(self, layer, call, *, output):
+    def hook(self, layer, call, *, output=False):
         """Have call(x) called with the input (or output) of each forward pass of a layer."""
         if output:
             handle = layer.register_forward_hook(lambda _, arguments, result: call(result))
@@ -560,6 +593,14 @@ def inverse_diagonal(gram, *, damping, name):
 def channels_last(x, layer):
     """x with the channels of the layer's output as its last dimension; a convolution and its norm have them second."""
     return x.movedim(1, -1) if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)) else x
+
+
+def patches(x, conv):
+    """What each filter of a convolution sees at each position, [positions, C * k * k], of x [B, C, H, W]."""
+    if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise ValueError(f"no patches of {conv}: supported are convolutions of one group, padded with zeros")
+    shape = {"dilation": conv.dilation, "padding": conv.padding, "stride": conv.stride}
+    return functional.unfold(x, conv.kernel_size, **shape).movedim(1, -1).flatten(0, 1)
 
 
 def wide(x):

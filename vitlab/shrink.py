@@ -32,11 +32,12 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
       place of the others.
     - (block, "block"): [0], the whole block; not all blocks.
 
-    means, grams: closed-form compensation for what reads heads, v dimensions, neurons and channels, for the layers
-    found in them (attn.proj reads the heads, mlp.fc2 the neurons; qkv, fc1, merging and, if given, the classifier
-    read channels). means {layer: [n]} of its inputs: what is lost on average goes into its bias (VBP). grams
-    {layer: [n, n]}, as from scores.grams: the inputs that stay take over, by least squares, what they can of those
-    that go (CORP); about the mean, if means has the layer, too. damping: see lowrank.damped.
+    means, grams: closed-form compensation for what reads heads, v dimensions, neurons, channels and filters, for the
+    layers found in them (attn.proj reads the heads, mlp.fc2 the neurons; qkv, fc1, merging and, if given, the
+    classifier read channels; the next convolution of the stem reads filters). means {layer: [n]} of its inputs: what
+    is lost on average goes into its bias (VBP). grams {layer: [n, n]}, as from scores.grams: the inputs that stay take
+    over, by least squares, what they can of those that go (CORP); about the mean, if means has the layer, too.
+    damping: see lowrank.damped.
 
     Works on models already cut. Raises ValueError for unknown names (with the nearest) and wrong indices, for
     a drop that removes nothing, and for one that removes all rows, filters, channels or blocks.
@@ -54,10 +55,10 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
 def refit(model, keep, grams, *, damping=1e-3):
     """A copy of model whose masked weights are zero and whose other ones, layer by layer, make up for them.
 
-    Each linear layer's weights are solved for anew on their support, by least squares between its outputs before and
-    after, on calibration activations (lowrank.refit): the best end that SparseGPT's update of Optimal Brain Surgeon
-    (Frantar and Alistarh 2023) can have for a given mask. No labels, no training. What has no gram (biases, norms,
-    convolutions) is masked only.
+    The weights of each linear layer and convolution are solved for anew on their support, by least squares between
+    its outputs before and after, on calibration activations (lowrank.refit): the best end that SparseGPT's update of
+    Optimal Brain Surgeon (Frantar and Alistarh 2023) can have for a given mask. No labels, no training. What has no
+    gram (biases, norms) is masked only.
 
     keep: {parameter: bool tensor}, True stays, as from masks.keep_largest. grams: {layer: [n, n]}, as from
     scores.grams. damping: see lowrank.damped. Raises ValueError for an unknown parameter, a mask or a gram that does
@@ -74,8 +75,9 @@ def refit(model, keep, grams, *, damping=1e-3):
     for name, mask in keep.items():
         weight, mask = parameters[name], mask.to(parameters[name].device)
         if name in solved and mask.any():
-            gram = _fitting(grams, name.removesuffix(".weight"), [weight.shape[1]] * 2)
-            weight.copy_(lowrank.refit(weight, lowrank.damped(gram, damping), mask))
+            gram = _fitting(grams, name.removesuffix(".weight"), [weight[0].numel()] * 2)
+            solved_for = lowrank.refit(weight.flatten(1), lowrank.damped(gram, damping), mask.flatten(1))
+            weight.copy_(solved_for.view_as(weight))
         else:
             weight.mul_(mask)
     return model
@@ -146,12 +148,50 @@ def compress(
     return model, pd.DataFrame(report)
 
 
+@torch.no_grad()
+def factorise(model, ranks, *, grams=None, damping=1e-3):
+    """A copy of model with these layers as two thin ones each, by truncated SVD (lowrank.svd).
+
+    ranks: {layer: rank} of linear layers and of convolutions of the stem, as from budget.ranks. grams: {layer:
+    [n, n]} of this very model, as from scores.grams: activation-weighted SVD for the layers in it, plain for others.
+    damping: see lowrank.damped. Raises ValueError for no ranks, a layer that is not there or was factored before, a
+    rank that saves no MACs, and grams of another model.
+    """
+    if not ranks:
+        raise ValueError("ranks is empty: give {layer: rank} of at least one layer")
+    model = copy.deepcopy(model)
+    for name, rank in ranks.items():
+        layer = _matrix_layer(model, name)
+        weight = layer.weight.detach().flatten(1)
+        m, n = weight.shape
+        if not 1 <= rank < lowrank.break_even_rank(m, n):
+            most = lowrank.break_even_rank(m, n)
+            raise ValueError(f"{name} [{m}, {n}]: a rank in [1, {most:.1f}) saves MACs; got {rank}")
+        gram = None if grams is None or name not in grams else lowrank.damped(_fitting(grams, name, (n, n)), damping)
+        u, v = lowrank.svd(weight, rank, gram=gram)
+        is_conv = isinstance(layer, nn.Conv2d)
+        _put(model, name, layers.factored_conv(layer, u, v) if is_conv else layers.factored(u, v, bias=layer.bias))
+    return model
+
+
+def _matrix_layer(model, name):
+    """The plain linear layer or convolution of the stem called name, or ValueError."""
+    view = models.view(model)
+    known = view.linears(EVERY_ROLE) | dict(view.stem)
+    if name not in known:
+        raise ValueError(f"there is no layer {name!r} to factorise{models.nearest(name, known)}")
+    if not isinstance(known[name], nn.Linear | nn.Conv2d):
+        raise ValueError(f"{name} is a {type(known[name]).__name__} already; factorise plain layers")
+    return known[name]
+
+
 def structure(model):
     """What of model's shapes differs from models.create with its recipe, JSON-able, for `rebuild`.
 
     Returns {"heads": {block: how many}, "layers": {layer: config}} and, where there are some, "skipped": blocks that
     are gone, "constant": {attention or MLP without units: config}, "opened": attention with dimensions cut,
-    "sizes": {other parameter or buffer: shape}. Empty for a model that was not cut.
+    "convolutions": {factored one: rank}, "sizes": {other parameter or buffer: shape}. Empty for a model that was not
+    cut.
     Raises ValueError for a model without a recipe.
     """
     if not hasattr(model, "recipe"):
@@ -172,6 +212,7 @@ def structure(model):
     found = {
         "skipped": [name for name, module in modules.items() if isinstance(module, layers.Skip)],
         "constant": {n: m.config() for n, m in modules.items() if isinstance(m, layers.Constant)},
+        "convolutions": {n: m.rank for n, m in modules.items() if isinstance(m, layers.FactoredConv2d)},
         "opened": [n for n, m in modules.items() if type(m) in kinds and type(dense[n]) is not type(m)],
         "sizes": _other_sizes(model, whole, within=configs),
     }
@@ -199,6 +240,8 @@ def rebuild(model, structure):
         model.set_submodule(name, layers.Skip())
     for name, config in structure.get("constant", {}).items():
         _put(model, name, layers.Constant(**config))
+    for name, rank in structure.get("convolutions", {}).items():
+        _put(model, name, layers.FactoredConv2d(model.get_submodule(name), rank=rank))
     for name in structure.get("opened", ()):
         attention.open_up(model.get_submodule(name))
     view = models.view(model)
@@ -302,6 +345,21 @@ class _Fill:
             layers.shift(new, (weight.double() @ (centre - transfer @ centre[columns])).to(weight.dtype))
         return new
 
+    def filters(self, name, conv, keep):
+        """Weight [O, kept, k, k] of a convolution that reads only these channels, made up for the others by its gram;
+        it takes up no means: what follows is a batch norm."""
+        weight, gram = conv.weight.detach(), self.grams.get(name)
+        keep = keep.to(weight.device)
+        if gram is None:
+            return weight.index_select(1, keep)
+        size, seen = weight[0, 0].numel(), weight[0].numel()
+        if gram.shape != (seen, seen):
+            raise ValueError(f"the gram of a convolution that sees {seen} values is [{seen}, {seen}]")
+        columns = (keep[:, None] * size + torch.arange(size, device=keep.device)).flatten()
+        transfer = lowrank.regression(lowrank.damped(gram.to(weight.device), self.damping), columns)
+        kept = weight.index_select(1, keep)
+        return (weight.flatten(1).double() @ transfer).to(weight.dtype).view_as(kept)
+
     def constant(self, model, name):
         """What the layer called name gives if all its inputs are gone, [m], or None for nothing."""
         layer, mean = model.get_submodule(name), self.means.get(name)
@@ -400,7 +458,7 @@ def _cut_filters(model, name, gone, fill):
     _narrow(model, name, "rows", keep)
     for later in names[names.index(name) + 1 :]:
         if isinstance(modules[later], nn.Conv2d):
-            return _narrow(model, later, "columns", keep)
+            return _narrow(model, later, "columns", keep, fill=fill)
         if getattr(modules[later], "weight", None) is not None:
             _narrow(model, later, "channels", keep)
 
@@ -434,9 +492,10 @@ def _narrow(model, name, how, keep, *, fill=None):
         return _resize(model.get_submodule(owner), own, tensor.index_select(-1, keep.to(tensor.device)))
     module = model.get_submodule(name)
     if isinstance(module, nn.Conv2d):
-        axis = 0 if how == "rows" else 1
-        _resize(module, "weight", module.weight.detach().index_select(axis, keep.to(module.weight.device)))
-        if how == "rows" and module.bias is not None:
+        if how == "columns":
+            return _resize(module, "weight", fill.filters(name, module, keep))
+        _resize(module, "weight", module.weight.detach().index_select(0, keep.to(module.weight.device)))
+        if module.bias is not None:
             _resize(module, "bias", module.bias.detach()[keep])
     elif how == "channels" or isinstance(module, layers.Constant):
         for word, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
