@@ -569,8 +569,6 @@ def test_errors_name_what_is_wrong(vit, batch):
         scores.weights(vit, criteria="magnitude", parameters=["blocks.0.attn.qvk.weight"])
     with pytest.raises(ValueError, match="'blocks.0.mlp.fc3', did you mean 'blocks.0.mlp.fc"):
         scores.rows(vit, criteria="magnitude", layers=["blocks.0.mlp.fc3"])
-    with pytest.raises(ValueError, match="steps.0 is a convolution"):
-        scores.grams(vit, [batch], layers=["patch_embed.steps.0"])
     vit.blocks[1].mlp.fc1.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="magnitude scores of blocks.1.mlp.fc1.weight are not finite"):
         scores.weights(vit, criteria="magnitude")
