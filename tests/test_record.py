@@ -234,7 +234,16 @@ def test_a_target_is_a_number(lab):
         lab.save_rows("1_train", [ROW | {"target": "50 percent"}])
 
 
-def test_a_study_is_read_over_models_and_seeds(lab):
+@pytest.fixture
+def published(data_root, monkeypatch, tmp_path):
+    """Folder of the figures of the study demo, in a repository that has nothing else."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "params").symlink_to(record.repository() / "notebooks" / "params")
+    monkeypatch.setattr(record, "repository", lambda: tmp_path)
+    return tmp_path / "figures" / "demo"
+
+
+def test_a_study_is_read_over_models_and_seeds(lab, published):
     with pytest.raises(FileNotFoundError, match="make study STUDY=demo"):
         lab.read()
     for model, seed in [("vit", 0), ("vit", 1), ("swin", 0)]:
@@ -253,7 +262,7 @@ def test_a_study_is_read_over_models_and_seeds(lab):
         ("vit", 0): 3,
         ("vit", 1): 3,
     }
-    assert list(found.history)[:5] == ["study", "model", "seed", "method", "epoch"] and len(found.history) == 12
+    assert list(found.history)[:5] == ["study", "model", "seed", "notebook", "method"] and len(found.history) == 12
     assert set(found.tables) == {"heads", "data"} and len(found.tables.heads) == 6
     assert found.tables.heads.notna().all(axis=None)
     assert len(record.read_study("demo", override={"train.epochs": 1}).results) == 1
@@ -261,16 +270,42 @@ def test_a_study_is_read_over_models_and_seeds(lab):
     assert len(lab.load_history("1_train")) == 4
 
 
-def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_not(data_root, monkeypatch, tmp_path):
+def test_what_was_not_run_here_comes_from_the_figures(published):
+    """Rows of another notebook, seed or model stay; those that were measured anew, and unknown models, do not."""
+    lab = record.open_run("demo", "vit", 0)
+    for name in ("1_train", "3_global_pruning"):
+        lab.save_rows(name, [ROW | {"top1": 50}])
+    lab.save_history("3_global_pruning", pd.DataFrame({"epoch": [1]}))
+    lab.save_table("heads", pd.DataFrame({"head": [0, 1]}))
+    record.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
+    for name, frame in {"results": lab.read().results, "history": lab.read().history, **lab.read().tables}.items():
+        if name != "data":  # of the whole study
+            frame = pd.concat([frame, frame.assign(model="swin"), frame.assign(model="gone")])
+        name = name if name in ("results", "history") else f"table-{name}"
+        record.write_atomic(published / f"{name}.csv", frame.to_csv(index=False))
+    lab.path("history-3_global_pruning.csv").unlink()
+    lab.path("results-3_global_pruning.csv").unlink()
+    lab.save_rows("1_train", [ROW | {"top1": 60}])
+    found = record.read_study("demo")
+    top1 = found.results.set_index(["model", "notebook"]).top1.to_dict()
+    assert top1 == {
+        ("swin", "1_train"): 50,
+        ("swin", "3_global_pruning"): 50,
+        ("vit", "1_train"): 60,
+        ("vit", "3_global_pruning"): 50,
+    }
+    assert found.kept == ["swin seed 0 1_train", "swin seed 0 3_global_pruning", "vit seed 0 3_global_pruning"]
     assert (
-        record.open_run("demo", override={"train.epochs": 1}).figures
-        == data_root / "runs" / "demo+train.epochs=1" / "figures"
+        found.history.model.tolist() == ["swin", "vit"]
+        and found.tables.heads.model.tolist() == ["swin"] * 2 + ["vit"] * 2
     )
-    params = record.repository() / "notebooks" / "params"
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / "params").symlink_to(params)
-    monkeypatch.setattr(record, "repository", lambda: tmp_path)
-    assert record.figures_folder("demo") == tmp_path / "figures" / "demo"
+    assert record.open_run("demo").read().tables.data.split.tolist() == ["train"]
+
+
+def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_not(data_root, published):
+    label = "demo+train.epochs=1"
+    assert record.open_run("demo", override={"train.epochs": 1}).figures == data_root / "runs" / label / "figures"
+    assert record.figures_folder("demo") == published
 
 
 # -- files and progress

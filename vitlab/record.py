@@ -370,27 +370,53 @@ class Run:
 def read_study(name, *, override=None):
     """All that the runs of a study have saved, over models and seeds.
 
-    Returns Values with the frames `results` and `history`, and `tables`, frames by name.
-    Raises FileNotFoundError if there are no results yet.
+    What a run has not saved here but the study's folder of figures holds, as in a fresh clone, is taken from there:
+    results and histories by model, seed and notebook, other tables by model and seed.
+    Returns Values with the frames `results` and `history`, and `tables`, frames by name; `kept` names what came from
+    the figures. Raises FileNotFoundError if there are no results yet.
     """
     values = study(name, override=override)
     folder = root() / "runs" / _label(values.name, override)
+    published = None if override else repository() / "figures" / values.name
+    kept = set()
 
     def find(pattern):
         return sorted([*folder.glob(pattern), *folder.glob(f"*/seed*/{pattern}")])
 
-    def read(pattern):
-        frames = [pd.read_csv(path) for path in find(pattern)]
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    def read(stem, by):
+        frames = []
+        for path in find(f"{stem}.csv"):
+            frames.append(pd.read_csv(path))
+            if "notebook" in by:
+                frames[-1].insert(len(IDENTITY), "notebook", path.stem.partition("-")[2])
+        frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=by)
+        file = published and published / f"{stem.removesuffix('-*')}.csv"
+        if not file or not file.is_file():
+            return frame
+        before = pd.read_csv(file)
+        here, keys = (
+            [*each[by].astype(object).where(each[by].notna(), "").itertuples(index=False, name=None)]
+            for each in (frame, before)
+        )
+        here = set(here)
+        gone = [key not in here and key[0] in ("", *values.models) for key in keys]
+        kept.update(key for key, each in zip(keys, gone, strict=True) if each and "notebook" in by)
+        parts = [part for part in (frame, before[gone]) if len(part)]
+        frame = pd.concat(parts, ignore_index=True) if parts else frame
+        return frame.sort_values(by, kind="stable", ignore_index=True)
 
-    results = read("results-*.csv")
+    rows = ["model", "seed", "notebook"]
+    results = read("results-*", rows)
     if results.empty:
         raise FileNotFoundError(f"no results in {folder}; run the study: make study STUDY={name}")
     tables = {path.stem.removeprefix("table-") for path in find("table-*.csv")}
+    tables |= {path.stem.removeprefix("table-") for path in published.glob("table-*.csv")} if published else set()
+    tables = {table: read(f"table-{table}", ["model", "seed"]) for table in sorted(tables)}
     return Values(
         results=results,
-        history=read("history-*.csv"),
-        tables=Values({table: read(f"table-{table}.csv") for table in sorted(tables)}),
+        history=read("history-*", rows),
+        tables=Values({table: frame for table, frame in tables.items() if len(frame)}),
+        kept=[f"{model} seed {seed} {notebook}" for model, seed, notebook in sorted(kept)],
     )
 
 
