@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "masks": "",
     "prune": "masks models",
     "layers": "",
-    "lowrank": "",
+    "lowrank": "masks",
     "shrink": "attention models layers lowrank cost",
     "budget": "models scores shrink lowrank cost",
     "sensitivity": "models masks scores",

@@ -144,6 +144,23 @@ def test_iht_on_rows_is_the_best_choice_of_rows(count):
     assert falls(fit.objectives)
 
 
+@pytest.mark.parametrize("support", ["2:4", "1:4", "3:6"])
+def test_patterns_hold_in_every_group_and_fits_of_them_fall(support):
+    n, m = lowrank.neighbours(support)
+    weight, gram = problem(9, 24)
+    count = 9 * 24 * n // m
+    alone = lowrank.iht(weight, gram, count, support=support)
+    both = lowrank.low_rank_plus_sparse(weight, gram, 2, count, support=support)
+    for fit in (alone, both):
+        assert (fit.mask.view(9, -1, m).sum(-1) == n).all() and (fit.sparse[~fit.mask] == 0).all()
+        assert falls(fit.objectives)
+        assert lowrank.objective(weight, fit.weight, gram) == pytest.approx(fit.objectives[-1], rel=1e-6)
+    magnitude = lowrank.objective(weight, lowrank.project(weight, count, support=support), gram)
+    assert both.objectives[-1] < alone.objectives[-1] < magnitude == pytest.approx(alone.start)
+    with pytest.raises(ValueError, match=f"{support} of a .* is a count of {count}; got 5"):
+        lowrank.support_mask(weight, 5, support=support)
+
+
 def test_iht_finds_the_best_support_of_one_row_by_brute_force():
     weight, gram = problem(1, 8)
     fit = lowrank.iht(weight, gram, 3)

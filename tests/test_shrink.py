@@ -523,6 +523,22 @@ def test_compressed_models_cost_and_lose_what_the_report_says(model, batch, rati
     assert thin(batch[0]).isfinite().all()
 
 
+def test_patterns_are_masked_and_leave_the_rest_to_the_rank(vit, batch):
+    gram, _ = grams(vit, batch[0])
+    alone, report = shrink.compress(vit, ratio=0.5, method="iht", support="2:4", grams=gram)
+    assert (report["count"] * 2 == report.m * report.n).all() and (report.objective < report.objective_magnitude).all()
+    for name in report.layer:
+        layer = alone.get_submodule(name)
+        assert (layer.mask.view(len(layer.mask), -1, 4).sum(-1) == 2).all() and layer.macs == layer.weight.numel()
+    both, report = shrink.compress(vit, ratio=0.25, method="svd+iht", support="2:4", grams=gram, multiple=1, rounds=2)
+    assert (report["rank"] == (report.m * report.n // 4) // (report.m + report.n)).all()
+    for ratio, method, words in ((0.4, "iht", "exactly 0.5"), (0.5, "svd+iht", "less than 0.5")):
+        with pytest.raises(ValueError, match=f"2:4 keeps 0.5 .* give a ratio of {words}"):
+            shrink.compress(vit, ratio=ratio, method=method, support="2:4", grams=gram)
+    with pytest.raises(ValueError, match="it divides rows into groups of 5"):
+        shrink.compress(vit, ratio=0.5, method="iht", support="2:5", grams=gram)
+
+
 def test_svd_is_two_thin_layers_within_the_share(model, batch):
     gram, _ = grams(model, batch[0])
     plain, one = shrink.compress(model, ratio=0.4, method="svd", multiple=1)

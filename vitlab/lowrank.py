@@ -6,10 +6,13 @@ Every fit serves one layer y = W x, W [m, n], and is judged by what its output l
 (H = None: the identity, the plain squared error). Tensors only; sums are float64, results have W's dtype.
 """
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from . import masks
 
 TINY = 1e-37  # stands for zero in a divisor, in float32, too
 
@@ -71,14 +74,27 @@ def svd(weight, rank, *, gram=None):
     return u.to(weight.dtype), v.to(weight.dtype)
 
 
+def neighbours(support):
+    """(n, m) of a support "n:m", n of each m neighbours along a row; None for any other word."""
+    found = re.fullmatch(r"(\d+):(\d+)", support)
+    return found and (int(found[1]), int(found[2]))
+
+
 def support_mask(score, count, *, support="entries"):
     """Mask [m, n] of the count entries, rows or columns whose score [m, n], summed, is largest.
 
-    The count is exact: among equals the first in memory goes first. Raises ValueError for a count beyond them.
+    support "2:4", or other such numbers: the 2 largest of each 4 neighbours along a row, and count is what that makes
+    of all entries. The count is exact: among equals the first in memory goes first. Raises ValueError for an unknown
+    support and a count beyond what there is.
     """
+    if pattern := neighbours(support):
+        mask = masks.n_of_m(score, *pattern)
+        if count != mask.sum():
+            raise ValueError(f"{support} of a {list(score.shape)} matrix is a count of {int(mask.sum())}; got {count}")
+        return mask
     sums = {"entries": torch.flatten, "rows": lambda x: x.sum(1), "columns": lambda x: x.sum(0)}
     if support not in sums:
-        raise ValueError(f"unknown support {support!r}; supports are {', '.join(sums)}")
+        raise ValueError(f"unknown support {support!r}; supports are {', '.join(sums)} and patterns such as 2:4")
     total = sums[support](score)
     if not 0 <= count <= len(total):
         raise ValueError(f"count of {support} in a {list(score.shape)} matrix is in [0, {len(total)}]; got {count}")
@@ -99,7 +115,7 @@ def project(weight, count, *, support="entries"):
 
 
 def iht(weight, gram, count, *, support="entries", steps=30, tolerance=1e-4):
-    """A matrix with only count entries, rows or columns, by iterative hard thresholding from activations.
+    """A matrix with only count entries, rows, columns or a pattern, by iterative hard thresholding from activations.
 
     W0 = P_k(W), magnitude pruning; then W <- P_k(W - mu grad), with mu chosen in every step so that the
     objective falls (normalised IHT, Blumensath and Davies 2010) and the values on the support then solved for
@@ -107,7 +123,7 @@ def iht(weight, gram, count, *, support="entries", steps=30, tolerance=1e-4):
     has a unit diagonal: P_k ranks by |w| norm(x) there, and the largest inputs do not hold back mu. Whole
     rows do not interact, so their best support is known at once: the rows with most output energy.
 
-    count: of entries, rows or columns, at least 1. steps: at most so many. tolerance: stops when a step gains
+    count, support: as for support_mask, at least 1. steps: at most so many. tolerance: stops when a step gains
     a smaller share of the objective. Returns a Fit with empty u and v, whose objectives begin with magnitude
     pruning. Its end lies below that unless magnitude pruning is a fixed point, as it is for a gram like the
     identity.
@@ -173,7 +189,7 @@ def low_rank_plus_sparse(weight, gram, rank, count, *, support="entries", rounds
     raise the objective is not taken. Which half comes first decides where this ends: both are tried and the
     better one kept.
 
-    rank and count: at least 1 each; count of entries, rows or columns. rounds: at most so many. tolerance:
+    rank and count: at least 1 each; count and support as for support_mask. rounds: at most so many. tolerance:
     stops when a round gains a smaller share of the objective. Returns a Fit; objectives begin with those of
     the half that came first, either magnitude pruning and `iht` or the whitened SVD.
     """

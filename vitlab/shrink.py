@@ -103,10 +103,10 @@ def compress(
 
     - "svd": two thin layers of the largest rank whose MACs are that share (lowrank.rank_for, with multiple).
     - "iht": sparse (lowrank.iht), on support "entries" (masked: no MACs saved) or on whole "rows" or "columns"
-      (removed: MACs fall).
+      (removed: MACs fall), or a pattern such as "2:4" (masked, for hardware that knows it), whose share ratio must be.
     - "svd+iht": low rank plus sparse (lowrank.low_rank_plus_sparse). The rank takes kappa, in (0, 1), of what is
-      kept and S the rest, where an entry counts 1, a row n and a column m. On entries this executes more MACs
-      than dense, on rows and columns no more than the share.
+      kept and S the rest, where an entry counts 1, a row n and a column m; beside a pattern it takes all that is
+      left. On entries this executes more MACs than dense, on rows and columns no more than the share.
     - "threshold": the largest entries of a truncated SVD's product, a baseline (lowrank.threshold_product).
 
     grams: {layer: [n, n]} of this very model, as from scores.grams. "iht" and "svd+iht" need them: without
@@ -135,12 +135,14 @@ def compress(
         options = {"method": method, "support": support, "whiten": whiten, "rounds": rounds}
         fit = _fit(weight, gram, rank=rank, count=count, **options)
         if count:
-            parts = {"sparse": fit.sparse, "mask": fit.mask, "support": support}
+            stored = "entries" if lowrank.neighbours(support) else support
+            parts = {"sparse": fit.sparse, "mask": fit.mask, "support": stored}
             new = layers.low_rank_sparse(fit.u, fit.v, **parts, bias=inner.bias)
         else:
             new = layers.factored(fit.u, fit.v, bias=inner.bias)
         _put(model, name if inner is layer else f"{name}.kept", new)
-        whole = lowrank.project(weight, budget // _price(m, n, support), support=support)
+        most = count if lowrank.neighbours(support) else budget // _price(m, n, support)
+        whole = lowrank.project(weight, most, support=support)
         line = {"layer": name, "role": view.role(name), "m": m, "n": n, "rank": rank, "count": count}
         line |= {"objective_magnitude": lowrank.objective(weight, whole, gram)}
         line |= {"objective_start": fit.objectives[0], "objective": fit.objectives[-1], "macs_dense": m * n}
@@ -547,7 +549,7 @@ def _check_request(*, ratio, method, support, grams, kappa):
     if ratio == 0:
         raise ValueError("ratio 0 changes no layer; give a share above 0, or keep the model as it is")
     for word, known in ((method, METHODS), (support, layers.SUPPORTS)):
-        if word not in known:
+        if word not in known and not (word is support and lowrank.neighbours(support)):
             raise ValueError(f"unknown {word!r}{models.nearest(word, known)}; known are {', '.join(known)}")
     if method == "threshold" and support != "entries":
         raise ValueError(f"threshold keeps entries, not {support}; give support='entries' or another method")
@@ -569,7 +571,7 @@ def _fitting(tensors, name, shape):
 
 def _price(m, n, support):
     """Weights in one entry, row or column of an [m, n] matrix."""
-    return {"entries": 1, "rows": n, "columns": m}[support]
+    return {"rows": n, "columns": m}.get(support, 1)
 
 
 def _plan(m, n, budget, *, method, support, kappa, multiple):
@@ -578,6 +580,18 @@ def _plan(m, n, budget, *, method, support, kappa, multiple):
     rank = 0 if method == "iht" else lowrank.rank_for(m, n, share, multiple=multiple)
     if method == "svd":
         return rank, 0
+    if pattern := lowrank.neighbours(support):
+        few, of = pattern
+        if n % of or not 0 < few < of:
+            raise ValueError(f"{support} does not fit a [{m}, {n}] matrix: it divides rows into groups of {of}")
+        count = m * n // of * few
+        rank = 0 if method == "iht" else lowrank.rank_for(m, n, max(budget - count, 0) / (m * n), multiple=multiple)
+        if (budget != count) if method == "iht" else not rank:
+            need = "exactly" if method == "iht" else "less than"
+            raise ValueError(
+                f"{support} keeps {few / of:g} of a [{m}, {n}] matrix: give a ratio of {need} {1 - few / of:g}"
+            )
+        return rank, count
     if method == "svd+iht":
         rank = max(rank, 1)
         budget -= rank * (m + n)
