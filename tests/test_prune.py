@@ -325,6 +325,18 @@ def test_going_further_keeps_the_dead_dead(model, per):
         prune.further(model, saliency, sparsity=0.5, per=per)
 
 
+def test_one_zero_does_not_make_a_tile_go_first(vit):
+    name = "blocks.0.mlp.fc1.weight"
+    weight = vit.get_parameter(name)
+    with torch.no_grad():
+        weight[:8, :8] = 0  # a whole tile of 8 x 8
+        weight[8, 8] = 0
+    score = {name: torch.arange(weight.numel()).view(weight.shape).float()}
+    keep = prune.further(vit, score, count=3, tile=8)[name]
+    gone = (~keep)[::8, ::8].nonzero().tolist()
+    assert gone == [[0, 0], [0, 1], [0, 2]] and keep[8, 8]  # not [1, 1]
+
+
 def test_further_refuses_scores_of_another_model(vit, swin):
     with pytest.raises(ValueError, match="no parameter 'layers.0"):
         prune.further(vit, magnitudes(swin), sparsity=0.5)

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from . import models
-from .masks import keep_largest
+from .masks import keep_largest, tile_size, tile_sums, whole_tiles
 
 UNITS = ("heads", "neurons", "qk", "v", "rows")
 
@@ -229,11 +229,16 @@ def further(model, scores, **options):
     """Masks of masks.keep_largest(scores, **options) in which what is zero in the model goes first: dead stays dead.
 
     scores: {parameter name: tensor of its shape}, such as new ones for a model that was cut before; the budget
-    counts the weights that are dead already. Raises ValueError for scores that do not fit the model, for a
-    budget that would bring dead weights back, and what keep_largest raises.
+    counts the weights that are dead already; with tile, those of tiles that are zero throughout. Raises ValueError
+    for scores that do not fit the model, for a budget that would bring dead weights back, and what keep_largest
+    raises.
     """
     parameters = parameters_of(model, {name: torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()})
     dead = {name: (parameter == 0).to(scores[name].device) for name, parameter in parameters.items()}
+    if (tile := options.get("tile")) is not None:  # one zero does not make a dead tile
+        for name, mask in dead.items():
+            size = tile_size(name, mask, tile)
+            dead[name] = whole_tiles(tile_sums((~mask).float(), *size) == 0, *size)
     keep = keep_largest({n: score.masked_fill(dead[n], -torch.inf) for n, score in scores.items()}, **options)
     back = {name: int((mask & dead[name]).count_nonzero()) for name, mask in keep.items()}
     if any(back.values()):
