@@ -211,10 +211,13 @@ def structure(model):
     configs = {name: layers.config(layer) for name, layer in models.view(model).linears(EVERY_ROLE).items()}
     configs = {name: config for name, config in configs.items() if config != layers.config(dense[name])}
     kinds = attention.OPEN.values()
+    convolutions = {n: m.rank for n, m in modules.items() if isinstance(m, layers.FactoredConv2d)}
+    for name, rank in convolutions.items():  # of their parts, too, the sizes are compared
+        whole.set_submodule(name, layers.FactoredConv2d(dense[name], rank=rank))
     found = {
         "skipped": [name for name, module in modules.items() if isinstance(module, layers.Skip)],
         "constant": {n: m.config() for n, m in modules.items() if isinstance(m, layers.Constant)},
-        "convolutions": {n: m.rank for n, m in modules.items() if isinstance(m, layers.FactoredConv2d)},
+        "convolutions": convolutions,
         "opened": [n for n, m in modules.items() if type(m) in kinds and type(dense[n]) is not type(m)],
         "sizes": _other_sizes(model, whole, within=configs),
     }

@@ -1,0 +1,153 @@
+"""Every method on every architecture: it does what it says, trains on, and comes back from disk."""
+
+import pytest
+import torch
+from conftest import OTHERS, toy
+from torch.nn.functional import cross_entropy
+
+from vitlab import budget, checkpoint, cost, masks, models, prune, scores, shrink
+
+
+def entries(criterion, **options):
+    def keep(model, batch):
+        found = scores.weights(model, [batch], criteria=[criterion])[criterion]
+        if options.get("per") == "role":
+            view = models.view(model)
+            return masks.keep_largest(found, sparsity=0.5, per={n: view.role(n.removesuffix(".weight")) for n in found})
+        return masks.keep_largest(found, sparsity=0.5, **options)
+
+    return keep
+
+
+def pattern(model, batch):
+    found = scores.weights(model, [batch], criteria=["wanda"])["wanda"]
+    return {name: masks.n_of_m(score, 2, 4) for name, score in found.items()}
+
+
+def rows(model, batch):
+    found = scores.rows(model, [batch], criteria=["fisher"])["fisher"]
+    return prune.rows_to_masks(model, masks.keep_largest(found, sparsity=0.5, floor=1))
+
+
+def units(model, batch):
+    found = scores.units(model, [batch], criteria=["michel"])["michel"]
+    keep = masks.keep_largest(found, sparsity=0.3, floor=1)
+    return prune.units_to_masks(model, masks.dropped(keep))
+
+
+MASKED = {  # masks: all MACs are executed, half or so of the weights are zero
+    **{name: entries(name) for name in ("magnitude", "gradient", "taylor", "fisher", "obd", "snip")},
+    "wanda by row": entries("wanda", per="row"),
+    "obs by layer": entries("obs", per="layer"),
+    "taylor by role": entries("taylor", per="role"),
+    "tiles": entries("fisher", tile=4),
+    "2:4": pattern,
+    "rows": rows,
+    "units": units,
+}
+
+
+def grams(model, batch):
+    return scores.grams(model, [batch], layers=list(models.view(model).matrices))
+
+
+def compressed(**options):
+    def change(model, batch):
+        return shrink.compress(model, grams=grams(model, batch), multiple=1, rounds=2, **options)[0]
+
+    return change
+
+
+def pool(model, batch, macs=0.7):
+    kinds = ["heads", "neurons", "filters", "width", "v"]
+    if not any(block.normalises_queries for block in models.view(model).blocks):
+        kinds.append("qk")
+    found = scores.units(model, [batch], criteria=["fisher"], kinds=kinds)["fisher"]
+    plan = budget.plan(model, found, macs=macs, kinds=kinds, multiple=4)
+    return shrink.remove(model, plan.drop, grams=grams(model, batch))
+
+
+def ranks(model, batch, macs=0.7):
+    seen = grams(model, batch)
+    felt = scores.gradient_grams(model, [batch], layers=list(seen))
+    return shrink.factorise(model, budget.ranks(model, seen, felt, macs=macs, multiple=1), grams=seen)
+
+
+def both(model, batch):
+    return ranks(pool(model, batch, 0.8), batch, 0.8)
+
+
+def without(kind):
+    def change(model, batch):
+        block = models.view(model).blocks[-1]
+        count = models.view(model).units([kind])[block.name, kind]
+        return shrink.remove(model, {(block.name, kind): range(count)})
+
+    return change
+
+
+def rows_gone(model, batch):
+    found = scores.rows(model, [batch], criteria=["fisher"])["fisher"]
+    keep = masks.keep_largest(found, sparsity=0.5, floor=1)
+    return shrink.remove(model, {(name, "rows"): gone for name, gone in masks.dropped(keep).items()})
+
+
+SMALLER = {  # less MACs are executed
+    "pool": pool,
+    "ranks": ranks,
+    "pool, then ranks": both,
+    "rows": rows_gone,
+    **{f"no {kind} in the last block": without(kind) for kind in ("heads", "neurons", "block")},
+    "svd": compressed(ratio=0.5, method="svd"),
+    "svd+iht on rows": compressed(ratio=0.5, support="rows"),
+    "svd+iht on columns": compressed(ratio=0.5, support="columns"),
+}
+STORED = {  # low rank and sparse parts that execute as much as dense ones, or more
+    "iht": compressed(ratio=0.5, method="iht"),
+    "iht 2:4": compressed(ratio=0.5, method="iht", support="2:4"),
+    "svd+iht": compressed(ratio=0.5),
+    "threshold": compressed(ratio=0.5, method="threshold"),
+}
+METHODS = {
+    **{f"masked {name}": keep for name, keep in MASKED.items()},
+    **{f"refitted {name}": MASKED[name] for name in ("fisher", "2:4")},
+    **SMALLER,
+    **STORED,
+}
+ARCHITECTURES = ["vit", "swin", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_method_on_every_architecture(architecture, name, batch, request, tmp_path):
+    model = toy(**OTHERS[architecture]) if architecture in OTHERS else request.getfixturevalue(architecture)
+    dense, before = cost.breakdown(model)[["macs", "macs_ideal"]].sum(), model(batch[0])
+    keep = None
+    if name.startswith(("masked", "refitted")):
+        keep = METHODS[name](model, batch)
+        new = shrink.refit(model, keep, grams(model, batch)) if name.startswith("refitted") else model
+        prune.apply(new, keep)
+    else:
+        new = METHODS[name](model, batch)
+        assert torch.equal(model(batch[0]), before)  # the one given is untouched
+    macs = cost.breakdown(new)[["macs", "macs_ideal"]].sum()
+    assert macs.macs < dense.macs if name in SMALLER else macs.macs >= dense.macs
+    assert macs.macs_ideal < dense.macs_ideal
+    assert not torch.allclose(new(batch[0]), before)
+
+    optimizer = torch.optim.AdamW(new.parameters(), lr=0.01, weight_decay=0.1)
+    holder = prune.Holder(new, keep, optimizer) if keep else None
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(new.train()(batch[0]), batch[1]).backward()
+        optimizer.step()
+        if holder:
+            holder.step()
+    assert all((parameter[~keep[key]] == 0).all() for key, parameter in new.named_parameters() if key in (keep or {}))
+    assert name in SMALLER or cost.breakdown(new).macs_ideal.sum() <= macs.macs_ideal  # no support has grown
+
+    checkpoint.save(new.eval(), tmp_path / "model", masks=keep)
+    same, after = checkpoint.load(tmp_path / "model"), new(batch[0])
+    assert after.isfinite().all() and torch.equal(same(batch[0]), after)
+    loaded = checkpoint.load_masks(tmp_path / "model") if keep else {}
+    assert all(torch.equal(loaded[key], mask) for key, mask in (keep or {}).items())
