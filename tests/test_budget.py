@@ -129,5 +129,20 @@ def test_the_layer_that_costs_nothing_to_lose_goes_first_by_hand(vit):
         budget.ranks(vit, grams, gradients, macs=0.5)
     with pytest.raises(ValueError, match="share to keep"):
         budget.ranks(vit, grams, gradients, macs=1)
-    with pytest.raises(ValueError, match="no layer of this model in common"):
+    with pytest.raises(ValueError, match="no plain layer of this model in common"):
         budget.ranks(vit, grams, {}, macs=0.5)
+    with pytest.raises(ValueError, match=r"needs a gram \[32, 32\] and gradients \[64, 64\]"):
+        budget.ranks(vit, grams, grams, macs=0.95)
+    with pytest.raises(ValueError, match="no rank is predicted to matter"):
+        budget.ranks(vit, grams, {name: 0 * matrix for name, matrix in gradients.items()}, macs=0.95)
+
+
+def test_layers_that_were_cut_before_keep_what_they_have(model, batch):
+    first, second = list(models.view(model).linears(["qkv"]))[:2]
+    cut = shrink.remove(model, {(first, "rows"): [0, 3]})
+    cut = shrink.factorise(cut, {second: 5})
+    grams, gradients = both_grams(cut, batch)
+    ranks = budget.ranks(cut, grams, gradients, macs=0.8, multiple=1)
+    assert not {first, second} & set(ranks)
+    thin = shrink.factorise(cut, ranks, grams=grams)
+    assert 0.75 * cost.macs(cut) < cost.macs(thin) <= 0.8 * cost.macs(cut)

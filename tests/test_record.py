@@ -270,36 +270,61 @@ def test_a_study_is_read_over_models_and_seeds(lab, published):
     assert len(lab.load_history("1_train")) == 4
 
 
-def test_what_was_not_run_here_comes_from_the_figures(published):
-    """Rows of another notebook, seed or model stay; those that were measured anew, and unknown models, do not."""
+def publish(folder, found, **changes):
+    """Write what read_study found, rows of a study, as its figures, and the same of other models and seeds."""
+    for name, frame in {"results": found.results, "history": found.history, **found.tables}.items():
+        if name != "data":  # of the whole study
+            others = [{"model": "swin"}, {"model": "gone"}, {"seed": 99}]
+            frame = pd.concat([frame, *(frame.assign(**other) for other in others)])
+        name = name if name in ("results", "history") else f"table-{name}"
+        record.write_atomic(folder / f"{name}.csv", frame.assign(**changes).to_csv(index=False))
+
+
+@pytest.fixture
+def run(published):
+    """A run of demo's vit that has saved something of everything."""
     lab = record.open_run("demo", "vit", 0)
     for name in ("1_train", "3_global_pruning"):
-        lab.save_rows(name, [ROW | {"top1": 50}])
+        lab.save_rows(name, [ROW | {"top1": 50, "params": 7}])
     lab.save_history("3_global_pruning", pd.DataFrame({"epoch": [1]}))
     lab.save_table("heads", pd.DataFrame({"head": [0, 1]}))
     record.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
-    for name, frame in {"results": lab.read().results, "history": lab.read().history, **lab.read().tables}.items():
-        if name != "data":  # of the whole study
-            frame = pd.concat([frame, frame.assign(model="swin"), frame.assign(model="gone")])
-        name = name if name in ("results", "history") else f"table-{name}"
-        record.write_atomic(published / f"{name}.csv", frame.to_csv(index=False))
-    lab.path("history-3_global_pruning.csv").unlink()
-    lab.path("results-3_global_pruning.csv").unlink()
-    lab.save_rows("1_train", [ROW | {"top1": 60}])
+    return lab
+
+
+def test_what_was_not_run_here_comes_from_the_figures(run, published):
+    """Rows of another notebook, seed or model stay; those measured anew, and unknown models and seeds, do not."""
+    publish(published, run.read())
+    for name in ("history-3_global_pruning.csv", "results-3_global_pruning.csv", "table-heads.csv"):
+        run.path(name).unlink()
+    run.save_rows("1_train", [ROW | {"top1": 50.01, "params": 7}])
     found = record.read_study("demo")
-    top1 = found.results.set_index(["model", "notebook"]).top1.to_dict()
-    assert top1 == {
-        ("swin", "1_train"): 50,
-        ("swin", "3_global_pruning"): 50,
-        ("vit", "1_train"): 60,
-        ("vit", "3_global_pruning"): 50,
+    assert found.results.set_index(["model", "seed", "notebook"]).top1.to_dict() == {
+        ("swin", 0, "1_train"): 50,
+        ("swin", 0, "3_global_pruning"): 50,
+        ("vit", 0, "1_train"): 50.01,
+        ("vit", 0, "3_global_pruning"): 50,
     }
-    assert found.kept == ["swin seed 0 1_train", "swin seed 0 3_global_pruning", "vit seed 0 3_global_pruning"]
-    assert (
-        found.history.model.tolist() == ["swin", "vit"]
-        and found.tables.heads.model.tolist() == ["swin"] * 2 + ["vit"] * 2
-    )
-    assert record.open_run("demo").read().tables.data.split.tolist() == ["train"]
+    notebooks = [f"swin seed 0 {name}" for name in ("1_train", "3_global_pruning")] + ["vit seed 0 3_global_pruning"]
+    assert sorted(found.kept) == sorted([*notebooks, "vit seed 0 table-heads", "swin seed 0 table-heads"])
+    assert found.history.model.tolist() == ["swin", "vit"]
+    assert found.tables.heads.model.tolist() == ["swin"] * 2 + ["vit"] * 2
+    assert found.tables.data.split.tolist() == ["train"]
+    assert record.read_study("demo", override={}).kept == found.kept
+    with pytest.raises(FileNotFoundError):
+        record.read_study("demo", override={"train.epochs": 1})
+
+
+def test_figures_of_another_dense_model_or_of_old_times_do_not_count(run, published):
+    publish(published, run.read())
+    run.path("results-3_global_pruning.csv").unlink()
+    run.save_rows("1_train", [ROW | {"top1": 60, "params": 7}])
+    found = record.read_study("demo")
+    assert found.results.groupby("model").size().to_dict() == {"swin": 2, "vit": 1}
+    publish(published, found, notebook="5_old")
+    assert set(record.read_study("demo").results.model) == {"vit"}
+    (published / "results.csv").write_text("study,model,seed,top1\ndemo,swin,0,50\n")
+    assert set(record.read_study("demo").results.model) == {"vit"}
 
 
 def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_not(data_root, published):

@@ -309,7 +309,7 @@ def test_filters_that_say_the_same_can_stand_in_for_each_other(model, batch):
         < 1e-2
         < error(shrink.remove(model, drop)(batch[0]), model(batch[0]))
     )
-    with pytest.raises(ValueError, match=r"sees \d+ values is"):
+    with pytest.raises(ValueError, match=r"sees \d+ values are"):
         shrink.remove(model, drop, grams={second: torch.eye(3)})
 
 
@@ -338,6 +338,44 @@ def test_factors_of_the_stem_and_linear_layers(any_model, batch):
     assert less(batch[0]).isfinite().all() and cost.macs(less) < cost.macs(thin)
 
 
+def test_a_filter_that_hardly_varies_leaves_its_mean(model, batch):
+    """A filter as good as constant goes: what it gave on average stays in the next convolution's norm or bias."""
+    first, second = list(dict(models.view(model).stem))[:2]
+    norm = model.get_submodule(models.norm_after(model, first))
+    with torch.no_grad():
+        norm.weight[5], norm.bias[5] = 0, 3
+    seen = scores.grams(model, [batch], layers=[second], affine=True)[second]
+    drop, mean = {(first, "filters"): [5]}, {second: seen[-1, :-1]}
+    lost = error(shrink.remove(model, drop)(batch[0]), model(batch[0]))
+    centred = error(shrink.remove(model, drop, means=mean)(batch[0]), model(batch[0]))
+    assert centred < 0.5 * lost  # not zero: at the rim the padding is no constant
+    both = shrink.remove(model, drop, means=mean, grams={second: seen[:-1, :-1]})
+    assert error(both(batch[0]), model(batch[0])) < 0.5 * lost
+
+
+def test_a_factored_stem_loses_filters_and_its_factors_where_they_cost_more(model, batch):
+    """The filters are those of the whole, not its ranks; below break-even the two parts become one again."""
+    first, second, last = list(dict(models.view(model).stem))
+    counts = models.view(model).units(["filters"])
+    thin = shrink.factorise(model, {first: 3, second: 8, last: 8})
+    assert models.view(thin).units(["filters"]) == counts
+    assert set(models.view(thin).matrices) == set(models.view(thin).linears())
+    found = scores.units(thin, [batch], criteria=["fisher"], kinds=["filters"])["fisher"]
+    assert {key: len(score) for key, score in found.items()} == counts
+    drop = {(second, "filters"): range(counts[second, "filters"] - 4)}
+    expected = copy.deepcopy(thin)
+    behind = expected.get_submodule(models.norm_after(expected, second))
+    behind.register_forward_hook(lambda m, args, y: zeroed(y.movedim(1, -1), drop[second, "filters"]).movedim(-1, 1))
+    small = shrink.remove(thin, drop)
+    assert error(small(batch[0]), expected(batch[0])) < 1e-5
+    stem = dict(models.view(small).stem)
+    assert isinstance(small.get_submodule(first), layers.FactoredConv2d)
+    assert isinstance(small.get_submodule(second), nn.Conv2d) and stem[second].out_channels == 4
+    same = shrink.rebuild(models.create(**recipe(small)), json.loads(json.dumps(shrink.structure(small)))).eval()
+    same.load_state_dict(small.state_dict(), strict=True)
+    assert torch.equal(same(batch[0]), small(batch[0]))
+
+
 def test_errors_of_factorising(vit):
     with pytest.raises(ValueError, match="ranks is empty"):
         shrink.factorise(vit, {})
@@ -349,6 +387,9 @@ def test_errors_of_factorising(vit):
     thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 3})
     with pytest.raises(ValueError, match="is a FactoredLinear already"):
         shrink.factorise(thin, {"blocks.0.mlp.fc1": 2})
+    thin = shrink.factorise(vit, {"patch_embed.steps.4": 8})
+    with pytest.raises(ValueError, match="is a FactoredConv2d already, or part of one"):
+        shrink.factorise(thin, {"patch_embed.steps.4.0": 2})
     with pytest.raises(ValueError, match="give one of 1 group"):
         layers.FactoredConv2d(nn.Conv2d(4, 4, 3, groups=2), rank=2)
 

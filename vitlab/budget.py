@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch import nn
 
 from . import cost, lowrank, models
 
@@ -63,26 +64,31 @@ def plan(model, unit_scores, *, macs, kinds=("heads", "neurons"), multiple=8, im
 
 
 def ranks(model, grams, gradients, *, macs, multiple=8, damping=1e-3, image_size=None):
-    """{layer: rank} with which the model's MACs fall to the share `macs` at the least predicted loss.
+    """{layer: rank} with which the model's MACs fall to the share `macs` at little predicted loss.
 
     For shrink.factorise with the same grams; a layer that should stay dense is left out. grams: {layer: [n, n]} of
-    scores.grams; gradients: {layer: [m, m]} of scores.gradient_grams: both say which layers may be factored. A rank
-    that goes is predicted to cost half of (u^T G u)(v^T H v), u v its part of the activation-weighted SVD, H the gram
-    and G the gradients' (see scores.gradient_grams). Each layer has a choice of ranks, multiples of `multiple` below
+    scores.grams; gradients: {layer: [m, m]} of scores.gradient_grams: both say which layers may be factored, of those
+    that are plain. A rank that goes is predicted to cost half of (u^T G u)(v^T H v), u v its part of the
+    activation-weighted SVD, H the gram and G the gradients': it orders layers well, but is no loss to compare with
+    that of `plan` (see scores.gradient_grams). Each layer has a choice of ranks, multiples of `multiple` below
     break-even (any rank, where that is lower), or to stay dense; one price per MAC, found by bisection, decides for
     all, and what is left over is spent where it gains most. macs: share to keep, in (0, 1), of the whole model's.
-    damping: see lowrank.damped. The model's layers are plain or cut, not factored before.
+    damping: see lowrank.damped.
 
-    Raises ValueError for a share outside (0, 1), no common layers, one with another shape, and a target below what
-    the lowest ranks leave, naming the floor.
+    Raises ValueError for a share outside (0, 1), no common layers, one with another shape, gradients that are all
+    zero, and a target below what the lowest ranks leave, naming the floor.
     """
     _check_share(macs)
     known = dict(model.named_modules())
     table = cost.breakdown(model, image_size=image_size).set_index("layer").macs
     choices = {}
     for name in [name for name in table.index if name in grams and name in gradients]:
+        if not isinstance(known[name], nn.Linear | nn.Conv2d):
+            continue
         weight = known[name].weight.detach().flatten(1)
         m, n = weight.shape
+        if list(grams[name].shape) != [n, n] or list(gradients[name].shape) != [m, m]:
+            raise ValueError(f"{name} [{m}, {n}] needs a gram [{n}, {n}] and gradients [{m}, {m}] of this very model")
         u, v = lowrank.svd(weight, min(m, n), gram=lowrank.damped(grams[name], damping))
         lost = _along(u.T.double(), gradients[name]) * _along(v.double(), grams[name]) / 2
         after = lost.flip(0).cumsum(0).flip(0).tolist()  # after[r]: all from rank r on go
@@ -91,7 +97,9 @@ def ranks(model, grams, gradients, *, macs, multiple=8, damping=1e-3, image_size
         thin = [(after[r], table[name] / (m * n) * r * (m + n), r) for r in steps]
         choices[name] = [*thin, (0.0, float(table[name]), None)]
     if not choices:
-        raise ValueError("grams and gradients have no layer of this model in common: take both of the same layers")
+        raise ValueError("grams and gradients have no plain layer of this model in common: take both of the same ones")
+    if not any(own[0][0] > 0 for own in choices.values()):
+        raise ValueError("no rank is predicted to matter: the gradients are zero, as where nothing reaches the loss")
     rest = table.sum() - sum(own[-1][1] for own in choices.values())
     floor = (rest + sum(own[0][1] for own in choices.values())) / table.sum()
     if macs < floor:
@@ -129,7 +137,7 @@ def _priced(choices, room):
             ((chosen[name][0] - loss) / (macs - chosen[name][1]), name, (loss, macs, rank))
             for name, own in choices.items()
             for loss, macs, rank in own
-            if loss < chosen[name][0] and 0 < macs - chosen[name][1] <= left
+            if loss <= chosen[name][0] and 0 < macs - chosen[name][1] <= left
         ]
         if not better:
             return chosen

@@ -323,6 +323,19 @@ def factored_conv(conv, u, v):
     return new
 
 
+@torch.no_grad()
+def merged_conv(module):
+    """The one nn.Conv2d that computes what a FactoredConv2d does."""
+    first, second = module
+    shape = {k: getattr(first, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+    like = {"device": first.weight.device, "dtype": first.weight.dtype}
+    new = nn.Conv2d(first.in_channels, second.out_channels, **shape, bias=second.bias is not None, **like)
+    new.weight.copy_((second.weight.flatten(1) @ first.weight.flatten(1)).view_as(new.weight))
+    if second.bias is not None:
+        new.bias.copy_(second.bias)
+    return new
+
+
 def low_rank_sparse(u, v, *, sparse, mask, support, bias=None):
     """LowRankSparseLinear of u [m, r] v [r, n] plus sparse [m, n] where mask [m, n] is True, with bias [m].
 

@@ -284,7 +284,8 @@ class View:
         "heads", "neurons"  of a block
         "qk", "v"           dimensions of a block's heads, numbered head * size + dimension
         "width"             channels of a stage's residual stream: ("stages.0", "width"), of a ViT its only one
-        "filters"           of a convolution of the stem that feeds another one of the same nn.Sequential
+        "filters"           of a convolution of the stem, factored or not, that feeds another one of the same
+                            nn.Sequential
         "block"             the block itself: 1
         """
         for kind in kinds:
@@ -298,8 +299,10 @@ class View:
         if "width" in kinds:
             counts |= {(stage, "width"): len(self.stream(stage)[0][0].weight) for stage in self.stages}
         if "filters" in kinds:
-            chained = [(name, conv) for name, conv in self.stem[:-1] if _is_chained(self.model, name)]
-            counts |= {(name, "filters"): conv.out_channels for name, conv in chained}
+            for name, conv in self.stem:
+                whole = name.rpartition(".")[0] if is_factor(self.model, name) else name
+                if _is_chained(self.model, whole):
+                    counts[whole, "filters"] = conv.out_channels  # of a factored one what its last part gives
         return {key: count for key, count in counts.items() if count}
 
     @property
@@ -315,9 +318,9 @@ class View:
 
     @property
     def matrices(self):
-        """{name: module} of all that may become low rank: the stem's convolutions, and the linear layers but the
-        classifier."""
-        return dict(self.stem) | self.linears()
+        """{name: module} of all that may become low rank: the stem's convolutions that are not, and the linear layers
+        but the classifier."""
+        return {n: m for n, m in self.stem if not is_factor(self.model, n)} | self.linears()
 
     def writes(self, block):
         """Modules whose outputs, scaled by the channel at most, a block adds to the residual stream."""
@@ -347,7 +350,9 @@ def norm_after(model, layer):
     """Name of the batch norm that a convolution of an nn.Sequential feeds (after pooling or not), or None."""
     modules = dict(model.named_modules())
     parent, _, own = layer.rpartition(".")
-    if not isinstance(modules.get(layer), nn.Conv2d) or not isinstance(modules[parent], nn.Sequential):
+    if not isinstance(modules.get(layer), nn.Conv2d | layers.FactoredConv2d) or not isinstance(
+        modules[parent], nn.Sequential
+    ):
         return None
     for name, module in list(modules[parent].named_children())[int(own) + 1 :]:
         if isinstance(module, nn.BatchNorm2d):
@@ -357,11 +362,17 @@ def norm_after(model, layer):
     return None
 
 
+def is_factor(model, layer):
+    """Whether a convolution is one of the two parts of a factored one."""
+    return isinstance(model.get_submodule(layer.rpartition(".")[0]), layers.FactoredConv2d)
+
+
 def _is_chained(model, layer):
     """Whether a convolution's outputs go to another one through a plain chain of modules."""
     parent, _, own = layer.rpartition(".")
     chain = model.get_submodule(parent)
-    return isinstance(chain, nn.Sequential) and any(isinstance(m, nn.Conv2d) for m in list(chain)[int(own) + 1 :])
+    convolutions = nn.Conv2d | layers.FactoredConv2d
+    return isinstance(chain, nn.Sequential) and any(isinstance(m, convolutions) for m in list(chain)[int(own) + 1 :])
 
 
 def _stem_end(model):

@@ -371,53 +371,78 @@ def read_study(name, *, override=None):
     """All that the runs of a study have saved, over models and seeds.
 
     What a run has not saved here but the study's folder of figures holds, as in a fresh clone, is taken from there:
-    results and histories by model, seed and notebook, other tables by model and seed.
+    results and histories by model, seed and notebook, other tables by model and seed, unless the dense model of that
+    run is another one here.
     Returns Values with the frames `results` and `history`, and `tables`, frames by name; `kept` names what came from
     the figures. Raises FileNotFoundError if there are no results yet.
     """
     values = study(name, override=override)
     folder = root() / "runs" / _label(values.name, override)
     published = None if override else repository() / "figures" / values.name
-    kept = set()
+    here = {path.stem for path in [*folder.glob("*.csv"), *folder.glob("*/seed*/*.csv")]}
+    there = {path.stem for path in published.glob("table-*.csv")} if published else set()
 
-    def find(pattern):
-        return sorted([*folder.glob(pattern), *folder.glob(f"*/seed*/{pattern}")])
-
-    def read(stem, by):
+    def read(stem):
         frames = []
-        for path in find(f"{stem}.csv"):
+        for path in sorted([*folder.glob(f"{stem}.csv"), *folder.glob(f"*/seed*/{stem}.csv")]):
             frames.append(pd.read_csv(path))
-            if "notebook" in by:
+            if stem.endswith("-*"):
                 frames[-1].insert(len(IDENTITY), "notebook", path.stem.partition("-")[2])
-        frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=by)
-        file = published and published / f"{stem.removesuffix('-*')}.csv"
-        if not file or not file.is_file():
-            return frame
-        before = pd.read_csv(file)
-        here, keys = (
-            [*each[by].astype(object).where(each[by].notna(), "").itertuples(index=False, name=None)]
-            for each in (frame, before)
-        )
-        here = set(here)
-        gone = [key not in here and key[0] in ("", *values.models) for key in keys]
-        kept.update(key for key, each in zip(keys, gone, strict=True) if each and "notebook" in by)
-        parts = [part for part in (frame, before[gone]) if len(part)]
-        frame = pd.concat(parts, ignore_index=True) if parts else frame
-        return frame.sort_values(by, kind="stable", ignore_index=True)
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
-    rows = ["model", "seed", "notebook"]
-    results = read("results-*", rows)
+    def read_published(stem):
+        file = published and published / f"{stem.removesuffix('-*')}.csv"
+        frame = pd.read_csv(file) if file and file.is_file() else pd.DataFrame()
+        if frame.empty or stem.endswith("-*") and "notebook" not in frame:
+            return pd.DataFrame()
+        known = frame.model.isna() | (frame.model.isin(values.models) & frame.seed.isin(values.seeds))
+        return frame[known & frame.notebook.isin(USES) if "notebook" in frame else known]
+
+    results, before = read("results-*"), read_published("results-*")
+    changed = _changed_models(results, before)
+    kept = []
+
+    def merged(stem, frame, before):
+        by = ["model", "seed", "notebook"] if stem.endswith("-*") else ["model", "seed"]
+        if len(before):
+            have, keys = (
+                [
+                    *each.reindex(columns=by)
+                    .astype(object)
+                    .where(lambda x: x.notna(), "")
+                    .itertuples(index=False, name=None)
+                ]
+                for each in (frame, before)
+            )
+            missing = [key not in set(have) and key[:2] not in changed for key in keys]
+            for key in dict.fromkeys(key for key, gone in zip(keys, missing, strict=True) if gone):
+                kept.append(f"{key[0]} seed {key[1]} {key[2] if len(key) == 3 else stem}")
+            frame = pd.concat([part for part in (frame, before[missing]) if len(part)] or [frame], ignore_index=True)
+        return frame.sort_values(by, kind="stable", ignore_index=True) if len(frame) else frame
+
+    results = merged("results-*", results, before)
     if results.empty:
         raise FileNotFoundError(f"no results in {folder}; run the study: make study STUDY={name}")
-    tables = {path.stem.removeprefix("table-") for path in find("table-*.csv")}
-    tables |= {path.stem.removeprefix("table-") for path in published.glob("table-*.csv")} if published else set()
-    tables = {table: read(f"table-{table}", ["model", "seed"]) for table in sorted(tables)}
-    return Values(
-        results=results,
-        history=read("history-*", rows),
-        tables=Values({table: frame for table, frame in tables.items() if len(frame)}),
-        kept=[f"{model} seed {seed} {notebook}" for model, seed, notebook in sorted(kept)],
-    )
+    history = merged("history-*", read("history-*"), read_published("history-*"))
+    tables = {stem for stem in here | there if stem.startswith("table-")}
+    tables = {stem: merged(stem, read(stem), read_published(stem)) for stem in sorted(tables)}
+    tables = {stem.removeprefix("table-"): frame for stem, frame in tables.items() if len(frame)}
+    return Values(results=results, history=history, tables=Values(tables), kept=list(dict.fromkeys(kept)))
+
+
+def _changed_models(results, before):
+    """{(model, seed)} whose dense model in results is another one than in before."""
+    found = {}
+    for frame in (results, before):
+        dense = frame[frame.notebook == "1_train"] if len(frame) else frame
+        for row in dense.itertuples():
+            found.setdefault((row.model, row.seed), []).append((row.params, row.top1))
+    return {
+        key
+        for key, ((params, top1), *others) in found.items()
+        for other in others
+        if other[0] != params or not abs(other[1] - top1) < 0.05  # of percent: another processor rounds otherwise
+    }
 
 
 def figures_folder(name, *, override=None):

@@ -175,10 +175,10 @@ def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
     """Second moments of the loss's gradients by layer outputs: {layer name: float64 [m, m]}, one pass.
 
     With g [m] the gradient of one image's loss by the layer's output at one position: the mean over images of the sum
-    over positions of g g^T. An output error e, if errors at different positions and e and g are independent, costs
-    half of what this matrix makes of E[e e^T] (K-FAC's assumptions, Martens and Grosse 2015): it turns the output
-    errors of all layers into one currency, as budget.ranks needs. layers: as for `grams`. labels, batches, errors: as
-    for `weights`.
+    over positions of g g^T. To second order, half of what this matrix makes of E[e e^T] is what an output error e
+    costs if e is independent of g, and errors or gradients of different positions are uncorrelated (K-FAC's
+    assumptions, Martens and Grosse 2015). They are not: it ranks the errors of different layers well, but is several
+    times below the loss. labels, layers, batches, errors: as for `weights` and `grams`.
     """
     chosen = own_layers(model, layers)
     totals = Grams()

@@ -182,8 +182,9 @@ def _matrix_layer(model, name):
     known = view.linears(EVERY_ROLE) | dict(view.stem)
     if name not in known:
         raise ValueError(f"there is no layer {name!r} to factorise{models.nearest(name, known)}")
-    if not isinstance(known[name], nn.Linear | nn.Conv2d):
-        raise ValueError(f"{name} is a {type(known[name]).__name__} already; factorise plain layers")
+    kind = type(model.get_submodule(name.rpartition(".")[0]) if models.is_factor(model, name) else known[name])
+    if kind not in (nn.Linear, nn.Conv2d):
+        raise ValueError(f"{name} is a {kind.__name__} already, or part of one; factorise plain layers")
     return known[name]
 
 
@@ -340,30 +341,38 @@ class _Fill:
         if mean is None and gram is None:
             return new
         weight = layers.effective_weight(layer).detach()
-        centre = (weight.new_zeros(n) if mean is None else mean).double().to(weight.device)
-        transfer = torch.eye(n, dtype=torch.float64, device=weight.device)[:, columns]  # x ~ transfer x[columns]
+        transfer, centre = self.transfer(mean, gram, columns, like=weight[0])
         if gram is not None:
-            gram = lowrank.damped(gram.to(weight.device), self.damping)
-            transfer = lowrank.regression(gram - centre[:, None] * centre, columns)
             layers.recombine(new, layer, transfer.to(weight.dtype))
         if mean is not None:
             layers.shift(new, (weight.double() @ (centre - transfer @ centre[columns])).to(weight.dtype))
         return new
 
-    def filters(self, name, conv, keep):
-        """Weight [O, kept, k, k] of a convolution that reads only these channels, made up for the others by its gram;
-        it takes up no means: what follows is a batch norm."""
-        weight, gram = conv.weight.detach(), self.grams.get(name)
-        keep = keep.to(weight.device)
-        if gram is None:
-            return weight.index_select(1, keep)
-        size, seen = weight[0, 0].numel(), weight[0].numel()
-        if gram.shape != (seen, seen):
-            raise ValueError(f"the gram of a convolution that sees {seen} values is [{seen}, {seen}]")
+    def filters(self, model, name, keep):
+        """Weight [O, kept, k, k] of a convolution that reads only these channels, made up for the others, and what is
+        lost on average of each output, [O] or None."""
+        weight = model.get_submodule(name).weight.detach()
+        mean, gram, keep = self.means.get(name), self.grams.get(name), keep.to(weight.device)
+        kept, n = weight.index_select(1, keep), weight[0].numel()
+        if (mean is not None and mean.shape != (n,)) or (gram is not None and gram.shape != (n, n)):
+            raise ValueError(f"mean and gram of a convolution that sees {n} values are [{n}] and [{n}, {n}]")
+        if mean is None and gram is None:
+            return kept, None
+        size = weight[0, 0].numel()
         columns = (keep[:, None] * size + torch.arange(size, device=keep.device)).flatten()
-        transfer = lowrank.regression(lowrank.damped(gram.to(weight.device), self.damping), columns)
-        kept = weight.index_select(1, keep)
-        return (weight.flatten(1).double() @ transfer).to(weight.dtype).view_as(kept)
+        transfer, centre = self.transfer(mean, gram, columns, like=weight[0].flatten())
+        flat = weight.flatten(1).double()
+        lost = None if mean is None else (flat @ (centre - transfer @ centre[columns])).to(weight.dtype)
+        return (flat @ transfer).to(weight.dtype).view_as(kept), lost
+
+    def transfer(self, mean, gram, columns, *, like):
+        """transfer [n, kept] and centre [n] with x about transfer (x[columns] - centre[columns]) + centre, float64."""
+        n = len(like)
+        centre = (like.new_zeros(n) if mean is None else mean).double().to(like.device)
+        if gram is None:
+            return torch.eye(n, dtype=torch.float64, device=like.device)[:, columns], centre
+        gram = lowrank.damped(gram.to(like.device), self.damping)
+        return lowrank.regression(gram - centre[:, None] * centre, columns), centre
 
     def constant(self, model, name):
         """What the layer called name gives if all its inputs are gone, [m], or None for nothing."""
@@ -457,15 +466,28 @@ def _put_constant(model, name, reader, fill):
 
 def _cut_filters(model, name, gone, fill):
     """Take filters out of a convolution of the stem, up to the inputs of the next one."""
+    own = f"{name}.1" if isinstance(model.get_submodule(name), layers.FactoredConv2d) else name
     modules = dict(model.patch_embed.named_modules(prefix="patch_embed"))
     names = list(modules)
-    keep = _complement(gone["filters"], modules[name].out_channels)
-    _narrow(model, name, "rows", keep)
-    for later in names[names.index(name) + 1 :]:
+    keep = _complement(gone["filters"], modules[own].out_channels)
+    _narrow(model, own, "rows", keep)
+    for later in names[names.index(own) + 1 :]:
         if isinstance(modules[later], nn.Conv2d):
-            return _narrow(model, later, "columns", keep, fill=fill)
+            _narrow(model, later, "columns", keep, fill=fill)
+            break
         if getattr(modules[later], "weight", None) is not None:
             _narrow(model, later, "channels", keep)
+    _unfactor(model)
+
+
+def _unfactor(model):
+    """Put convolutions back into one whose two parts no longer execute less."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, layers.FactoredConv2d):
+            first, second = module
+            u, v = second.weight.detach().flatten(1), first.weight.detach().flatten(1)
+            if len(v) * (len(u) + v.shape[1]) >= len(u) * v.shape[1]:
+                _put(model, name, layers.merged_conv(module))
 
 
 def _cut_width(model, stage, gone, fill):
@@ -480,6 +502,7 @@ def _cut_width(model, stage, gone, fill):
         if how == "merged":
             how = "columns" if hasattr(thing, "out_features") else "channels"
         _narrow(model, names[id(thing)], how, kept, fill=fill)
+    _unfactor(model)
     _tell_width(model)
 
 
@@ -498,7 +521,9 @@ def _narrow(model, name, how, keep, *, fill=None):
     module = model.get_submodule(name)
     if isinstance(module, nn.Conv2d):
         if how == "columns":
-            return _resize(module, "weight", fill.filters(name, module, keep))
+            weight, lost = fill.filters(model, name, keep)
+            _resize(module, "weight", weight)
+            return None if lost is None else _shift_conv(model, name, lost)
         _resize(module, "weight", module.weight.detach().index_select(0, keep.to(module.weight.device)))
         if module.bias is not None:
             _resize(module, "bias", module.bias.detach()[keep])
@@ -512,6 +537,16 @@ def _narrow(model, name, how, keep, *, fill=None):
         _put(model, name, layers.select(module, rows=keep))
     else:
         _put(model, name, fill.reading(model, name, keep))
+
+
+@torch.no_grad()
+def _shift_conv(model, name, lost):
+    """Give back what a convolution's outputs lost on average, [O]: by its bias, or by the batch norm behind it."""
+    conv, norm = model.get_submodule(name), models.norm_after(model, name)
+    if conv.bias is not None:
+        conv.bias.add_(lost)
+    elif norm is not None:
+        model.get_submodule(norm).running_mean.sub_(lost)
 
 
 def _resize(module, name, tensor):
