@@ -322,6 +322,27 @@ class View:
         but the classifier."""
         return {n: m for n, m in self.stem if not is_factor(self.model, n)} | self.linears()
 
+    @property
+    def segments(self):
+        """{module name: its layers, in forward order}, of the modules that one after the other make the residual
+        stream: the patch embedding, the blocks, and in Swin merging between them; "" stands for the whole model and
+        its classifier. Between the patch embedding and the first block a model may add to the stream."""
+        found = {"patch_embed": [name for name, module in self.stem if not is_factor(self.model, name)]}
+        blocks = {block.name for block in self.blocks}
+        for name, module in self.model.named_modules():
+            if name in blocks or (name.endswith(".downsample") and not isinstance(module, nn.Identity)):
+                found[name] = [layer for layer in self.linears() if layer.startswith(f"{name}.")]
+        return found | {"": self.classifiers}
+
+    def ends_block(self, layer):
+        """(the norm that sees the residual stream before it, factors [width] of its outputs or None) of a layer that
+        writes the last of a block to the stream; None for any other, and where a norm comes between."""
+        block = self.block_of(layer)
+        if block is None or self.writes(block)[1] is not self.model.get_submodule(layer):
+            return None
+        inside = self.model.get_submodule(block.name)
+        return inside.norm2, getattr(getattr(inside, "ls2", None), "gamma", None)
+
     def writes(self, block):
         """Modules whose outputs, scaled by the channel at most, a block adds to the residual stream."""
         inside = self.model.get_submodule(block.name)

@@ -38,9 +38,10 @@ COLORS = sns.color_palette("colorblind").as_hex()
 MARKERS = "os^DvPX"  # fewer than colours: the eleventh series differs from the first
 DENSE = {"color": "0.35", "marker": "_"}
 STAGES = {"dense": "dense", "dense+epochs": "dense, same epochs", "cut": "after the cut"}
-STAGES |= {"compensated": "compensated", "finetuned": "fine-tuned"}
+STAGES |= {"compensated": "compensated", "reconstructed": "reconstructed", "finetuned": "fine-tuned"}
 LINES = {
     "finetuned": {"linestyle": "-"},
+    "reconstructed": {"linestyle": "-.", "markerfacecolor": "white"},
     "compensated": {"linestyle": "--", "markerfacecolor": "white"},
     "cut": {"linestyle": ":", "markerfacecolor": "white"},
 }
@@ -276,7 +277,7 @@ def rank_correlation(table, *, ax=None):
 
 @styled
 def recovery(rows, *, ax=None):
-    """Test top-1 (%) of every cut: after it, compensated and fine-tuned, against lines for the dense model.
+    """Test top-1 (%) of every cut: after it, each step of recovery, against lines for the dense model.
 
     rows: results.csv of one model; bars are means over seeds. Returns the Axes.
     """
@@ -289,8 +290,8 @@ def recovery(rows, *, ax=None):
     ax = ax or plt.subplots(figsize=(max(WIDE[0], 3 + space * len(names)), WIDE[1]))[1]
     top1 = cut.groupby(["name", "stage"]).top1.mean()
     width = 0.8 / len(stages)
-    fills = dict(zip(STAGES, ["", "", "///", "..", ""], strict=True))
-    colors = dict(zip(STAGES, ["0.35", "0.35", "0.85", COLORS[9], COLORS[0]], strict=True))
+    fills = dict(zip(STAGES, ["", "", "///", "..", "xx", ""], strict=True))
+    colors = dict(zip(STAGES, ["0.35", "0.35", "0.85", COLORS[9], COLORS[1], COLORS[0]], strict=True))
     for i, stage in enumerate(stages):
         heights = [top1.get((name, stage), np.nan) for name in names]
         places = np.arange(len(names)) + (i - (len(stages) - 1) / 2) * width

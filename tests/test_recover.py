@@ -1,0 +1,153 @@
+"""recover: least squares against the dense model, by hand and on every architecture."""
+
+import pytest
+import torch
+
+from vitlab import budget, layers, masks, models, prune, recover, scores, shrink
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(2)
+    return [(torch.randn(32, 3, 16, 16, generator=generator), torch.arange(32) % 3) for _ in range(4)]
+
+
+def cut(model, batches, macs=0.75):
+    """A model without units of every kind, factored where it saves most, and what was removed."""
+    kinds = ["heads", "neurons", "filters", "width", "v"]
+    found = scores.units(model, batches, criteria=["fisher"], kinds=kinds)["fisher"]
+    plan = budget.plan(model, found, macs=macs, kinds=kinds, multiple=2)
+    small = shrink.remove(model, plan.drop)
+    matrices = list(models.view(small).matrices)
+    seen = scores.grams(small, batches, layers=matrices)
+    felt = scores.gradient_grams(small, batches, layers=matrices)
+    return shrink.factorise(small, budget.ranks(small, seen, felt, macs=0.8, multiple=1), grams=seen), [plan.drop]
+
+
+@torch.no_grad()
+def gap(model, dense, batches):
+    """Mean squared difference of the logits."""
+    return torch.cat([model(x) - dense(x) for x, _ in batches]).square().mean().item()
+
+
+def inputs(model, name, x):
+    """What goes into a module."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return seen[0].flatten(0, -2)
+
+
+def test_what_was_not_cut_stays_as_it_is(any_model, batches):
+    new = recover.reconstruct(any_model, any_model, batches)
+    x = batches[0][0]
+    torch.testing.assert_close(new(x), any_model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_the_logits_come_nearer_to_those_of_the_dense_model(any_model, batches):
+    small, drops = cut(any_model, batches)
+    before, shapes = gap(small, any_model, batches), {n: p.shape for n, p in small.state_dict().items()}
+    given = {name: tensor.clone() for m in (small, any_model) for name, tensor in m.state_dict().items()}
+    new = recover.reconstruct(small.train(), any_model, batches, drops=drops)
+    assert gap(new.eval(), any_model, batches) < 0.7 * before
+    assert {n: p.shape for n, p in new.state_dict().items()} == shapes
+    assert small.training and not any_model.training and all(p.requires_grad for p in new.parameters())
+    now = {name: tensor for m in (small, any_model) for name, tensor in m.state_dict().items()}
+    assert all(torch.equal(tensor, now[name]) for name, tensor in given.items())  # neither is touched
+    small.eval()
+    assert gap(small, any_model, batches) == pytest.approx(before)
+
+
+def least_squares(x, y):
+    """weight and bias of the affine map from x [N, n] to y [N, m], by torch's own solver in float64."""
+    x = torch.nn.functional.pad(x.double(), (0, 1), value=1)
+    solved = torch.linalg.lstsq(x, y.double()).solution.T
+    return solved[:, :-1], solved[:, -1]
+
+
+def test_fc2_and_classifier_are_least_squares_by_hand(vit, batches):
+    """After the last block lost heads and neurons, fc2 makes up for both and the classifier for what is left."""
+    drop = {("blocks.1", "neurons"): range(0, 64, 3), ("blocks.1", "heads"): [1]}
+    small = shrink.remove(vit, drop)
+    new = recover.reconstruct(small, vit, batches, drops=drop, damping=1e-12)
+    x = torch.cat([x for x, _ in batches])
+    wanted = inputs(vit, "norm", x) - inputs(new, "blocks.1.norm2", x)
+    weight, bias = least_squares(inputs(new, "blocks.1.mlp.fc2", x), wanted)
+    torch.testing.assert_close(new.blocks[1].mlp.fc2.weight.double(), weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(new.blocks[1].mlp.fc2.bias.double(), bias, rtol=1e-3, atol=1e-4)
+    weight, bias = least_squares(inputs(new, "head", x), vit(x).detach())
+    best = inputs(new, "head", x).double() @ weight.T + bias  # a norm ties its outputs together: weights are not unique
+    torch.testing.assert_close(new(x).detach().double(), best, rtol=1e-3, atol=1e-3)
+
+
+def test_a_factored_layer_gets_the_best_map_of_its_rank(vit, batches):
+    """Against torch's own SVD: of least squares onto the dense outputs, the leading directions of the fitted ones."""
+    small = shrink.factorise(vit, {"blocks.0.mlp.fc1": 5})
+    new = recover.reconstruct(small, vit, batches, damping=1e-12)
+    x = torch.cat([x for x, _ in batches])
+    seen = inputs(new, "blocks.0.mlp.fc1", x).double()
+    target = torch.nn.functional.linear(
+        inputs(vit, "blocks.0.mlp.fc1", x).double(), vit.blocks[0].mlp.fc1.weight.double()
+    )
+    seen, target = seen - seen.mean(0), target - target.mean(0)
+    fitted = seen @ torch.linalg.lstsq(seen, target).solution
+    sigma = torch.linalg.svdvals(fitted)
+    best = (target - fitted).square().sum() + sigma[5:].square().sum()
+    layer = new.blocks[0].mlp.fc1
+    assert isinstance(layer, layers.FactoredLinear) and layer.rank == 5
+    assert (target - seen @ layer.weight.double().T).square().sum().item() == pytest.approx(best.item(), rel=1e-4)
+
+
+def test_removed_in_two_steps_as_in_one(model, batches):
+    block = models.view(model).blocks[1].name
+    first = {(block, "neurons"): [3, 5, 8], ("stages.0", "width"): [0, 7]}
+    second = {(block, "neurons"): [0, 3], ("stages.0", "width"): [6], (block, "heads"): [0]}  # once 0, 4 and 8
+    whole = {(block, "neurons"): [0, 3, 4, 5, 8], ("stages.0", "width"): [0, 7, 8], (block, "heads"): [0]}
+    small = shrink.remove(shrink.remove(model, first), second)
+    steps = recover.reconstruct(small, model, batches, drops=[first, second])
+    once = recover.reconstruct(shrink.remove(model, whole), model, batches, drops=whole)
+    x = batches[0][0]
+    assert torch.equal(steps(x), once(x))
+
+
+def test_masked_layers_keep_their_support(model, batches):
+    found = scores.rows(model, batches, criteria=["fisher"])["fisher"]
+    keep = prune.rows_to_masks(model, masks.keep_largest(found, sparsity=0.2, floor=1))
+    single = scores.weights(model, criteria=["magnitude"])["magnitude"]
+    single = masks.keep_largest({name: s for name, s in single.items() if "qkv" not in name}, sparsity=0.6)
+    keep |= {name: mask & keep[name] for name, mask in single.items()}
+    sparse = shrink.refit(model, keep, scores.grams(model, batches))
+    new = recover.reconstruct(sparse, model, batches, keep=keep)
+    parameters = dict(new.named_parameters())
+    assert all((parameters[name][~mask] == 0).all() for name, mask in keep.items())
+    assert any(name.endswith("bias") for name in keep)
+    assert gap(new, model, batches) < 0.7 * gap(sparse, model, batches)
+
+
+def test_layers_that_compute_some_rows_and_blocks_without_layers(vit, batches):
+    drop = {("blocks.0.attn.proj", "rows"): [1, 4], ("blocks.0", "neurons"): range(64), ("stages.0", "width"): [2]}
+    small = shrink.remove(vit, drop)
+    new = recover.reconstruct(small, vit, batches, drops=drop)
+    assert isinstance(new.blocks[0].attn.proj, layers.RowLinear) and isinstance(new.blocks[0].mlp, layers.Constant)
+    assert gap(new, vit, batches) < 0.5 * gap(small, vit, batches)
+    without = shrink.remove(vit, {("blocks.0", "block"): [0]})
+    new = recover.reconstruct(without, vit, batches, drops={("blocks.0", "block"): [0]})
+    assert gap(new, vit, batches) < 0.5 * gap(without, vit, batches)
+
+
+def test_what_does_not_fit_is_said(vit, batches):
+    drop = {("blocks.0", "neurons"): [0, 1]}
+    small = shrink.remove(vit, drop)
+    with pytest.raises(ValueError, match="no batches"):
+        recover.reconstruct(small, vit, [], drops=drop)
+    with pytest.raises(ValueError, match="model has 62 outputs of blocks.0.mlp.fc1, dense without drops 64"):
+        recover.reconstruct(small, vit, batches)
+    with pytest.raises(ValueError, match="model has no outputs of blocks.0.attn.qkv"):
+        recover.reconstruct(shrink.remove(vit, {("blocks.0", "block"): [0]}), vit, batches)
+    thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 5})
+    with pytest.raises(ValueError, match="blocks.0.mlp.fc1 of dense is a FactoredLinear"):
+        recover.reconstruct(thin, thin, batches)
+    with pytest.raises(ValueError, match="not finite"):
+        recover.reconstruct(small, vit, [(batches[0][0] * float("nan"), batches[0][1])], drops=drop)
