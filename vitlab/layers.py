@@ -60,8 +60,7 @@ class FactoredConv2d(nn.Sequential):
     def __init__(self, conv, *, rank):
         if conv.groups != 1 or rank < 1:
             raise ValueError(f"a convolution of {conv.groups} groups at rank {rank}: give one of 1 group and rank >= 1")
-        shape = {k: getattr(conv, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-        like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        shape, like = _conv_options(conv)
         first = nn.Conv2d(conv.in_channels, rank, **shape, bias=False, **like)
         super().__init__(first, nn.Conv2d(rank, conv.out_channels, 1, bias=conv.bias is not None, **like))
 
@@ -265,6 +264,12 @@ def _shape(module):
     return shape | {"out_features": module.out_features, "bias": module.bias is not None}
 
 
+def _conv_options(conv):
+    """How a convolution looks at its inputs, and where its weight is: arguments for another one that does the same."""
+    shape = {k: getattr(conv, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+    return shape, {"device": conv.weight.device, "dtype": conv.weight.dtype}
+
+
 def config(module):
     """JSON-able description of an nn.Linear or a layer of this file, for `build`."""
     return module.config() if isinstance(module, CUT) else _shape(module)
@@ -327,8 +332,7 @@ def factored_conv(conv, u, v):
 def merged_conv(module):
     """The one nn.Conv2d that computes what a FactoredConv2d does."""
     first, second = module
-    shape = {k: getattr(first, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-    like = {"device": first.weight.device, "dtype": first.weight.dtype}
+    shape, like = _conv_options(first)
     new = nn.Conv2d(first.in_channels, second.out_channels, **shape, bias=second.bias is not None, **like)
     new.weight.copy_((second.weight.flatten(1) @ first.weight.flatten(1)).view_as(new.weight))
     if second.bias is not None:

@@ -614,10 +614,8 @@ def _price(m, n, support):
 
 def _plan(m, n, budget, *, method, support, kappa, multiple):
     """Rank and count (of entries, rows or columns) that budget, in weights, pays for; 0, 0 if it is too small."""
-    share = budget / (m * n) * (kappa if method == "svd+iht" else 1)
-    rank = 0 if method == "iht" else lowrank.rank_for(m, n, share, multiple=multiple)
     if method == "svd":
-        return rank, 0
+        return lowrank.rank_for(m, n, budget / (m * n), multiple=multiple), 0
     if pattern := lowrank.neighbours(support):
         few, of = pattern
         if n % of or not 0 < few < of:
@@ -630,6 +628,10 @@ def _plan(m, n, budget, *, method, support, kappa, multiple):
                 f"{support} keeps {few / of:g} of a [{m}, {n}] matrix: give a ratio of {need} {1 - few / of:g}"
             )
         return rank, count
+    rank = 0
+    if method != "iht":
+        share = budget / (m * n) * (kappa if method == "svd+iht" else 1)
+        rank = lowrank.rank_for(m, n, share, multiple=multiple)
     if method == "svd+iht":
         rank = max(rank, 1)
         budget -= rank * (m + n)
