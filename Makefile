@@ -7,7 +7,7 @@ BIN := .venv/bin
 NAME = $(basename $(notdir $(STUDY)))
 DATA = $(or $(VITLAB_DATA),data)
 
-.PHONY: help demo smoke study figures test test-long lab lint install
+.PHONY: help demo smoke study figures test test-long lab lint bench install
 
 help:
 	@echo "make demo                  train, prune and compare two tiny models, in minutes"
@@ -17,6 +17,7 @@ help:
 	@echo "                           MODEL=vit one model of it, SEED=1 another seed, CORES=2, ARGS=-n to see what would run"
 	@echo "make figures STUDY=NAME    its figures and tables again, from the rows there are"
 	@echo "make smoke                 every notebook with next to no training, to see that all of it runs"
+	@echo "make bench                 what the methods cost: score passes, masks of 86 M weights, SVD of a Swin-T"
 	@echo "make lint                  style of code and notebooks"
 
 demo smoke: %: install
@@ -45,6 +46,9 @@ test-long: install
 
 lab: install
 	@$(BIN)/python -m jupyterlab --notebook-dir=. $(ARGS)
+
+bench: install
+	@$(BIN)/python benchmarks/methods.py $(ARGS)
 
 lint: install
 	@$(BIN)/ruff check .

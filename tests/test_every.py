@@ -5,7 +5,7 @@ import torch
 from conftest import OTHERS, toy
 from torch.nn.functional import cross_entropy
 
-from vitlab import budget, checkpoint, cost, masks, models, prune, scores, shrink
+from vitlab import budget, checkpoint, cost, masks, models, prune, recover, scores, shrink
 
 
 def entries(criterion, **options):
@@ -77,6 +77,11 @@ def both(model, batch):
     return ranks(pool(model, batch, 0.8), batch, 0.8)
 
 
+def solved(model, batch):
+    drop = {(models.view(model).blocks[-1].name, "neurons"): range(0, 48, 2)}
+    return recover.reconstruct(ranks(shrink.remove(model, drop), batch, 0.8), model, [batch], drops=drop)
+
+
 def without(kind):
     def change(model, batch):
         block = models.view(model).blocks[-1]
@@ -96,6 +101,7 @@ SMALLER = {  # less MACs are executed
     "pool": pool,
     "ranks": ranks,
     "pool, then ranks": both,
+    "neurons, then ranks, reconstructed": solved,
     "rows": rows_gone,
     **{f"no {kind} in the last block": without(kind) for kind in ("heads", "neurons", "block")},
     "svd": compressed(ratio=0.5, method="svd"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import toy
 
 from vitlab import budget, layers, masks, models, prune, recover, scores, shrink
 
@@ -40,8 +41,10 @@ def inputs(model, name, x):
     return seen[0].flatten(0, -2)
 
 
-def test_what_was_not_cut_stays_as_it_is(any_model, batches):
-    new = recover.reconstruct(any_model, any_model, batches)
+@pytest.mark.parametrize("tokens", [64, 5])
+def test_what_was_not_cut_stays_as_it_is(any_model, batches, tokens):
+    """Also if few positions are looked at: dense and small model must be seen in the same ones."""
+    new = recover.reconstruct(any_model, any_model, batches, tokens=tokens, drops={})
     x = batches[0][0]
     torch.testing.assert_close(new(x), any_model(x), rtol=1e-3, atol=1e-3)
 
@@ -126,8 +129,108 @@ def test_masked_layers_keep_their_support(model, batches):
     assert gap(new, model, batches) < 0.7 * gap(sparse, model, batches)
 
 
+def test_masks_of_rows_computed_alone_and_of_biases(vit, batches):
+    name = "blocks.1.mlp.fc2"
+    drop = {(name, "rows"): [1, 4], ("blocks.1", "heads"): [2]}
+    small = shrink.remove(vit, drop)
+    generator = torch.Generator().manual_seed(0)
+    masked = {f"{name}.kept.weight": torch.rand(30, 64, generator=generator) < 0.5}
+    masked |= {"head.bias": torch.tensor([True, False, True]), "blocks.0.norm1.weight": torch.arange(32) > 0}
+    prune.apply(small, masked)
+    new = recover.reconstruct(small, vit, batches, drops=drop, keep=masked)
+    parameters = dict(new.named_parameters())
+    assert all((parameters[key][~mask] == 0).all() and parameters[key][mask].any() for key, mask in masked.items())
+    assert gap(new, vit, batches) < 0.5 * gap(small, vit, batches)
+    for key, word in [("no.such", "no parameter 'no.such'"), ("blocks.0.mlp.fc1.first.weight", "factored layer")]:
+        thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 5})
+        shape = dict(thin.named_parameters()).get(key, torch.zeros(1)).shape
+        with pytest.raises(ValueError, match=word):
+            recover.reconstruct(thin, vit, batches, keep={key: torch.ones(shape, dtype=torch.bool)})
+
+
+def test_a_row_without_its_bias_goes_through_the_origin(vit, batches):
+    """By hand, the classifier again: the class whose bias is masked is fitted without a constant."""
+    drop = {("blocks.1", "neurons"): range(0, 64, 3)}
+    keep = {"head.bias": torch.tensor([True, False, True])}
+    small = shrink.remove(vit, drop)
+    prune.apply(small, keep)
+    new = recover.reconstruct(small, vit, batches, drops=drop, keep=keep, damping=1e-12)
+    x = torch.cat([x for x, _ in batches])
+    features, wanted = inputs(new, "head", x).double(), vit(x).detach().double()
+    weight, bias = least_squares(features, wanted)
+    best = features @ weight.T + bias
+    best[:, 1] = features @ torch.linalg.lstsq(features, wanted[:, 1:2]).solution[:, 0]
+    torch.testing.assert_close(new(x).detach().double(), best, rtol=1e-3, atol=1e-3)
+
+
+def error_behind(small, dense, batches, name):
+    """Mean squared difference of what comes out of a module."""
+    seen = []
+    for model in (small, dense):
+        handle = model.get_submodule(name).register_forward_hook(lambda *a: seen.append(a[2]))
+        with torch.no_grad():
+            model(torch.cat([x for x, _ in batches]))
+        handle.remove()
+    return (seen[0] - seen[1]).square().mean().item()
+
+
+def test_what_compensation_put_into_a_batch_norm_is_not_counted_twice(vit, batches):
+    shifted = [(x + 2, y) for x, y in batches]
+    first, second = [name for name, _ in models.view(vit).stem][:2]
+    count = models.view(vit).units(["filters"])[first, "filters"]
+    drop, means = {(first, "filters"): range(0, count, 2)}, {}
+    for name in (first, second):
+        layer = vit.get_submodule(name)
+        means[name] = scores.grams(vit, shifted, layers=[name], affine=True)[name][-1, :-1]
+        assert layer.bias is None and models.norm_after(vit, name)
+    small = shrink.remove(vit, drop, means=means)
+    new = recover.reconstruct(small, vit, shifted, drops=drop)
+    norm = models.norm_after(vit, second)
+    assert not torch.equal(small.get_submodule(norm).running_mean, vit.get_submodule(norm).running_mean)
+    assert error_behind(new, vit, shifted, norm) < 0.8 * error_behind(small, vit, shifted, norm)
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.0, 1e-6])
+def test_layer_scale_of_its_own(batches, factor):
+    """The small model's LayerScale differs from dense's: it is written through as it is, and too faint is let be."""
+    dense = toy("conv_vit", embed_dim=24, depth=2, num_heads=3, init_values=0.5)
+    drop = {("blocks.0", "heads"): [1]}
+    small = shrink.remove(dense, drop)
+    with torch.no_grad():
+        small.blocks[0].ls2.gamma.mul_(factor)
+    new = recover.reconstruct(small, dense, batches, drops=drop)
+    largest = [model.blocks[0].mlp.fc2.weight.abs().max() for model in (small, new)]
+    assert 0 < largest[1] < 4 * largest[0]
+    before, after = (error_behind(model, dense, batches, "blocks.0") for model in (small, new))
+    assert after < 0.5 * before if factor == 1.5 else after < 1.01 * before
+    assert gap(new, dense, batches) < 0.5 * gap(small, dense, batches)
+
+
+def test_queries_whole_attention_and_blocks_of_a_swin(swin, batches):
+    first, second = "layers.0.blocks.0", "layers.1.blocks.0"
+    drops = [{(first, "qk"): [0, 8, 16], (second, "block"): [0]}, {("layers.0.blocks.1", "heads"): range(3)}]
+    small = shrink.remove(shrink.remove(swin, drops[0]), drops[1])
+    new = recover.reconstruct(small, swin, batches, drops=drops)
+    assert gap(new, swin, batches) < 0.5 * gap(small, swin, batches)
+
+
+def test_images_that_do_not_vary_and_layers_that_see_too_little(vit, batches):
+    """Rounding must not be blown up to weights, and what is not determined stays."""
+    drop = {("blocks.1", "neurons"): [0, 1]}
+    small = shrink.remove(vit, drop)
+    same = [(torch.ones_like(x), y) for x, y in batches]
+    new = recover.reconstruct(small, vit, same, drops=drop)
+    for name, parameter in new.named_parameters():
+        assert parameter.abs().max() < 10 * small.get_parameter(name).abs().max() + 1, name
+    few = [(x[:15], y[:15]) for x, y in batches[:4]]  # 60 images for 32 features and a classifier's 64 at least
+    new = recover.reconstruct(small, vit, few, drops=drop)
+    assert torch.equal(new.head.weight, small.head.weight)
+    assert not torch.equal(new.blocks[1].mlp.fc2.weight, small.blocks[1].mlp.fc2.weight)
+
+
 def test_layers_that_compute_some_rows_and_blocks_without_layers(vit, batches):
     drop = {("blocks.0.attn.proj", "rows"): [1, 4], ("blocks.0", "neurons"): range(64), ("stages.0", "width"): [2]}
+    drop["blocks.1.mlp.fc2", "rows"] = [0, 9]
     small = shrink.remove(vit, drop)
     new = recover.reconstruct(small, vit, batches, drops=drop)
     assert isinstance(new.blocks[0].attn.proj, layers.RowLinear) and isinstance(new.blocks[0].mlp, layers.Constant)
@@ -144,10 +247,22 @@ def test_what_does_not_fit_is_said(vit, batches):
         recover.reconstruct(small, vit, [], drops=drop)
     with pytest.raises(ValueError, match="model has 62 outputs of blocks.0.mlp.fc1, dense without drops 64"):
         recover.reconstruct(small, vit, batches)
+    without = {("blocks.0", "block"): [0]}
     with pytest.raises(ValueError, match="model has no outputs of blocks.0.attn.qkv"):
-        recover.reconstruct(shrink.remove(vit, {("blocks.0", "block"): [0]}), vit, batches)
+        recover.reconstruct(shrink.remove(vit, without), vit, batches)
+    with pytest.raises(ValueError, match="model has 96 outputs of blocks.0.attn.qkv, dense without drops none"):
+        recover.reconstruct(vit, vit, batches, drops=without)
+    stem = models.view(vit).stem[0][0]
+    with pytest.raises(ValueError, match=f"outputs of {stem}"):
+        recover.reconstruct(shrink.remove(vit, {(stem, "filters"): [0]}), vit, batches)
+    narrow = shrink.factorise(small, {"blocks.0.mlp.fc1": 5})
+    with pytest.raises(ValueError, match="model has 62 outputs"):
+        recover.reconstruct(narrow, vit, batches)
     thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 5})
     with pytest.raises(ValueError, match="blocks.0.mlp.fc1 of dense is a FactoredLinear"):
         recover.reconstruct(thin, thin, batches)
+    vit.train()
     with pytest.raises(ValueError, match="not finite"):
         recover.reconstruct(small, vit, [(batches[0][0] * float("nan"), batches[0][1])], drops=drop)
+    assert vit.training and all(p.requires_grad for p in vit.parameters())
+    assert not any(module._forward_hooks for module in vit.modules())

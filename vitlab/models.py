@@ -328,9 +328,10 @@ class View:
         stream: the patch embedding, the blocks, and in Swin merging between them; "" stands for the whole model and
         its classifier. Between the patch embedding and the first block a model may add to the stream."""
         found = {"patch_embed": [name for name, module in self.stem if not is_factor(self.model, name)]}
+        merging = (swin_transformer.PatchMerging, swin_transformer_v2.PatchMerging)
         blocks = {block.name for block in self.blocks}
         for name, module in self.model.named_modules():
-            if name in blocks or (name.endswith(".downsample") and not isinstance(module, nn.Identity)):
+            if name in blocks or isinstance(module, merging):
                 found[name] = [layer for layer in self.linears() if layer.startswith(f"{name}.")]
         return found | {"": self.classifiers}
 
