@@ -240,7 +240,7 @@ def regression(gram, columns):
 
 def _checked(weight, gram):
     """weight and gram as float64, or ValueError for shapes and values that no layer has."""
-    if weight.ndim != 2 or not weight.isfinite().all():
+    if weight.ndim != 2 or not weight.sum(dtype=torch.float64).isfinite():  # in double precision no sum overflows
         raise ValueError(f"weight must be a matrix [m, n] without NaN and inf; got one of {list(weight.shape)}")
     n = weight.shape[1]
     if gram is None:
