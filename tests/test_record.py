@@ -292,6 +292,16 @@ def run(published):
     return lab
 
 
+def test_timings_of_other_methods_stay(run, published):
+    """6_efficiency times what several notebooks left: run again after one of them, it replaces that one's rows only."""
+    run.save_rows("6_efficiency", [ROW | {"method": word, "latency_ms": 1.0} for word in ("svd", "pool", "dense")])
+    publish(published, run.read())
+    run.save_rows("6_efficiency", [ROW | {"method": word, "latency_ms": 2.0} for word in ("pool", "dense")])
+    found = record.read_study("demo").results
+    found = found[(found.model == "vit") & (found.notebook == "6_efficiency")]
+    assert found.set_index("method").latency_ms.to_dict() == {"pool": 2.0, "dense": 2.0, "svd": 1.0}
+
+
 def test_what_was_not_run_here_comes_from_the_figures(run, published):
     """Rows of another notebook, seed or model stay; those measured anew, and unknown models and seeds, do not."""
     publish(published, run.read())

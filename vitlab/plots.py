@@ -211,8 +211,9 @@ def tradeoff(rows, x="macs", *, ax=None):
     rows = rows[rows[x].notna() & rows.top1.notna() & rows.stage.isin(["dense", "dense+epochs", "finetuned"])]
     if rows.empty:
         raise ValueError(f"no fine-tuned or dense row has {x}; it is measured in 6_efficiency")
-    ax = ax or plt.subplots(figsize=WIDE)[1]
     rows = rows.assign(series=series(rows))
+    height = max(WIDE[1], 0.8 + 0.25 * rows.series.nunique())  # inches: as many lines are in the legend
+    ax = ax or plt.subplots(figsize=(WIDE[0], height))[1]
     keys = ["series", "target", "stage"]
     points = rows.groupby(keys, dropna=False, sort=False)[[x, "top1"]].mean().reset_index()
     label, factor = AXES[x]

@@ -371,8 +371,8 @@ def read_study(name, *, override=None):
     """All that the runs of a study have saved, over models and seeds.
 
     What a run has not saved here but the study's folder of figures holds, as in a fresh clone, is taken from there:
-    results and histories by model, seed and notebook, other tables by model and seed, unless the dense model of that
-    run is another one here.
+    results and histories by model, seed and notebook (timings of 6_efficiency by method, too, as they are of what
+    several notebooks left), other tables by model and seed, unless the dense model of that run is another one here.
     Returns Values with the frames `results` and `history`, and `tables`, frames by name; `kept` names what came from
     the figures. Raises FileNotFoundError if there are no results yet.
     """
@@ -404,19 +404,18 @@ def read_study(name, *, override=None):
 
     def merged(stem, frame, before):
         by = ["model", "seed", "notebook"] if stem.endswith("-*") else ["model", "seed"]
+
+        def keys_of(rows):
+            timed = rows.reindex(columns=["notebook"]).notebook == "6_efficiency"
+            rows = rows.reindex(columns=[*by, "method"]).astype(object)
+            rows["method"] = rows.method.where(timed)
+            return list(rows.where(rows.notna(), "").itertuples(index=False, name=None))
+
         if len(before):
-            have, keys = (
-                [
-                    *each.reindex(columns=by)
-                    .astype(object)
-                    .where(lambda x: x.notna(), "")
-                    .itertuples(index=False, name=None)
-                ]
-                for each in (frame, before)
-            )
-            missing = [key not in set(have) and key[:2] not in changed for key in keys]
+            have, keys = set(keys_of(frame)), keys_of(before)
+            missing = [key not in have and key[:2] not in changed for key in keys]
             for key in dict.fromkeys(key for key, gone in zip(keys, missing, strict=True) if gone):
-                kept.append(f"{key[0]} seed {key[1]} {key[2] if len(key) == 3 else stem}")
+                kept.append(f"{key[0]} seed {key[1]} {key[2] if len(by) == 3 else stem}")
             frame = pd.concat([part for part in (frame, before[missing]) if len(part)] or [frame], ignore_index=True)
         return frame.sort_values(by, kind="stable", ignore_index=True) if len(frame) else frame
 
