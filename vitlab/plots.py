@@ -54,6 +54,7 @@ AXES = {  # column: (label with unit, factor to it)
     "bytes_disk": ("size on disk (MB)", 1e-6),
     "bytes_memory": ("weights in memory (MB)", 1e-6),
     "latency_ms": ("latency of one batch (ms)", 1),
+    "relative_latency": ("latency of one batch, as a share of the dense model's", 1),
     "images_per_s": ("images per second", 1),
     "memory_mb": ("peak memory (MB)", 1),
 }
@@ -203,7 +204,8 @@ def tradeoff(rows, x="macs", *, ax=None):
     """Test top-1 (%) over a cost, one colour and marker per series; a line joins the points no other beats.
 
     rows: results.csv of one model, masked models included (they stand where their dense tensors put them).
-    x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms or memory_mb. Returns the Axes.
+    x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
+    relative_latency (the caller's 1 / speedup: of rows of several sessions). Returns the Axes.
     Raises ValueError for another column or where no row has it.
     """
     if x not in AXES or x not in rows:
