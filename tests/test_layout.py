@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "shrink": "attention models layers lowrank cost",
     "budget": "models scores shrink lowrank cost",
     "sensitivity": "models masks scores",
-    "recover": "models layers lowrank scores shrink",
+    "recover": "models layers lowrank prune scores shrink",
     "train": "cost evaluate prune record",
     "evaluate": "cost",
     "cost": "models layers",

@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import nn
 
-from . import layers, lowrank, models, scores, shrink
+from . import layers, lowrank, models, prune, scores, shrink
 
 LEAST_FACTOR = 0.01  # of LayerScale, below which a channel of a branch is too faint to carry corrections
 
@@ -107,10 +107,8 @@ def _inner(layer):
 
 def _checked_masks(model, keep):
     """keep on the model's device, or ValueError for a mask that does not fit or lies in a factored layer."""
-    known, thin = dict(model.named_parameters()), layers.FactoredLinear | layers.FactoredConv2d
-    for name, mask in keep.items():
-        if name not in known or mask.shape != known[name].shape:
-            raise ValueError(f"no parameter {name!r} of shape {list(mask.shape)}{models.nearest(name, known)}")
+    known, thin = prune.parameters_of(model, keep), layers.FactoredLinear | layers.FactoredConv2d
+    for name in keep:
         path = name.split(".")
         if any(isinstance(model.get_submodule(".".join(path[:i])), thin) for i in range(1, len(path))):
             raise ValueError(f"{name} lies in a factored layer, whose parts are solved for whole: mask plain layers")
