@@ -3,9 +3,9 @@
     python benchmarks/methods.py [--rounds 7] [--threads 1] [--only passes masks svd]
 
 Passes and SVD run interleaved in one process, in a new random order each round, and ratios are taken within rounds:
-medians and quartiles. Masks run one after the other, in processes of their own, for their memory. Random images and labels;
-the committed CIFAR-10 models, and timm's larger ones with random weights. Writes benchmarks/methods.csv,
-which git ignores.
+medians and quartiles. Masks run one after the other, in processes of their own, for their memory. Random images and
+labels; the committed CIFAR-10 models, and timm's larger ones with random weights. Writes benchmarks/methods.csv, which
+git ignores.
 """
 
 import argparse

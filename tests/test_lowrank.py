@@ -35,6 +35,17 @@ def test_svd_is_torchs_optimum(m, n, share):
     assert falls(u.norm(dim=0).tolist())
 
 
+@pytest.mark.parametrize("m, n", [(48, 40), (40, 48)])
+@pytest.mark.parametrize("fall", [0, 1, 3, 6])  # decades from the first singular value to the last
+@pytest.mark.parametrize("size", [1e-18, 1, 1e18])
+def test_single_precision_serves_only_where_it_costs_nothing(m, n, fall, size):
+    left, right = (torch.linalg.qr(torch.randn(k, 40, dtype=torch.float64)).Q for k in (m, n))
+    weight = (left * torch.logspace(0, -fall, 40, dtype=torch.float64) @ right.T * size).float()
+    cut = torch.linalg.svdvals(weight.double())[20:].square().sum().item()
+    factors = lowrank._truncate(weight.double(), 20, None, None, single=True)
+    assert cut == pytest.approx(lowrank.objective(weight.double(), torch.matmul(*factors)), rel=1e-7)
+
+
 @pytest.mark.parametrize("m, n", SHAPES)
 @pytest.mark.parametrize("share", [0.2, 0.5, 1])
 def test_whitened_svd_loses_the_singular_values_it_cuts(m, n, share):

@@ -70,7 +70,8 @@ def svd(weight, rank, *, gram=None):
     """
     _check_rank(weight, rank)
     double, gram = _checked(weight, gram)
-    u, v = _truncate(double, rank, gram, _root(double, gram))
+    single = gram is None and weight.dtype != torch.float64
+    u, v = _truncate(double, rank, gram, _root(double, gram), single=single)
     return u.to(weight.dtype), v.to(weight.dtype)
 
 
@@ -299,18 +300,34 @@ def _root(weight, gram, damping=1e-9):
     return vectors * values.sqrt(), vectors / values.sqrt()
 
 
-def _truncate(weight, rank, gram, root):
-    """u, v of the best approximation of that rank in the norm of gram, by the leading singular vectors of W S."""
+def _truncate(weight, rank, gram, root, *, single=False):
+    """u, v of the best approximation of that rank in the norm of gram, by the leading singular vectors of W S.
+
+    single: vectors in single precision will do.
+    """
     if len(weight) <= weight.shape[1]:  # left vectors: no inverse of S is needed
         seen = weight if gram is None else weight @ gram
-        left = torch.linalg.eigh(seen @ weight.T).eigenvectors[:, -rank:]
+        left = _leading(seen @ weight.T, rank, single)
         u, v = left, left.T @ weight
     else:
         seen = weight if root is None else weight @ root[0]
-        right = torch.linalg.eigh(seen.T @ seen).eigenvectors[:, -rank:]
+        right = _leading(seen.T @ seen, rank, single)
         u, v = seen @ right, right.T if root is None else right.T @ root[1].T
     ratio = (v.norm(dim=1) / u.norm(dim=0).clamp_min(1e-150)).clamp_min(1e-150).sqrt()
     return (u * ratio).flip(1), (v / ratio[:, None]).flip(0)  # largest first
+
+
+def _leading(square, rank, single):
+    """Eigenvectors [n, rank] of the largest eigenvalues of a symmetric matrix, rising.
+
+    In single precision, in half the time, if asked and if what is cut outweighs the largest eigenvalue: what vectors
+    lose by rounding is of second order then, within 1e-6 of what is cut.
+    """
+    if single:
+        values, vectors = torch.linalg.eigh((square / square.diagonal().mean().clamp_min(1e-300)).float())
+        if values[:-rank].sum() > values[-1]:
+            return vectors[:, -rank:].double()
+    return torch.linalg.eigh(square).eigenvectors[:, -rank:]
 
 
 def _iht(weight, gram, count, *, support, steps, tolerance):
