@@ -1,11 +1,12 @@
-"""What the methods themselves cost: passes for scores, masks of 86 M weights, factorising a Swin-T, reconstruction.
+"""What the methods themselves cost: passes for scores, reconstruction, masks of 86 M weights, factorising a Swin-T,
+checkpoints of a masked ViT-B.
 
-    python benchmarks/methods.py [--rounds 7] [--threads 1] [--only passes masks svd]
+    python benchmarks/methods.py [--rounds 7] [--threads 1] [--only passes masks svd files]
 
-Passes and SVD run interleaved in one process, in a new random order each round, and ratios are taken within rounds:
-medians and quartiles. Masks run one after the other, in processes of their own, for their memory. Random images and
-labels; the committed CIFAR-10 models, and timm's larger ones with random weights. Writes benchmarks/methods.csv, which
-git ignores.
+Passes, SVD and files run interleaved in one process, in a new random order each round, and ratios are taken within
+rounds: medians and quartiles. Masks run one after the other, in processes of their own, for their memory. Random images
+and labels; the committed CIFAR-10 models, and timm's larger ones with random weights. Writes benchmarks/methods.csv,
+which git ignores.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import random
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import pandas as pd
 import torch
 from torch.nn.utils import prune as torch_prune
 
-from vitlab import budget, checkpoint, cost, lowrank, masks, models, recover, scores, shrink
+from vitlab import budget, checkpoint, cost, lowrank, masks, models, prune, recover, scores, shrink
 
 HERE = Path(__file__).resolve().parent
 GRADIENTS = {  # every criterion that needs a backward pass
@@ -114,6 +116,22 @@ def svd(rounds):
     return rows
 
 
+def files(rounds):
+    """Checkpoints of a ViT-B, dense and with 90 % of its linear weights masked: bytes, and time to load."""
+    model, rows = models.create("vit_base_patch16_224", num_classes=10), []
+    weights = {f"{name}.weight": layer.weight for name, layer in models.view(model).linears().items()}
+    keep = masks.keep_largest({name: weight.detach().abs() for name, weight in weights.items()}, sparsity=0.9)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(model, f"{folder}/dense")
+        prune.apply(model, keep)
+        checkpoint.save(model, f"{folder}/masked", masks=keep)
+        calls = {f"load {name}": lambda name=name: checkpoint.load(f"{folder}/{name}") for name in ("dense", "masked")}
+        rows = told("checkpoints of ViT-B, 90 % of linear weights zero", interleaved(calls, rounds), "load dense")
+        size = [sum(p.stat().st_size for p in Path(folder, name).iterdir()) for name in ("dense", "masked")]
+    rows[-1]["note"] = f"{size[1] / 1e6:.1f} of {size[0] / 1e6:.1f} MB, a share of {size[1] / size[0]:.3f}"
+    return rows
+
+
 def mask_calls():
     """{name: a call on {name: scores} that returns what it stores}."""
 
@@ -171,7 +189,7 @@ def mask(rounds):
     return [line | {"against": lines[-1]["what"], "ratio": line["seconds"] / first} for line in lines]
 
 
-CASES = {"passes": passes, "masks": mask, "svd": svd}
+CASES = {"passes": passes, "masks": mask, "svd": svd, "files": files}
 
 
 def main():

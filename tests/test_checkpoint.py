@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from vitlab import checkpoint, cost, models, shrink
+from vitlab import checkpoint, cost, masks, models, prune, shrink
 
 
 def cut(model):
@@ -96,7 +96,7 @@ def test_the_record_says_what_it_is(vit, tmp_path):
     written = checkpoint.save(vit, tmp_path, extra={"top1": 84.25})
     record = checkpoint.read(tmp_path)
     assert record == written == json.loads((tmp_path / "model.json").read_text())
-    assert record["format"] == 1 and record["extra"] == {"top1": 84.25}
+    assert record["format"] == 2 and record["extra"] == {"top1": 84.25}
     assert record["recipe"] == vit.recipe and record["recipe"]["name"] == "conv_vit"
     digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert record["sha256"]["model.safetensors"] == digest
@@ -172,6 +172,68 @@ def test_masks_come_back_exactly(vit, shapes, tmp_path):
     assert checkpoint.load_masks(tmp_path) == {} and not (tmp_path / "masks.safetensors").exists()
 
 
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize("sparsity", [0.9, 0.5, 0.01])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_weights_and_masks_come_back_whether_applied_or_not(model, batch, applied, sparsity, dtype, tmp_path):
+    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
+    keep = masks.keep_largest({name: p.abs() for name, p in weights.items()}, sparsity=sparsity)
+    kept = next(name for name, mask in keep.items() if 0 < mask.sum() < mask.numel())
+    if applied:
+        prune.apply(model, keep)
+        with torch.no_grad():
+            weights[kept].masked_fill_(weights[kept] == weights[kept][keep[kept]][0], 0)  # zero, and in its mask
+    if dtype is not None:
+        model = model.to(dtype).float()
+    record = checkpoint.save(model, tmp_path, masks=keep, dtype=dtype)
+    back, found = checkpoint.load(tmp_path), checkpoint.load_masks(tmp_path)
+    assert same(model, back) and torch.equal(model(batch[0]), back(batch[0]))
+    assert found.keys() == keep.keys() and all(torch.equal(found[name], keep[name]) for name in keep)
+    if applied:  # what is packed holds its mask, and is not stored twice
+        apart = tmp_path / "masks.safetensors"
+        assert not set(record["packed"]) & set(safetensors.torch.load_file(apart) if apart.exists() else {})
+        assert record["packed"] or sparsity == 0.01
+
+
+def test_ninety_percent_zeros_take_at_most_fourteen_percent_of_the_bytes(tmp_path):
+    model = models.create("vit_small_patch16_224", num_classes=10, depth=2)
+    weights = {name: p.abs() for name, p in model.named_parameters() if p.ndim == 2}
+    keep = masks.keep_largest(weights, sparsity=0.9)
+    checkpoint.save(model, tmp_path / "dense")
+    dense = cost.bytes_disk(model, folder=tmp_path / "dense")
+    prune.apply(model, keep)
+    checkpoint.save(model, tmp_path / "masked", masks=keep)
+    files = sum(path.stat().st_size for path in (tmp_path / "masked").glob("*.safetensors"))
+    rest = 4 * sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in keep)
+    assert files - rest < 0.135 * (dense - rest)  # 0.1 of the values and a 32nd for the bits
+    assert files == cost.bytes_disk(model, folder=tmp_path / "masked") == cost.bytes_disk(model)
+    checkpoint.save(model, tmp_path / "half", masks=keep, dtype=torch.float16)
+    assert cost.bytes_disk(model, folder=tmp_path / "half") < 0.7 * files
+
+
+def test_checkpoints_of_the_first_format_are_read(vit, tmp_path):
+    for buffer in vit.buffers():
+        buffer.add_(1)  # without zeros
+    record = checkpoint.save(vit, tmp_path)
+    assert record.pop("packed") == {}  # in that format nothing was
+    (tmp_path / "model.json").write_text(json.dumps(record | {"format": 1}))
+    assert same(vit, checkpoint.load(tmp_path)) and checkpoint.load_masks(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "shape, reason",
+    [([3, 64], r"needs 24 bytes of bits; got 12"), ([4, 24], r"head.weight is \[3, 32\] by the record and \[4, 24\]")],
+)
+def test_bits_that_do_not_belong_to_their_record(vit, shape, reason, tmp_path):
+    with torch.no_grad():
+        vit.head.weight.zero_()
+    record = checkpoint.save(vit, tmp_path)
+    assert record["packed"]["head.weight"] == [3, 32]
+    altered(tmp_path, packed=record["packed"] | {"head.weight": shape})
+    with pytest.raises(ValueError, match=reason):
+        checkpoint.load(tmp_path)
+
+
 def test_parameters_that_share_memory_are_stored_apart(vit, tmp_path):
     whole = torch.randn(4, 32)
     vit.head.weight = torch.nn.Parameter(whole[:3])  # a view of a larger tensor
@@ -213,7 +275,7 @@ def test_an_altered_architecture(vit, tmp_path):
 def test_another_format(vit, tmp_path):
     checkpoint.save(vit, tmp_path)
     altered(tmp_path, format=99)
-    with pytest.raises(ValueError, match="has format 99, this vitlab .* reads format 1"):
+    with pytest.raises(ValueError, match="has format 99, this vitlab .* reads up to format 2"):
         checkpoint.load(tmp_path)
 
 

@@ -1,25 +1,25 @@
 """Checkpoints: any model, pruned or not, as safetensors and a JSON record from which it is built again.
 
-A checkpoint is a folder with `model.safetensors`, `model.json` and, where masks were given,
-`masks.safetensors`. Nothing is pickled, and loading needs nothing but the folder.
+A checkpoint is a folder with `model.safetensors`, `model.json` and, where masks were given that the weights do not
+follow, `masks.safetensors`. Tensors with many zeros are stored without them (`packed`). Nothing is pickled, and
+loading needs nothing but the folder.
 """
 
 import contextlib
 import hashlib
 import json
-import math
 import os
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
 
-from . import models, shrink
+from . import models, packed, shrink
 
-FORMAT = 1
+FORMAT = 2
+READS = (1, 2)  # 1: nothing packed
 RECORD, WEIGHTS, MASKS = "model.json", "model.safetensors", "masks.safetensors"
 
 
@@ -28,7 +28,8 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
 
     extra: JSON-able values of the caller's, such as test top1. dtype: stores floating-point tensors so
     (torch.float16), whatever the model holds; they come back in the model's own dtype. masks: {parameter:
-    bool tensor}, stored as bits for `load_masks`; the weights are stored as they are, zeros too.
+    bool tensor}, stored as bits for `load_masks`. Weights come back as they are, whether masks were applied or not;
+    where they were, the bits serve both, and at 90 % zeros a float32 file has 13 % of its size.
 
     A save that fails or is killed leaves the older checkpoint as it was: all files are written beside the old
     ones, then the record moves into place, then the files that it names by their hash.
@@ -38,15 +39,18 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     if not hasattr(model, "recipe"):
         raise ValueError(f"{type(model).__name__} has no recipe to build it again: make it by models.create")
     folder, masks = Path(folder), masks or {}
-    files = {WEIGHTS: safetensors.torch.save(_tensors(model, dtype))}
-    if masks:
-        packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in masks.items()}
-        files[MASKS] = safetensors.torch.save(packed)
+    stored, shapes = packed.pack(_tensors(model, dtype), masks)
+    files = {WEIGHTS: safetensors.torch.save(stored)}
+    bits = {name: packed.from_mask(mask) for name, mask in masks.items()}
+    apart = {name: each for name, each in bits.items() if not _same_bits(stored.get(name + packed.BITS), each)}
+    if apart:
+        files[MASKS] = safetensors.torch.save(apart)
     record = {
         "format": FORMAT,
         "vitlab": version("vitlab"),
         "recipe": model.recipe,
         "structure": shrink.structure(model),
+        "packed": shapes,
         "masks": {name: list(mask.shape) for name, mask in masks.items()},
         "extra": extra or {},
     }
@@ -61,6 +65,10 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
             "this one a folder that you may write to"
         ) from error
     return json.loads(files[RECORD])  # as it will be read
+
+
+def _same_bits(one, other):
+    return one is not None and torch.equal(one, other)
 
 
 def _write(folder, files):
@@ -123,7 +131,7 @@ def _tensors(model, dtype):
 def read(folder):
     """The record of the checkpoint in folder, a dict, if its files are those that it was saved with.
 
-    Keys: format, vitlab (version), recipe, structure, masks ({parameter: shape}), extra, sha256.
+    Keys: format, vitlab (version), recipe, structure, packed and masks ({parameter: shape}), extra, sha256.
     Raises FileNotFoundError for a missing folder or file, ValueError for a record that is broken, altered or
     of another format, and for files that were altered or cut short since.
     """
@@ -134,12 +142,12 @@ def read(folder):
     try:
         record = json.loads((folder / RECORD).read_text())
         written = record["format"]
-        altered = written == FORMAT and record["sha256"]["architecture"] != _architecture(record)
+        altered = written in READS and record["sha256"]["architecture"] != _architecture(record)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / RECORD} is no checkpoint's record: {error!r}; save it again") from error
-    if written != FORMAT:
+    if written not in READS:
         raise ValueError(
-            f"{folder / RECORD} has format {written}, this vitlab ({version('vitlab')}) reads format "
+            f"{folder / RECORD} has format {written}, this vitlab ({version('vitlab')}) reads up to format "
             f"{FORMAT}: install the version that wrote it ({record.get('vitlab')}) or save it again"
         )
     if altered:
@@ -166,7 +174,11 @@ def load(folder, *, device="cpu"):
     record = read(folder)
     with torch.random.fork_rng(devices=[]):
         model = shrink.rebuild(_create(record["recipe"]), record["structure"])
-    tensors = safetensors.torch.load_file(Path(folder) / WEIGHTS)
+    stored = safetensors.torch.load_file(Path(folder) / WEIGHTS)
+    try:
+        tensors = packed.unpack(stored, record.get("packed", {}))
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / WEIGHTS} and its record do not belong together: {error}") from error
     built, stored = ({k: list(t.shape) for k, t in state.items()} for state in (model.state_dict(), tensors))
     wrong = [name for name in built | stored if built.get(name) != stored.get(name)]
     if wrong:
@@ -197,9 +209,10 @@ def _create(recipe):
 
 def load_masks(folder):
     """{parameter: bool tensor} as given to `save`, {} if none were. Raises what `read` raises."""
-    shapes = read(folder)["masks"]
-    packed = safetensors.torch.load_file(Path(folder) / MASKS) if shapes else {}
-    return {
-        name: torch.from_numpy(np.unpackbits(packed[name].numpy(), count=math.prod(shape))).bool().view(shape)
-        for name, shape in shapes.items()
-    }
+    record, stored = read(folder), {}
+    if record["masks"]:
+        bits = safetensors.torch.load_file(Path(folder) / WEIGHTS)
+        stored = {name.removesuffix(packed.BITS): each for name, each in bits.items() if name.endswith(packed.BITS)}
+    if MASKS in record["sha256"]:
+        stored |= safetensors.torch.load_file(Path(folder) / MASKS)
+    return {name: packed.to_mask(stored[name], shape, name) for name, shape in record["masks"].items()}

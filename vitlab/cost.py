@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import layers, models
+from . import layers, models, packed
 
 ROLES = ("qkv", "proj", "fc1", "fc2", "merge", "head")
 
@@ -203,10 +203,12 @@ def bytes_memory(model):
 
 
 def bytes_disk(model, *, folder=None):
-    """Bytes of the weights on disk: of the checkpoint in folder, or of model as checkpoint.save writes it."""
+    """Bytes of the weights on disk: of the checkpoint in folder, or of model as checkpoint.save writes it in float32,
+    zeros left out where that is smaller."""
     if folder is not None:
         return (Path(folder) / "model.safetensors").stat().st_size
-    return len(safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()}))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return len(safetensors.torch.save(packed.pack(tensors)[0]))
 
 
 def summary(model, *, image_size=None, folder=None):
