@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "cost": "models layers packed",
     "bench": "cost checkpoint",
     "packed": "",
+    "export": "cost",
     "checkpoint": "models packed shrink",
     "record": "",
     "plots": "record",
