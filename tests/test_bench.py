@@ -1,12 +1,13 @@
 """Benchmarks: structure, pairing and a process of its own. Times themselves are never asserted."""
 
+import copy
 import subprocess
 
 import pandas as pd
 import pytest
 import torch
 
-from vitlab import bench, checkpoint, models
+from vitlab import bench, checkpoint, cost, masks, models, prune, shrink
 
 
 def test_one_row_per_model(vit, swin):
@@ -77,6 +78,10 @@ def test_bad_input(vit):
         bench.latency({})
     with pytest.raises(ValueError, match="unknown precision 'fp16'; known are float32, bf16"):
         bench.latency({"vit": vit}, precision="fp16")
+    with pytest.raises(ValueError, match="unknown runtime 'jit'; known are eager, compiled, onnxruntime"):
+        bench.Setting(vit, "jit")
+    with pytest.raises(ValueError, match="onnxruntime has no bf16 on a CPU"):
+        bench.Setting(vit, "onnxruntime", "bf16")
     with pytest.raises(ValueError, match="built for 16 x 16 pixels and cannot run at 32"):
         bench.latency({"vit": vit}, image_size=32)
 
@@ -86,3 +91,77 @@ def test_each_model_at_its_own_size():
     sizes[32] = models.create("conv_vit", num_classes=3, depth=1, embed_dim=32)
     table = bench.latency({str(size): model for size, model in sizes.items()}, batch=1, repeats=3)
     assert table.image_size.tolist() == [16, 32]
+
+
+def test_settings_side_by_side(vit):
+    settings = {"dense": vit, "half": bench.Setting(vit, precision="bf16")}
+    settings["exported"] = bench.Setting(vit, "onnxruntime")
+    table = bench.latency(settings, batch=[1, 3], repeats=3, warmup=1)
+    assert table.model.tolist() == 2 * list(settings) and table.batch.tolist() == [1] * 3 + [3] * 3
+    assert table.runtime.tolist() == 2 * ["eager", "eager", "onnxruntime"]
+    assert table.precision.tolist() == 2 * ["float32", "bf16", "float32"]
+    assert table.speedup[table.model == "dense"].tolist() == [1, 1]
+    assert (table.images_per_s * table.image_ms).tolist() == pytest.approx([1000] * 6)
+
+
+@pytest.mark.long
+def test_a_compiled_model(vit):
+    table = bench.latency({"dense": vit, "compiled": bench.Setting(vit, "compiled")}, batch=[1, 2], repeats=3)
+    assert table.runtime.tolist() == 2 * ["eager", "compiled"]
+    assert "_orig_mod" not in "".join(dict(vit.named_parameters()))  # a copy was compiled
+
+
+def test_traffic_by_hand():
+    layer, x = torch.nn.Linear(3, 5), torch.randn(2, 3)
+    with torch.no_grad(), bench.Traffic() as traffic:
+        torch.relu(layer(x)).view(10)
+    # the product reads x, weight and bias and writes [2, 5]; relu reads and writes it; the view is free
+    assert traffic.operations == 2
+    assert traffic.bytes == 4 * (6 + 15 + 5 + 10) + 4 * (10 + 10)
+
+
+def test_bounds_by_hand(vit, monkeypatch):
+    weights = {f"{name}.weight": layer.weight for name, layer in models.view(vit).linears().items()}
+    half = shrink.remove(vit, {("blocks.0", "neurons"): range(20), ("blocks.1", "neurons"): range(20)})
+    keep = masks.keep_largest({name: weight.detach().abs() for name, weight in weights.items()}, sparsity=0.5)
+    masked = copy.deepcopy(vit)
+    prune.apply(masked, keep)
+    found = {"macs_per_s": 1e9, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, 2e9)}
+    monkeypatch.setattr(bench, "ceilings", lambda *_: found)
+    named = {"dense": vit, "masked": masked, "half": half}
+    times = pd.DataFrame({"model": list(named), "latency_ms": 4.0, "speedup": [1, 1, 1.5], "batch": 2})
+    times = times.assign(threads=1, runtime="eager", precision="float32", device="cpu")
+    table = bench.bounds(named, times).set_index("model")
+    macs = {name: cost.macs(model) for name, model in named.items()}
+    assert table.batch_macs.to_dict() == {name: 2 * count for name, count in macs.items()}
+    assert table.compute_ms.tolist() == pytest.approx([2 * count / 1e6 for count in macs.values()])
+    assert table.memory_ms.tolist() == pytest.approx((table.batch_bytes / 2e6).tolist())
+    assert table.launch_ms.tolist() == pytest.approx((table.operations / 1e3).tolist())
+    least = table[["compute_ms", "memory_ms", "launch_ms"]]
+    assert table.bound.tolist() == least.idxmax(axis=1).str.removesuffix("_ms").tolist()
+    assert table.reached.tolist() == pytest.approx((least.max(axis=1) / 4).tolist())
+    assert table.promised.tolist() == pytest.approx([1, 1, macs["dense"] / macs["half"]])
+    assert table.achieved["half"] == pytest.approx(1.5 * macs["half"] / macs["dense"])
+    assert table.note.tolist() == ["", "unstructured zeros in dense tensors: no gain expected", ""]
+
+
+def test_ceilings_are_measured_once():
+    found = bench.ceilings("cpu", "float32", 1)
+    assert found["macs_per_s"] > 0 and found["launch_s"] > 0 and list(found["bytes_per_s"]) == list(bench.SIZES)
+    assert bench.ceilings("cpu", "float32", 1) is found
+
+
+def test_rank_speed_covers_every_layer(any_model):
+    table = bench.rank_speed(any_model, batch=2, multiple=4, steps=2, repeats=1, seconds=0)
+    assert set(table.layer) <= set(models.view(any_model).matrices)
+    assert (table["rank"] < table.break_even).all() and (table.speedup > 0).all()
+    for name, own in table.groupby("layer"):
+        m, n = any_model.get_submodule(name).weight.flatten(1).shape
+        assert (own.break_even == m * n / (m + n)).all()
+        assert own.promised.tolist() == pytest.approx((m * n / (own["rank"] * (m + n))).tolist())
+    assert not any(layer._forward_pre_hooks for layer in any_model.modules())
+
+
+def test_break_even_ends_at_the_first_rank_that_is_no_faster():
+    columns = {"layer": list("aaabbb"), "rank": [8, 16, 24, 24, 8, 16], "speedup_q1": [2, 1.1, 0.9, 1.2, 0.9, 1.5]}
+    assert bench.break_even(pd.DataFrame(columns)) == {"a": 16, "b": 0}

@@ -108,6 +108,16 @@ def test_ranks_meet_the_target_and_lose_less_the_more_stays(any_model, batch, ma
     assert 0 < lost[0] < lost[1]
 
 
+def test_ranks_stay_below_what_measurement_allows(vit, batch):
+    grams, gradients = both_grams(vit, batch)
+    names = list(grams)
+    most = {names[0]: 0, names[1]: 2} | dict.fromkeys(names[2:], 4)
+    found = budget.ranks(vit, grams, gradients, macs=0.7, multiple=2, most=most)
+    assert found and all(rank <= most[name] for name, rank in found.items()) and names[0] not in found
+    with pytest.raises(ValueError, match="no layer may be factored: most allows no rank that is a multiple of 2"):
+        budget.ranks(vit, grams, gradients, macs=0.7, multiple=2, most=dict.fromkeys(names, 1))
+
+
 def predicted(model, ranks, grams, gradients):
     """Half of tr(G D H D^T) over layers, D the weight that goes: here by the factors that factorise makes."""
     thin, total = shrink.factorise(model, ranks, grams=grams), 0

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from vitlab import export, models, shrink
+from vitlab import export, masks, models, prune, shrink
 
 CHANGES = {
     "whole": lambda model: model,
@@ -61,7 +61,9 @@ def test_a_file_that_is_wrong_does_not_replace_one_that_is_there(vit, tmp_path, 
     path.write_text("older")
     with monkeypatch.context() as patch:
         patch.setattr(export, "_error", lambda model, session: float("nan"))
-        with pytest.raises(ValueError, match=r"vit.onnx was not written: its logits differ by nan of the largest .at most 1e-04."):
+        with pytest.raises(
+            ValueError, match=r"vit.onnx was not written: its logits differ by nan of the largest .at most 1e-04."
+        ):
             export.to_onnx(vit, path)
     assert path.read_text() == "older" and len(list(tmp_path.iterdir())) == 1
 
@@ -70,3 +72,40 @@ def test_without_the_packages(vit, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ModuleNotFoundError, match=r'onnxruntime is missing: pip install "vitlab\[export\]"'):
         export.Session(tmp_path / "any.onnx")
+
+
+def two_of_four(model):
+    weights = {f"{name}.weight": layer.weight for name, layer in models.view(model).linears().items()}
+    prune.apply(model, {name: masks.n_of_m(weight.detach().abs(), 2, 4) for name, weight in weights.items()})
+
+
+def test_two_of_four_is_told_from_other_zeros():
+    weight = torch.tensor([[1.0, 2, 0, 0, 0, 0, 3, 4], [0, 0, 0, 0, 5, 0, 0, 0]])
+    assert export.is_two_of_four(weight)
+    assert not export.is_two_of_four(torch.ones(2, 8)) and not export.is_two_of_four(torch.zeros(2, 8))
+    assert not export.is_two_of_four(weight[:, :6]) and not export.is_two_of_four(weight.roll(1, 1))
+
+
+def test_semi_structured_off_such_a_gpu(vit):
+    with pytest.raises(ValueError, match="no linear layer is masked 2:4"):
+        export.semi_structured(vit)
+    two_of_four(vit)
+    with pytest.raises(ValueError, match="precision is bf16 or float16; got 'float32'"):
+        export.semi_structured(vit, precision="float32")
+    with pytest.raises(RuntimeError, match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on a cpu"):
+        export.semi_structured(vit)
+
+
+NEW_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@pytest.mark.skipif(not NEW_GPU, reason="there is no GPU of compute capability 8.0 or newer")
+def test_semi_structured_computes_the_same():
+    torch.manual_seed(0)
+    model = models.create("vit_tiny_patch16_224", num_classes=10).cuda().eval()
+    two_of_four(model)
+    sparse, images = export.semi_structured(model), torch.randn(64, 3, 224, 224, device="cuda")
+    with torch.inference_mode():
+        expected, found = model.bfloat16()(images.bfloat16()), sparse(images.bfloat16())
+    assert type(sparse.blocks[0].mlp.fc1.weight.data).__name__.startswith("SparseSemiStructured")
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)

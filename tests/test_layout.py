@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "train": "cost evaluate prune record",
     "evaluate": "cost",
     "cost": "models layers packed",
-    "bench": "cost checkpoint",
+    "bench": "checkpoint cost export layers lowrank models",
     "packed": "",
     "export": "cost",
     "checkpoint": "models packed shrink",

@@ -193,3 +193,36 @@ def test_agreement_draws_a_bar_per_criterion_and_kind():
     ax = plots.agreement(frame)
     heights = sorted(round(patch.get_height(), 3) for patch in ax.patches if patch.get_width())
     assert [h for h in heights if h] == [-0.2, 0.1, 0.8, 0.9] and ax.get_ylim()[0] < -0.2
+
+
+@pytest.fixture
+def timed():
+    """Three models, eagerly in two precisions and exported, as bench.bounds returns them."""
+    found = []
+    for i, name in enumerate(["dense", "masked", "half"]):
+        for j, (runtime, precision) in enumerate([("eager", "float32"), ("eager", "bf16"), ("onnxruntime", "float32")]):
+            speedup, half = (1 + j) * (2 if name == "half" else 1), name == "half"
+            times = {"latency_ms": 8 / speedup, "speedup": speedup, "speedup_q1": speedup - 0.1, "speedup_q3": speedup}
+            work = {"batch_macs": 4e8 / (1 + half), "batch_bytes": 1e7 - i, "promised": 1 + half, "batch": 8}
+            ceilings = {"macs_per_s": 1e11 * (1 + j % 2), "bytes_per_s": 5e10}
+            found.append({"model": name, "runtime": runtime, "precision": precision} | times | work | ceilings)
+    return pd.DataFrame(found)
+
+
+def test_speedup_bars(timed):
+    ax = plots.speedup_bars(timed)
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["dense", "masked", "half"]
+    ways = ["eager, float32", "eager, bf16", "onnxruntime, float32"]
+    assert set(labels(ax)) == {*ways, "promised by the MACs"}
+    bars = [container for container in ax.containers if type(container).__name__ == "BarContainer"]
+    assert [[bar.get_height() for bar in group] for group in bars] == [[1, 1, 2], [2, 2, 4], [3, 3, 6]]
+    alone = plots.speedup_bars(timed[timed.runtime == "onnxruntime"])
+    assert labels(alone) == ["promised by the MACs"]  # nothing varies: the bars need no name
+
+
+def test_roofline(timed):
+    ax = plots.roofline(timed)
+    points = np.concatenate([each.get_offsets() for each in ax.collections if type(each).__name__ == "PathCollection"])
+    assert len(points) == 9
+    np.testing.assert_allclose(sorted(points[:, 1]), sorted(timed.batch_macs / timed.latency_ms / 1e6))
+    assert {"dense", "half", "eager, bf16", "ceiling, float32", "ceiling, bf16"} <= set(labels(ax))

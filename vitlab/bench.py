@@ -1,23 +1,50 @@
-"""Benchmarks: latency and throughput of models side by side, and peak memory in a process of its own."""
+"""Benchmarks: models side by side in several runtimes, what bounds them, memory in a process of its own."""
 
 import argparse
+import contextlib
 import copy
+import functools
 import json
+import math
 import multiprocessing
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import checkpoint, cost
+from . import checkpoint, cost, export, layers, lowrank
+from . import models as vit_models
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+RUNTIMES = ("eager", "compiled", "onnxruntime")
+SIZES = (10**5, 10**6, 10**7, 10**8)  # bytes of one operation, at which the memory's rate is measured
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and how it is run: "eager", "compiled" (torch.compile) or "onnxruntime" (on CPUs, in float32), with
+    weights and images in float32 or converted to bf16."""
+
+    model: nn.Module
+    runtime: str = "eager"
+    precision: str = "float32"
+
+    def __post_init__(self):
+        for kind, name, known in (("runtime", self.runtime, RUNTIMES), ("precision", self.precision, PRECISIONS)):
+            if name not in known:
+                raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(known)}")
+        if self.runtime == "onnxruntime" and self.precision != "float32":
+            raise ValueError(f"onnxruntime has no {self.precision} on a CPU; run it in float32")
 
 
 def latency(
@@ -32,52 +59,78 @@ def latency(
     device=None,
     threads=None,
 ):
-    """Inference time of models ({name: model}) measured together: a frame with one row per model.
+    """Inference time of models ({name: model or Setting}) measured together: a frame with a row per batch and model.
 
     In every round each model runs one batch, in a new random order, so that whatever else the machine does
     falls on all of them; ratios are taken within rounds. Ends after `repeats` rounds, or after `seconds` and
-    at least three rounds.
+    at least three rounds. Exporting and compiling are not in the times.
 
-    image_size: None for each model's own. precision: "float32", or "bf16" for weights and images converted to
-    it. device: None for where the first model is. threads: CPU threads, None for torch's setting.
+    image_size: None for each model's own. batch: images, or a list of such numbers, timed one after the other.
+    precision: of models that are no Setting, which run eagerly. device: None for where the first model is.
+    threads: CPU threads, None for torch's setting.
 
     Columns: model; latency_ms, latency_q1, latency_q3 (median and quartiles per batch), image_ms (per image),
     images_per_s; speedup, speedup_q1, speedup_q3 (times as fast as the first model, median and quartiles over
-    rounds); rounds, batch, threads, precision, image_size, device.
-    Raises ValueError for no models and unknown precisions, and what `cost.input_shape` raises.
+    rounds); rounds, batch, threads, runtime, precision, image_size, device.
+    Raises ValueError for no models, unknown precisions and onnxruntime off the CPU, and what `cost.input_shape` raises.
     """
     if not models:
         raise ValueError("no models to time; give {name: model}")
-    device = torch.device(device or next(next(iter(models.values())).parameters()).device)
+    settings = _settings(models, precision)
+    device = torch.device(device or next(next(iter(settings.values())).model.parameters()).device)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    tables = []
     try:
-        runs = {name: _ready(m, image_size, batch, precision, device) for name, m in models.items()}
-        milliseconds = _rounds(runs, repeats=repeats, seconds=seconds, warmup=warmup, device=device)
+        with contextlib.ExitStack() as stack:
+            calls = {name: _callable(setting, device, stack) for name, setting in settings.items()}
+            for size in batch if isinstance(batch, list | tuple) else [batch]:
+                runs = {name: (calls[name], _images(s, image_size, size, device)) for name, s in settings.items()}
+                milliseconds = _rounds(runs, repeats=repeats, seconds=seconds, warmup=warmup, device=device)
+                sides = [images.shape[-1] for _, images in runs.values()]
+                tables.append(_summary(milliseconds, size).assign(batch=size, image_size=sides))
         threads = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-    table = _summary(milliseconds, batch)
+    table = pd.concat(tables, ignore_index=True)
+    for column in ("runtime", "precision"):
+        table[column] = [getattr(settings[name], column) for name in table.model]
     return table.assign(
-        batch=batch,
         threads=threads,
-        precision=precision,
-        image_size=[images.shape[-1] for _, images in runs.values()],
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )
 
 
-def _ready(model, image_size, batch, precision, device):
-    """Model in eval mode on device in precision (a copy where it is not yet), and a batch of images."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; known are {', '.join(PRECISIONS)}")
-    dtype, first = PRECISIONS[precision], next(model.parameters())
-    shape = cost.input_shape(model, image_size)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *shape, generator=generator).to(device, dtype)
-    if model.training or (first.device, first.dtype) != (images.device, dtype):
+def _settings(models, precision="float32"):
+    return {name: m if isinstance(m, Setting) else Setting(m, precision=precision) for name, m in models.items()}
+
+
+def _callable(setting, device, stack):
+    """What takes images to logits. stack: keeps the file of an exported model until it is closed."""
+    if setting.runtime == "onnxruntime":
+        if device.type != "cpu":
+            raise ValueError(f"onnxruntime is timed on the CPU; the first model is on {device}")
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "model.onnx")
+        export.to_onnx(setting.model, path)
+        return export.Session(path)
+    model = _converted(setting, device)
+    return torch.compile(copy.deepcopy(model), dynamic=False) if setting.runtime == "compiled" else model
+
+
+def _converted(setting, device):
+    """The model in eval mode on device in its precision; a copy where it is not yet."""
+    model, dtype = setting.model, PRECISIONS[setting.precision]
+    first = next(model.parameters())
+    if model.training or (first.device, first.dtype) != (device, dtype):
         model = copy.deepcopy(model).to(device, dtype).eval()
-    return model, images
+    return model
+
+
+def _images(setting, image_size, batch, device):
+    """A batch of random images, the same ones for all models of a size."""
+    shape = cost.input_shape(setting.model, image_size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *shape, generator=generator).to(device, PRECISIONS[setting.precision])
 
 
 @torch.inference_mode()
@@ -119,6 +172,196 @@ def _summary(milliseconds, batch):
     return pd.DataFrame(table | {"rounds": len(milliseconds)})
 
 
+# -- why
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what runs within: `operations`, and `bytes`, of all tensors that each reads or writes. Views are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if not function.is_view:
+            self.operations += 1
+            tensors = torch.utils._pytree.tree_leaves((arguments, options, result))
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+        return result
+
+
+@functools.lru_cache
+def ceilings(device="cpu", precision="float32", threads=None):
+    """What this machine can do at best, measured once in a process: {"macs_per_s", "launch_s", "bytes_per_s"}.
+
+    macs_per_s: of the fastest of three square matrix products. launch_s: seconds of one small module, which are all
+    call and no work. bytes_per_s: {bytes read and written: rate} of scaling a tensor, for SIZES, as caches make
+    small ones faster. threads: CPU threads, None for torch's setting.
+    """
+    device, dtype = torch.device(device), PRECISIONS[precision]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        sides = (2048, 4096, 8192) if device.type == "cuda" else (512, 1024, 2048)
+        macs_per_s = 0
+        for side in sides:
+            left, right = torch.randn(2, side, side, device=device).to(dtype)
+            macs_per_s = max(macs_per_s, side**3 / _least_seconds(lambda x=left, y=right: x @ y, device))
+        bytes_per_s = {}
+        for size in SIZES:
+            x = torch.randn(size // (2 * dtype.itemsize), device=device).to(dtype)
+            y, times = torch.empty_like(x), max(1, 10**7 // size)
+            scale = functools.partial(_repeat, lambda x=x, y=y: torch.mul(x, 2, out=y), times)
+            bytes_per_s[size] = times * size / _least_seconds(scale, device)
+        small = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8)).to(device, dtype)
+        x = torch.randn(1, 8, device=device).to(dtype)
+        launch_s = _least_seconds(lambda: _repeat(lambda: small(x), 100), device) / 300
+    finally:
+        torch.set_num_threads(before)
+    return {"macs_per_s": macs_per_s, "launch_s": launch_s, "bytes_per_s": bytes_per_s}
+
+
+def _repeat(call, times):
+    for _ in range(times):
+        call()
+
+
+@torch.inference_mode()
+def _least_seconds(call, device, rounds=8):
+    call()
+    return min(_milliseconds(lambda _: call(), None, device) for _ in range(rounds)) / 1000
+
+
+def bounds(models, table, *, image_size=None):
+    """table, as `latency` returned it of the same models, with what bounds each row on this machine: a roofline.
+
+    batch_macs, batch_bytes, operations: of one batch, run eagerly (an upper bound of what other runtimes move and
+    call). compute_ms, memory_ms, launch_ms: least time that each of these takes, by `ceilings`; bytes at the rate of
+    the row's mean operation. bound: the largest of them, "compute", "memory" or "launch". reached: that over the
+    latency, 1 for a model that runs as fast as the machine can. macs_per_s, bytes_per_s: the ceilings. promised: MACs
+    of an image of the first model over the row's; achieved: speedup / promised. note: why no gain is expected, if so.
+    """
+    settings, counted, lines = _settings(models), {}, []
+    per_image, ideal = {}, {}
+    for name, setting in settings.items():
+        own = cost.breakdown(setting.model, image_size=image_size)
+        per_image[name], ideal[name] = int(own.macs.sum()), int(own.macs_ideal.sum())
+    first = per_image[table.model.iloc[0]]
+    for row in table.itertuples():
+        setting = settings[row.model]
+        device = torch.device("cpu" if row.device == "cpu" else "cuda")
+        key = id(setting.model), row.precision, row.batch
+        if key not in counted:
+            run = Setting(setting.model, precision=row.precision)
+            with torch.no_grad(), Traffic() as counted[key]:
+                _converted(run, device)(_images(run, image_size, row.batch, device))
+        traffic, best = counted[key], ceilings(device.type, row.precision, row.threads)
+        each = traffic.bytes / traffic.operations
+        rate = best["bytes_per_s"][min(SIZES, key=lambda size, each=each: abs(math.log(size / each)))]
+        least = {
+            "compute": 1000 * row.batch * per_image[row.model] / best["macs_per_s"],
+            "memory": 1000 * traffic.bytes / rate,
+            "launch": 1000 * traffic.operations * best["launch_s"],
+        }
+        promised = first / per_image[row.model]
+        lines.append(
+            {f"{what}_ms": time for what, time in least.items()}
+            | {"bound": max(least, key=least.get), "reached": max(least.values()) / row.latency_ms}
+            | {"batch_macs": row.batch * per_image[row.model], "batch_bytes": traffic.bytes}
+            | {"operations": traffic.operations, "macs_per_s": best["macs_per_s"], "bytes_per_s": rate}
+            | {"promised": promised, "achieved": row.speedup / promised}
+            | {"note": ZEROS if ideal[row.model] < 0.99 * per_image[row.model] else ""}
+        )
+    return table.join(pd.DataFrame(lines, index=table.index))
+
+
+ZEROS = "unstructured zeros in dense tensors: no gain expected"
+
+
+# -- where a factored layer is faster
+
+
+def rank_speed(model, *, batch=64, multiple=8, steps=8, repeats=15, seconds=5, image_size=None, threads=None):
+    """How fast each linear layer and convolution of the stem is when factored, against itself: a frame.
+
+    For each layer at up to `steps` ranks, multiples of `multiple` spread evenly up to the one that saves no MACs, with
+    the inputs that it sees in a batch of so many images. Layers of one shape share a measurement. Timed as in
+    `latency`, in float32, where the model is. Columns: layer, kind, m, n, positions (rows of its input: tokens or
+    pixels of the whole batch), rank, break_even (of MACs), speedup, speedup_q1, speedup_q3, promised (by MACs),
+    achieved.
+    """
+    known = {name: layer for name, layer in vit_models.view(model).matrices.items() if _is_plain(layer)}
+    setting, inputs = Setting(model), {}
+    device = next(model.parameters()).device
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, args[0].detach()))
+        for name, layer in known.items()
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with torch.no_grad():
+            _converted(setting, device)(_images(setting, image_size, batch, device))
+        same, tables = {}, {}
+        for name, layer in known.items():
+            if name in inputs:  # SwinV2 may use a weight without a call
+                same.setdefault((repr(layer), inputs[name].shape, inputs[name].stride()), []).append(name)
+        for key, names in same.items():
+            tables[key] = _rank_times(known[names[0]], inputs[names[0]], multiple, steps, repeats, seconds, device)
+    finally:
+        torch.set_num_threads(before)
+        for hook in hooks:
+            hook.remove()
+    frames = [table.assign(layer=name) for key, table in tables.items() for name in same[key]]
+    table = pd.concat(frames, ignore_index=True)
+    return table[["layer", *table.columns.drop("layer")]]
+
+
+def _is_plain(layer):
+    return type(layer) is nn.Linear or type(layer) is nn.Conv2d and layer.groups == 1
+
+
+def _rank_times(layer, x, multiple, steps, repeats, seconds, device):
+    """Speed-ups of a layer at ranks, on input x."""
+    m, n = layer.weight.flatten(1).shape
+    even = lowrank.break_even_rank(m, n)
+    most = max(1, math.ceil(even) - 1)
+    step = multiple if most >= multiple else 1
+    ranks = sorted({max(step, round(most * i / steps / step) * step) for i in range(1, steps + 1)})
+    ranks = [rank for rank in ranks if rank < even] or [1]
+    made = {rank: _factored(layer, rank).to(x) for rank in ranks}
+    calls = {"dense": (layer, x)} | {rank: (factored, x) for rank, factored in made.items()}
+    times = _summary(_rounds(calls, repeats=repeats, seconds=seconds, warmup=2, device=device), 1).iloc[1:]
+    promised = even / np.array(ranks)
+    kind = "convolution" if isinstance(layer, nn.Conv2d) else "linear"
+    positions = x.shape[0] * x.shape[2] * x.shape[3] if kind == "convolution" else x.numel() // n
+    about = {"kind": kind, "m": m, "n": n, "positions": positions, "rank": ranks, "break_even": even}
+    speed = {column: times[column].to_numpy() for column in ("speedup", "speedup_q1", "speedup_q3")}
+    return pd.DataFrame(about | speed | {"promised": promised, "achieved": speed["speedup"] / promised})
+
+
+def _factored(layer, rank):
+    if isinstance(layer, nn.Conv2d):
+        return layers.FactoredConv2d(layer, rank=rank)
+    return layers.FactoredLinear(layer.in_features, layer.out_features, rank=rank, bias=layer.bias is not None)
+
+
+def break_even(table):
+    """{layer: the highest rank up to which it was faster factored than dense, 0 for none}, of `rank_speed`'s frame.
+
+    Faster means that the lower quartile of the speed-ups is above 1. For budget.ranks(most=…).
+    """
+    found = {}
+    for name, own in table.groupby("layer", sort=False):
+        faster = (own.sort_values("rank").speedup_q1 > 1).cummin()
+        found[name] = int(own.sort_values("rank")["rank"][faster].max()) if faster.any() else 0
+    return found
+
+
+# -- memory
+
+
 def memory_mb(model, *, image_size=None, batch=64, precision="float32", device="cpu", threads=None):
     """Peak memory of one inference in a process of its own, in MB (10^6 bytes): weights, images, activations.
 
@@ -155,7 +398,9 @@ def _memory_here(folder, *, image_size, batch, precision, device, threads):
         layer = nn.TransformerEncoderLayer(32, 2, dim_feedforward=64, activation="gelu", batch_first=True)
         layer.eval()(nn.Conv2d(3, 32, 4, 4)(torch.zeros(2, 3, 16, 16)).flatten(2).mT)
     before = psutil.Process().memory_info().rss
-    model, images = _ready(checkpoint.load(folder), image_size, batch, precision, torch.device(device))
+    setting, device = Setting(checkpoint.load(folder), precision=precision), torch.device(device)
+    model, images = _converted(setting, device), _images(setting, image_size, batch, device)
+    del setting  # and with it the weights as they were loaded, where they were converted
     cost.reset_peak_memory()  # forget the peak of loading, which holds the weights twice
     with torch.inference_mode():
         model(images)

@@ -63,7 +63,7 @@ def plan(model, unit_scores, *, macs, kinds=("heads", "neurons"), multiple=8, im
     return _told(taken, costs, groups, unit_scores)
 
 
-def ranks(model, grams, gradients, *, macs, multiple=8, damping=1e-3, image_size=None):
+def ranks(model, grams, gradients, *, macs, multiple=8, most=None, damping=1e-3, image_size=None):
     """{layer: rank} with which the model's MACs fall to the share `macs` at little predicted loss.
 
     For shrink.factorise with the same grams; a layer that should stay dense is left out. grams: {layer: [n, n]} of
@@ -73,7 +73,8 @@ def ranks(model, grams, gradients, *, macs, multiple=8, damping=1e-3, image_size
     that of `plan` (see scores.gradient_grams). Each layer has a choice of ranks, multiples of `multiple` below
     break-even (any rank, where that is lower), or to stay dense; one price per MAC, found by bisection, decides for
     all, and what is left over is spent where it gains most. macs: share to keep, in (0, 1), of the whole model's.
-    damping: see lowrank.damped.
+    most: {layer: highest rank to factor it at}, as bench.break_even measures them: above it a layer stays dense, and
+    at 0 always; None for all that save MACs. damping: see lowrank.damped.
 
     Raises ValueError for a share outside (0, 1), no common layers, one with another shape, gradients that are all
     zero, and a target below what the lowest ranks leave, naming the floor.
@@ -92,12 +93,15 @@ def ranks(model, grams, gradients, *, macs, multiple=8, damping=1e-3, image_size
         u, v = lowrank.svd(weight, min(m, n), gram=lowrank.damped(grams[name], damping))
         lost = _along(u.T.double(), gradients[name]) * _along(v.double(), grams[name]) / 2
         after = lost.flip(0).cumsum(0).flip(0).tolist()  # after[r]: all from rank r on go
-        most = (m * n - 1) // (m + n)
-        steps = range(multiple, most + 1, multiple) if most >= multiple else range(1, most + 1)
+        top = (m * n - 1) // (m + n)
+        step = multiple if top >= multiple else 1
+        steps = range(step, min(top, top if most is None else most.get(name, top)) + 1, step)
         thin = [(after[r], table[name] / (m * n) * r * (m + n), r) for r in steps]
         choices[name] = [*thin, (0.0, float(table[name]), None)]
     if not choices:
         raise ValueError("grams and gradients have no plain layer of this model in common: take both of the same ones")
+    if all(len(own) == 1 for own in choices.values()):
+        raise ValueError(f"no layer may be factored: most allows no rank that is a multiple of {multiple} to any")
     if not any(own[0][0] > 0 for own in choices.values()):
         raise ValueError("no rank is predicted to matter: the gradients are zero, as where nothing reaches the loss")
     rest = table.sum() - sum(own[-1][1] for own in choices.values())

@@ -311,6 +311,85 @@ def recovery(rows, *, ax=None):
     return ax
 
 
+@styled
+def speedup_bars(table, *, ax=None):
+    """Times as fast as the first model, a group of bars per model and a bar per way of running it, with quartiles.
+
+    table: columns model, speedup, speedup_q1, speedup_q3, and runtime, precision and batch where these vary, as
+    bench.latency returns it. A short line shows what the MACs promise where `promised` is known. Returns the Axes.
+    """
+    names, ways = list(dict.fromkeys(table.model)), _ways(table)
+    order = list(dict.fromkeys(ways))
+    longest = max(len(part) for name in names for part in str(name).split("\n"))
+    space = max(0.25 + 0.3 * len(order), 0.2 + 0.095 * longest)  # inches for a group of bars and the words below it
+    ax = ax or plt.subplots(figsize=(max(WIDE[0], 3 + space * len(names)), WIDE[1]))[1]
+    width = 0.8 / len(order)
+    fills = ["", "///", "..", "xx", "\\\\", "++"]
+    for i, way in enumerate(order):
+        own = table[ways == way].set_index("model").reindex(names)
+        places = np.arange(len(names)) + (i - (len(order) - 1) / 2) * width
+        spread = [own.speedup - own.speedup_q1, own.speedup_q3 - own.speedup]
+        style = {"color": COLORS[i % len(COLORS)], "edgecolor": "0.2", "hatch": fills[i % len(fills)]}
+        bars = ax.bar(places, own.speedup, width, yerr=spread, capsize=2, label=way or None, **style)
+        texts = ["" if np.isnan(value) else f"{value:.1f}" for value in own.speedup]
+        for text in ax.bar_label(bars, texts, fontsize=8, padding=2):
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3})
+    if "promised" in table:
+        promised = table.groupby("model", sort=False).promised.first().reindex(names)
+        places = np.arange(len(names))
+        ax.hlines(promised, places - 0.45, places + 0.45, color="0.1", linewidth=1.2, label="promised by the MACs")
+    ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
+    ax.set_xticks(range(len(names)), names, fontsize=10)
+    ax.set(ylabel=f"times as fast as\n{str(names[0]).replace(chr(10), ' ')}")
+    ax.grid(False, axis="x")
+    _legend_beside(ax)
+    return ax
+
+
+@styled
+def roofline(table, *, ax=None):
+    """Work done per second over work per byte, under the machine's ceilings: a point per row, a colour per model.
+
+    table: as bench.bounds returns it. A line for each precision: at its left the rate of the memory (a band, as
+    caches make small operations faster), at its right that of matrix products. Returns the Axes.
+    """
+    ax = ax or plt.subplots(figsize=(WIDE[0], max(4.2, 0.8 + 0.25 * table.model.nunique())))[1]
+    intensity = table.batch_macs / table.batch_bytes
+    rate = table.batch_macs / (1000000 * table.latency_ms)  # 10^9 MACs per second
+    reach = np.geomspace(intensity.min() / 2, intensity.max() * 2, 200)
+    for precision, own in table.groupby("precision", sort=False):
+        top, low, high = own.macs_per_s.max() / 1e9, own.bytes_per_s.min() / 1e9, own.bytes_per_s.max() / 1e9
+        line = "-" if precision == "float32" else "--"
+        ax.plot(reach, np.minimum(top, reach * high), color="0.3", linestyle=line, label=f"ceiling, {precision}")
+        ax.fill_between(reach, np.minimum(top, reach * low), np.minimum(top, reach * high), color="0.9", zorder=0)
+    ways = _ways(table)
+    names, order = list(dict.fromkeys(table.model)), list(dict.fromkeys(ways))
+    for i, name in enumerate(names):
+        for j, way in enumerate(order):
+            chosen = (table.model == name) & (ways == way)
+            if chosen.any():
+                style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[j % len(MARKERS)]}
+                ax.scatter(intensity[chosen], rate[chosen], s=50, edgecolor="white", zorder=2, **style)
+    for i, name in enumerate(names):
+        ax.plot([], [], color=COLORS[i % len(COLORS)], linewidth=6, label=str(name).replace("\n", " "))
+    for j, way in enumerate(order):
+        if way:
+            ax.plot([], [], color="0.4", linestyle="", marker=MARKERS[j % len(MARKERS)], label=way)
+    ax.set(xscale="log", yscale="log", xlabel="MACs per byte moved", ylabel="10⁹ MACs per second")
+    ax.grid(True, which="both")
+    _legend_beside(ax)
+    return ax
+
+
+def _ways(table):
+    """How each row was run, in words: those of runtime, precision and batch that vary in the table."""
+    parts = []
+    for column in ("runtime", "precision", "batch"):
+        if column in table and table[column].nunique() > 1:
+            parts.append(table[column].map("batch {}".format if column == "batch" else str))
+    return functools.reduce(lambda a, b: a + ", " + b, parts) if parts else pd.Series("", table.index)
+
+
 def _dense_lines(ax, rows):
     """A grey line at the mean top-1 of the dense model, dash-dotted if trained for as many epochs."""
     for stage, line in (("dense", "-"), ("dense+epochs", "-.")):

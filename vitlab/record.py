@@ -350,21 +350,9 @@ class Run:
         return frame
 
     def _provenance(self):
-        import torch  # here: the command line reads studies without waiting for it
-
-        return {
-            "study": self.study,
-            "model": self.model_name,
-            "seed": self.seed,
-            "split_seed": self.params.data.split_seed,
-            "threads": torch.get_num_threads(),
-            "commit": self._commit,
-            "torch": version("torch"),
-            "timm": version("timm"),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "override": json.dumps(self.override) if self.override else None,
-        }
+        own = {"study": self.study, "model": self.model_name, "seed": self.seed}
+        own |= {"split_seed": self.params.data.split_seed} | provenance() | {"commit": self._commit}
+        return own | {"override": json.dumps(self.override) if self.override else None}
 
 
 def read_study(name, *, override=None):
@@ -452,6 +440,20 @@ def figures_folder(name, *, override=None):
     return folder
 
 
+def provenance():
+    """Where numbers of this process come from: threads, commit of the code, torch, timm, device, date."""
+    import torch  # here: the command line reads studies without waiting for it
+
+    return {
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "torch": version("torch"),
+        "timm": version("timm"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
 def _commit():
     """Short hash of the commit of the code, with "+dirty" if it was changed since; "unknown" without git."""
     git = ["git", "-C", str(repository())]
@@ -459,7 +461,7 @@ def _commit():
         found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
         if found.returncode:
             return "unknown"
-        same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "vitlab", "notebooks"])
+        same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks"])
     except FileNotFoundError:
         return "unknown"
     return found.stdout.strip() + ("+dirty" if same.returncode else "")
