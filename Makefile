@@ -17,7 +17,7 @@ help:
 	@echo "                           MODEL=vit one model of it, SEED=1 another seed, CORES=2, ARGS=-n to see what would run"
 	@echo "make figures STUDY=NAME    its figures and tables again, from the rows there are"
 	@echo "make smoke                 every notebook with next to no training, to see that all of it runs"
-	@echo "make bench                 what the methods cost: score passes, masks of 86 M weights, SVD of a Swin-T, files"
+	@echo "make bench                 what things cost, and what a cut brings in time, beside the peers"
 	@echo "make lint                  style of code and notebooks"
 
 demo smoke: %: install
@@ -48,7 +48,7 @@ lab: install
 	@$(BIN)/python -m jupyterlab --notebook-dir=. $(ARGS)
 
 bench: install
-	@$(BIN)/python benchmarks/methods.py $(ARGS)
+	@$(BIN)/python benchmarks $(ARGS)
 
 lint: install
 	@$(BIN)/ruff check .

@@ -1,30 +1,36 @@
-"""What the methods themselves cost: passes for scores, reconstruction, masks of 86 M weights, factorising a Swin-T,
-checkpoints of a masked ViT-B.
+"""What the methods themselves cost: score passes, reconstruction, masks of 86 M weights, factorising a Swin-T, files of
+a masked ViT-B, and the training loop."""
 
-    python benchmarks/methods.py [--rounds 7] [--threads 1] [--only passes masks svd files]
-
-Passes, SVD and files run interleaved in one process, in a new random order each round, and ratios are taken within
-rounds: medians and quartiles. Masks run one after the other, in processes of their own, for their memory. Random images
-and labels; the committed CIFAR-10 models, and timm's larger ones with random weights. Writes benchmarks/methods.csv,
-which git ignores.
-"""
-
-import argparse
+import contextlib
+import copy
+import io
 import multiprocessing
-import os
-import platform
-import random
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from common import images_of, interleaved, model_of, publish, told
 from torch.nn.utils import prune as torch_prune
 
-from vitlab import budget, checkpoint, cost, lowrank, masks, models, prune, recover, scores, shrink
+from vitlab import (
+    budget,
+    checkpoint,
+    cost,
+    data,
+    evaluate,
+    lowrank,
+    masks,
+    models,
+    prune,
+    recover,
+    scores,
+    shrink,
+    train,
+)
 
-HERE = Path(__file__).resolve().parent
 GRADIENTS = {  # every criterion that needs a backward pass
     "weights": ["gradient", "taylor", "fisher", "obd", "snip"],
     "rows": ["gradient", "taylor", "fisher"],
@@ -32,41 +38,13 @@ GRADIENTS = {  # every criterion that needs a backward pass
 }
 
 
-def interleaved(calls, rounds):
-    """Seconds of each call in each round, a frame [rounds, calls]; one round before is not counted."""
-    shuffle, order, lines = random.Random(0).shuffle, list(calls), []
-    for _ in range(rounds + 1):
-        shuffle(order)
-        lines.append({})
-        for name in order:
-            start = time.perf_counter()
-            calls[name]()
-            lines[-1][name] = time.perf_counter() - start
-    return pd.DataFrame(lines[1:], columns=list(calls))
-
-
-def told(case, seconds, against):
-    """Rows of medians, and of ratios to the call named against, within rounds."""
-    ratios = seconds.div(seconds[against], axis=0).quantile([0.25, 0.5, 0.75])
-    columns = ["ratio_q1", "ratio", "ratio_q3"]
-    return [
-        {"case": case, "what": name, "seconds": seconds[name].median(), "against": against}
-        | dict(zip(columns, ratios[name], strict=True))
-        | {"rounds": len(seconds)}
-        for name in seconds
-    ]
-
-
 def passes(rounds):
     """Scores, grams and reconstruction in units of forward and backward passes over the same batches."""
     rows = []
-    small = Path(HERE.parent, "checkpoints", "cifar10-small")
-    for name, images in [("cifar10-small/vit", 256), ("cifar10-small/swin", 256), ("vit_small_patch16_224", 16)]:
-        torch.manual_seed(0)
-        is_small = (small.parent / name).exists()
-        model = checkpoint.load(small.parent / name) if is_small else models.create(name, num_classes=10)
-        size = cost.input_shape(model)[-1]
-        batches = [(torch.randn(images // 2, 3, size, size), torch.randint(0, 10, (images // 2,))) for _ in range(2)]
+    for name, images in [("small ViT", 256), ("small Swin", 256), ("ViT-S", 16)]:
+        model = model_of(name) if name.startswith("small") else model_of(name, num_classes=10)
+        both = images_of(model, images).chunk(2)
+        batches = [(x, torch.randint(0, 10, (len(x),))) for x in both]
         kinds = ["heads", "neurons"]
         plan = budget.plan(model, scores.units(model, batches, criteria=["fisher"])["fisher"], macs=0.7, kinds=kinds)
         thin = shrink.remove(model, plan.drop)
@@ -82,7 +60,7 @@ def passes(rounds):
             "reconstruct": lambda m=model, b=batches, t=thin, d=plan.drop: recover.reconstruct(t, m, b, drops=d),
         }
         rows += told(f"passes, {name}, {images} images", interleaved(calls, rounds), "forward and backward")
-    return rows
+    publish("passes", rows)
 
 
 def plain(model, batches):
@@ -94,8 +72,7 @@ def plain(model, batches):
 
 def svd(rounds):
     """All linear layers of a Swin-T at half their weights, by vitlab and by torch.linalg.svd."""
-    torch.manual_seed(0)
-    model = models.create("swin_tiny_patch4_window7_224", num_classes=1000)
+    model = model_of("Swin-T")
     weights = [layer.weight.detach() for layer in models.view(model).linears().values()]
     ranks = [lowrank.rank_for(*weight.shape, 0.5) for weight in weights]
 
@@ -113,12 +90,12 @@ def svd(rounds):
     triples = zip(weights, ours(), optimum(), strict=True)
     excess = max(((w - a[0] @ a[1]).norm() / (w - b[0] @ b[1]).norm() - 1).item() for w, a, b in triples)
     rows[-1]["note"] = f"error above the optimum by at most {excess:.1e} of it"
-    return rows
+    publish("svd", rows)
 
 
 def files(rounds):
     """Checkpoints of a ViT-B, dense and with 90 % of its linear weights masked: bytes, and time to load."""
-    model, rows = models.create("vit_base_patch16_224", num_classes=10), []
+    model, rows = model_of("vit_base_patch16_224", num_classes=10), []
     weights = {f"{name}.weight": layer.weight for name, layer in models.view(model).linears().items()}
     keep = masks.keep_largest({name: weight.detach().abs() for name, weight in weights.items()}, sparsity=0.9)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +106,7 @@ def files(rounds):
         rows = told("checkpoints of ViT-B, 90 % of linear weights zero", interleaved(calls, rounds), "load dense")
         size = [sum(p.stat().st_size for p in Path(folder, name).iterdir()) for name in ("dense", "masked")]
     rows[-1]["note"] = f"{size[1] / 1e6:.1f} of {size[0] / 1e6:.1f} MB, a share of {size[1] / size[0]:.3f}"
-    return rows
+    publish("files", rows)
 
 
 def mask_calls():
@@ -174,7 +151,7 @@ def mask_here(name, threads):
     return sorted(seconds)[2], extra - kept, kept, count / total
 
 
-def mask(rounds):
+def masks_of_vit_b(rounds):
     """Global masks of the 86 M weights of a ViT-B, in two processes each."""
     context, lines = multiprocessing.get_context("spawn"), []
     for name in mask_calls():
@@ -186,28 +163,64 @@ def mask(rounds):
         note = f"{extra:.0f} MB beyond scores and {kept:.0f} MB of masks; keeps {share:.8f}"
         lines.append({"case": "masks of ViT-B", "what": name, "seconds": seconds, "rounds": len(found), "note": note})
     first = lines[-1]["seconds"]
-    return [line | {"against": lines[-1]["what"], "ratio": line["seconds"] / first} for line in lines]
+    against = {"against": lines[-1]["what"]}
+    publish("masks_of_vit_b", [line | against | {"ratio": line["seconds"] / first} for line in lines])
 
 
-CASES = {"passes": passes, "masks": mask, "svd": svd, "files": files}
+def training(rounds):
+    """The loop of train.fit, without its validation, against a bare loop of the same model, batches and bf16."""
+    rows = []
+    for name, images, batch in [("small ViT", 768, 128), ("small Swin", 768, 128), ("ViT-S", 32, 8)]:
+        model = model_of(name) if name.startswith("small") else model_of(name, num_classes=10)
+        split = data_of(model, images)
+        calls = {
+            "bare loop": lambda m=model, s=split, b=batch: bare_loop(m, s, b),
+            "bare loop, attention not fused": lambda m=model, s=split, b=batch: bare_loop(m, s, b, fused=False),
+            "train.fit": lambda m=model, s=split, b=batch: fitted(m, s, b),
+        }
+        rows += told(f"training, {name}, {images} images", interleaved(calls, rounds), "bare loop")
+    publish("training", rows)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows = [row for case in options.only for row in CASES[case](options.rounds)]
-    about = {"torch": torch.__version__, "threads": options.threads, "machine": platform.machine()}
-    table = pd.DataFrame(rows).assign(**about, cores=os.cpu_count())
-    columns = ["case", "what", "seconds", "against", "ratio_q1", "ratio", "ratio_q3", "rounds", "note"]
-    table = table.reindex(columns=[*columns, *about, "cores"])
-    table.to_csv(HERE / "methods.csv", index=False, float_format="%.4g")
-    print(table[columns[:-1]].to_markdown(index=False, floatfmt=".3g"))
-    print(*(f"{row.what}: {row.note}" for row in table.dropna(subset="note").itertuples()), sep="\n")
+def data_of(model, images):
+    """A data.Split of random images."""
+    size, rng = cost.input_shape(model)[-1], np.random.default_rng(0)
+    store = rng.integers(0, 256, (images, size, size, 3), dtype=np.uint8)
+    labels = torch.from_numpy(rng.integers(0, 10, images))
+    half = (0.5, 0.5, 0.5)
+    return data.Split(store, np.arange(images), labels, image_size=size, window=size, mean=half, std=half)
 
 
-if __name__ == "__main__":
-    main()
+OPTIONS = {"lr": 1e-4, "weight_decay": 0.05}
+
+
+def fitted(model, split, batch):
+    """One epoch of train.fit; returns the seconds of its steps, which are what the other loop has."""
+    model = copy.deepcopy(model)
+    with contextlib.redirect_stdout(io.StringIO()):
+        history = train.fit(
+            *(model, split, split.subset(8)),
+            **(OPTIONS | {"epochs": 1, "warmup_epochs": 0, "batch_size": batch, "augment": {}, "precision": "bf16"}),
+        )
+    return history.seconds.iloc[0]
+
+
+def bare_loop(model, split, batch, fused=True):
+    """The same steps written down plainly: AdamW, bf16 autocast, gradients clipped; returns their seconds."""
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS, fused=True)
+    begun = time.perf_counter()
+    for x, y in split.batches(batch, shuffle=True, seed=0, epoch=0, drop_last=True):
+        with evaluate.autocast(x.device, "bf16"):
+            loss = torch.nn.functional.cross_entropy(model(x).float(), y, label_smoothing=0.1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - begun
+
+
+CASES = {each.__name__: each for each in (passes, masks_of_vit_b, svd, files, training)}

@@ -1,0 +1,36 @@
+"""What things cost, and what a cut brings in time, beside the peers; tables and pictures go to figures/bench/.
+
+    python benchmarks [--only passes masks_of_vit_b …] [--rounds 7] [--threads 2]
+
+Everything that is compared runs interleaved in one process, in a new random order each round, and ratios are taken
+within rounds: medians and quartiles. Images and labels are random; so are the weights of timm's models, while those of
+the small ones are the committed checkpoints.
+"""
+
+import argparse
+import os
+
+import methods
+import peers
+import speed
+import torch
+
+CASES = methods.CASES | peers.CASES | speed.CASES
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ["VITLAB_HEADLESS"] = "1"  # no bars
+    for case in options.only:
+        CASES[case](options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What the benchmarks share: models, interleaved timing, tables with provenance."""
+
+import random
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from vitlab import checkpoint, cost, models, plots, record
+
+ROOT = Path(__file__).resolve().parents[1]
+LARGE = {"ViT-S": "vit_small_patch16_224", "Swin-T": "swin_tiny_patch4_window7_224"}
+SMALL = {"small ViT": "cifar10-small/vit", "small Swin": "cifar10-small/swin"}
+
+
+def model_of(name, **options):
+    """The committed CIFAR-10 model, or timm's with random weights, of that name; seeded, in eval mode."""
+    torch.manual_seed(0)
+    if name in SMALL:
+        return checkpoint.load(ROOT / "checkpoints" / SMALL[name])
+    return models.create(LARGE.get(name, name), **{"num_classes": 1000} | options).eval()
+
+
+def images_of(model, count):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, *cost.input_shape(model), generator=generator)
+
+
+def interleaved(calls, rounds):
+    """Seconds of each call in each round, a frame [rounds, calls]; one round before is not counted.
+
+    A call is a function, or a pair: one that prepares its argument and is not timed, and one that is. One that returns
+    a float has taken its time itself.
+    """
+    shuffle, order, lines = random.Random(0).shuffle, list(calls), []
+    for _ in range(rounds + 1):
+        shuffle(order)
+        lines.append({})
+        for name in order:
+            prepare, call = calls[name] if isinstance(calls[name], tuple) else (None, calls[name])
+            given = () if prepare is None else (prepare(),)
+            start = time.perf_counter()
+            own = call(*given)
+            lines[-1][name] = own if isinstance(own, float) else time.perf_counter() - start
+    return pd.DataFrame(lines[1:], columns=list(calls))
+
+
+def told(case, seconds, against):
+    """Rows of medians, and of ratios to the call named against, within rounds."""
+    ratios = seconds.div(seconds[against], axis=0).quantile([0.25, 0.5, 0.75])
+    columns = ["ratio_q1", "ratio", "ratio_q3"]
+    return [
+        {"case": case, "what": name, "seconds": seconds[name].median(), "against": against}
+        | dict(zip(columns, ratios[name], strict=True))
+        | {"rounds": len(seconds)}
+        for name in seconds
+    ]
+
+
+def publish(name, rows, *, shown=None):
+    """Print a table and write it, with where it comes from, to figures/bench/<name>.csv and (shown columns) .md."""
+    table = pd.DataFrame(rows)
+    folder = ROOT / "figures" / "bench"
+    record.make_folder(folder)
+    plots.save_table(table.assign(**record.provenance()), folder / name, kinds=["csv"])
+    short = table[[column for column in shown or table.columns if column in table]]
+    formats = dict.fromkeys(short.select_dtypes("float"), "{:.3g}")
+    plots.save_table(short, folder / name, formats=formats, kinds=["md"])
+    print(f"\n{name}\n\n{(folder / f'{name}.md').read_text()}", flush=True)
+    return table
