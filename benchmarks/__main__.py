@@ -1,4 +1,4 @@
-"""What things cost, and what a cut brings in time, beside the peers; tables and pictures go to figures/bench/.
+"""What things cost, and what a cut brings in time, beside the peers; with tables and pictures.
 
     python benchmarks [--only passes masks_of_vit_b …] [--rounds 7] [--threads 2]
 
@@ -23,11 +23,13 @@ def main():
         prog="python benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--out", help="folder for tables and pictures (figures/bench)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["VITLAB_HEADLESS"] = "1"  # no bars
+    os.environ["BENCH_OUT"] = options.out or ""
     for case in options.only:
         CASES[case](options.rounds)
 

@@ -1,5 +1,6 @@
 """What the benchmarks share: models, interleaved timing, tables with provenance."""
 
+import os
 import random
 import time
 from pathlib import Path
@@ -58,14 +59,19 @@ def told(case, seconds, against):
     ]
 
 
+def folder(name=""):
+    """The folder for results, BENCH_OUT or figures/bench, or the file of that name in it."""
+    path = Path(os.environ.get("BENCH_OUT") or ROOT / "figures" / "bench")
+    record.make_folder(path)
+    return path / name
+
+
 def publish(name, rows, *, shown=None):
-    """Print a table and write it, with where it comes from, to figures/bench/<name>.csv and (shown columns) .md."""
+    """Print a table and write it, with where it comes from, as <name>.csv and (shown columns) .md to folder()."""
     table = pd.DataFrame(rows)
-    folder = ROOT / "figures" / "bench"
-    record.make_folder(folder)
-    plots.save_table(table.assign(**record.provenance()), folder / name, kinds=["csv"])
+    plots.save_table(table.assign(**record.provenance()), folder(name), kinds=["csv"])
     short = table[[column for column in shown or table.columns if column in table]]
     formats = dict.fromkeys(short.select_dtypes("float"), "{:.3g}")
-    plots.save_table(short, folder / name, formats=formats, kinds=["md"])
-    print(f"\n{name}\n\n{(folder / f'{name}.md').read_text()}", flush=True)
+    plots.save_table(short, folder(name), formats=formats, kinds=["md"])
+    print(f"\n{name}\n\n{folder(f'{name}.md').read_text()}", flush=True)
     return table

@@ -4,7 +4,7 @@ import copy
 
 import pandas as pd
 import torch
-from common import LARGE, ROOT, SMALL, images_of, model_of, publish
+from common import LARGE, SMALL, folder, images_of, model_of, publish
 
 from vitlab import bench, budget, lowrank, masks, models, plots, prune, scores, shrink
 
@@ -52,8 +52,8 @@ def draw_cuts(table):
         said = f"{case} at 224 px, random weights, half the MACs or half the weights, batches of 8, threads: "
         said += f"{rows.threads.iloc[0]}; python benchmarks --only cuts."
         name = case.lower()
-        plots.save(plots.speedup_bars(rows), ROOT / "figures" / "bench" / f"speedup-{name}", caption=said)
-        plots.save(plots.roofline(rows), ROOT / "figures" / "bench" / f"roofline-{name}", caption=said)
+        plots.save(plots.speedup_bars(rows), folder(f"speedup-{name}"), caption=said)
+        plots.save(plots.roofline(rows), folder(f"roofline-{name}"), caption=said)
 
 
 def compiled(rounds):

@@ -195,9 +195,9 @@ class Traffic(TorchDispatchMode):
 def ceilings(device="cpu", precision="float32", threads=None):
     """What this machine can do at best, measured once in a process: {"macs_per_s", "launch_s", "bytes_per_s"}.
 
-    macs_per_s: of the fastest of three square matrix products. launch_s: seconds of one small module, which are all
-    call and no work. bytes_per_s: {bytes read and written: rate} of scaling a tensor, for SIZES, as caches make
-    small ones faster. threads: CPU threads, None for torch's setting.
+    macs_per_s: of the fastest square matrix product of three sizes, by torch's matmul or its convolution. launch_s:
+    seconds of one small module, which are all call and no work. bytes_per_s: {bytes read and written: rate} of scaling
+    a tensor, for SIZES, as caches make small ones faster. threads: CPU threads, None for torch's setting.
     """
     device, dtype = torch.device(device), PRECISIONS[precision]
     before = torch.get_num_threads()
@@ -206,8 +206,12 @@ def ceilings(device="cpu", precision="float32", threads=None):
         sides = (2048, 4096, 8192) if device.type == "cuda" else (512, 1024, 2048)
         macs_per_s = 0
         for side in sides:
-            left, right = torch.randn(2, side, side, device=device).to(dtype)
-            macs_per_s = max(macs_per_s, side**3 / _least_seconds(lambda x=left, y=right: x @ y, device))
+            x, y = torch.randn(2, side, side, device=device).to(dtype)
+            # 1 x 1 convolution is the same product by another library: on some processors twice as fast
+            conv = nn.Conv2d(side, side, 1, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+            image = x.view(1, side, 32, -1).contiguous(memory_format=torch.channels_last)
+            for product in (lambda x=x, y=y: x @ y, lambda conv=conv, image=image: conv(image)):
+                macs_per_s = max(macs_per_s, side**3 / _least_seconds(product, device))
         bytes_per_s = {}
         for size in SIZES:
             x = torch.randn(size // (2 * dtype.itemsize), device=device).to(dtype)

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import ticker
 
 from vitlab import record
 
@@ -369,14 +370,18 @@ def roofline(table, *, ax=None):
             chosen = (table.model == name) & (ways == way)
             if chosen.any():
                 style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[j % len(MARKERS)]}
-                ax.scatter(intensity[chosen], rate[chosen], s=50, edgecolor="white", zorder=2, **style)
+                size = 90 * 0.75**i  # the earlier ones show behind those that stand at the same place
+                ax.scatter(intensity[chosen], rate[chosen], s=size, edgecolor="white", zorder=2 + i / 100, **style)
     for i, name in enumerate(names):
         ax.plot([], [], color=COLORS[i % len(COLORS)], linewidth=6, label=str(name).replace("\n", " "))
     for j, way in enumerate(order):
         if way:
             ax.plot([], [], color="0.4", linestyle="", marker=MARKERS[j % len(MARKERS)], label=way)
     ax.set(xscale="log", yscale="log", xlabel="MACs per byte moved", ylabel="10⁹ MACs per second")
-    ax.grid(True, which="both")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(ticker.NullLocator())
     _legend_beside(ax)
     return ax
 
