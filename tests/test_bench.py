@@ -165,3 +165,13 @@ def test_rank_speed_covers_every_layer(any_model):
 def test_break_even_ends_at_the_first_rank_that_is_no_faster():
     columns = {"layer": list("aaabbb"), "rank": [8, 16, 24, 24, 8, 16], "speedup_q1": [2, 1.1, 0.9, 1.2, 0.9, 1.5]}
     assert bench.break_even(pd.DataFrame(columns)) == {"a": 16, "b": 0}
+
+
+def test_times_of_layers_add_up_to_the_model(any_model):
+    table = cost.breakdown(any_model)
+    hooks = sum(len(layer._forward_hooks) for layer in any_model.modules())
+    times = bench.layer_times(any_model, table, batch=2, repeats=3)
+    assert times.shape == (len(table),) and (times >= 0).all()
+    named = set(dict(any_model.named_modules()))
+    assert (times[[layer in named for layer in table.layer]] > 0).all() or "position" in set(table.role)
+    assert sum(len(layer._forward_hooks) for layer in any_model.modules()) == hooks

@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import pandas as pd
 import pytest
 import torch
 
@@ -44,6 +45,46 @@ def test_kinds_that_share_their_costs_are_counted_as_they_fall(any_model, macs):
         block = models.view(small).block(key[0]) if key[1] in ("qk", "v") else None
         assert left >= budget.FLOORS[key[1]] * (block.num_heads if block else 1)
         assert (counts[key] - left) % 4 == 0 or key[1] not in ("neurons", "width", "filters")
+
+
+@pytest.mark.parametrize("what", ["params", "bytes"])
+@pytest.mark.parametrize("share", [0.85, 0.7])
+def test_parameters_and_bytes_are_those_of_the_smaller_model(any_model, what, share):
+    counts = models.view(any_model).units(["heads", "neurons", "width"])
+    generator = torch.Generator().manual_seed(0)
+    unit_scores = {key: torch.rand(count, generator=generator) for key, count in counts.items()}
+    plan = budget.plan(any_model, unit_scores, kinds=["heads", "neurons", "width"], multiple=1, **{what: share})
+    small = shrink.remove(any_model, plan.drop)
+    kept = [sum(p.numel() for p in m.parameters()) for m in (small, any_model)]
+    if what == "bytes":
+        kept = [cost.bytes_memory(m) for m in (small, any_model)]
+    assert plan.share == kept[0] / kept[1]
+    assert 0.95 * share < plan.share <= share  # of toys: a head is a few per cent of them
+    assert f"{what}_saved" in plan.table
+
+
+def test_latency_is_corrected_by_what_is_measured(vit, batch, monkeypatch):
+    """A machine by hand: time is 10 plus the MACs' share times 90, so that 0.93 of it needs 0.922 of the MACs."""
+
+    def latency(named, **_):
+        dense, small = (cost.macs(model) for model in named.values())
+        speedup = 100 / (10 + 90 * small / dense)
+        return pd.DataFrame([dict.fromkeys(COLUMNS, 1.0), dict.fromkeys(COLUMNS, speedup)])
+
+    COLUMNS = ["speedup_q1", "speedup", "speedup_q3"]
+    monkeypatch.setattr(budget.bench, "latency", latency)
+    plan = budget.plan(vit, fisher(vit, batch), latency=0.93, multiple=1)
+    assert plan.share == pytest.approx(0.93, rel=0.05) and "latency_saved" in plan.table
+    macs = cost.macs(shrink.remove(vit, plan.drop)) / cost.macs(vit)
+    assert plan.share == pytest.approx(0.1 + 0.9 * macs)
+    with pytest.raises(ValueError, match=r"cannot reach 0.05 x the latency: 0\.\d+ stays"):
+        budget.plan(vit, fisher(vit, batch), latency=0.05)
+
+
+def test_a_target_is_one_of_four(vit, batch):
+    for target in ({}, {"macs": 0.5, "params": 0.5}, {"flops": 0.5}):
+        with pytest.raises(ValueError, match="give one target of macs, params, bytes, latency, such as macs=0.5; got"):
+            budget.plan(vit, fisher(vit, batch), **target)
 
 
 def test_dimensions_of_heads_go_one_from_each(model):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "layers": "",
     "lowrank": "masks",
     "shrink": "attention models layers lowrank cost",
-    "budget": "models scores shrink lowrank cost",
+    "budget": "bench models shrink lowrank cost",
     "sensitivity": "models masks scores",
     "recover": "models layers lowrank prune scores shrink",
     "train": "cost evaluate prune record",

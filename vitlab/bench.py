@@ -283,6 +283,48 @@ def bounds(models, table, *, image_size=None):
 ZEROS = "unstructured zeros in dense tensors: no gain expected"
 
 
+def layer_times(model, table, *, batch=8, image_size=None, repeats=7):
+    """Milliseconds of one batch by line of cost.breakdown's table, an array: where the time of a model goes.
+
+    A layer's is that of its module, median of repeats passes; what is left of an attention's after its layers stands
+    with its two products, of an MLP's with fc1 (its activation), and of the whole model in the last line, "rest".
+    """
+    setting, device = Setting(model), next(model.parameters()).device
+    subject, images = _converted(setting, device), _images(setting, image_size, batch, device)
+    names = [name for name in table.layer if name in dict(subject.named_modules())]
+    outer = sorted({name.rpartition(".")[0] for name in names if name.rpartition(".")[0].endswith((".attn", ".mlp"))})
+    started, passes, hooks = {}, [], []
+    for name in [*names, *outer]:
+        module = subject.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(lambda *_, n=name: started.update({n: _now(device)})))
+        hooks.append(module.register_forward_hook(lambda *_, n=name: passes[-1].update({n: _now(device) - started[n]})))
+    try:
+        with torch.inference_mode():
+            for _ in range(repeats + 1):
+                passes.append({})
+                begun = _now(device)
+                subject(images)
+                passes[-1][""] = _now(device) - begun
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = 1000 * pd.DataFrame(passes[1:]).median()
+    found = {name: times.get(name, 0.0) for name in table.layer}
+    for name in outer:
+        own = [layer for layer in names if layer.startswith(f"{name}.")]
+        left = max(0.0, times[name] - sum(found[layer] for layer in own))
+        inside = [f"{name}.qk", f"{name}.av"] if name.endswith("attn") else [f"{name}.fc1"]
+        for layer in inside:
+            found[layer] += left / len(inside)
+    found["rest"] = max(0.0, times[""] - sum(found.values()))
+    return np.array([found[name] for name in table.layer])
+
+
+def _now(device):
+    _synchronize(device)
+    return time.perf_counter()
+
+
 # -- where a factored layer is faster
 
 

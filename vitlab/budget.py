@@ -1,5 +1,6 @@
-"""Budget: which units go for a target of MACs, or which ranks stay, by predicted loss per MAC saved."""
+"""Budget: which units go for a target of MACs, parameters, bytes or time, or which ranks stay, by predicted loss."""
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -8,9 +9,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from . import cost, lowrank, models
+from . import bench, cost, lowrank, models, shrink
 
 FLOORS = {"heads": 1, "neurons": 8, "width": 8, "filters": 4, "qk": 4, "v": 4}  # at least so many stay (of each head)
+TARGETS = ("macs", "params", "bytes", "latency")
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Plan:
     """What would go, before any weight is touched.
 
     drop: {(where, kind): indices}, for shrink.remove. table: one line per block (stage, convolution) and kind: units,
-    dropped, predicted (sum of the scores that go), macs_saved. share: MACs that stay, as a share of the model's.
+    dropped, predicted (sum of the scores that go), macs_saved (or params_saved, …; of latency in ms). share: what
+    stays of the target, as a share of the model's.
     """
 
     drop: dict
@@ -26,22 +29,27 @@ class Plan:
     share: float
 
 
-def plan(model, unit_scores, *, macs, kinds=("heads", "neurons"), multiple=8, image_size=None):
-    """Plan that cuts the model's MACs to the share `macs` with the least predicted loss.
+def plan(model, unit_scores, *, kinds=("heads", "neurons"), multiple=8, image_size=None, batch=8, **target):
+    """Plan that cuts one cost of the model to a share with the least predicted loss: `plan(model, scores, macs=0.5)`.
 
+    target: one of macs, params, bytes (of weights and buffers in memory) or latency (of a batch of so many images, here
+    and now), and the share to keep, in (0, 1).
     unit_scores: {(where, kind): tensor} of one criterion, best in loss units ("fisher"), so that all kinds compete in
-    one currency: score per MAC saved, smallest first (METHODS: scores in loss units need no normalisation, only
+    one currency: score per cost saved, smallest first (METHODS: scores in loss units need no normalisation, only
     cost). What a unit costs depends on what is left of the others, a neuron on the width of the stream: it is counted
-    anew at each step. macs: share to keep, in (0, 1). kinds: what may go, of heads, neurons, width, filters, qk, v.
+    anew at each step. kinds: what may go, of heads, neurons, width, filters, qk, v.
     multiple: neurons, channels and filters go in groups of so many (the weakest of a place together), so that sizes
     stay friendly to the kernels; head dimensions go one from each head. FLOORS stay everywhere. The model's layers
     are plain: remove units first, factorise afterwards.
 
-    The result is at most the target and misses it by less than the cheapest group that could come back.
-    Raises ValueError for a share outside (0, 1), an unknown kind, or a target below what these kinds can reach,
-    naming the floor.
+    The result is at most the target, of MACs less than the cheapest group below it. Parameters and bytes are counted on
+    the smaller model, and the cut is corrected until they are met. For latency the time of each layer is measured
+    and taken to fall with its sizes; what the smaller model then takes beside the dense one, interleaved, corrects the
+    cut until it is within 5 % of the target, or the target within its quartiles: the plan then depends on the machine.
+    Raises ValueError for other targets, a share outside (0, 1), an unknown kind, or a target below what these kinds can
+    reach, naming the floor.
     """
-    _check_share(macs)
+    what, share = _checked_target(target)
     if unknown := set(kinds) - set(FLOORS):
         raise ValueError(f"unknown kinds {sorted(unknown)}; known are {', '.join(FLOORS)}")
     view = models.view(model)
@@ -51,16 +59,81 @@ def plan(model, unit_scores, *, macs, kinds=("heads", "neurons"), multiple=8, im
         raise ValueError(f"no scores for {sorted(absent)}; give scores.units of these kinds, or leave them out")
     unit_scores = {key: score for key, score in unit_scores.items() if key[1] in kinds}
     groups = {key: _groups(score, key[1], multiple, _heads(view, key)) for key, score in unit_scores.items()}
-    costs = _Costs(view, cost.breakdown(model, image_size=image_size))
+    costs = _Costs(view, _layer_costs(model, what, image_size, batch))
     sizes = {key: len(score) for key, score in unit_scores.items()}
-    floor = costs.macs({key: 1 - sum(map(len, own)) / sizes[key] for key, own in groups.items()}) / costs.total
-    if macs < floor:
-        raise ValueError(
-            f"{' and '.join(kinds)} alone cannot reach {macs:g} x MACs: {floor:.3f} stays when all but the floor "
-            "is gone; allow more kinds or ask for more MACs"
-        )
-    taken = _give_back(_take(costs, groups, unit_scores, macs * costs.total), costs, groups, sizes, macs * costs.total)
-    return _told(taken, costs, groups, unit_scores)
+    floor = costs.total_of({key: 1 - sum(map(len, own)) / sizes[key] for key, own in groups.items()}) / costs.total
+
+    def planned(wanted):
+        goal = max(wanted, floor) * costs.total
+        taken = _give_back(_take(costs, groups, unit_scores, goal), costs, groups, sizes, goal)
+        return _told(taken, costs, groups, unit_scores, what)
+
+    if what == "macs":
+        if share < floor:
+            raise _out_of_reach(kinds, what, share, floor)
+        return planned(share)
+    found, low, high, wanted = None, floor, 1.0, max(share, floor)
+    for _ in range(MOST_CORRECTIONS):
+        tried, is_met = _measured(model, planned(wanted), what, share, image_size, batch)
+        if is_met:
+            return tried
+        if found is None or _miss(tried.share, share, what) < _miss(found.share, share, what):
+            found = tried
+        if what != "latency":  # which scatters: what was too slow once may be fast enough the next time
+            low, high = (wanted, high) if tried.share <= share else (low, wanted)
+        guess = 1 - (1 - share) * (1 - wanted) / max(1 - tried.share, 1e-3)  # on the line to the whole model
+        wanted = guess if low < guess < high else (low + high) / 2
+    if found.share > share and (what != "latency" or _miss(found.share, share, what) > 0.1):
+        found, is_met = _measured(model, planned(floor), what, share, image_size, batch)
+        if found.share > share and not is_met:
+            raise _out_of_reach(kinds, what, share, found.share)
+    return found
+
+
+def _miss(kept, share, what):
+    """How far kept is from the share to reach; of what can be counted, more than the share is no hit."""
+    return math.inf if kept > share and what != "latency" else abs(kept / share - 1)
+
+
+MOST_CORRECTIONS = 12
+
+
+def _checked_target(target):
+    if len(target) != 1 or (what := next(iter(target))) not in TARGETS:
+        given = ", ".join(target) or "none"
+        raise ValueError(f"give one target of {', '.join(TARGETS)}, such as macs=0.5; got {given}")
+    if not 0 < target[what] < 1:
+        raise ValueError(f"{what} is the share to keep, in (0, 1); got {target[what]}")
+    return what, target[what]
+
+
+def _out_of_reach(kinds, what, share, floor):
+    called = {"macs": "MACs", "params": "the parameters", "bytes": "the bytes", "latency": "the latency"}[what]
+    return ValueError(
+        f"{' and '.join(kinds)} alone cannot reach {share:g} x {called}: {floor:.3f} stays when all but the floor "
+        f"is gone; allow more kinds or ask for more {called.removeprefix('the ')}"
+    )
+
+
+def _layer_costs(model, what, image_size, batch):
+    """cost.breakdown with a column `cost`, of the target: what the terms of _Costs are shares of."""
+    table = cost.breakdown(model, image_size=image_size)
+    if what == "latency":
+        return table.assign(cost=bench.layer_times(model, table, batch=batch, image_size=image_size))
+    return table.assign(cost=table.macs if what == "macs" else table.params)
+
+
+def _measured(model, plan, what, share, image_size, batch):
+    """plan with the share of the target that the cut model really keeps, and whether that meets the target."""
+    small = shrink.remove(model, plan.drop) if plan.drop else model
+    if what == "latency":
+        named = {"dense": model, "small": small}
+        times = bench.latency(named, batch=batch, image_size=image_size, repeats=21).iloc[1]
+        is_met = abs(1 / times.speedup / share - 1) <= 0.05 or times.speedup_q1 <= 1 / share <= times.speedup_q3
+        return dataclasses.replace(plan, share=1 / times.speedup), bool(is_met)
+    count = cost.bytes_memory if what == "bytes" else lambda m: sum(p.numel() for p in m.parameters())
+    kept = count(small) / count(model)
+    return dataclasses.replace(plan, share=kept), 0.995 * share <= kept <= share
 
 
 def ranks(model, grams, gradients, *, macs, multiple=8, most=None, damping=1e-3, image_size=None):
@@ -170,42 +243,42 @@ def _groups(score, kind, multiple, heads):
 
 
 class _Costs:
-    """MACs of the model when of each kind of unit only a share is left: a sum of products of such shares."""
+    """Cost of the model when of each kind of unit only a share is left: a sum of products of such shares."""
 
     def __init__(self, view, table):
         self.terms = [term for row in table.itertuples() for term in _terms(view, row)]
-        self.total = int(table.macs.sum())
+        self.total = table.cost.sum().item()
         self.of = {}
         for term in self.terms:
             for key in set(term[1]):
                 self.of.setdefault(key, []).append(term)
 
-    def macs(self, left, key=None):
-        """MACs with these shares left ({key: share in [0, 1]}, else 1): of everything, or of what key is part of."""
+    def total_of(self, left, key=None):
+        """Cost with these shares left ({key: share in [0, 1]}, else 1): of everything, or of what key is part of."""
         terms = self.terms if key is None else self.of.get(key, [])
         return sum(base * math.prod(left.get(each, 1.0) for each in keys) for base, keys in terms)
 
 
 def _terms(view, row):
-    """[(MACs, keys of the units whose shares they are proportional to)] of one line of cost.breakdown."""
+    """[(cost, keys of the units whose shares they are proportional to)] of one line of cost.breakdown."""
     stages, name = view.stages, row.block
     if not isinstance(name, str):  # in no block
         if row.role == "stem":
             names = [own for own, _ in view.stem]
             at = names.index(row.layer)
             reads = [(names[at - 1], "filters")] if at else []
-            return [(row.macs, [*reads, (stages[0], "width") if at == len(names) - 1 else (row.layer, "filters")])]
+            return [(row.cost, [*reads, (stages[0], "width") if at == len(names) - 1 else (row.layer, "filters")])]
         if row.role == "merge":
             at = int(row.layer.split(".")[1])
-            return [(row.macs, [(stages[at - 1], "width"), (stages[at], "width")])]
-        return [(row.macs, [(stages[-1], "width")] if row.role == "head" else [])]
+            return [(row.cost, [(stages[at - 1], "width"), (stages[at], "width")])]
+        return [(row.cost, [(stages[-1], "width")] if row.role == "head" else [])]
     block = view.block(name)
     width, heads, neurons = (stages[block.stage], "width"), (name, "heads"), (name, "neurons")
     if row.role == "qkv":
         queries = 2 * block.qk_dim / (2 * block.qk_dim + block.head_dim)
         return [
-            (row.macs * queries, [width, heads, (name, "qk")]),
-            (row.macs * (1 - queries), [width, heads, (name, "v")]),
+            (row.cost * queries, [width, heads, (name, "qk")]),
+            (row.cost * (1 - queries), [width, heads, (name, "v")]),
         ]
     keys = {
         "qk": [heads, (name, "qk")],
@@ -215,11 +288,11 @@ def _terms(view, row):
         "fc2": [neurons, width],
         "position": [heads] if row.layer.endswith(".2") else [],
     }
-    return [(row.macs, keys[row.role])]
+    return [(row.cost, keys[row.role])]
 
 
 def _take(costs, groups, unit_scores, target):
-    """Keys in the order in which their next group goes: the least predicted loss per MAC saved, until the target."""
+    """Keys in the order in which their next group goes: the least predicted loss per cost saved, until the target."""
     sizes = {key: len(score) for key, score in unit_scores.items()}
     losses = {key: [unit_scores[key][group].sum().item() for group in own] for key, own in groups.items()}
     left, macs, taken = dict.fromkeys(sizes, 1.0), float(costs.total), []
@@ -230,7 +303,7 @@ def _take(costs, groups, unit_scores, target):
             if reached[key] == len(own):
                 continue
             smaller = left | {key: left[key] - len(own[reached[key]]) / sizes[key]}
-            saved = costs.macs(left, key) - costs.macs(smaller, key)
+            saved = costs.total_of(left, key) - costs.total_of(smaller, key)
             price = losses[key][reached[key]] / saved if saved > 0 else math.inf
             if best is None or price < best[0]:
                 best = price, key, smaller, saved
@@ -246,7 +319,7 @@ def _give_back(taken, costs, groups, sizes, target):
     counts = Counter(taken)
     for key in reversed(taken[:-1]):
         counts[key] -= 1
-        if costs.macs(_left(counts, groups, sizes)) > target * (1 + 1e-12):
+        if costs.total_of(_left(counts, groups, sizes)) > target * (1 + 1e-12):
             counts[key] += 1
     seen, kept = Counter(), []
     for key in taken:
@@ -260,13 +333,13 @@ def _left(counts, groups, sizes):
     return {key: 1 - sum(map(len, groups[key][:count])) / sizes[key] for key, count in counts.items()}
 
 
-def _told(taken, costs, groups, unit_scores):
-    """The Plan of taken; MACs that several groups save together are told of the one that went first."""
+def _told(taken, costs, groups, unit_scores, what):
+    """The Plan of taken; costs that several groups save together are told of the one that went first."""
     sizes = {key: len(score) for key, score in unit_scores.items()}
     saved, counts, before = dict.fromkeys(sizes, 0.0), Counter(), float(costs.total)
     for key in taken:
         counts[key] += 1
-        after = costs.macs(_left(counts, groups, sizes))
+        after = costs.total_of(_left(counts, groups, sizes))
         saved[key] += before - after
         before = after
     drop, lines = {}, []
@@ -275,5 +348,5 @@ def _told(taken, costs, groups, unit_scores):
         if indices:
             drop[key] = indices
         lines.append((*key, size, len(indices), unit_scores[key][indices].sum().item(), saved[key]))
-    columns = ["block", "kind", "units", "dropped", "predicted", "macs_saved"]
+    columns = ["block", "kind", "units", "dropped", "predicted", f"{what}_saved"]
     return Plan(drop, pd.DataFrame(lines, columns=columns), before / costs.total)
