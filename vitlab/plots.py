@@ -370,7 +370,7 @@ def roofline(table, *, ax=None):
             chosen = (table.model == name) & (ways == way)
             if chosen.any():
                 style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[j % len(MARKERS)]}
-                size = 90 * 0.75**i  # the earlier ones show behind those that stand at the same place
+                size = max(24, 160 * 0.6**i)  # the earlier ones show behind those that stand at the same place
                 ax.scatter(intensity[chosen], rate[chosen], s=size, edgecolor="white", zorder=2 + i / 100, **style)
     for i, name in enumerate(names):
         ax.plot([], [], color=COLORS[i % len(COLORS)], linewidth=6, label=str(name).replace("\n", " "))
