@@ -28,6 +28,8 @@ study: install
 	@$(BIN)/snakemake --cores $(CORES) --config study=$(STUDY) $(if $(MODEL),model=$(MODEL)) \
 	    $(if $(SEED),seed=$(SEED)) $(ARGS) || { echo "Study $(NAME) is not complete: the reason stands above."; \
 	    echo "What is done is kept, and the same command goes on from there."; exit 1; }
+	@# runs of another clone may lie in the data root, and its figures not here
+	@$(if $(filter -n,$(ARGS)),true,[ -d figures/$(NAME) ] || $(BIN)/python -m vitlab.run 7_report --study $(STUDY))
 	@$(if $(filter -n,$(ARGS)),true,cd figures/$(NAME) && cat summary.md 2>/dev/null || cat efficiency.md)
 	@echo
 	@echo "Figures and tables: figures/$(NAME)/"

@@ -167,7 +167,7 @@ def test_torchprofile_agrees_on_real_models_whole_and_cut(name):
     model = models.create(name, num_classes=1000)
     row = cost.meters(model)
     assert abs(row["macs_torchprofile"] / cost.macs(model) - 1) < 0.002
-    assert row["macs_thop"] < 0.97 * cost.macs(model)  # attention's products are 14 % of ViT-Ti
+    assert row["macs_thop"] < 0.98 * cost.macs(model)  # without the products of attention, 14 % of ViT-Ti
     halves = {key: range(count // 2) for key, count in models.view(model).units().items()}
     small = shrink.remove(model, halves)
     thin = shrink.factorise(small, dict.fromkeys(models.view(small).linears(["fc1", "fc2"]), 32))
