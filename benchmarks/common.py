@@ -12,6 +12,7 @@ from vitlab import checkpoint, cost, models, plots, record
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = {"ViT-S": "vit_small_patch16_224", "Swin-T": "swin_tiny_patch4_window7_224"}
+TIMM = LARGE | {"ViT-B": "vit_base_patch16_224"}
 SMALL = {"small ViT": "cifar10-small/vit", "small Swin": "cifar10-small/swin"}
 
 
@@ -20,7 +21,7 @@ def model_of(name, **options):
     torch.manual_seed(0)
     if name in SMALL:
         return checkpoint.load(ROOT / "checkpoints" / SMALL[name])
-    return models.create(LARGE.get(name, name), **{"num_classes": 1000} | options).eval()
+    return models.create(TIMM.get(name, name), **{"num_classes": 1000} | options).eval()
 
 
 def images_of(model, count):

@@ -41,7 +41,7 @@ GRADIENTS = {  # every criterion that needs a backward pass
 def passes(rounds):
     """Scores, grams and reconstruction in units of forward and backward passes over the same batches."""
     rows = []
-    for name, images in [("small ViT", 256), ("small Swin", 256), ("ViT-S", 16)]:
+    for name, images in [("small ViT", 256), ("small Swin", 256), ("ViT-S", 16), ("Swin-T", 16), ("ViT-B", 8)]:
         model = model_of(name) if name.startswith("small") else model_of(name, num_classes=10)
         both = images_of(model, images).chunk(2)
         batches = [(x, torch.randint(0, 10, (len(x),))) for x in both]
@@ -95,7 +95,7 @@ def svd(rounds):
 
 def files(rounds):
     """Checkpoints of a ViT-B, dense and with 90 % of its linear weights masked: bytes, and time to load."""
-    model, rows = model_of("vit_base_patch16_224", num_classes=10), []
+    model, rows = model_of("ViT-B", num_classes=10), []
     weights = {f"{name}.weight": layer.weight for name, layer in models.view(model).linears().items()}
     keep = masks.keep_largest({name: weight.detach().abs() for name, weight in weights.items()}, sparsity=0.9)
     with tempfile.TemporaryDirectory() as folder:

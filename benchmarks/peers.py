@@ -18,8 +18,6 @@ from torch.nn.utils import prune as torch_prune
 
 from vitlab import bench, cost, masks, models, scores, shrink
 
-VIT_B = {"ViT-B": "vit_base_patch16_224", "Swin-T": LARGE["Swin-T"]}
-
 
 def attentions(model):
     return [module for module in model.modules() if hasattr(module, "qkv")]
@@ -83,8 +81,8 @@ def removal(rounds):
     """Scores by magnitude and half of all heads and neurons out of the model, in seconds; the scores by gradients have
     their gradients given."""
     rows = []
-    for case, name in VIT_B.items():
-        model = model_of(name)
+    for case in ("ViT-B", "Swin-T"):
+        model = model_of(case)
 
         def with_gradients(model=model):
             own = copy.deepcopy(model)
