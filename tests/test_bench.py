@@ -162,6 +162,12 @@ def test_rank_speed_covers_every_layer(any_model):
     assert not any(layer._forward_pre_hooks for layer in any_model.modules())
 
 
+def test_rank_speed_of_a_model_without_plain_layers(vit):
+    thin = shrink.factorise(vit, dict.fromkeys(models.view(vit).matrices, 2))
+    with pytest.raises(ValueError, match="there is nothing to factor"):
+        bench.rank_speed(thin)
+
+
 def test_break_even_ends_at_the_first_rank_that_is_no_faster():
     columns = {"layer": list("aaabbb"), "rank": [8, 16, 24, 24, 8, 16], "speedup_q1": [2, 1.1, 0.9, 1.2, 0.9, 1.5]}
     assert bench.break_even(pd.DataFrame(columns)) == {"a": 16, "b": 0}

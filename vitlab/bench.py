@@ -27,6 +27,7 @@ from . import models as vit_models
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 RUNTIMES = ("eager", "compiled", "onnxruntime")
+ZEROS = "unstructured zeros in dense tensors: no gain expected"
 SIZES = (10**5, 10**6, 10**7, 10**8)  # bytes of one operation, at which the memory's rate is measured
 
 
@@ -280,9 +281,6 @@ def bounds(models, table, *, image_size=None):
     return table.join(pd.DataFrame(lines, index=table.index))
 
 
-ZEROS = "unstructured zeros in dense tensors: no gain expected"
-
-
 def layer_times(model, table, *, batch=8, image_size=None, repeats=7):
     """Milliseconds of one batch by line of cost.breakdown's table, an array: where the time of a model goes.
 
@@ -335,9 +333,11 @@ def rank_speed(model, *, batch=64, multiple=8, steps=8, repeats=15, seconds=5, i
     the inputs that it sees in a batch of so many images. Layers of one shape share a measurement. Timed as in
     `latency`, in float32, where the model is. Columns: layer, kind, m, n, positions (rows of its input: tokens or
     pixels of the whole batch), rank, break_even (of MACs), speedup, speedup_q1, speedup_q3, promised (by MACs),
-    achieved.
+    achieved. Raises ValueError for a model without a plain layer.
     """
     known = {name: layer for name, layer in vit_models.view(model).matrices.items() if _is_plain(layer)}
+    if not known:
+        raise ValueError("no linear layer or convolution of the stem is plain: there is nothing to factor")
     setting, inputs = Setting(model), {}
     device = next(model.parameters()).device
     hooks = [
@@ -347,8 +347,12 @@ def rank_speed(model, *, batch=64, multiple=8, steps=8, repeats=15, seconds=5, i
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        with torch.no_grad():
-            _converted(setting, device)(_images(setting, image_size, batch, device))
+        try:
+            with torch.no_grad():
+                _converted(setting, device)(_images(setting, image_size, batch, device))
+        finally:
+            for hook in hooks:  # or they would be timed
+                hook.remove()
         same, tables = {}, {}
         for name, layer in known.items():
             if name in inputs:  # SwinV2 may use a weight without a call
@@ -357,8 +361,6 @@ def rank_speed(model, *, batch=64, multiple=8, steps=8, repeats=15, seconds=5, i
             tables[key] = _rank_times(known[names[0]], inputs[names[0]], multiple, steps, repeats, seconds, device)
     finally:
         torch.set_num_threads(before)
-        for hook in hooks:
-            hook.remove()
     frames = [table.assign(layer=name) for key, table in tables.items() for name in same[key]]
     table = pd.concat(frames, ignore_index=True)
     return table[["layer", *table.columns.drop("layer")]]
@@ -370,6 +372,7 @@ def _is_plain(layer):
 
 def _rank_times(layer, x, multiple, steps, repeats, seconds, device):
     """Speed-ups of a layer at ranks, on input x."""
+    layer = copy.deepcopy(layer).to(x)
     m, n = layer.weight.flatten(1).shape
     even = lowrank.break_even_rank(m, n)
     most = max(1, math.ceil(even) - 1)
