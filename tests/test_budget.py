@@ -87,6 +87,110 @@ def test_a_target_is_one_of_four(vit, batch):
             budget.plan(vit, fisher(vit, batch), **target)
 
 
+def drawn(model, kinds):
+    """Random scores of units and directions: losses of the last directions, which grow as more of them go."""
+    generator = torch.Generator().manual_seed(0)
+    counts = models.view(model).units([kind for kind in kinds if kind != "ranks"])
+    units = {key: torch.rand(count, generator=generator) for key, count in counts.items()}
+    directions = {}
+    for name, layer in models.view(model).matrices.items():
+        lost = torch.rand(min(layer.weight.flatten(1).shape) + 1, generator=generator).double()
+        directions[name] = 0.05 * (lost.cumsum(0) - lost.cumsum(0)[0]).flip(0)
+    return dict(unit_scores=units, directions=directions)
+
+
+@pytest.mark.parametrize("macs", [0.9, 0.6, 0.35])
+def test_units_ranks_and_blocks_in_one_pool_cost_what_the_plan_says(any_model, batch, macs):
+    normed = models.view(any_model).blocks[0].normalises_queries
+    kinds = [kind for kind in [*budget.FLOORS, "ranks"] if kind != "qk" or not normed]
+    plan = budget.plan(any_model, **drawn(any_model, kinds), macs=macs, kinds=kinds, multiple=4, rank_multiple=1)
+    small, drops = budget.cut(any_model, plan, [batch])
+    assert cost.macs(small) / cost.macs(any_model) == pytest.approx(plan.share, abs=1e-9) and plan.share <= macs
+    assert plan.table.macs_saved.sum() / cost.macs(any_model) == pytest.approx(1 - plan.share, abs=1e-9)
+    assert drops == ([plan.drop] if plan.drop else []) and small(batch[0]).isfinite().all()
+    whole = shrink.remove(any_model, plan.drop) if plan.drop else any_model
+    for name, rank in plan.ranks.items():  # two thin layers only where they cost less
+        m, n = whole.get_submodule(name).weight.flatten(1).shape
+        assert rank * (m + n) < m * n
+    lines = plan.table.set_index(["block", "kind"])
+    for name, rank in plan.ranks.items():
+        assert lines.dropped[name, "ranks"] == lines.units[name, "ranks"] - rank
+    assert plan.predicted == plan.table.predicted.sum()
+
+
+def test_what_costs_nothing_to_lose_goes_first_whatever_its_kind(vit):
+    kinds = ["neurons", "ranks", "block"]
+    found = drawn(vit, kinds)
+    found["directions"]["blocks.1.mlp.fc1"] *= 0
+    plan = budget.plan(vit, **found, macs=0.99, kinds=kinds[:2])
+    assert not plan.drop and plan.ranks == {"blocks.1.mlp.fc1": 4}  # a higher one would gain nothing
+    found = drawn(vit, kinds)
+    found["unit_scores"]["blocks.0", "block"] *= 0
+    plan = budget.plan(vit, **found, macs=0.7, kinds=kinds)
+    assert plan.drop[("blocks.0", "block")] == [0]
+    assert not [key for key in plan.drop if key[0] == "blocks.0" and key[1] != "block"]
+    found["unit_scores"]["blocks.1", "block"] *= 0  # but not the last one
+    plan = budget.plan(vit, **found, macs=0.5, kinds=kinds)
+    assert sum(kind == "block" for _, kind in plan.drop) == 1
+
+
+@pytest.mark.parametrize("what", ["params", "bytes"])
+def test_ranks_count_for_parameters_and_bytes(model, what):
+    kinds = ["heads", "neurons", "width", "ranks"]
+    plan = budget.plan(model, **drawn(model, kinds), kinds=kinds, multiple=1, rank_multiple=1, **{what: 0.6})
+    small, _ = budget.cut(model, plan)
+    count = cost.bytes_memory if what == "bytes" else lambda m: sum(p.numel() for p in m.parameters())
+    assert plan.ranks and plan.share == count(small) / count(model)
+    assert 0.95 * 0.6 < plan.share <= 0.6
+
+
+def test_more_is_predicted_to_be_lost_the_less_stays(vit):
+    kinds = ["heads", "neurons", "ranks"]
+    lost = [budget.plan(vit, **drawn(vit, kinds), macs=macs, kinds=kinds).predicted for macs in (0.9, 0.7, 0.5)]
+    assert lost == sorted(lost) and lost[0] < lost[-1]
+
+
+def test_a_cut_is_compensated_as_asked_for(model, batch):
+    kinds = ["heads", "neurons", "width", "ranks"]
+    plan = budget.plan(model, **budget.candidates(model, [batch], kinds=kinds), macs=0.6, kinds=kinds, multiple=4)
+    layers = list(models.view(model).matrices)
+    affine = scores.grams(model, [batch], layers=layers, affine=True)
+    means = {name: gram[-1, :-1] for name, gram in affine.items()}
+    grams = {name: gram[:-1, :-1] for name, gram in affine.items()}
+    for way, known in ((None, {}), ("mean", dict(means=means)), ("least squares", dict(means=means, grams=grams))):
+        small, drops = budget.cut(model, plan, [batch], compensate=way)
+        expected = shrink.remove(model, plan.drop, **known)
+        if plan.ranks:
+            seen = scores.grams(expected, [batch], layers=list(plan.ranks), affine=True)
+            seen = {name: gram[:-1, :-1] for name, gram in seen.items()}
+            expected = shrink.factorise(expected, plan.ranks, grams=seen)
+        assert drops == [plan.drop]
+        for given in ({}, {"grams": affine}):
+            again, _ = budget.cut(model, plan, [batch], compensate=way, **given)
+            torch.testing.assert_close(again(batch[0]), expected(batch[0]))
+        torch.testing.assert_close(small(batch[0]), expected(batch[0]))
+    for way, batches in (("least squares", ()), ("means", [batch])):
+        with pytest.raises(ValueError, match="compensate is one of .*, the last two with batches; got"):
+            budget.cut(model, plan, batches, compensate=way)
+
+
+def test_what_a_plan_needs_is_asked_for(vit, batch):
+    found = drawn(vit, ["heads", "ranks"])
+    with pytest.raises(ValueError, match="no directions; give scores.directions"):
+        budget.plan(vit, found["unit_scores"], kinds=["heads", "ranks"], macs=0.5)
+    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv \[96, 32\] has 32 directions; got 31 of another model"):
+        budget.plan(vit, directions={"blocks.0.attn.qkv": torch.zeros(32)}, kinds=["ranks"], macs=0.9)
+    thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 4})
+    with pytest.raises(ValueError, match="blocks.0.mlp.fc1 is a FactoredLinear: take units first"):
+        budget.plan(thin, found["unit_scores"], kinds=["heads"], macs=0.9)
+    with pytest.raises(budget.Unreachable, match=r"ranks alone cannot reach 0.01 x MACs: 0\.\d+ stays"):
+        budget.plan(vit, directions=found["directions"], kinds=["ranks"], macs=0.01)
+    with pytest.raises(ValueError, match="nothing of ranks may go"):
+        budget.plan(
+            vit, directions=found["directions"], kinds=["ranks"], macs=0.9, most=dict.fromkeys(found["directions"], 0)
+        )
+
+
 def test_dimensions_of_heads_go_one_from_each(model):
     counts = models.view(model).units(["qk", "v"])
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import toy
+from conftest import OTHERS, toy
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
@@ -116,6 +116,50 @@ def test_width_gates_equal_brute_force(any_model, batch):  # DeiT-3 has LayerSca
         assert_gates(found, key, brute_force(any_model, batch, writes(any_model, number)[0], len(score)))
 
 
+def test_a_blocks_gate_is_on_both_that_it_writes(any_model, batch):
+    view = models.view(any_model)
+    found = scores.units(any_model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["block"])
+    assert list(found["taylor"]) == [(block.name, "block") for block in view.blocks]
+    for block in view.blocks:
+        gradients = []
+        for x, y in split(batch, 1):
+            gate = torch.ones(1, requires_grad=True)
+            handles = [
+                module.register_forward_hook(lambda _, arguments, result, z=gate: z * result)
+                for module in view.writes(block)
+            ]
+            gradients.append(torch.autograd.grad(cross_entropy(any_model(x), y), gate)[0])
+            for handle in handles:
+                handle.remove()
+        assert_gates(found, (block.name, "block"), torch.stack(gradients))
+
+
+def test_directions_equal_brute_force(model, batch):
+    """A gate on the last directions of a layer's weight together, one image at a time."""
+    view = models.view(model)
+    bases = {name: lowrank.svd(m.weight.detach().flatten(1), min(m.weight.flatten(1).shape)) for name, m in
+             view.matrices.items()}  # fmt: skip
+    found = scores.directions(model, split(batch, 4), bases)
+    assert list(found) == list(bases)
+    for name, layer in view.matrices.items():
+        (u, v), whole = bases[name], layer.weight.detach().clone()
+        for first in (0, len(v) // 2, len(v)):
+            gradients = []
+            for x, y in split(batch, 1):
+                layer.weight.requires_grad_(True)
+                by_weight = torch.autograd.grad(cross_entropy(model(x), y), layer.weight)[0].flatten(1)
+                gradients.append((by_weight * (u[:, first:] @ v[first:])).sum())
+            expected = torch.stack(gradients).double().square().mean() / 2
+            torch.testing.assert_close(found[name][first], expected, rtol=1e-3, atol=1e-12)
+        assert found[name].shape == (len(v) + 1,) and layer.weight.equal(whole)
+
+
+def test_directions_of_another_shape_are_refused(vit, batch):
+    name = "blocks.0.mlp.fc1"
+    with pytest.raises(ValueError, match=r"the basis of blocks.0.mlp.fc1 \[64, 32\] is u \[m, R\] and v \[R, n\]"):
+        scores.directions(vit, [batch], {name: (torch.ones(64, 3), torch.ones(3, 64))})
+
+
 def test_gates_of_filters_sit_behind_their_norm(model, batch):
     found = scores.units(model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["filters"])
     assert list(found["taylor"]) == [(name, "filters") for name in FILTERS]
@@ -144,13 +188,15 @@ def test_what_is_left_of_a_cut_model_is_scored(model, batch):
 
 
 def test_row_gates_equal_brute_force(model, batch):
-    found = scores.rows(model, split(batch, 4), criteria=["taylor", "fisher"])
+    found = scores.rows(model, split(batch, 4), criteria=["taylor", "michel", "fisher"])
     linears = models.view(model).linears()
     assert list(found["taylor"]) == list(found["fisher"]) == list(linears)
     for name, layer in linears.items():
         gradients = brute_force(model, batch, [(layer, True)], layer.out_features)
         torch.testing.assert_close(found["taylor"][name], gradients.abs().mean(0), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found["fisher"][name], gradients.square().mean(0) / 2, rtol=1e-4, atol=1e-7)
+        size = gradients.abs().mean(0)
+        torch.testing.assert_close(found["michel"][name], size / size.norm(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_convolutions_rows_are_its_filters(vit, batch):
@@ -269,6 +315,7 @@ def test_variances_equal_their_definition(model, batch):
         expected[block.name, "qk"] = variance[f"{block.name}.attn.qkv"][: len(v)]
         expected[block.name, "v"] = v
         expected[f"stages.{block.stage}", "width"] = variance["stage", block.stage]
+        expected[block.name, "block"] = variance[f"{block.name}.mlp.fc2"].sum(0, keepdim=True)
     for name in FILTERS:
         expected[name, "filters"] = variance[name]
     assert set(found["units"]["variance"]) == set(expected)
@@ -298,13 +345,13 @@ def test_one_pass_measures_all_and_each_as_if_alone(model, batch):
     batches, passes = split(batch, 4), []
     handle = model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     found = scores.measure(
-        model, batches, weights=scores.WEIGHTS, rows=scores.ROWS, units=scores.UNITS, kinds=scores.KINDS[:-2]
+        model, batches, weights=scores.WEIGHTS, rows=scores.ROWS, units=scores.UNITS, kinds=scores.KINDS[:4]
     )
     assert passes == [True, True]
     alone = {
         "weights": {c: scores.weights(model, batches, criteria=c)[c] for c in scores.WEIGHTS},
         "rows": {c: scores.rows(model, batches, criteria=c)[c] for c in scores.ROWS},
-        "units": {c: scores.units(model, batches, criteria=c, kinds=scores.KINDS[:-2])[c] for c in scores.UNITS},
+        "units": {c: scores.units(model, batches, criteria=c, kinds=scores.KINDS[:4])[c] for c in scores.UNITS},
     }
     handle.remove()
     assert list(found) == list(alone)
@@ -367,6 +414,20 @@ def test_magnitudes_of_head_dimensions_add_up_to_heads(model):
         torch.testing.assert_close(found[block.name, "qk"][d], norm.detach())
         norm = torch.cat([weight[2 * size + d], bias[2 * size + d : 2 * size + d + 1], proj[:, d]]).norm()
         torch.testing.assert_close(found[block.name, "v"][d], norm.detach())
+
+
+def test_magnitudes_count_the_biases_that_swinv2_keeps_beside_qkv(batch):
+    model = toy(**OTHERS["swinv2"])
+    found = scores.units(model, criteria="magnitude", kinds=["heads", "qk", "v"])["magnitude"]
+    for block in models.view(model).blocks:
+        attn, size = block.attn, block.num_heads * block.head_dim
+        assert attn.qkv.bias is None and attn.q_bias.count_nonzero() and attn.v_bias.count_nonzero()
+        q, k, v = attn.qkv.weight.detach().square().sum(1).view(3, size)
+        q, v = q + attn.q_bias.detach().square(), v + attn.v_bias.detach().square()
+        column = attn.proj.weight.detach().square().sum(0)
+        torch.testing.assert_close(found[block.name, "v"], (v + column).sqrt())
+        heads = (q + k + v + column).view(block.num_heads, -1).sum(1)
+        torch.testing.assert_close(found[block.name, "heads"], heads.sqrt())
 
 
 class OneLayer(nn.Module):
@@ -544,6 +605,17 @@ def test_statistics_are_float32_or_better(vit, batch, dtype):
     found["width"] = scores.units(vit, batches, criteria=["fisher", "variance"], kinds=CHANNELS)
     for criteria in found.values():
         assert {value.dtype for tensors in criteria.values() for value in tensors.values()} == {wanted}
+
+
+def test_scores_in_single_precision_are_those_in_double(model, batch):
+    wanted = dict(weights=scores.WEIGHTS, rows=scores.ROWS, units=scores.UNITS)
+    single = scores.measure(model, [batch], **wanted)
+    double = scores.measure(copy.deepcopy(model).double(), [(batch[0].double(), batch[1])], **wanted)
+    for group, criteria in double.items():
+        for criterion, tensors in criteria.items():
+            for key, score in tensors.items() if criterion != "random" else ():
+                error = (single[group][criterion][key].double() - score).abs().max()
+                assert error < 1e-3 * score.abs().max(), (group, criterion, key)
 
 
 def test_bf16_sums_many_small_parts(vit):

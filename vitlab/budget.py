@@ -5,75 +5,96 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from . import bench, cost, lowrank, models, shrink
+from . import bench, cost, lowrank, models, scores, shrink
 
-FLOORS = {"heads": 1, "neurons": 8, "width": 8, "filters": 4, "qk": 4, "v": 4}  # at least so many stay (of each head)
+# At least so many stay (qk and v: of each head; of whole blocks one of all).
+FLOORS = {"heads": 1, "neurons": 8, "width": 8, "filters": 4, "qk": 4, "v": 4, "block": 0}
 TARGETS = ("macs", "params", "bytes", "latency")
+
+
+class Unreachable(ValueError):
+    """A target below what the kinds that may go can reach; it names their floor."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What would go, before any weight is touched.
 
-    drop: {(where, kind): indices}, for shrink.remove. table: one line per block (stage, convolution) and kind: units,
-    dropped, predicted (sum of the scores that go), macs_saved (or params_saved, …; of latency in ms). share: what
-    stays of the target, as a share of the model's.
+    drop: {(where, kind): indices}, for shrink.remove. ranks: {layer: rank}, for shrink.factorise after it. table: one
+    line per block (stage, convolution, layer) and kind: units (of ranks: of the whole layer), dropped, predicted rise
+    of the loss, and macs_saved (or params_saved, …; of latency in ms). share: what stays of the target, as a share
+    of the model's.
     """
 
     drop: dict
+    ranks: dict
     table: pd.DataFrame
     share: float
 
+    @property
+    def predicted(self):
+        """What the loss is predicted to rise by: the sum over all that goes."""
+        return self.table.predicted.sum()
 
-def plan(model, unit_scores, *, kinds=("heads", "neurons"), multiple=8, image_size=None, batch=8, **target):
+
+def plan(
+    model,
+    unit_scores=None,
+    *,
+    directions=None,
+    kinds=("heads", "neurons"),
+    multiple=8,
+    rank_multiple=4,
+    most=None,
+    image_size=None,
+    batch=8,
+    **target,
+):
     """Plan that cuts one cost of the model to a share with the least predicted loss: `plan(model, scores, macs=0.5)`.
 
     target: one of macs, params, bytes (of weights and buffers in memory) or latency (of a batch of so many images, here
     and now), and the share to keep, in (0, 1).
-    unit_scores: {(where, kind): tensor} of one criterion, best in loss units ("fisher"), so that all kinds compete in
-    one currency: score per cost saved, smallest first (METHODS: scores in loss units need no normalisation, only
-    cost). What a unit costs depends on what is left of the others, a neuron on the width of the stream: it is counted
-    anew at each step. kinds: what may go, of heads, neurons, width, filters, qk, v.
+    kinds: what may go, of heads, neurons, width, filters, qk, v, block (a whole one) and ranks. All compete in one
+    currency, predicted loss per cost saved, smallest first (METHODS: scores in loss units need no normalisation, only
+    cost). What anything costs depends on what is left of the rest, a neuron on the width of the stream and on whether
+    its layers are factored: it is counted anew at each step.
+    unit_scores: {(where, kind): tensor} of one criterion, best in loss units ("fisher"). directions: {layer: [R+1]}, as
+    from scores.directions: what a layer loses at each rank; a layer is factored where two thin ones save more for what
+    they lose than units do, and left whole where they would not be cheaper.
     multiple: neurons, channels and filters go in groups of so many (the weakest of a place together), so that sizes
-    stay friendly to the kernels; head dimensions go one from each head. FLOORS stay everywhere. The model's layers
-    are plain: remove units first, factorise afterwards.
+    stay friendly to the kernels; head dimensions go one from each head; ranks are multiples of rank_multiple (any rank,
+    where break-even is lower). FLOORS stay everywhere. most: {layer: highest rank to factor it at}, as
+    bench.break_even measures them: above it a layer stays whole, and at 0 always; None for all that save MACs. The
+    model's layers are plain: remove units first, factorise afterwards, as `cut` does.
 
-    The result is at most the target, of MACs less than the cheapest group below it. Parameters and bytes are counted on
+    The result is at most the target, of MACs less than the cheapest step below it. Parameters and bytes are counted on
     the smaller model, and the cut is corrected until they are met. For latency the time of each layer is measured
-    and taken to fall with its sizes; what the smaller model then takes beside the dense one, interleaved, corrects the
+    and taken to fall with its MACs; what the smaller model then takes beside the dense one, interleaved, corrects the
     cut until it is within 5 % of the target, or the target within its quartiles: the plan then depends on the machine.
-    Raises ValueError for other targets, a share outside (0, 1), an unknown kind, or a target below what these kinds can
-    reach, naming the floor.
+    Raises ValueError for other targets, a share outside (0, 1), an unknown kind, scores that are missing, a model whose
+    layers are factored; Unreachable (a ValueError) for a target below what these kinds can reach, naming the floor.
     """
     what, share = _checked_target(target)
-    if unknown := set(kinds) - set(FLOORS):
-        raise ValueError(f"unknown kinds {sorted(unknown)}; known are {', '.join(FLOORS)}")
-    view = models.view(model)
-    if "qk" in kinds and any(block.normalises_queries for block in view.blocks):
-        raise ValueError("queries and keys are normalised together here; leave qk out of kinds")
-    if absent := {kind for _, kind in view.units(kinds)} - {kind for _, kind in unit_scores}:
-        raise ValueError(f"no scores for {sorted(absent)}; give scores.units of these kinds, or leave them out")
-    unit_scores = {key: score for key, score in unit_scores.items() if key[1] in kinds}
-    groups = {key: _groups(score, key[1], multiple, _heads(view, key)) for key, score in unit_scores.items()}
-    costs = _Costs(view, _layer_costs(model, what, image_size, batch))
-    sizes = {key: len(score) for key, score in unit_scores.items()}
-    floor = costs.total_of({key: 1 - sum(map(len, own)) / sizes[key] for key, own in groups.items()}) / costs.total
+    groups, losses, thin = _candidates(model, unit_scores or {}, directions or {}, kinds, multiple, rank_multiple, most)
+    costs = _Costs(models.view(model), _layer_costs(model, what, image_size, batch), thin)
+    sizes = models.view(model).units([kind for kind in kinds if kind != "ranks"]) if groups else {}
+    search = _Search(costs, groups, losses, sizes)
+    floor = search.floor() / costs.total
 
     def planned(wanted):
-        goal = max(wanted, floor) * costs.total
-        taken = _give_back(_take(costs, groups, unit_scores, goal), costs, groups, sizes, goal)
-        return _told(taken, costs, groups, unit_scores, what)
+        return search.run(max(wanted, floor) * costs.total).told(what)
 
     if what == "macs":
         if share < floor:
             raise _out_of_reach(kinds, what, share, floor)
         return planned(share)
     found, low, high, wanted = None, floor, 1.0, max(share, floor)
-    for _ in range(MOST_CORRECTIONS):
+    for number in range(MOST_CORRECTIONS):
         tried, is_met = _measured(model, planned(wanted), what, share, image_size, batch)
         if is_met:
             return tried
@@ -82,11 +103,60 @@ def plan(model, unit_scores, *, kinds=("heads", "neurons"), multiple=8, image_si
         if what != "latency":  # which scatters: what was too slow once may be fast enough the next time
             low, high = (wanted, high) if tried.share <= share else (low, wanted)
         guess = 1 - (1 - share) * (1 - wanted) / max(1 - tried.share, 1e-3)  # on the line to the whole model
-        wanted = guess if low < guess < high else (low + high) / 2
+        halved = what != "latency" and number % 2  # steps that are too short for the next group to go get nowhere
+        wanted = guess if low < guess < high and not halved else (low + high) / 2
     if found.share > share and (what != "latency" or _miss(found.share, share, what) > 0.1):
         found, is_met = _measured(model, planned(floor), what, share, image_size, batch)
         if found.share > share and not is_met:
             raise _out_of_reach(kinds, what, share, found.share)
+    return found
+
+
+def cut(model, plan, batches=(), *, grams=None, compensate=None, damping=1e-3):
+    """The smaller model that plan describes, and [plan.drop] (or []) for recover.reconstruct.
+
+    batches: a list of (x, y) of calibration images. compensate: what makes up for units that go (see shrink.remove):
+    None for nothing, "mean" of what is lost on average, "least squares" by the inputs that stay, about their mean.
+    Ranks are of activation-weighted SVD, on the activations of the model without the units; of plain SVD without
+    batches. grams: those of model, of scores.grams(layers=view.matrices, affine=True), if they are known already.
+    Raises ValueError for another compensate or one without batches, and what shrink.remove and shrink.factorise raise.
+    """
+    ways = (None, "mean", "least squares")
+    if compensate not in ways or (compensate and not batches):
+        raise ValueError(f"compensate is one of {ways}, the last two with batches; got {compensate!r}")
+    needed = batches and (plan.ranks if not plan.drop else compensate)
+    if grams is None and needed:
+        grams = scores.grams(model, batches, layers=list(models.view(model).matrices), affine=True)
+    small, drops = model, []
+    if plan.drop:
+        known = {"means": {n: gram[-1, :-1] for n, gram in grams.items()}} if compensate else {}
+        if compensate == "least squares":
+            known["grams"] = {name: gram[:-1, :-1] for name, gram in grams.items()}
+        small, drops = shrink.remove(model, plan.drop, **known, damping=damping), [plan.drop]
+        grams = scores.grams(small, batches, layers=list(plan.ranks), affine=True) if plan.ranks and batches else None
+    if plan.ranks:
+        seen = {name: grams[name][:-1, :-1] for name in plan.ranks} if batches else None
+        small = shrink.factorise(small, plan.ranks, grams=seen, damping=damping)
+    return small, drops
+
+
+def candidates(model, batches, *, kinds, labels="true", damping=1e-3):
+    """What `plan` compares for these kinds, {"unit_scores": …, "directions": …}, measured on calibration batches.
+
+    unit_scores: "fisher" of scores.units; directions: scores.directions of the activation-weighted SVD of all linear
+    layers and the stem's convolutions. labels: as for scores.weights. damping: see lowrank.damped.
+    """
+    found, units = {}, [kind for kind in kinds if kind != "ranks"]
+    if units:
+        found["unit_scores"] = scores.units(model, batches, criteria=["fisher"], kinds=units, labels=labels)["fisher"]
+    if "ranks" in kinds:
+        matrices = models.view(model).matrices
+        grams = scores.grams(model, batches, layers=matrices)
+        bases = {}
+        for name, layer in matrices.items():
+            weight = layer.weight.detach().flatten(1)
+            bases[name] = lowrank.svd(weight, min(weight.shape), gram=lowrank.damped(grams[name], damping))
+        found["directions"] = scores.directions(model, batches, bases, labels=labels)
     return found
 
 
@@ -109,7 +179,7 @@ def _checked_target(target):
 
 def _out_of_reach(kinds, what, share, floor):
     called = {"macs": "MACs", "params": "the parameters", "bytes": "the bytes", "latency": "the latency"}[what]
-    return ValueError(
+    return Unreachable(
         f"{' and '.join(kinds)} alone cannot reach {share:g} x {called}: {floor:.3f} stays when all but the floor "
         f"is gone; allow more kinds or ask for more {called.removeprefix('the ')}"
     )
@@ -123,25 +193,31 @@ def _layer_costs(model, what, image_size, batch):
     return table.assign(cost=table.macs if what == "macs" else table.params)
 
 
+def _count(model, what):
+    """MACs, parameters or bytes of a model, whatever of it can be counted (of latency MACs)."""
+    counts = {"params": lambda m: sum(p.numel() for p in m.parameters()), "bytes": cost.bytes_memory}
+    return counts.get(what, cost.macs)(model)
+
+
 def _measured(model, plan, what, share, image_size, batch):
     """plan with the share of the target that the cut model really keeps, and whether that meets the target."""
-    small = shrink.remove(model, plan.drop) if plan.drop else model
+    small, _ = cut(model, plan)
     if what == "latency":
         named = {"dense": model, "small": small}
         times = bench.latency(named, batch=batch, image_size=image_size, repeats=21).iloc[1]
         is_met = abs(1 / times.speedup / share - 1) <= 0.05 or times.speedup_q1 <= 1 / share <= times.speedup_q3
         return dataclasses.replace(plan, share=1 / times.speedup), bool(is_met)
-    count = cost.bytes_memory if what == "bytes" else lambda m: sum(p.numel() for p in m.parameters())
-    kept = count(small) / count(model)
+    kept = _count(small, what) / _count(model, what)
     return dataclasses.replace(plan, share=kept), 0.995 * share <= kept <= share
 
 
 def ranks(model, grams, gradients, *, macs, multiple=8, most=None, damping=1e-3, image_size=None):
     """{layer: rank} with which the model's MACs fall to the share `macs` at little predicted loss.
 
-    For shrink.factorise with the same grams; a layer that should stay dense is left out. grams: {layer: [n, n]} of
-    scores.grams; gradients: {layer: [m, m]} of scores.gradient_grams: both say which layers may be factored, of those
-    that are plain. A rank that goes is predicted to cost half of (u^T G u)(v^T H v), u v its part of the
+    For shrink.factorise with the same grams; a layer that should stay dense is left out. Where ranks are all that may
+    go this orders them better than `plan` by scores.directions, whose loss units it lacks (LOG.md). grams: {layer:
+    [n, n]} of scores.grams; gradients: {layer: [m, m]} of scores.gradient_grams: both say which may be factored, of
+    plain ones. A rank that goes is predicted to cost half of (u^T G u)(v^T H v), u v its part of the
     activation-weighted SVD, H the gram and G the gradients': it orders layers well, but is no loss to compare with
     that of `plan` (see scores.gradient_grams). Each layer has a choice of ranks, multiples of `multiple` below
     break-even (any rank, where that is lower), or to stay dense; one price per MAC, found by bisection, decides for
@@ -174,13 +250,13 @@ def ranks(model, grams, gradients, *, macs, multiple=8, most=None, damping=1e-3,
     if not choices:
         raise ValueError("grams and gradients have no plain layer of this model in common: take both of the same ones")
     if all(len(own) == 1 for own in choices.values()):
-        raise ValueError(f"no layer may be factored: most allows no rank that is a multiple of {multiple} to any")
+        raise Unreachable(f"no layer may be factored: most allows no rank that is a multiple of {multiple} to any")
     if not any(own[0][0] > 0 for own in choices.values()):
         raise ValueError("no rank is predicted to matter: the gradients are zero, as where nothing reaches the loss")
     rest = table.sum() - sum(own[-1][1] for own in choices.values())
     floor = (rest + sum(own[0][1] for own in choices.values())) / table.sum()
     if macs < floor:
-        raise ValueError(f"ranks alone cannot reach {macs:g} x MACs: {floor:.3f} stays at the lowest ones")
+        raise Unreachable(f"ranks alone cannot reach {macs:g} x MACs: {floor:.3f} stays at the lowest ones")
     chosen = _priced(choices, macs * table.sum() - rest)
     return {name: rank for name, (_, _, rank) in chosen.items() if rank is not None}
 
@@ -227,6 +303,53 @@ def _check_share(macs):
         raise ValueError(f"macs is the share to keep, in (0, 1); got {macs}")
 
 
+def _candidates(model, unit_scores, directions, kinds, multiple, rank_multiple, most):
+    """groups {key: [indices]} and losses {key: [each group's]} of units; thin {layer: its _Thin} of ranks."""
+    if unknown := set(kinds) - {*FLOORS, "ranks"}:
+        raise ValueError(f"unknown kinds {sorted(unknown)}; known are {', '.join(FLOORS)}, ranks")
+    view = models.view(model)
+    if "qk" in kinds and any(block.normalises_queries for block in view.blocks):
+        raise ValueError("queries and keys are normalised together here; leave qk out of kinds")
+    known, found = dict(model.named_modules()), view.units([kind for kind in kinds if kind != "ranks"])
+    for name in view.linears():
+        if not isinstance(known[name], nn.Linear):
+            raise ValueError(f"{name} is a {type(known[name]).__name__}: take units first, factorise afterwards")
+    if absent := {kind for _, kind in found} - {kind for _, kind in unit_scores}:
+        raise ValueError(f"no scores for {sorted(absent)}; give scores.units of these kinds, or leave them out")
+    if "ranks" in kinds and not directions:
+        raise ValueError("no directions; give scores.directions of the layers that may be factored, or leave ranks out")
+    unit_scores = {key: score for key, score in unit_scores.items() if key[1] in kinds}
+    groups = {key: _groups(score, key[1], multiple, _heads(view, key)) for key, score in unit_scores.items()}
+    losses = {key: [unit_scores[key][group].sum().item() for group in own] for key, own in groups.items()}
+    thin = {}
+    for name, lost in directions.items() if "ranks" in kinds else ():
+        m, n = known[name].weight.flatten(1).shape
+        if len(lost) != min(m, n) + 1:
+            raise ValueError(f"{name} [{m}, {n}] has {min(m, n)} directions; got {len(lost) - 1} of another model")
+        top = (m * n - 1) // (m + n)
+        step = rank_multiple if top >= rank_multiple else 1
+        options = np.arange(step, min(top, top if most is None else most.get(name, top)) + 1, step)
+        if len(options):
+            after = lost.double().flip(0).cummax(0).values.flip(0).cpu().numpy()  # no part loses more than the whole
+            thin[name] = _Thin(m, n, options, after[options])
+    if not groups and not thin:
+        raise Unreachable(f"nothing of {', '.join(kinds)} may go: most allows no layer a rank, or there is no unit")
+    return groups, losses, thin
+
+
+@dataclass(frozen=True)
+class _Thin:
+    """Ranks that an [m, n] layer may be factored at, rising, and the loss that each is predicted to add."""
+
+    m: int
+    n: int
+    options: np.ndarray
+    losses: np.ndarray
+
+    def lost(self, rank):
+        return 0.0 if rank is None else self.losses[np.searchsorted(self.options, rank)].item()
+
+
 def _heads(view, key):
     return view.block(key[0]).num_heads if key[1] in ("qk", "v") else 1
 
@@ -237,116 +360,222 @@ def _groups(score, kind, multiple, heads):
         order = score.view(heads, -1).argsort(dim=1, stable=True)
         order = (order + torch.arange(heads)[:, None].to(order) * order.shape[1]).T
         return [each.tolist() for each in order[: max(0, len(order) - FLOORS[kind])]]
-    size = 1 if kind == "heads" else multiple
+    size = 1 if kind in ("heads", "block") else multiple
     order = score.argsort(stable=True)[: max(0, len(score) - FLOORS[kind])]
     return [group.tolist() for group in order.split(size) if len(group) == size]
 
 
 class _Costs:
-    """Cost of the model when of each kind of unit only a share is left: a sum of products of such shares."""
+    """Cost of the model when of each kind of unit only a share is left, and some layers have a rank.
 
-    def __init__(self, view, table):
-        self.terms = [term for row in table.itertuples() for term in _terms(view, row)]
-        self.total = table.cost.sum().item()
-        self.of = {}
-        for term in self.terms:
-            for key in set(term[1]):
-                self.of.setdefault(key, []).append(term)
+    Each line of cost.breakdown is a sum of products of such shares; a factored one has two terms more, of which the
+    first falls with its inputs and the second with its outputs, and costs what is less: nobody keeps two thin layers
+    that are dearer than the whole one.
+    """
 
-    def total_of(self, left, key=None):
-        """Cost with these shares left ({key: share in [0, 1]}, else 1): of everything, or of what key is part of."""
-        terms = self.terms if key is None else self.of.get(key, [])
-        return sum(base * math.prod(left.get(each, 1.0) for each in keys) for base, keys in terms)
+    def __init__(self, view, table, thin):
+        self.total, self.thin, self.lines, self.of = table.cost.sum().item(), thin, [], {}
+        self.number = {}
+        for number, row in enumerate(table.itertuples()):
+            terms, inputs, outputs = _terms(view, row)
+            self.number[row.layer] = number
+            per = row.cost / (thin[row.layer].m * thin[row.layer].n) if row.layer in thin else 0.0
+            if row.layer in thin:
+                inputs, outputs = [(thin[row.layer].n, inputs)], [(thin[row.layer].m * part, k) for part, k in outputs]
+            self.lines.append((terms, per, [*inputs, *outputs] if per else []))
+            for key in {key for _, keys in terms for key in keys}:
+                self.of.setdefault(key, []).append(number)
+
+    def whole(self, number, left):
+        return sum(base * math.prod(left.get(key, 1.0) for key in keys) for base, keys in self.lines[number][0])
+
+    def slope(self, number, left):
+        """Cost of each rank of a factored line."""
+        _, per, parts = self.lines[number]
+        return per * sum(size * math.prod(left.get(key, 1.0) for key in keys) for size, keys in parts)
+
+    def line(self, number, left, ranks):
+        whole, rank = self.whole(number, left), ranks.get(number)
+        return whole if rank is None else min(whole, rank * self.slope(number, left))
+
+    def total_of(self, left, ranks, numbers=None):
+        """Cost of everything, or of the lines of these numbers; left: {key: share}, else 1; ranks: {number: rank}."""
+        numbers = range(len(self.lines)) if numbers is None else numbers
+        return sum(self.line(number, left, ranks) for number in numbers)
 
 
 def _terms(view, row):
-    """[(cost, keys of the units whose shares they are proportional to)] of one line of cost.breakdown."""
+    """Of one line of cost.breakdown: [(cost, keys of the units whose shares it is proportional to)], and, if it is a
+    layer, the keys of its inputs and [(share, keys)] of its outputs."""
     stages, name = view.stages, row.block
     if not isinstance(name, str):  # in no block
         if row.role == "stem":
             names = [own for own, _ in view.stem]
             at = names.index(row.layer)
-            reads = [(names[at - 1], "filters")] if at else []
-            return [(row.cost, [*reads, (stages[0], "width") if at == len(names) - 1 else (row.layer, "filters")])]
+            inputs = [(names[at - 1], "filters")] if at else []
+            outputs = [(stages[0], "width") if at == len(names) - 1 else (row.layer, "filters")]
+            return [(row.cost, [*inputs, *outputs])], inputs, [(1.0, outputs)]
         if row.role == "merge":
             at = int(row.layer.split(".")[1])
-            return [(row.cost, [(stages[at - 1], "width"), (stages[at], "width")])]
-        return [(row.cost, [(stages[-1], "width")] if row.role == "head" else [])]
-    block = view.block(name)
-    width, heads, neurons = (stages[block.stage], "width"), (name, "heads"), (name, "neurons")
-    if row.role == "qkv":
-        queries = 2 * block.qk_dim / (2 * block.qk_dim + block.head_dim)
-        return [
-            (row.cost * queries, [width, heads, (name, "qk")]),
-            (row.cost * (1 - queries), [width, heads, (name, "v")]),
-        ]
-    keys = {
-        "qk": [heads, (name, "qk")],
-        "av": [heads, (name, "v")],
-        "proj": [heads, (name, "v"), width],
-        "fc1": [width, neurons],
-        "fc2": [neurons, width],
-        "position": [heads] if row.layer.endswith(".2") else [],
+            inputs, outputs = [(stages[at - 1], "width")], [(stages[at], "width")]
+            return [(row.cost, inputs + outputs)], inputs, [(1.0, outputs)]
+        return [(row.cost, [(stages[-1], "width")] if row.role == "head" else [])], [], []
+    block, there = view.block(name), [(name, "block")]
+    width, heads, neurons = [(stages[block.stage], "width")], [(name, "heads")], [(name, "neurons")]
+    qk, v = [*heads, (name, "qk")], [*heads, (name, "v")]
+    queries = 2 * block.qk_dim / (2 * block.qk_dim + block.head_dim) if block.num_heads else 0.0
+    ends = {  # inputs, outputs
+        "qkv": (width, [(queries, qk), (1 - queries, v)]),
+        "proj": (v, [(1.0, width)]),
+        "fc1": (width, [(1.0, neurons)]),
+        "fc2": (neurons, [(1.0, width)]),
     }
-    return [(row.cost, keys[row.role])]
+    if row.role in ends:
+        inputs, outputs = ends[row.role]
+        terms = [(row.cost * share, [*there, *inputs, *keys]) for share, keys in outputs]
+        return terms, [*there, *inputs], [(share, [*there, *keys]) for share, keys in outputs]
+    keys = {"qk": qk, "av": v, "position": heads if row.layer.endswith(".2") else []}[row.role]
+    return [(row.cost, [*there, *keys])], [], []
 
 
-def _take(costs, groups, unit_scores, target):
-    """Keys in the order in which their next group goes: the least predicted loss per cost saved, until the target."""
-    sizes = {key: len(score) for key, score in unit_scores.items()}
-    losses = {key: [unit_scores[key][group].sum().item() for group in own] for key, own in groups.items()}
-    left, macs, taken = dict.fromkeys(sizes, 1.0), float(costs.total), []
-    reached = dict.fromkeys(sizes, 0)
-    while macs > target * (1 + 1e-12):
-        best = None
-        for key, own in groups.items():
-            if reached[key] == len(own):
-                continue
-            smaller = left | {key: left[key] - len(own[reached[key]]) / sizes[key]}
-            saved = costs.total_of(left, key) - costs.total_of(smaller, key)
-            price = losses[key][reached[key]] / saved if saved > 0 else math.inf
-            if best is None or price < best[0]:
-                best = price, key, smaller, saved
-        _, key, left, saved = best
-        reached[key] += 1
-        taken.append(key)
-        macs -= saved
-    return taken
+class _Search:
+    """The greedy search of `plan`: units left and ranks of layers, by number of their line of costs."""
 
+    def __init__(self, costs, groups, losses, sizes):
+        self.costs, self.groups, self.losses, self.sizes = costs, groups, losses, sizes
+        self.thin = {costs.number[name]: own for name, own in costs.thin.items()}
+        self.blocks = [key for key in groups if key[1] == "block"]
+        self.taken, self.ranks = [], {}
 
-def _give_back(taken, costs, groups, sizes, target):
-    """taken without the groups, the dearest first, that the target is met without: the last one may overshoot."""
-    counts = Counter(taken)
-    for key in reversed(taken[:-1]):
-        counts[key] -= 1
-        if costs.total_of(_left(counts, groups, sizes)) > target * (1 + 1e-12):
+    def share(self, key, count):
+        """What is left of a key when its first groups are gone."""
+        return 1 - sum(map(len, self.groups[key][:count])) / self.sizes[key]
+
+    def left(self, counts):
+        return {key: self.share(key, count) for key, count in counts.items()}
+
+    def floor(self):
+        """Cost when all is gone that may go. Of blocks one stays, the cheapest."""
+        counts = {key: len(own) for key, own in self.groups.items()}
+        ranks = {number: thin.options[0] for number, thin in self.thin.items()}
+        stays = [{key: 0} for key in self.blocks] or [{}]
+        return min(self.costs.total_of(self.left(counts | block), ranks) for block in stays)
+
+    def run(self, goal):
+        """Take what has the least loss per cost saved until the cost is goal, and give back what was too much."""
+        goal = goal * (1 + 1e-12)
+        counts, left, self.ranks, self.taken = Counter(), {}, {}, []
+        now, prices = self.costs.total_of({}, {}), {}
+        while now > goal:
+            for candidate in [*self.groups, *self.thin]:
+                if candidate not in prices:
+                    price = self.rank_price if candidate in self.thin else self.unit_price
+                    prices[candidate] = price(candidate, counts, left)
+            best = min(prices, key=lambda candidate: prices[candidate][0])
+            if math.isinf(prices[best][0]):
+                break
+            if best in self.thin:
+                self.ranks[best] = prices[best][1]
+                touched = [best]
+            else:
+                self.taken.append(best)
+                counts[best] += 1
+                left[best] = self.share(best, counts[best])
+                touched = self.costs.of.get(best, [])
+            prices = {} if best in self.blocks else self.still(prices, best, touched)
+            now = self.costs.total_of(left, self.ranks)
+        return self.give_back(goal)
+
+    def still(self, prices, best, touched):
+        """prices without those that the lines touched have a part in."""
+        keys = {key for number in touched for _, keys in self.costs.lines[number][0] for key in keys}
+        gone = {best, *touched, *keys}
+        return {candidate: price for candidate, price in prices.items() if candidate not in gone}
+
+    def unit_price(self, key, counts, left):
+        """(predicted loss of the key's next group per cost that it saves,)"""
+        at, gone = counts[key], {name for name, kind in counts if kind == "block" and counts[name, kind]}
+        last = key in self.blocks and len(gone) + 1 == len(self.blocks)
+        if at == len(self.groups[key]) or key[0] in gone or last:
+            return (math.inf,)
+        touched = self.costs.of.get(key, [])
+        smaller = left | {key: self.share(key, at + 1)}
+        saved = self.costs.total_of(left, self.ranks, touched) - self.costs.total_of(smaller, self.ranks, touched)
+        return (self.losses[key][at] / saved if saved > 0 else math.inf,)
+
+    def rank_price(self, number, counts, left):
+        """(least predicted loss per cost saved of the layer's lower ranks, that rank)."""
+        thin, slope = self.thin[number], self.costs.slope(number, left)
+        saved = self.costs.line(number, left, self.ranks) - thin.options * slope
+        lost = thin.losses - thin.lost(self.ranks.get(number))
+        is_open = saved > 1e-9 * max(slope, 1e-30)
+        if not is_open.any():
+            return math.inf, None
+        price = np.where(is_open, lost / np.where(is_open, saved, 1.0), math.inf)
+        return price.min().item(), int(thin.options[price.argmin()])
+
+    def give_back(self, goal):
+        """Undo what the goal is met without, the dearest first, and spend what is left on ranks."""
+        counts = Counter(self.taken)
+        for key in reversed(self.taken[:-1]):
+            counts[key] -= 1
+            if self.costs.total_of(self.left(counts), self.ranks) > goal:
+                counts[key] += 1
+        seen, kept = Counter(), []
+        for key in self.taken:
+            seen[key] += 1
+            kept += [key] * (seen[key] <= counts[key])
+        self.taken, left = kept, self.left(counts)
+        room = goal - self.costs.total_of(left, self.ranks)
+        while self.ranks:
+            better = [each for number in self.ranks for each in self.raises(number, left, room)]
+            if not better:
+                break
+            _, number, rank, more = max(better, key=lambda each: each[0])
+            room -= more
+            if rank is None:
+                del self.ranks[number]
+            else:
+                self.ranks[number] = rank
+        return self
+
+    def raises(self, number, left, room):
+        """[(loss gained per cost, number, rank or None for whole, cost more)] of the higher ranks that fit in room."""
+        thin, own = self.thin[number], self.ranks[number]
+        now, found = self.costs.line(number, left, self.ranks), []
+        for rank in [*thin.options[thin.options > own].tolist(), None]:
+            more = self.costs.line(number, left, {number: rank}) - now
+            gain = thin.lost(own) - thin.lost(rank)
+            if more <= room and gain > 0:
+                found.append((gain / more if more > 0 else math.inf, number, rank, more))
+        return found
+
+    def told(self, what):
+        """The Plan; costs that several kinds save together are told of the one that went first, ranks at the end."""
+        gone = {name for name, kind in self.taken if kind == "block"}
+        counts, saved, before = Counter(), Counter(), float(self.costs.total)
+        for key in self.taken:
             counts[key] += 1
-    seen, kept = Counter(), []
-    for key in taken:
-        seen[key] += 1
-        kept += [key] * (seen[key] <= counts[key])
-    return kept
-
-
-def _left(counts, groups, sizes):
-    """{key: share left} when so many groups of each key, the first ones, are gone."""
-    return {key: 1 - sum(map(len, groups[key][:count])) / sizes[key] for key, count in counts.items()}
-
-
-def _told(taken, costs, groups, unit_scores, what):
-    """The Plan of taken; costs that several groups save together are told of the one that went first."""
-    sizes = {key: len(score) for key, score in unit_scores.items()}
-    saved, counts, before = dict.fromkeys(sizes, 0.0), Counter(), float(costs.total)
-    for key in taken:
-        counts[key] += 1
-        after = costs.total_of(_left(counts, groups, sizes))
-        saved[key] += before - after
-        before = after
-    drop, lines = {}, []
-    for key, size in sizes.items():
-        indices = sorted(index for group in groups[key][: counts[key]] for index in group)
-        if indices:
-            drop[key] = indices
-        lines.append((*key, size, len(indices), unit_scores[key][indices].sum().item(), saved[key]))
-    columns = ["block", "kind", "units", "dropped", "predicted", f"{what}_saved"]
-    return Plan(drop, pd.DataFrame(lines, columns=columns), before / costs.total)
+            after = self.costs.total_of(self.left(counts), {})
+            saved[key] += before - after
+            before = after
+        left, ranks, drop, lines = self.left(counts), {}, {}, []
+        for key, size in sorted(self.sizes.items(), key=lambda item: item[0] in self.blocks):
+            if key[0] in gone and key[1] != "block":  # it goes with its block, which is told of what it saved
+                saved[key[0], "block"] += saved[key]
+                continue
+            indices = sorted(index for group in self.groups[key][: counts[key]] for index in group)
+            if indices:
+                drop[key] = indices
+            predicted = sum(self.losses[key][: counts[key]])
+            lines.append((*key, size, len(indices), predicted, saved[key]))
+        names = {number: name for name, number in self.costs.number.items()}
+        for number, rank in sorted(self.ranks.items()):
+            thin, less = self.thin[number], self.costs.whole(number, left) - self.costs.line(number, left, self.ranks)
+            if less > 0:
+                ranks[names[number]] = rank
+                most = min(thin.m, thin.n)
+                lines.append((names[number], "ranks", most, most - rank, thin.lost(rank), less))
+                before -= less
+        columns = ["block", "kind", "units", "dropped", "predicted", f"{what}_saved"]
+        return Plan(drop, ranks, pd.DataFrame(lines, columns=columns), before / self.costs.total)

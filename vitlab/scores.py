@@ -18,9 +18,9 @@ from torch.nn import functional
 from . import models
 
 WEIGHTS = ("random", "magnitude", "gradient", "taylor", "fisher", "obd", "snip", "wanda", "obs")
-ROWS = ("random", "magnitude", "gradient", "taylor", "fisher", "variance")
+ROWS = ("random", "magnitude", "gradient", "taylor", "michel", "fisher", "variance")
 UNITS = ("random", "magnitude", "taylor", "michel", "fisher", "variance")
-KINDS = ("heads", "neurons", "qk", "v", "filters", "width")
+KINDS = ("heads", "neurons", "qk", "v", "filters", "width", "block")
 NO_BATCHES = "no batches: give a list of (x, y); a generator is empty after its first use"
 
 
@@ -109,6 +109,7 @@ def rows(model, batches=None, *, criteria, layers=None, labels="true", seed=0):
       magnitude   L2 norm of the row with its bias
       gradient    mean over the row's weights and bias of E|g|, g and E per micro-batch as in `weights`
       taylor      E|dL/dz|
+      michel      the same divided by the L2 norm of the layer's vector, as Michel et al. (2019) do for heads
       fisher      E(dL/dz)^2 / 2, in loss units: comparable between layers as it is
       variance    of the row's output over all images and positions (window padding included): what its mean in the
                   next bias cannot replace
@@ -133,16 +134,17 @@ def units(model, batches=None, *, criteria, kinds=("heads", "neurons"), labels="
       width       a channel of the residual stream, keys ("stages.0", "width") for a ViT, ("stages.s", "width") for
                   stage s of a Swin: one gate on all that is written to it, which is the input of the stage's first
                   block and the outputs of each proj and fc2
+      block       a whole block, [1]: one gate on both that it writes to the residual stream
     dL/dz is the gradient of one image's loss by a gate z on the unit, signed and summed over its channels, tokens
     and writes; E is the mean over images. criteria, any of
       random      uniform in [0, 1), drawn from seed
       magnitude   L2 norm of all weights that would go: rows of qkv or fc1 with biases, columns of proj or fc2; not
-                  for width and filters, whose weights lie in every layer around
+                  for width and filters, whose weights lie in every layer around, nor for whole blocks
       taylor      E|dL/dz| (Michel et al. 2019, equation 2)
       michel      the same divided by the L2 norm of the block's vector (their normalisation over a layer)
       fisher      E(dL/dz)^2 / 2, in loss units: comparable between all units as it is
       variance    sum over the unit's channels of the variance over images and positions; of the stage's last output
-                  for width
+                  for width, of what its MLP writes for a block
     One backward pass gives the gates of all images of a batch; Swin's windows are folded back to images.
     labels, batches, errors: as for `weights`.
     """
@@ -187,6 +189,37 @@ def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
             sweep.on_output_gradient(layer, partial(totals.add, name))
         sweep.run(batches, labels=labels, seed=seed)
     return finite({"gram": {name: totals.totals[name] / sweep.images for name in chosen}})["gram"]
+
+
+def directions(model, batches, bases, *, labels="true", seed=0):
+    """What the loss is predicted to rise by when a layer keeps only its first directions: {layer name: float64 [R+1]}.
+
+    bases: {layer name: (u [m, R], v [R, n])} of linear layers and convolutions (weight.flatten(1) is [m, n]), whose
+    weight is the sum of its R parts u_i v_i, the most important first, as lowrank.svd gives them. A gate z_i on such a
+    part has dL/dz_i = the sum over one image's positions of (u_i . g)(v_i . x), g and x the loss's gradient by the
+    layer's output and its input there. found[r] is E(sum of dL/dz_i over all i >= r)^2 / 2, E the mean over images:
+    signed and summed before it is squared, in loss units, so that it compares with the "fisher" of `units`; found[R]
+    is 0. labels, batches, errors: as for `weights`; also ValueError for a basis of another shape.
+    """
+    chosen, lost = own_layers(model, bases), {}
+    for name, layer in chosen.items():
+        (m, n), (u, v) = layer.weight.flatten(1).shape, bases[name]
+        if u.shape != (m, len(v)) or v.shape[1] != n:
+            raise ValueError(f"the basis of {name} [{m}, {n}] is u [m, R] and v [R, n]; got {[*u.shape]}, {[*v.shape]}")
+    with Sweep(model) as sweep:
+
+        def add(name, layer, x, gradient):
+            u, v = (part.to(gradient) for part in bases[name])
+            x = patches(x, layer) if isinstance(layer, nn.Conv2d) else x.flatten(0, -2)
+            parts = ((x @ v.T) * (channels_last(gradient, layer).flatten(0, -2) @ u)).view(sweep.size, -1, len(v))
+            after = parts.sum(1).flip(1).cumsum(1).flip(1)  # [B, R]: all from r on go
+            lost[name] = lost.get(name, 0) + after.double().square().sum(0) / 2
+
+        for name, layer in chosen.items():
+            sweep.on_pair(layer, partial(add, name, layer))
+        sweep.run(batches, labels=labels, seed=seed)
+    found = {name: functional.pad(lost[name] / sweep.images, (0, 1)) for name in chosen}
+    return finite({"direction": found})["direction"]
 
 
 @torch.no_grad()
@@ -303,6 +336,20 @@ class Sweep:
         if self.is_first(place, add):
             self.backward = True
             self.hook(layer, watch, output=True)
+
+    def on_pair(self, layer, add):
+        """Have add(x, g) called for each batch with the layer's input and the gradients of each image's loss by its
+        output, both as the layer has them, and wide."""
+        self.backward, seen = True, []
+
+        def watch(y):
+            if not y.requires_grad:
+                y.requires_grad_()
+            x = seen.pop()
+            y.register_hook(lambda gradient: add(x, wide(gradient)))
+
+        self.hook(layer, lambda x: seen.append(wide(x.detach())))
+        self.hook(layer, watch, output=True)
 
     def is_first(self, place, add):
         """Put add on the list of those who are told about a place; whether the list is new."""
@@ -498,7 +545,7 @@ def plan_rows(sweep, criteria, names, *, seed):
     shapes = {name: (len(layer.weight),) for name, layer in chosen.items()}
     gates, gradients, outputs = Gates(sweep.model, shapes), zeros(sweep.model, shapes), Moments()
     for name, layer in chosen.items():
-        if {"taylor", "fisher"} & {*criteria}:
+        if {"taylor", "michel", "fisher"} & {*criteria}:
             sweep.on_gate(layer, partial(gates.add, name), output=True)
         if "variance" in criteria:
             sweep.on_value(layer, partial(outputs.add, name), output=True)
@@ -510,6 +557,7 @@ def plan_rows(sweep, criteria, names, *, seed):
         "magnitude": lambda name: row_squares(chosen[name]).sqrt(),
         "gradient": lambda name: gradients[name] / sweep.batches,
         "taylor": lambda name: gates.absolute[name] / sweep.images,
+        "michel": lambda name: functional.normalize(gates.absolute[name], dim=0),
         "fisher": lambda name: gates.square[name] / sweep.images / 2,
         "variance": lambda name: outputs.variance[name],
     }
@@ -518,8 +566,8 @@ def plan_rows(sweep, criteria, names, *, seed):
 def plan_units(sweep, criteria, kinds, *, seed):
     """Keys of units, and for each criterion the function from a key to its score after the sweep."""
     kinds = known(kinds, KINDS, "kind of unit")
-    for kind in {"width", "filters"} & {*kinds} if "magnitude" in criteria else ():
-        raise ValueError(f'{kind} has no "magnitude", its weights lie in every layer around: use taylor or fisher')
+    for kind in {"width", "filters", "block"} & {*kinds} if "magnitude" in criteria else ():
+        raise ValueError(f'{kind} has no "magnitude" that compares with other units\': use taylor or fisher')
     view = models.view(sweep.model)
     places = unit_places(view, kinds)
     shapes = {key: (place.units,) for key, place in places.items()}
@@ -553,6 +601,9 @@ def unit_places(view, kinds):
         for kind in ("heads", "neurons", "qk", "v"):
             if (block.name, kind) in counts:
                 places[block.name, kind] = block_place(block, kind, counts[block.name, kind])
+        if (block.name, "block") in counts:
+            writes = tuple((module, True) for module in view.writes(block))
+            places[block.name, "block"] = Place(1, writes, writes[-1])
     for name, count in ((name, count) for (name, kind), count in counts.items() if kind == "filters"):
         end = models.norm_after(view.model, name) or name  # a filter goes with its channel of the batch norm
         gate = view.model.get_submodule(end), True
@@ -693,6 +744,8 @@ def unit_squares(block, kind):
         return rows + columns
     queries = block.num_heads * block.qk_dim
     q, k, v = rows.split([queries, queries, len(columns)])
+    if getattr(block.attn, "q_bias", None) is not None:  # SwinV2 keeps biases beside qkv, and keys have none
+        q, v = (part + wide(bias.detach()).square() for part, bias in ((q, block.attn.q_bias), (v, block.attn.v_bias)))
     if kind == "heads":
         return sum(part.view(block.num_heads, -1).sum(1) for part in (q, k, v, columns))
     return q + k if kind == "qk" else v + columns
