@@ -56,13 +56,66 @@ def test_a_series_is_named_by_what_tells_it_apart(rows):
     assert set(names) == {"dense", "unstructured", "structured, masked", "structured, removed"}
 
 
+def dots(ax):
+    """What scatter has drawn: rings around the front, then markers."""
+    drawn = [each for each in ax.collections if type(each).__name__ == "PathCollection"]
+    assert drawn[0].get_facecolor().size == 0
+    return drawn
+
+
+def places(drawn):
+    return [tuple(place) for each in drawn for place in np.round(np.array(each.get_offsets().data), 3).tolist()]
+
+
 def test_tradeoff_shows_no_model_that_was_only_cut(rows):
     ax = plots.tradeoff(rows, "macs")
     assert ax.get_xlabel() == "MACs of one image (M)" and ax.get_ylabel() == "test top-1 (%)"
-    assert labels(ax) == ["best for its cost", *dict.fromkeys(plots.series(rows))]
-    points = np.concatenate([collection.get_offsets() for collection in ax.collections])
-    assert points[:, 1].min() == 80 - 10 * 0.9 + 0.5  # the mean over both seeds
-    assert set(points[:, 0].round(3)) == {0.4, 2, 4}
+    methods = ["unstructured", "structured, masked", "structured, removed"]
+    assert labels(ax) == ["best for its cost", "dense", "dense, same epochs", *methods]
+    rings, *points = dots(ax)
+    assert set(places(points)) == {(4, 80), (4, 75.5), (4, 71.5), (2, 75.5), (0.4, 71.5)}  # means over both seeds
+    assert places([rings]) == [(0.4, 71.5), (2, 75.5), (4, 80), (4, 80)]  # dense, and with as many epochs
+    bars = [segment[:, 1] for each in ax.containers for line in each.lines[2] for segment in line.get_segments()]
+    assert {(75.0, 76.0), (71.0, 72.0)} <= {tuple(np.round(bar, 6)) for bar in bars}
+
+
+def test_tradeoff_takes_the_last_stage_and_reconstruction_hollow(rows):
+    tuned = rows[(rows.stage == "finetuned") & (rows.method == "unstructured")]
+    more = [tuned.assign(stage="distilled", top1=77.0), tuned.assign(stage="reconstructed", top1=76.0)]
+    ax = plots.tradeoff(pd.concat([rows, *more]), "macs")
+    assert labels(ax)[-1].startswith("hollow: reconstructed")
+    _, *points = dots(ax)
+    assert (4, 77) in places(points) and (4, 75.5) in places(points)  # the other methods were not distilled
+    hollow = [each for each in points if each.get_facecolor().tolist() == [[1, 1, 1, 1]]]
+    assert places(hollow) == [(4, 76), (4, 76)]
+
+
+def test_controls_are_grey_and_a_series_looks_the_same_in_every_figure(rows):
+    both = pd.concat([rows, rows[rows.method == "unstructured"].assign(method="random")])
+    look = plots.looks([*plots.series(both), "pool, random"])
+    for name in ("random", "pool, random", "dense"):
+        assert float(look[name]["color"])  # "0.6" and the like: a grey
+    hues = [look[name]["color"] for name in look if name not in ("random", "pool, random", "dense")]
+    assert len(set(hues)) == 3 and "#949494" not in plots.HUES
+    assert look["random"]["marker"] != look["pool, random"]["marker"]
+    names = plots.series(both)
+    for part in (both, both[both.method != "unstructured"]):
+        (dot,) = [each for each in dots(plots.tradeoff(part, names=names)) if each.get_label().endswith("masked")]
+        assert matplotlib.colors.to_hex(dot.get_facecolor()[0]) == plots.HUES[1]
+
+
+@pytest.mark.parametrize("low, high", [(0, 100), (10, 84.7), (83, 84), (99.9, 99.9)])
+def test_accuracy_is_stretched_at_its_top(low, high):
+    ax = matplotlib.pyplot.subplots()[1]
+    plots._stretch_top(ax, low, high)
+    bottom, top = ax.get_ylim()
+    ticks = ax.get_yticks()
+    assert bottom < low and high < top and (np.diff(ticks) > 0).all() and (ticks == ticks.round()).all()
+    assert len(ticks) >= (2 if high - low > 2 else 1) and ticks.min() >= bottom and ticks.max() <= top
+    places = ax.transData.transform(np.column_stack([np.zeros(5), np.linspace(low, high, 5)]))[:, 1]
+    assert (np.diff(places, 2) >= -1e-9).all()  # equal steps take more and more room
+    back = ax.transData.inverted().transform(ax.transData.transform([(0, low), (0, high)]))[:, 1]
+    np.testing.assert_allclose(back, [low, high], atol=1e-9)
 
 
 def test_tradeoff_names_the_costs_there_are(rows):
@@ -226,3 +279,227 @@ def test_roofline(timed):
     assert len(points) == 9
     np.testing.assert_allclose(sorted(points[:, 1]), sorted(timed.batch_macs / timed.latency_ms / 1e6))
     assert {"dense", "half", "eager, bf16", "ceiling, float32", "ceiling, bf16"} <= set(labels(ax))
+
+
+# -- the best model under a cost
+
+
+@pytest.fixture
+def study():
+    """Rows of two models and three seeds, of random accuracy and cost, and of their dense models."""
+    rng, found = np.random.default_rng(0), []
+    for model, seed in [(model, seed) for model in ("vit", "swin") for seed in range(3)]:
+        about = {"model": model, "seed": seed}
+        found.append(about | {"method": "dense", "stage": "dense", "top1": 80 + seed, "macs": 1000 + seed})
+        for method, target, stage in [(m, t, s) for m in "abc" for t in (0.2, 0.6) for s in ("cut", "finetuned")]:
+            row = about | {"method": method, "form": "removed", "target": target, "stage": stage}
+            found.append(row | {"top1": rng.uniform(10, 80), "macs": 1000 * target * rng.uniform(0.9, 1.1)})
+    return pd.DataFrame(found)
+
+
+@pytest.mark.parametrize("limits", [(0.75, 0.5, 0.25), (1,), (0.6, 0.61, 0.001)])
+@pytest.mark.parametrize("val", [None, "some", "all"])
+@pytest.mark.parametrize("slack", [0, 0.01])
+def test_no_model_that_fits_is_better_than_the_best(study, limits, val, slack):
+    if val:
+        study["val_top1"] = 90 - study.top1  # another order than on test
+        study.loc[(study.method == "b") & (val == "some"), "val_top1"] = np.nan
+    best = plots.best_under(study, "macs", limits, slack=slack)
+    assert best[["model", "limit"]].values.tolist() == [[model, x] for model in ("vit", "swin") for x in limits]
+    for row in best.itertuples():
+        own = study[study.model == row.model]
+        dense = own[own.method == "dense"].set_index("seed")
+        fits = []
+        for (method, _target, stage), part in own.groupby(["method", "target", "stage"], dropna=False):
+            share = (part.macs / part.seed.map(dense.macs)).mean()
+            score = part.val_top1.mean() if val else part.top1.mean()
+            if share <= row.limit * (1 + slack) and not np.isnan(score):
+                fits.append((score, method, stage, share, part.top1.mean()))
+        if not fits:
+            assert row.method == "none" and np.isnan(row.top1) and row.limit < 0.1
+            continue
+        _, method, stage, share, top1 = max(fits)
+        assert (row.method, row.stage, row.seeds, row.chosen_on) == (method, stage, 3, "val" if val else "test")
+        assert (row.share, row.top1, row.dense) == pytest.approx((share, top1, 81))
+
+
+def test_the_best_by_hand():
+    about = {"model": "vit", "seed": 0, "criterion": np.nan}
+    rows = [
+        about | {"method": "dense", "stage": "dense", "top1": 90, "params": 100},
+        about | {"method": "dense", "stage": "dense+epochs", "top1": 91, "params": 100},
+        about | {"method": "pool", "stage": "finetuned", "top1": 85, "params": 50.4, "val_top1": 80},  # by the slack
+        about | {"method": "svd", "stage": "finetuned", "top1": 84, "params": 40, "val_top1": 81},
+        about | {"method": "lucky", "stage": "cut", "top1": 89, "params": 45},  # never seen on val
+        about | {"method": "half of the seeds", "stage": "cut", "top1": np.nan, "params": 1},
+    ]
+    best = plots.best_under(pd.DataFrame(rows), "params", [1, 0.5, 0.25])
+    assert best.method.tolist() == ["svd", "svd", "none"] and best.chosen_on.tolist()[:2] == ["val", "val"]
+    assert best.loc[0, ["cost", "limit", "top1", "dense", "share", "value", "seeds"]].tolist() == [
+        *("params", 1, 84, 90, 0.4, 40, 1),
+    ]
+    on_test = plots.best_under(pd.DataFrame(rows).drop(columns="val_top1"), "params", [1, 0.5])
+    assert on_test.method.tolist() == ["dense", "lucky"] and set(on_test.chosen_on) == {"test"}
+    dense_only = pd.DataFrame(rows[:2])
+    assert plots.best_under(dense_only, "params").empty
+
+
+def test_of_fewer_seeds_stands_back(study):
+    one = study[study.method == "a"].query("seed == 0").assign(method="once", top1=99.0)
+    assert "once" not in set(plots.best_under(pd.concat([study, one]), "macs").method)
+
+
+def test_what_best_under_cannot_answer_is_an_error(study):
+    with pytest.raises(ValueError, match="unknown cost 'mac', did you mean 'macs'"):
+        plots.best_under(study, "mac")
+    with pytest.raises(ValueError, match="in \\(0, 1\\]; got \\[75\\]"):
+        plots.best_under(study, "macs", [75])
+    with pytest.raises(ValueError, match="no row of stage dense"):
+        plots.best_under(study[study.method != "dense"], "macs")
+
+
+# -- the prediction audit
+
+
+@pytest.mark.parametrize("count", [3, 10, 50])
+def test_the_audit_has_the_rank_correlation_of_pandas(count):
+    rng = np.random.default_rng(count)
+    frame = pd.DataFrame({"criterion": "fisher", "kind": rng.choice(["heads", "ranks"], count)})
+    frame["predicted"] = rng.integers(0, 5, count).astype(float)  # ties, and no rise predicted
+    frame["measured"] = frame.predicted + rng.normal(0, 2, count)
+    table = plots.audit_table(frame)
+    assert table.cuts.sum() == count
+    for row in table.itertuples():
+        part = frame[frame.kind == row.kind]
+        if row.cuts > 2 and part.predicted.nunique() > 1:
+            known = part[["predicted", "measured"]].corr("spearman").iloc[0, 1]
+            assert row.spearman == pytest.approx(known)
+        else:
+            assert np.isnan(row.spearman)
+        ratios = (part.measured / part.predicted)[part.predicted > 0]
+        assert row.ratio == pytest.approx(ratios.median(), nan_ok=True)
+
+
+def test_the_audit_by_hand_and_its_ends():
+    frame = pd.DataFrame({"kind": ["heads"] * 4 + ["ranks"] * 2 + ["none"] * 3})
+    frame["predicted"] = [1.0, 2, 3, np.nan, 1, 2, 0, 0, 0]
+    frame["measured"] = [2.0, 8, 3, 1, 1, 1, 1, 2, 3]
+    table = plots.audit_table(frame, by=["kind"]).set_index("kind")
+    assert table.loc["heads"].tolist() == pytest.approx([3, 0.5, 2])  # ranks 1 2 3 against 1 3 2; ratios 2, 4, 1
+    assert table.loc["ranks"].tolist() == pytest.approx([2, np.nan, 0.75], nan_ok=True)
+    assert table.loc["none"].tolist() == pytest.approx([3, np.nan, np.nan], nan_ok=True)
+    assert plots.audit_table(frame.head(0), by=["kind"]).empty
+    with pytest.raises(ValueError, match="unknown column 'criterion'"):
+        plots.audit_table(frame)
+
+
+@pytest.fixture
+def audit():
+    kinds = [("fisher", "heads"), ("fisher", "ranks"), ("random", "heads")]
+    frame = pd.DataFrame([(*kind, target) for kind in kinds for target in (0.5, 0.25)])
+    frame.columns = ["criterion", "kind", "target"]
+    return frame.assign(predicted=[0.1, 1.0, 0.2, 2.0, 1e-9, 0.0], measured=[0.2, 0.9, -0.5, 1.0, 0.05, -1.0])
+
+
+def test_calibration_draws_every_cut_and_what_is_not_above_zero_at_the_edge(audit):
+    ax = plots.calibration(audit)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log") and ax.get_xlim() == ax.get_ylim()
+    drawn = [each for each in ax.collections if type(each).__name__ == "PathCollection"]
+    places = {tuple(place) for each in drawn for place in np.round(each.get_offsets().data, 6).tolist()}
+    floor = 1e-4  # the decade of four below the largest, 2
+    assert places == {(0.1, 0.2), (1, 0.9), (0.2, floor), (2, 1), (floor, 0.05), (floor, floor)}
+    white = [each for each in drawn if each.get_facecolor().tolist() == [[1, 1, 1, 1]]]
+    assert sum(len(each.get_offsets()) for each in white) == 3 and labels(ax)[-1] == "hollow: below 0.0001"
+    assert labels(ax)[:-1] == ["within a factor of 3", "as predicted", "fisher", "random", "heads", "ranks"]
+    above = plots.calibration(audit[(audit.predicted > 0.01) & (audit.measured > 0)])
+    assert not [label for label in labels(above) if "hollow" in label] and above.get_xlim()[0] < 0.1
+    with pytest.raises(ValueError, match="nothing to show"):
+        plots.calibration(audit.assign(predicted=0.0, measured=-1.0))
+
+
+# -- recovery
+
+
+def test_the_ladder_has_a_line_per_method_over_the_steps_there_are(rows):
+    half = rows[(rows.target == 0.5) & (rows.form != "removed") | (rows.method == "dense")]
+    folded = half[(half.method == "unstructured") & (half.stage == "cut")].assign(stage="folded", top1=60.0)
+    unreachable = folded.assign(method="svd", stage="unreachable", top1=np.nan)
+    best = half[(half.method == "structured") & (half.stage == "finetuned")].assign(stage="distilled", top1=79.0)
+    ax = plots.ladder(pd.concat([half, folded, unreachable, best]))
+    steps = ["after the cut", "mean folded", "fine-tuned", "fine-tuned,\ndistilled"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == steps
+    assert labels(ax) == ["dense", "dense, same epochs", "structured", "unstructured"]  # the best at its end first
+    first, second = (container.lines[0] for container in ax.containers)
+    assert first.get_ydata().tolist() == pytest.approx([50.5, 75.5, 79])
+    assert second.get_ydata().tolist() == pytest.approx([50.5, 60, 75.5])
+    assert [[round(x) for x in line.get_xdata()] for line in (first, second)] == [[0, 2, 3], [0, 1, 2]]
+    hollow = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
+    assert [len(line.get_xdata()) for line in hollow] == [1, 2]
+
+
+def test_a_ladder_is_of_one_budget(rows):
+    with pytest.raises(ValueError, match="the rows have 2: "):
+        plots.ladder(rows)
+    with pytest.raises(ValueError, match="the rows have 0"):
+        plots.ladder(rows[rows.method == "dense"])
+
+
+def test_recovery_knows_every_stage(rows):
+    stages = [stage for stage in plots.STAGES if not stage.startswith("dense")]
+    cut = rows[(rows.stage == "cut") & (rows.target == 0.5)]
+    ax = plots.recovery(pd.concat([cut.assign(stage=stage) for stage in stages]))
+    assert labels(ax) == [plots.STAGES[stage] for stage in stages] and len(ax.containers) == 6
+    assert len({(bar.patches[0].get_hatch(), bar.patches[0].get_facecolor()) for bar in ax.containers}) == 6
+
+
+# -- what was forgotten
+
+
+def changes(count, seeds=1):
+    one = pd.DataFrame({"class": [f"c{i}" for i in range(count)], "images": range(count)})
+    one["change"] = [(7 * i) % count - count / 2 for i in range(count)]  # all different, in no order
+    return pd.concat([one.assign(seed=seed, change=one.change + seed) for seed in range(seeds)])
+
+
+@pytest.mark.parametrize("count, shown", [(1, 1), (30, 30), (31, 24), (101, 24)])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_classes_are_sorted_by_what_was_forgotten(count, shown, seeds):
+    frame = changes(count, seeds)
+    ax = plots.class_change(frame)
+    (bars,) = [each for each in ax.containers if type(each).__name__ == "BarContainer"]
+    change = frame.groupby("class").change.mean().sort_values()
+    known = change if shown == count else pd.concat([change.head(12), change.tail(12)])
+    assert [bar.get_width() for bar in bars] == known.tolist() and len(bars) == shown
+    names = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert names == [f"{name} ({name[1:]})" for name in known.index]  # class ci has i images
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the worst on top
+    gap = [text.get_text() for text in ax.texts if "classes" in text.get_text()]
+    assert gap == ([f"… {count - 24} classes between …"] if count > 30 else [])
+
+
+def test_classes_without_images_are_left_out():
+    frame = changes(3)
+    frame.loc[1, "change"] = np.nan
+    assert len(plots.class_change(frame).get_yticks()) == 2
+    with pytest.raises(ValueError, match="no class has a change"):
+        plots.class_change(frame.assign(change=np.nan))
+
+
+def test_changed_images_say_what_was_seen_before_and_after():
+    class Split:
+        store, indices = np.arange(9 * 48, dtype=np.uint8).reshape(9, 4, 4, 3), np.array([5, 6, 7])
+
+        def __len__(self):
+            return len(self.indices)
+
+    frame = pd.DataFrame({"image": [2, 0], "label": [0, 1], "before": [0, 2], "after": [1, 1]})
+    numbers = plots.changed_images(Split(), frame, ["ant", "bee", "cat"], columns=3)
+    names = frame.replace({0: "ant", 1: "bee", 2: "cat"}).assign(image=frame.image)
+    for figure in (numbers, plots.changed_images(Split(), names, columns=3)):
+        shown = [ax for ax in figure.axes if ax.images]
+        assert [ax.get_title() for ax in shown] == ["ant:\nant\n→ bee", "bee:\ncat\n→ bee"]
+        assert (shown[0].images[0].get_array() == Split.store[7]).all()
+        assert [ax.title.get_color() for ax in shown] == [plots.COLORS[3], plots.COLORS[2]]  # forgotten, learned
+    for wrong in (frame.head(0), frame.assign(image=3)):
+        with pytest.raises(ValueError, match="places of images in a split of 3"):
+            plots.changed_images(Split(), wrong)

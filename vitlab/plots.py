@@ -36,14 +36,29 @@ STYLE = {
     "svg.hashsalt": "vitlab",
 }
 COLORS = sns.color_palette("colorblind").as_hex()
-MARKERS = "os^DvPX"  # fewer than colours: the eleventh series differs from the first
+HUES = COLORS[:7] + COLORS[8:]  # without the grey, which is for controls
+MARKERS = "os^DvPX"  # fewer than hues: the tenth series differs from the first
 DENSE = {"color": "0.35", "marker": "_"}
-STAGES = {"dense": "dense", "dense+epochs": "dense, same epochs", "cut": "after the cut"}
-STAGES |= {"compensated": "compensated", "reconstructed": "reconstructed", "finetuned": "fine-tuned"}
+DENSE_POINTS = {  # on top of others
+    "dense": {"color": "0.1", "marker": "*", "zorder": 4.5},
+    "dense+epochs": {"color": "0.5", "marker": "*", "zorder": 4.5},
+}
+STAGES = {  # in the order in which a model goes through them
+    "dense": "dense",
+    "dense+epochs": "dense, same epochs",
+    "cut": "after the cut",
+    "folded": "mean folded",
+    "compensated": "compensated",
+    "reconstructed": "reconstructed",
+    "finetuned": "fine-tuned",
+    "distilled": "fine-tuned, distilled",
+}
 LINES = {
+    "distilled": {"linestyle": (0, (8, 2))},
     "finetuned": {"linestyle": "-"},
     "reconstructed": {"linestyle": "-.", "markerfacecolor": "white"},
     "compensated": {"linestyle": "--", "markerfacecolor": "white"},
+    "folded": {"linestyle": (0, (1, 4)), "markerfacecolor": "white"},
     "cut": {"linestyle": ":", "markerfacecolor": "white"},
 }
 AXES = {  # column: (label with unit, factor to it)
@@ -85,6 +100,69 @@ def pareto(cost, value):
     return pd.Series(~beaten.any(axis=1), cost.index)
 
 
+def best_under(rows, cost, limits=(0.75, 0.5, 0.25), *, slack=0.01):
+    """The best model whose cost is at most a share of the dense model's: a frame of a row per model and limit.
+
+    rows: results.csv of any models and seeds, the dense ones among them. cost: macs, params, bytes_disk, latency_ms,
+    relative_latency, … limits: shares in (0, 1] of the cost of the dense model of the same model and seed. slack: by
+    how much of itself a limit may be exceeded, as budgets are met to within a hundredth. What one model gets is one
+    cut (method, criterion, form, target_kind, target and stage), by means over its seeds; of those that fit, the ones
+    of fewer seeds than others stand back. Best is the highest `val_top1` among those that have it, else the highest
+    test top-1, which favours the lucky one a little; `chosen_on` says which ("val" or "test").
+
+    Columns: model, cost, limit, method, …, stage, top1 (test, percent), dense (its top-1), share and value of the
+    cost, chosen_on, seeds. Where nothing fits method is "none" and the rest missing; models without a cut
+    that has this cost are left out. Raises ValueError for another column, limits out of range, and rows without a
+    dense model.
+    """
+    if cost not in rows:
+        raise ValueError(record.unknown("cost", cost, [c for c in AXES if c in rows and c != "top1"]))
+    if not all(0 < limit <= 1 for limit in limits):
+        raise ValueError(f"limits are shares of the dense model's cost, in (0, 1]; got {list(limits)}")
+    dense = rows[rows.stage == "dense"].groupby(["model", "seed"])[[cost, "top1"]].mean()
+    if dense.empty:
+        raise ValueError("no row of stage dense, so that no cost is known as a share")
+    rows = rows[rows[cost].notna() & rows.top1.notna()]
+    rows = rows.join(dense.set_axis(["whole", "dense"], axis=1), on=["model", "seed"])
+    rows = rows.assign(share=rows[cost] / rows.whole, val=rows.get("val_top1", np.nan)).rename(columns={cost: "value"})
+    keys = [c for c in ("model", "method", "criterion", "form", "target_kind", "target", "stage") if c in rows]
+    means = {name: (name, "mean") for name in ("top1", "dense", "share", "value", "val")}
+    points = rows.groupby(keys, dropna=False, sort=False).agg(**means, seeds=("seed", "nunique")).reset_index()
+    found = []
+    for model, own in points.groupby("model", sort=False):
+        for limit in [] if own.stage.isin([*DENSE_POINTS]).all() else limits:
+            fits = own[own.share <= limit * (1 + slack)]
+            fits = fits[fits.seeds == fits.seeds.max()]
+            on = "val" if fits.val.notna().any() else "test"
+            fits = fits.dropna(subset="val") if on == "val" else fits
+            best = fits.sort_values("val" if on == "val" else "top1", kind="stable").tail(1)
+            best = best.to_dict("records")[0] | {"chosen_on": on} if len(best) else {"method": "none"}
+            found.append({"model": model, "cost": cost, "limit": limit} | best)
+    columns = ["model", "cost", "limit", *keys[1:], "top1", "dense", "share", "value", "chosen_on", "seeds"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def audit_table(frame, by=("criterion", "kind")):
+    """How far predicted rises of the loss can be trusted, a row for each group of cuts: a frame.
+
+    frame: columns predicted and measured (nats) and those of `by`. Columns: those of `by`, cuts (how many), spearman
+    (rank correlation of both, in [-1, 1]; nan for fewer than three cuts or equal ones: do they come in the right
+    order?) and ratio (the median of measured / predicted where a rise is predicted; nan where none is: are they of
+    the right size?). Raises ValueError for a missing column.
+    """
+    for column in (*by, "predicted", "measured"):
+        if column not in frame:
+            raise ValueError(record.unknown("column", column, frame.columns))
+    found = []
+    for name, part in frame.dropna(subset=["predicted", "measured"]).groupby(list(by), sort=False, dropna=False):
+        ranks = part[["predicted", "measured"]].rank()
+        varied = len(part) > 2 and (ranks.nunique() > 1).all()
+        rises = part[part.predicted > 0]
+        spearman = ranks.predicted.corr(ranks.measured) if varied else np.nan  # Pearson of ranks
+        found.append((*name, len(part), spearman, (rises.measured / rises.predicted).median()))
+    return pd.DataFrame(found, columns=[*by, "cuts", "spearman", "ratio"])
+
+
 def series(rows):
     """Name of each row's line: its method, with form and criterion where the method occurs with several."""
     names = rows.method.astype(str)
@@ -96,12 +174,18 @@ def series(rows):
 
 
 def looks(names):
-    """{name: color and marker} in the order of names; dense is grey in every figure."""
-    others = [name for name in dict.fromkeys(names) if name != "dense"]
-    chosen = {
-        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(others)
-    }
-    return {"dense": DENSE, **chosen}
+    """{name: color and marker} in the order of names; the controls, dense and random, are grey in every figure."""
+    names = [name for name in dict.fromkeys(names) if name != "dense"]
+    random = [name for name in names if _is_random(name)]
+    greys = {name: {"color": "0.6", "marker": MARKERS[(3 + i) % len(MARKERS)]} for i, name in enumerate(random)}
+    others = [name for name in names if name not in random]
+    hues = {name: {"color": HUES[i % len(HUES)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(others)}
+    return {"dense": DENSE, **{name: (greys | hues)[name] for name in names}}
+
+
+def _is_random(name):
+    """Whether a series is of random cuts, which others are held against."""
+    return "random" in str(name).split(", ")
 
 
 # -- figures
@@ -201,43 +285,85 @@ def accuracy_curve(rows, *, ax=None):
 
 
 @styled
-def tradeoff(rows, x="macs", *, ax=None):
-    """Test top-1 (%) over a cost, one colour and marker per series; a line joins the points no other beats.
+def tradeoff(rows, x="macs", *, names=(), ax=None):
+    """Test top-1 (%) over a cost, one colour and marker per series, its targets joined by a thin line.
+
+    Of a cut the last of `finetuned` and `distilled` is shown, and `reconstructed`, which no training followed yet, by
+    a hollow marker. Controls are grey: the dense model, the same with as many epochs of training (both with a line
+    across) and random cuts. The dark step line joins the points, ringed, that no other beats. Points are means over
+    seeds, bars their range.
 
     rows: results.csv of one model, masked models included (they stand where their dense tensors put them).
     x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
-    relative_latency (the caller's 1 / speedup: of rows of several sessions). Returns the Axes.
+    relative_latency (the caller's 1 / speedup: of rows of several sessions). names: `series` of more rows, so that
+    each looks the same in several figures. Returns the Axes.
     Raises ValueError for another column or where no row has it.
     """
     if x not in AXES or x not in rows:
         raise ValueError(record.unknown("cost", x, [c for c in AXES if c in rows and c != "top1"]))
-    rows = rows[rows[x].notna() & rows.top1.notna() & rows.stage.isin(["dense", "dense+epochs", "finetuned"])]
-    if rows.empty:
-        raise ValueError(f"no fine-tuned or dense row has {x}; it is measured in 6_efficiency")
-    rows = rows.assign(series=series(rows))
-    height = max(WIDE[1], 0.8 + 0.25 * rows.series.nunique())  # inches: as many lines are in the legend
-    ax = ax or plt.subplots(figsize=(WIDE[0], height))[1]
-    keys = ["series", "target", "stage"]
-    points = rows.groupby(keys, dropna=False, sort=False)[[x, "top1"]].mean().reset_index()
+    points = _final_points(rows, x)
+    if points.empty:
+        raise ValueError(f"no fine-tuned, reconstructed or dense row has {x}; it is measured in 6_efficiency")
     label, factor = AXES[x]
-    points[x] *= factor
-    front = points[pareto(points[x], points.top1)].sort_values(x)
-    ax.plot(
-        front[x],
-        front.top1,
-        color="0.6",
-        linewidth=1,
-        drawstyle="steps-post",
-        zorder=1,
-        label="best for its cost",
-    )
-    look = looks(points.series)
-    for name, group in points.groupby("series", sort=False):
-        style = look[name] if name != "dense" else {"color": "0.35", "marker": "h"}
-        ax.scatter(group[x], group.top1, s=55, label=name, zorder=2, edgecolor="white", **style)
+    points[["cost", "least", "most"]] *= factor
+    look = looks([*names, *points.series]) | {STAGES[stage]: style for stage, style in DENSE_POINTS.items()}
+    controls = [STAGES[stage] for stage in DENSE_POINTS]
+    names = list(dict.fromkeys(points.series))
+    names.sort(key=lambda name: (name not in controls, not _is_random(name)))
+    height = max(4.4, 1.2 + 0.23 * len(names))  # inches: as many lines are in the legend
+    ax = ax or plt.subplots(figsize=(WIDE[0] + 1, height))[1]
+    front = points[pareto(points.cost, points.top1)].sort_values("cost")
+    edge = points.cost.max() + 0.04 * np.ptp(points.cost)
+    steps = [*front.cost, edge], [*front.top1, front.top1.iloc[-1]]
+    ax.plot(*steps, color="0.25", linewidth=1.2, drawstyle="steps-post", zorder=1)
+    ax.scatter(front.cost, front.top1, s=150, facecolor="none", edgecolor="0.25", linewidth=1.2, zorder=5)
+    ax.plot([], [], color="0.25", marker="o", markersize=11, markerfacecolor="none", label="best for its cost")
+    for name in names:
+        own = points[points.series == name]
+        for hollow, part in own.groupby(own.stage == "reconstructed"):
+            _points(ax, part, look[name], hollow)
+        if own.stage.iloc[0] in DENSE_POINTS:
+            ax.axhline(own.top1.mean(), color=look[name]["color"], linewidth=0.8, linestyle=":", zorder=0)
+        ax.scatter([], [], s=55, label=name, **look[name])
+    if (points.stage == "reconstructed").any():
+        ax.scatter([], [], s=40, facecolor="white", edgecolor="0.35", label="hollow: reconstructed,\nnot trained")
     ax.set(xlabel=label, ylabel=AXES["top1"][0])
+    _stretch_top(ax, points.low.min(), points.high.max())
     _legend_beside(ax)
     return ax
+
+
+def _final_points(rows, x):
+    """Mean and range over seeds of cost and top-1 (top1, low, high) of each series, target and final stage."""
+    rows = rows[rows[x].notna() & rows.top1.notna()].rename(columns={x: "cost"})
+    rows = rows[rows.stage.isin([*DENSE_POINTS, "reconstructed", "finetuned", "distilled"])]
+    rows = rows.assign(series=series(rows).where(~rows.stage.isin([*DENSE_POINTS]), rows.stage.map(STAGES)))
+    asked = [column for column in ("series", "target_kind", "target") if column in rows]
+    distilled = rows.assign(is_distilled=rows.stage == "distilled").groupby(asked, dropna=False).is_distilled
+    rows = rows[(rows.stage != "finetuned") | ~distilled.transform("any")]
+    found = rows.groupby([*asked, "stage"], dropna=False, sort=False).agg(
+        cost=("cost", "mean"),
+        least=("cost", "min"),
+        most=("cost", "max"),
+        top1=("top1", "mean"),
+        low=("top1", "min"),
+        high=("top1", "max"),
+    )
+    return found.reset_index()
+
+
+def _points(ax, part, style, hollow):
+    """The points of one series in its style, with bars for their range and, if trained, a thin line through them."""
+    part = part.sort_values("cost")
+    color = style["color"]
+    fill = {"facecolor": "white", "edgecolor": color, "linewidth": 1.4} if hollow else {"color": color}
+    size, height = (30, 4) if hollow else (60, style.get("zorder", 3))
+    ax.scatter(part.cost, part.top1, s=size, marker=style["marker"], zorder=height, **fill)
+    bars = [part.cost - part.least, part.most - part.cost], [part.top1 - part.low, part.high - part.top1]
+    if np.any(bars):
+        ax.errorbar(part.cost, part.top1, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=color, capsize=2, zorder=2)
+    if not hollow:
+        ax.plot(part.cost, part.top1, color=color, linewidth=0.8, alpha=0.5, zorder=1)
 
 
 @styled
@@ -290,12 +416,13 @@ def recovery(rows, *, ax=None):
     cut = cut.assign(name=name)
     names, stages = list(dict.fromkeys(cut.name)), [s for s in STAGES if s in set(cut.stage)]
     longest = max(len(part) for name in names for part in name.split("\n"))
-    space = max(0.9, 0.2 + 0.095 * longest)  # inches for a group of bars and the words below it
+    space = max(0.2 + 0.175 * max(4, len(stages)), 0.2 + 0.095 * longest)  # inches for bars and the words below them
     ax = ax or plt.subplots(figsize=(max(WIDE[0], 3 + space * len(names)), WIDE[1]))[1]
     top1 = cut.groupby(["name", "stage"]).top1.mean()
     width = 0.8 / len(stages)
-    fills = dict(zip(STAGES, ["", "", "///", "..", "xx", ""], strict=True))
-    colors = dict(zip(STAGES, ["0.35", "0.35", "0.85", COLORS[9], COLORS[1], COLORS[0]], strict=True))
+    fills = dict(zip(STAGES, ["", "", "///", "--", "..", "xx", "", "\\\\"], strict=True))
+    hues = ["0.35", "0.35", "0.85", COLORS[8], COLORS[9], COLORS[1], COLORS[0], COLORS[2]]
+    colors = dict(zip(STAGES, hues, strict=True))
     for i, stage in enumerate(stages):
         heights = [top1.get((name, stage), np.nan) for name in names]
         places = np.arange(len(names)) + (i - (len(stages) - 1) / 2) * width
@@ -308,6 +435,40 @@ def recovery(rows, *, ax=None):
     ax.set_xticks(range(len(names)), names, fontsize=10)
     ax.set(ylabel=AXES["top1"][0], ylim=(0, 105))
     ax.grid(False, axis="x")
+    _legend_beside(ax)
+    return ax
+
+
+@styled
+def ladder(rows, *, names=(), ax=None):
+    """Test top-1 (%) after each step of recovery from one cut, in their order, a line per series.
+
+    rows: results.csv of one model and one budget (target_kind and target), with rows of the dense model for its grey
+    line. Points are means over seeds, bars their range; hollow points are of no training. The legend goes from the
+    best at the last step to the worst. names: as for `tradeoff`. Returns the Axes.
+    Raises ValueError for rows of several budgets, or of none.
+    """
+    cut = rows[~rows.stage.isin(["dense", "dense+epochs"]) & rows.stage.isin([*STAGES]) & rows.top1.notna()]
+    budgets = cut[[c for c in ("target_kind", "target") if c in cut]].drop_duplicates()
+    if len(budgets) != 1:
+        raise ValueError(f"a ladder is of one budget, and the rows have {len(budgets)}: {budgets.values.tolist()}")
+    stages = [stage for stage in STAGES if stage in set(cut.stage)]
+    cut = cut.assign(series=series(cut), step=cut.stage.map(stages.index))
+    final = cut[cut.step == cut.groupby("series").step.transform("max")].groupby("series").top1.mean()
+    order = list(final.sort_values(ascending=False, kind="stable").index)
+    cut["step"] += 0.025 * (cut.series.map(order.index) - (len(order) - 1) / 2)  # equal ones stand side by side
+    look = looks([*names, *cut.series])
+    ax = ax or plt.subplots(figsize=(max(WIDE[0], 3.5 + 1.2 * len(stages)), 4.4))[1]
+    for name in order:
+        own = cut[cut.series == name]
+        _mean_and_range(ax, own.groupby("step").top1, label=name, markersize=7, **look[name])
+        untrained = own[~own.stage.isin(["finetuned", "distilled"])].groupby("step").top1.mean()
+        hollow = look[name] | {"markerfacecolor": "white", "markersize": 7, "linestyle": ""}
+        ax.plot(untrained.index, untrained, zorder=3, **hollow)
+    _dense_lines(ax, rows)
+    ax.set_xticks(range(len(stages)), [STAGES[stage].replace(", ", ",\n") for stage in stages])
+    ax.set(xlabel="step of recovery", ylabel=AXES["top1"][0], xlim=(-0.3, len(stages) - 0.7))
+    _stretch_top(ax, cut.top1.min(), rows.top1.max())
     _legend_beside(ax)
     return ax
 
@@ -408,6 +569,29 @@ def _mean_and_range(ax, groups, **style):
     line = groups.agg(["mean", "min", "max"])
     spread = [line["mean"] - line["min"], line["max"] - line["mean"]]
     ax.errorbar(line.index, line["mean"], yerr=spread if np.any(spread) else None, capsize=3, **style)
+
+
+def _stretch_top(ax, low, high):
+    """A logarithmic y axis downwards from the best accuracy: a point lost there takes more room than one far below.
+
+    low, high: percent, what is to be seen. Ticks are in percent.
+    """
+    zero = high + 2  # percent: what the logarithm counts from
+
+    def place(value):
+        return -np.log(np.maximum(zero - value, 1e-6))
+
+    ax.set_yscale("function", functions=(place, lambda placed: zero - np.exp(-placed)))
+    bottom, top = zero - 1.12 * (zero - low), high + 0.4
+    ax.set_ylim(bottom, top)
+    ticks = []
+    for step in (10, 5, 2, 1):
+        first = np.ceil(max(0, bottom, high - 10 * step) / step) * step  # fine steps on top only
+        for tick in np.arange(first, top, step):
+            if all(abs(place(tick) - place(other)) > (place(top) - place(bottom)) / 14 for other in ticks):
+                ticks.append(tick)
+    ax.set_yticks(sorted(ticks), labels=[f"{tick:g}" for tick in sorted(ticks)])
+    ax.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def _table(frame, index, columns, value):
@@ -565,3 +749,113 @@ def agreement(frame, *, ax=None):
     )
     _legend_beside(ax)
     return ax
+
+
+@styled
+def calibration(frame, *, ax=None):
+    """Measured over predicted rise of the loss (nats), both logarithmic: a point per cut, a colour per criterion and a
+    marker per kind; on the diagonal the prediction is right, in the grey band within a factor of three.
+
+    frame: columns criterion, kind, predicted, measured. What is below the lowest decade shown (that of the smallest
+    value above 0, but at most four under the largest), so also 0 and less, is drawn hollow on the dotted edge.
+    Returns the Axes. Raises ValueError where no value is above 0.
+    """
+    frame = frame.dropna(subset=["predicted", "measured"])
+    values = frame[["predicted", "measured"]].to_numpy(float)
+    if not (values > 0).any():
+        raise ValueError("no predicted or measured rise of the loss is above 0: a logarithmic axis has nothing to show")
+    top = values.max()
+    floor = 10 ** np.floor(np.log10(max(values[values > 0].min(), top / 1e4)))
+    reach = np.array([floor / 1.5, 1.8 * top])
+    criteria, kinds = (list(dict.fromkeys(frame[column])) for column in ("criterion", "kind"))
+    height = max(4.4, 1.4 + 0.23 * (len(criteria) + len(kinds)))  # inches: as many lines are in the legend
+    ax = ax or plt.subplots(figsize=(height + 2.4, height))[1]
+    ax.fill_between(reach, reach / 3, reach * 3, color="0.93", zorder=0, label="within a factor of 3")
+    ax.plot(reach, reach, color="0.35", linewidth=1, zorder=1, label="as predicted")
+    colors = looks(criteria)
+    for (criterion, kind), own in frame.groupby(["criterion", "kind"], sort=False):
+        color, marker = colors[criterion]["color"], MARKERS[kinds.index(kind) % len(MARKERS)]
+        for hollow, part in own.groupby((own[["predicted", "measured"]] < floor).any(axis=1)):
+            fill = {"facecolor": "white", "edgecolor": color} if hollow else {"facecolor": color, "edgecolor": "white"}
+            places = part.predicted.clip(lower=floor), part.measured.clip(lower=floor)
+            ax.scatter(*places, s=45, marker=marker, zorder=2 + hollow, clip_on=False, **fill)
+    for criterion in criteria:
+        ax.plot([], [], color=colors[criterion]["color"], linewidth=6, label=criterion)
+    for i, kind in enumerate(kinds):
+        ax.plot([], [], color="0.4", linestyle="", marker=MARKERS[i % len(MARKERS)], label=kind)
+    if (values < floor).any():
+        style = {"color": "0.4", "linestyle": "", "marker": "o", "markerfacecolor": "white"}
+        ax.plot([], [], label=f"hollow: below {floor:g}", **style)
+        ax.axhline(floor, color="0.35", linestyle=":", linewidth=0.8)
+        ax.axvline(floor, color="0.35", linestyle=":", linewidth=0.8)
+    ax.set(xscale="log", yscale="log", xlim=reach, ylim=reach)
+    ax.set(xlabel="predicted rise of the loss (nats)", ylabel="measured rise of the loss (nats)")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(ticker.NullFormatter())
+    ax.set_box_aspect(1)
+    _legend_beside(ax)
+    return ax
+
+
+@styled
+def class_change(frame, *, ax=None):
+    """Change of top-1 (percentage points) by class, the most forgotten on top; of more than 30 classes the 12 worst
+    and the 12 best, with a gap that says how many are not shown.
+
+    frame: columns class, images and change, as evaluate.compare gives them; several rows of a class (seeds) become
+    mean and range. The number of its images stands behind each name: of few, one weighs much. Classes without images
+    are left out. Returns the Axes. Raises ValueError where none is left.
+    """
+    change = frame.dropna(subset="change").groupby("class", sort=False).change.agg(["mean", "min", "max"])
+    if change.empty:
+        raise ValueError("no class has a change of its top-1 to show")
+    change = change.sort_values("mean", kind="stable")
+    hidden = max(0, len(change) - 24) if len(change) > 30 else 0
+    shown = pd.concat([change.head(12), change.tail(12)]) if hidden else change
+    places = np.arange(len(shown)) + np.where(np.arange(len(shown)) < 12, 0, 1.5 * (hidden > 0))
+    ax = ax or plt.subplots(figsize=(6.4, 1 + 0.24 * (places[-1] + 1)))[1]
+    colors = np.where(shown["mean"] < 0, COLORS[3], COLORS[0])
+    bars = ax.barh(places, shown["mean"], 0.75, color=colors)
+    spread = [shown["mean"] - shown["min"], shown["max"] - shown["mean"]]
+    if np.any(spread):
+        ax.errorbar(shown["mean"], places, xerr=spread, fmt="none", ecolor="0.2", capsize=2, elinewidth=1)
+    else:
+        ax.bar_label(bars, [f"{value:+.1f}" for value in shown["mean"]], fontsize=8, padding=3)
+    if hidden:
+        words, box = f"… {hidden} classes between …", {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        middle = {"ha": "center", "va": "center", "transform": ax.get_yaxis_transform()}
+        ax.text(0.5, 12.25, words, fontsize=9, color="0.35", bbox=box, **middle)
+    ax.axvline(0, color="0.35", linewidth=0.8)
+    counts = frame.groupby("class").images.first()
+    ax.set_yticks(places, [f"{str(name)[:24]} ({counts[name]:g})" for name in shown.index], fontsize=9)
+    ax.set(xlabel="change of top-1 (percentage points)", ylim=(places[-1] + 0.7, -0.7))
+    ax.margins(x=0.12)
+    ax.grid(False, axis="y")
+    return ax
+
+
+@styled
+def changed_images(images, frame, classes=None, *, columns=6):
+    """The pictures whose prediction changed most, the furthest first, with "true: before → after" above each.
+
+    images: the data.Split that was compared, shown as stored. frame: columns image (place in the split), label, before,
+    after, as in evaluate.compare's images. classes: names, where frame has numbers of classes. Green is newly right,
+    red newly wrong, black neither. Returns a Figure. Raises ValueError for no rows and for places the split has not.
+    """
+    if frame.empty or not frame.image.between(0, len(images) - 1).all():
+        raise ValueError(f"need the places of images in a split of {len(images)}, got {frame.image.tolist()}")
+    rows = -(-len(frame) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(1.7 * columns, 2.15 * rows), squeeze=False)
+    for ax in panels.flat:
+        ax.axis("off")
+    for ax, row in zip(panels.flat, frame.itertuples(), strict=False):
+        ax.imshow(images.store[images.indices[row.image]])
+        label, before, after = (
+            value if isinstance(value, str) or classes is None else classes[int(value)]
+            for value in (row.label, row.before, row.after)
+        )
+        color = {(False, True): COLORS[2], (True, False): COLORS[3]}.get((before == label, after == label), "0.1")
+        words = [str(word)[:18] for word in (label, before, after)]
+        ax.set_title(f"{words[0]}:\n{words[1]}\n→ {words[2]}", fontsize=9, color=color)
+    return figure
