@@ -44,7 +44,7 @@ def code(notebook):
 
 def values(notebook, model=None):
     """The values of the study that a notebook uses, of the models only its own."""
-    used = {section: STUDY[section] for section in record.USES[notebook]}
+    used = {section: record.in_force(section, STUDY[section]) for section in record.USES[notebook]}
     return json.dumps(used | ({"models": STUDY.models[model]} if model else {}), sort_keys=True)
 
 

@@ -433,7 +433,7 @@ def test_a_broken_file_is_named_and_skipped_only_if_asked(tmp_path, fault, size)
     whole = bad.read_bytes()
     bad.write_bytes({"truncated": whole[: len(whole) // 2], "no image": b"hello", "empty": b""}[fault])
     for _ in range(2):  # decoding, and from the cache
-        with pytest.raises(ValueError, match=r"1 unreadable.*dog.image_0003.jpg.*skip_broken=True"):
+        with pytest.raises(ValueError, match=r"1 unreadable.*dog.image_0003.jpg.* data.skip_broken=true"):
             load(folder)
         images = load(folder, skip_broken=True)
         assert images.skipped == ["dog/image_0003.jpg"]

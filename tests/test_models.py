@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitlab import models
+from vitlab import checkpoint, models
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,11 @@ def test_units_are_counted_per_block(vit):
 
 
 @pytest.mark.parametrize(
-    "name", ["eva02_tiny_patch14_224", "resnet18", "swinv2_tiny_window8_256", "maxvit_tiny_tf_224"]
+    "name",
+    [
+        *("eva02_tiny_patch14_224", "resnet18", "swinv2_tiny_window8_256", "maxvit_tiny_tf_224"),
+        "vit_giant_patch14_dinov2",  # a VisionTransformer, with SwiGLU for an MLP
+    ],
 )
 def test_a_model_it_cannot_see_into_is_refused(name):
     import timm
@@ -118,6 +122,38 @@ def test_timm_weights_of_a_file_load_into_another_number_of_classes(tmp_path):
             "swin_tiny_patch4_window7_224", num_classes=4, depths=(1, 1, 1, 1), weights=tmp_path / "weights.pth"
         )
     assert torch.equal(model.layers[2].blocks[0].attn.qkv.weight, source.layers[2].blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("conv_vit", {"embed_dimm": 32}, "unknown option 'embed_dimm' of conv_vit, did you mean 'embed_dim'"),
+        ("conv_vit", {"stem_width": (8, 16)}, "did you mean 'stem_widths'"),
+        ("conv_swin", {"window_sise": 4}, "did you mean 'window_size'"),
+        ("swin_tiny_patch4_window7_224", {"depthss": (1, 1)}, "did you mean 'depths'"),
+        ("deit_tiny_patch16_224", {"pretraind": True}, "did you mean 'pretrained'.* Options are img_size, .*drop_path"),
+        ("conv_vit", {"depth": "3"}, "conv_vit cannot be built with {'depth': '3'}: "),
+        ("conv_vit", {"embed_dim": 30, "num_heads": 4}, "cannot be built with .*divisible by num_heads"),
+    ],
+)
+def test_options_that_cannot_be_are_named(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        models.create(name, num_classes=2, **options)
+
+
+def test_weights_of_a_checkpoint_that_is_stored_without_its_zeros(vit, tmp_path):
+    with torch.no_grad():
+        for layer in models.view(vit).linears().values():
+            layer.weight[torch.rand_like(layer.weight) < 0.9] = 0
+    record = checkpoint.save(vit, tmp_path)
+    assert record["packed"]
+    options = dict(num_classes=3, image_size=16, **vit.recipe["options"])
+    for weights in (tmp_path, tmp_path / "model.safetensors"):
+        same = models.create("conv_vit", weights=weights, **options).state_dict()
+        assert all(torch.equal(tensor, same[name]) for name, tensor in vit.state_dict().items())
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(FileNotFoundError, match="without its zeros and can be read only beside its model.json"):
+        models.create("conv_vit", weights=tmp_path, **options)
 
 
 def test_wrong_weights_are_refused(tmp_path):

@@ -1,11 +1,13 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
-from vitlab import record
+from vitlab import data, record
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,8 @@ def test_values_read_as_attributes_and_name_what_is_near():
         ("data.augment.flip", False),
         ("global_pruning.sparsities", [0.5, 0]),
         ("global_pruning.images", None),  # all of them
+        ("budget.faster_at", None),
+        ("data.skip_broken", True),  # null in the study
         ("seeds", (1, 2)),
         ("models.vit.depth", 2),
     ],
@@ -69,6 +73,7 @@ def test_an_override_changes_its_value_and_no_other(dotted, value):
         ({"data.augment.flip": 1}, TypeError, "must be bool .*got int 1"),
         ({"train.epochs": None}, TypeError, "got NoneType"),
         ({"global_pruning.images": "all"}, TypeError, "int or null"),
+        ({"data.skip_broken": 1}, TypeError, "data.skip_broken must be bool or null"),
         ({"global_pruning.sparsities": 0.5}, TypeError, "must be list"),
         ({"global_pruning.sparsities": ["0.5"]}, TypeError, "list of float"),
         ({"seeds": [0, True]}, TypeError, "list of int"),
@@ -105,6 +110,84 @@ def test_a_study_of_ones_own_is_a_path(tmp_path):
     with pytest.raises(ValueError, match="own.yaml: train: lr is '2e-3'.*write 0.002"):
         record.study(own)
 
+    own.write_text("train: [1")
+    with pytest.raises(ValueError, match="own.yaml is not written as YAML"):
+        record.study(own)
+
+
+@pytest.fixture
+def demo_with(tmp_path):
+    """A function that writes the demo's file with other values, of None for a value without it; gives its path."""
+    plain = yaml.safe_load((record.repository() / "notebooks" / "params" / "demo.yaml").read_text())
+
+    def write(changes):
+        for dotted, value in changes.items():
+            *parents, last = dotted.split(".")
+            place = plain
+            for parent in parents:
+                place = place[parent]
+            place[last] = value
+            if value is None:
+                del place[last]
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(plain))
+        return tmp_path / "own.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"train.epochss": 3}, ValueError, "unknown value 'train.epochss', did you mean 'train.epochs'"),
+        ({"data.image_sze": 3}, ValueError, "unknown value 'data.image_sze', did you mean 'data.image_size'"),
+        ({"data.augment.scal": [0.5, 1.0]}, ValueError, "did you mean 'data.augment.scale'"),
+        ({"train.epochs": "three"}, TypeError, "train.epochs must be int .*got str 'three'"),
+        ({"train.epochs": 2.5}, TypeError, "train.epochs must be int .*got float"),
+        ({"train.lr": None}, ValueError, "train.lr missing"),
+        ({"train": 3}, TypeError, "train is a section with epochs, .*got int 3"),
+        ({"seeds": 0}, TypeError, "seeds must be list"),
+        ({"seeds": []}, ValueError, "seeds is empty"),
+        ({"global_pruning.images": "all"}, TypeError, "int or null"),
+        ({"models": {}}, ValueError, "models.vit missing"),
+        ({"models": ["vit"]}, TypeError, "models is a section"),
+        ({"models.vit": "conv_vit"}, TypeError, "models.vit is a section with name"),
+        ({"models.vit.name": None}, ValueError, "models.vit.name missing"),
+        ({"models.vit.pretrained": "yes"}, TypeError, "models.vit.pretrained must be bool"),
+    ],
+)
+def test_a_wrong_value_in_a_file_of_ones_own_is_named(demo_with, changes, error, words):
+    with pytest.raises(error, match=f"own.yaml: .*{words}"):
+        record.study(demo_with(changes))
+
+
+def test_a_file_of_ones_own_may_have_other_options_and_what_came_later_is_off(demo_with):
+    options = {"name": "vit_tiny_patch16_224", "pretrained": True, "drop_path_rate": 0.1, "weights": "some/where"}
+    moments = [[0.5, 0.5, 0.5], [0.25, 0.25, 0.25]]
+    changes = {"models": {"mine": options}, "data.normalise": moments, "data.augment": {"scale": [0.5, 1.0]}}
+    values = record.study(demo_with(changes | {"train.mixup": None, "train.cutmix": None, "data.skip_broken": None}))
+    assert values.models == {"mine": options} and values.data.normalise == moments
+    assert (values.train.mixup, values.train.cutmix, values.data.skip_broken) == (0, 0, None)
+    assert record.study(demo_with({"budget.faster_at": 32}), override={"budget.faster_at": None})
+
+
+@pytest.mark.parametrize(
+    "dotted, wrong",
+    [
+        ("train.label_smoothing", [1.0, 10, -0.1]),
+        ("train.ema", [1.0, 99.9]),
+        ("sensitivity.ratios", [[0.1, 30], [0], [1.0]]),
+        ("global_pruning.sparsities", [[50.0], [0.5, 1], [float("nan")]]),
+        ("heads_svd_iht.ratios", [[0.2, 1.5], [-0.1]]),
+        ("heads_svd_iht.kappa", [0, 1.0, 25.0]),
+        ("budget.shares", [[1.5], [50], [0.5, 0.0]]),
+    ],
+)
+def test_a_share_is_no_percentage(demo_with, dotted, wrong):
+    for value in wrong:
+        for arguments in [("demo", {dotted: value}), (demo_with({dotted: value}), None)]:
+            with pytest.raises(ValueError, match=rf"{dotted} is a share in [\[(]0, 1\), not a percentage; got"):
+                record.study(arguments[0], override=arguments[1])
+
 
 # -- runs
 
@@ -140,7 +223,8 @@ def test_no_permission_says_where_and_what_to_do(tmp_path, monkeypatch):
 
 def test_arguments_for_the_calls_that_a_notebook_makes(lab):
     assert lab.model == lab.params.models.vit
-    assert lab.data == {"name": "shapes", "image_size": 32, "split_seed": 0, "images": None, "normalise": "train"}
+    plain = {"name": "shapes", "image_size": 32, "split_seed": 0, "normalise": "train"}
+    assert lab.data == plain | {"images": None, "skip_broken": None} and lab.origin["data"] == plain
     settings = lab.training("global_pruning")
     assert settings["epochs"] == lab.params.global_pruning.epochs != lab.params.train.epochs
     assert settings["batch_size"] == lab.params.train.batch_size and settings["seed"] == 0
@@ -163,8 +247,23 @@ def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkey
     assert lab.shipped(settings, images) == folder
     assert lab.shipped(settings | {"epochs": 1}, images) is None
     assert lab.shipped(settings, SimpleNamespace(description="other shapes")) is None
+    del kept["settings"]["mixup"]  # of a checkpoint from before there was any
+    record.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
+    assert lab.shipped(lab.training(), images) == folder
+    assert lab.shipped(lab.training() | {"mixup": 0.2}, images) is None
     lab.params.data["image_size"] = 64
     assert lab.shipped(settings, images) is None
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((record.repository() / "checkpoints").glob("*/*")), ids=lambda path: path.name
+)
+def test_the_checkpoints_that_the_repository_ships_are_those_of_its_studies(folder):
+    one = record.open_run(folder.parent.name, folder.name)
+    images = SimpleNamespace(description=json.loads((folder / "model.json").read_text())["extra"]["data"])
+    assert one.shipped(one.training(), images) == folder
+    other = record.open_run(folder.parent.name, folder.name, override={"train.mixup": 0.2})
+    assert other.shipped(other.training(), images) is None
 
 
 def test_calibration_takes_what_there_is(lab):
@@ -172,12 +271,39 @@ def test_calibration_takes_what_there_is(lab):
         def subset(self, n, *, seed):
             return Split(self[:n])
 
-        def batches(self, size, *, device):
+        def batches(self, size, *, device, **options):
+            drawn.append(options)
             return (self[i : i + size] for i in range(0, len(self), size))
 
+    drawn = []
     assert sum(map(len, lab.calibration(Split(range(100))))) == 100
     assert sum(map(len, lab.calibration(Split(range(10_000))))) == lab.params.calibration.images
     assert sum(map(len, lab.calibration(Split(range(100)), images=7))) == 7
+    assert not any(drawn)
+    for own, augment in ((False, True), (True, None)):
+        lab.params.calibration["augment"] = own
+        lab.calibration(Split(range(10)), augment=augment)
+        assert drawn[-1] == {"augment": {"crop": 4, "flip": True}, "seed": 0}
+    lab.calibration(Split(range(10)), augment=False)
+    assert not drawn[-1]
+
+
+def test_augmented_calibration_is_drawn_once_for_each_image(lab):
+    store = np.random.default_rng(0).integers(256, size=(48, 32, 32, 3), dtype=np.uint8)
+    sizes = {"image_size": 32, "window": 32, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    train = data.Split(store=store, indices=np.arange(48), labels=torch.arange(48) % 3, **sizes)
+    options = {"images": 24, "augment": True}
+    plain, drawn, again = (lab.calibration(train, **o) for o in ({"images": 24}, options, options))
+    other = record.open_run("demo", "vit", 1).calibration(train, **options)
+    pairs = list(zip(plain, drawn, again, strict=True))
+    assert all(x.equal(z) and not w.equal(x) and y.equal(v) for (w, v), (x, y), (z, _) in pairs)
+    assert not other[0][0].equal(drawn[0][0])
+    saved = lab.save_calibration(drawn, (0.5, 1.0)).iloc[0].to_dict()
+    assert saved == {
+        **{"study": "demo", "model": "vit", "seed": 0, "images": 24, "batch_size": 64, "labels": "true"},
+        **{"augment": False, "calibration_loss": 0.5, "val_loss": 1.0},
+    }
+    assert lab.load_table("calibration", "2_sensitivity").val_loss.tolist() == [1.0]
 
 
 def test_a_missing_step_is_named_with_its_command(lab):

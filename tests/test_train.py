@@ -277,6 +277,81 @@ class Stop(Exception):
     pass
 
 
+def test_mixed_labels_sum_to_one_and_are_those_of_the_mixed_images(vit):
+    x = torch.arange(8.0)[:, None, None, None].expand(8, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    y, state = torch.arange(8) % 3, torch.get_rng_state()  # neighbours differ
+    for alphas in ((0.8, 0.0), (0.0, 1.0), (0.4, 1.0)):
+        mix, found = train._mixing(*alphas, vit), []
+        for step in range(20):
+            mixed, shares = mix(x, y, (1, 2, step))
+            assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8)) and shares.min() >= 0
+            own = shares[torch.arange(8), y]
+            expected = own * x[:, 0, 0, 0] + (1 - own) * x[:, 0, 0, 0].roll(1)
+            assert torch.allclose(mixed.mean((1, 2, 3)), expected, atol=1e-4)
+            assert mixed.is_contiguous(memory_format=torch.channels_last)
+            found.append((own[1].item(), len(mixed[1].unique())))
+            assert all(map(torch.equal, mix(x, y, (1, 2, step)), (mixed, shares)))
+        assert len(set(found)) > 10
+        kinds = {values for share, values in found if 0.1 < share < 0.9}  # one value: mixed; two: cut
+        assert kinds == ({1, 2} if all(alphas) else {1} if alphas[0] else {2})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0)])
+def test_the_loss_of_mixed_labels_by_hand(vit, alphas):
+    split = Blobs(32)
+    x, shares = train._mixing(*alphas, vit)(*next(split.batches(32, shuffle=True)), (0, 0, 0))
+    with torch.no_grad():
+        logits = copy.deepcopy(vit).train()(x)
+    expected = -((shares * 0.9 + 0.1 / 3) * logits.log_softmax(1)).sum(1).mean()  # smoothed, too
+    options = dict(epochs=1, mixup=alphas[0], cutmix=alphas[1])  # one step, one batch
+    history = train.fit(vit, split, Blobs(seed=1), **options, **RECIPE)
+    assert history.train_loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    right = (logits.argmax(1) == shares.argmax(1)).float().mean()
+    assert history.train_top1.item() == pytest.approx(100 * right.item())
+
+
+def test_a_stopped_run_with_mixing_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    from conftest import toy
+
+    whole, stopped, plain = (toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1) for _ in range(3))
+    start, options = copy.deepcopy(stopped.state_dict()), dict(epochs=3, mixup=0.8, cutmix=1.0, **RECIPE)
+    expected = train.fit(whole, Blobs(), Blobs(seed=1), **options)
+    right, calls = evaluate.accuracy, []
+
+    def accuracy(*arguments, **named):
+        calls.append(len(calls))
+        if len(calls) == 3:  # in the third epoch
+            raise Stop
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(evaluate, "accuracy", accuracy)
+    with pytest.raises(Stop):
+        train.fit(stopped, Blobs(), Blobs(seed=1), folder=tmp_path, **options)
+    stopped.load_state_dict(start)
+    history = train.fit(stopped, Blobs(), Blobs(seed=1), folder=tmp_path, **options)
+    assert len(calls) == 4 and same(whole, stopped) and history.train_loss.equals(expected.train_loss)
+    train.fit(plain, Blobs(), Blobs(seed=1), **options | {"mixup": 0.0, "cutmix": 0.0})
+    assert not same(whole, plain)
+
+
+def test_without_mixing_all_is_as_before_there_was_any(vit, monkeypatch):
+    seen, right = [], train._fingerprint
+    monkeypatch.setattr(train, "_fingerprint", lambda settings, *rest: seen.append(settings) or right(settings, *rest))
+    monkeypatch.setattr(train, "_mixing", lambda *alphas: pytest.fail(f"drew with {alphas}"))
+    train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, mixup=0, cutmix=0.0, **RECIPE)
+    assert not {"mixup", "cutmix"} & set(seen[0])  # states of killed runs from then still fit
+
+
+def test_training_needs_the_same_memory_whatever_ran_before(vit):
+    def peak(batch_size):
+        options = RECIPE | {"batch_size": batch_size}
+        return train.fit(copy.deepcopy(vit), Blobs(1024), Blobs(seed=1), epochs=2, **options).training_mb.tolist()
+
+    small, large, again = peak(128), peak(1024), peak(128)
+    assert max(small + again) < 1.2 * min(small + again) + 10 and min(large) > 2 * max(small + again), (small, large)
+
+
 @pytest.mark.parametrize("cut", [at_random, neurons])
 def test_steps_go_on_after_a_stop_to_the_same_result(vit, tmp_path, monkeypatch, cut):
     start, calls = copy.deepcopy(vit.state_dict()), []
@@ -337,7 +412,11 @@ def test_steps_that_make_no_sense_are_refused(vit):
     [
         (dict(epochs=0), "epochs >= 1"),
         (dict(epochs=2, warmup_epochs=2), "warmup_epochs < epochs"),
-        (dict(epochs=2, ema=1.0), r"ema lies in \[0, 1\)"),
+        (dict(epochs=2, ema=1.0), r"ema and label_smoothing lie in \[0, 1\)"),
+        (dict(epochs=2, label_smoothing=10), "shares and not percentages"),
+        (dict(epochs=2, mixup=-0.1), "mixup and cutmix of at least 0"),
+        (dict(epochs=2, batch_size=0), "batch_size and images of at least 1"),
+        (dict(epochs=2, images=0), "images=None for all"),
     ],
 )
 def test_settings_out_of_range_are_an_error(vit, wrong, said):

@@ -277,7 +277,7 @@ def load(
     split_seed: int = 0,
     normalise: str | tuple = "train",
     images: int | None = None,
-    skip_broken: bool = False,
+    skip_broken: bool | None = False,
     download: bool = True,
     progress: bool = True,
 ) -> Dataset:
@@ -304,7 +304,7 @@ def load(
         path, reason = next(iter(skipped.items()))
         raise ValueError(
             f"{len(skipped)} unreadable image file(s), the first is {found.folder / path} ({reason}): "
-            f"replace or delete it, or pass skip_broken=True to go on without"
+            f"replace or delete it, or go on without by skip_broken=True (in a study: --set data.skip_broken=true)"
         )
     usable = np.array([path not in skipped for path in found.relative] or [True] * len(found.labels))
     parts = _split(found, usable, split_seed)

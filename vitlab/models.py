@@ -5,6 +5,9 @@ With `attention` the only module that knows timm's classes.
 
 import difflib
 import fnmatch
+import inspect
+import json
+import re
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +30,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 
-from vitlab import attention, layers
+from vitlab import attention, layers, packed
 
 UNITS = ("heads", "neurons", "qk", "v", "width", "filters", "block")
 ROLES = {
@@ -119,25 +122,23 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
     a checkpoint folder; a head of another size is left out with a warning, position tables are resampled by timm.
     options: timm's own arguments of the class (embed_dim, depth, patch_size, window_size, drop_path_rate, ...).
     Returns the model in train mode, with `model.recipe` holding what is needed to build it again.
-    Raises ValueError for an unknown name or weights of another architecture, FileNotFoundError for missing weights.
+    Raises ValueError for an unknown name, options that the model cannot be built with (unknown ones with the nearest
+    known) or weights of another architecture, FileNotFoundError for missing weights.
     """
     if pretrained and weights:
         raise ValueError("give either pretrained=True (timm's weights) or weights=... (a local file), not both")
-    sized = {} if image_size is None else {"img_size": image_size}
-    if name in SMALL:
-        if pretrained:
-            raise ValueError(f"{name} has no weights to download; give weights=... or pretrained=False")
-        built, defaults = SMALL[name]
-        chosen = {"patch_size": 4, "img_size": 32, **defaults, **options, **sized}
-        stem = partial(ConvStem, widths=tuple(chosen.pop("stem_widths", (32, 64))))
-        model = built(num_classes=num_classes, embed_layer=stem, **chosen)
-    elif timm.is_model(name):
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options, **sized)
-    else:
+    if name in SMALL and pretrained:
+        raise ValueError(f"{name} has no weights to download; give weights=... or pretrained=False")
+    if name not in SMALL and not timm.is_model(name):
         known = [*SMALL, *timm.list_models()]
         raise ValueError(
             f"unknown model {name!r}{nearest(name, known)} Known are {', '.join(SMALL)} and timm.list_models()."
         )
+    sized = {} if image_size is None else {"img_size": image_size}
+    try:
+        model = _build(name, pretrained, num_classes, options | sized)
+    except (TypeError, AssertionError) as error:  # timm's own words do not say which model or value they are about
+        raise ValueError(_what_is_wrong(name, options, str(error))) from error
     if isinstance(model, SwinTransformerV2):  # timm's reads the weight of qkv past its module
         for module in model.modules():
             attention.open_up(module)
@@ -152,6 +153,26 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
     return model
 
 
+def _build(name, pretrained, num_classes, options):
+    if name not in SMALL:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+    built, defaults = SMALL[name]
+    chosen = {"patch_size": 4, "img_size": 32, **defaults, **options}
+    stem = partial(ConvStem, widths=tuple(chosen.pop("stem_widths", (32, 64))))
+    return built(num_classes=num_classes, embed_layer=stem, **chosen)
+
+
+def _what_is_wrong(name, options, reason):
+    """Words for options that a model cannot be built with, from what Python or timm gives as the reason."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", reason)
+    kinds = {kind.__name__: kind for kind in (VisionTransformer, SwinTransformer, SwinTransformerV2)}
+    if not found or found[1] not in kinds:
+        return f"{name} cannot be built with {options}: {reason}"
+    known = [*inspect.signature(kinds[found[1]]).parameters, "pretrained", "weights"]
+    known += ["stem_widths"] if name in SMALL else []
+    return f"unknown option {found[2]!r} of {name}{nearest(found[2], known)} Options are {', '.join(known)}."
+
+
 def load_weights(model, path):
     """Fill model from a local weights file or checkpoint folder. See `create` for what is allowed and raised."""
     path = Path(path)
@@ -159,6 +180,11 @@ def load_weights(model, path):
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; give a .safetensors or .pth file or a checkpoint folder")
     state = timm.models.load_state_dict(str(path), weights_only=True)
+    if any(name.endswith(packed.BITS) for name in state):  # a checkpoint that is stored without its zeros
+        record = path.with_name("model.json")
+        if not record.is_file():
+            raise FileNotFoundError(f"{path} is stored without its zeros and can be read only beside its {record.name}")
+        state = packed.unpack(state, json.loads(record.read_text())["packed"])
     families = {SwinTransformer: swin_transformer, SwinTransformerV2: swin_transformer_v2}
     adapt = next((own for kind, own in families.items() if isinstance(model, kind)), vision_transformer)
     scales = {"adapt_layer_scale": True} if adapt is vision_transformer else {}  # DeiT-III's own names for it

@@ -35,12 +35,37 @@ USES = {
 }
 SECTIONS = ("about", "seeds", *dict.fromkeys(section for uses in USES.values() for section in uses))
 SETTINGS = ("epochs", "lr", "images", "warmup_epochs")  # of train.fit, that a section has of its own
+# Values that came later: what stands for them in studies, checkpoints and training states that do not have them.
+OFF = {
+    "data": {"skip_broken": None},
+    "train": {"mixup": 0.0, "cutmix": 0.0},
+    "calibration": {"labels": "true", "augment": False},
+    "global_pruning": {"controls": False, "schedules": ["one-shot"], "steps": 1, "distil": False},
+    "heads_svd_iht": {"controls": False},
+}
+# Examples of what else than the study's a value may be, by its name.
+ALSO = {"images": (0, None), "faster_at": (0, None), "skip_broken": (False, None), "weights": ("", None)}
+ALSO |= {"normalise": ("", [])}
+# Examples of what models and augmentation may have where demo.yaml has not; of models `models.create` knows the rest.
+MODEL = {"name": "", "pretrained": False, "weights": ""}
+AUGMENT = {"crop": 0, "flip": True, "scale": [0.0, 1.0], "erase": 0.0}
+OPTIONAL = {"pretrained", "weights", *AUGMENT}
+SHARES = {  # which 0 may be one of, and 1 may not
+    "train.label_smoothing": True,
+    "train.ema": True,
+    "sensitivity.ratios": False,
+    "global_pruning.sparsities": True,
+    "heads_svd_iht.ratios": True,
+    "heads_svd_iht.kappa": False,
+    "budget.shares": False,
+    "budget.audit": False,
+}
 
 IDENTITY = ["study", "model", "seed"]
 ROW = [
     *IDENTITY,
     *("method", "criterion", "form", "target_kind", "target", "stage"),
-    *("correct", "total", "top1", "mean_per_class", "loss"),
+    *("correct", "total", "top1", "mean_per_class", "loss", "ece"),
     *("params", "nonzero", "macs", "macs_ideal", "flops", "macs_torchprofile", "macs_thop"),
     *("bytes_memory", "bytes_disk"),
     *("latency_ms", "latency_q1", "latency_q3", "images_per_s", "memory_mb"),
@@ -87,20 +112,30 @@ def study(name, *, override=None):
 
     name: a file of notebooks/params without its ending, or the path of a .yaml file of your own.
     override: {"section.value": new value}, for instance {"train.epochs": 2}.
-    Raises ValueError for an unknown study, section or value (with the nearest known name) or an empty list,
-    TypeError for a value of another type than the study's.
+    Raises ValueError for an unknown study, section or value (with the nearest known name), a missing one, an empty
+    list or a share out of range, TypeError for a value of another type than the demo's or, of override, the study's.
     """
     folder = repository() / "notebooks" / "params"
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ValueError(unknown("study", name, known) + " Your own is given by the path of its .yaml file.")
-    values = _values(yaml.safe_load(path.read_text()) or {}, path.name)
+    try:
+        values = _values(yaml.safe_load(path.read_text()) or {}, path.name)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not written as YAML: {error}") from error
     for section in values:
         if section not in SECTIONS:
             raise ValueError(f"{path.name}: {unknown('section', section, SECTIONS)}")
     if missing := [section for section in SECTIONS if section not in values]:
         raise ValueError(f"{path.name} lacks {', '.join(missing)}; demo.yaml has every section")
+    for section, later in OFF.items():
+        if isinstance(values[section], dict):
+            values[section].update({key: value for key, value in later.items() if key not in values[section]})
+    try:
+        _check_file(values, yaml.safe_load((folder / "demo.yaml").read_text()))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path.name}: {error}") from None
     if not isinstance(override or {}, dict):
         raise TypeError(f'override is a dict like {{"train.epochs": 2}}, got {override!r}')
     for dotted, given in (override or {}).items():
@@ -113,14 +148,51 @@ def study(name, *, override=None):
             near = [name for name in names if name.split(".")[0] in parents[:1]]
             raise ValueError(unknown("value", dotted, near or names))
         place[last] = checked(dotted, place[last], given)
+    for dotted, zero in SHARES.items():
+        section, name = dotted.split(".")
+        found = values[section][name]
+        for share in found if isinstance(found, list) else [found]:
+            if not 0 <= share < 1 or share == 0 and not zero:
+                bounds = "[0, 1)" if zero else "(0, 1)"
+                raise ValueError(f"{dotted} is a share in {bounds}, not a percentage; got {share}")
     return Values(name=path.stem, **values)
+
+
+def in_force(section, values):
+    """values of a section without those of OFF that are off, to be compared with older ones that do not have them."""
+    off = OFF.get(section, {})
+    return {name: value for name, value in values.items() if name not in off or value != off[name]}
+
+
+def _check_file(values, demo):
+    """Raise for a value of a study that the demo does not have, for one that is missing, and for another type."""
+    models = values["models"] if isinstance(values["models"], dict) and values["models"] else {"vit": {}}
+    models = {name: {**(options if isinstance(options, dict) else {}), **MODEL} for name, options in models.items()}
+    data = {**demo["data"], "augment": AUGMENT}
+
+    def compare(name, known, given):
+        if not isinstance(known, dict):
+            return checked(name, known, given)
+        if not isinstance(given, dict):
+            raise TypeError(f"{name} is a section with {', '.join(known)}, got {type(given).__name__} {given!r}")
+        names = [f"{name}.{key}" for key in known]
+        for key in given:
+            if key not in known:
+                raise ValueError(unknown("value", f"{name}.{key}", names))
+        if missing := [f"{name}.{key}" for key in known if key not in OPTIONAL | given.keys()]:
+            raise ValueError(f"{', '.join(missing)} missing; demo.yaml has every value")
+        for key in given:
+            compare(f"{name}.{key}", known[key], given[key])
+
+    for section, known in {**demo, "data": data, "models": models}.items():
+        compare(section, known, values[section])
 
 
 def checked(name, now, given):
     """given, if it may take the place of the value `now` called name.
 
-    It must be of the same type; an int may stand for a float, and what is called `images` is an int or None
-    (all of them). Lists are checked by element. Raises TypeError, or ValueError for an empty list.
+    It must be of the same type; an int may stand for a float, and what ALSO names may be what it says. Lists are
+    checked by element. Raises TypeError, or ValueError for an empty list.
     """
 
     def fits(old, new):
@@ -128,11 +200,13 @@ def checked(name, now, given):
             return isinstance(old, bool) and isinstance(new, bool)
         return isinstance(new, (int, float) if isinstance(old, float) else type(old))
 
+    also = ALSO.get(name.rpartition(".")[2])
     if isinstance(now, dict):
         raise TypeError(f"{name} is a section; override its values: {', '.join(_dotted(now, name))}")
     wanted = type(now).__name__
-    if name.rpartition(".")[2] == "images":
-        fine, wanted = given is None or fits(0, given), "int or null (all of them)"
+    if also:
+        fine = any(fits(example, given) for example in also)
+        wanted = " or ".join("null" if example is None else type(example).__name__ for example in also)
     elif isinstance(now, list) and isinstance(given, list | tuple):
         if not given:
             raise ValueError(f"{name} is empty; it needs at least one element")
@@ -142,7 +216,7 @@ def checked(name, now, given):
     else:
         fine = fits(now, given)
     if not fine:
-        raise TypeError(f"{name} must be {wanted} (it is {now!r}), got {type(given).__name__} {given!r}")
+        raise TypeError(f"{name} must be {wanted} (such as {now!r}), got {type(given).__name__} {given!r}")
     return given
 
 
@@ -235,13 +309,25 @@ class Run:
         own = {key: value for key, value in self.params[section].items() if key in SETTINGS}
         return {**self.params.train, **own, "augment": dict(self.params.data.augment), "seed": self.seed}
 
-    def calibration(self, split, *, images=None, device="cpu"):
+    def calibration(self, split, *, images=None, augment=None, device="cpu"):
         """List of (x, y) batches for scores: a stratified part of split, a data.Split, in evaluation transforms.
 
-        As many images as the study's `calibration` says, or `images`; all of a smaller split.
+        As many images as the study's `calibration` says, or `images`; all of a smaller split. augment: whether each is
+        augmented as in training, by a draw from the run's seed (None: as the study's `calibration` says; False for
+        what is to be compared with it, such as val).
         """
-        count = min(images or self.params.calibration.images, len(split))
-        return list(split.subset(count, seed=self.seed).batches(self.params.calibration.batch_size, device=device))
+        values = self.params.calibration
+        chosen = split.subset(min(images or values.images, len(split)), seed=self.seed)
+        augment = values.augment if augment is None else augment
+        options = {"augment": dict(self.params.data.augment), "seed": self.seed} if augment else {}
+        return list(chosen.batches(values.batch_size, device=device, **options))
+
+    def save_calibration(self, batches, losses):
+        """Write the table `calibration`, which says what scores were taken from: images, batch_size, labels, augment,
+        calibration_loss and val_loss. batches: of `calibration`. losses: both, of scores.check_calibration."""
+        row = {**self.params.calibration, "images": sum(len(y) for _, y in batches)}
+        row |= dict(zip(("calibration_loss", "val_loss"), losses, strict=True))
+        return self.save_table("calibration", pd.DataFrame([row]))
 
     def path(self, name):
         """Where this run writes the file or folder called name."""
@@ -271,7 +357,8 @@ class Run:
         if self.seed != 0 or not (folder / "model.json").is_file():
             return None
         kept = json.loads((folder / "model.json").read_text())["extra"]
-        same = kept.get("settings") == settings and kept.get("values") == self.origin
+        same = in_force("train", kept.get("settings", {})) == in_force("train", settings)
+        same = same and kept.get("values") == self.origin
         same = same and kept.get("data") == images.description  # CIFAR-10 is not CIFAR-10 (JPEG)
         return folder if same else None
 

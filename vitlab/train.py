@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -10,12 +11,14 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from timm.optim import param_groups_weight_decay
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from vitlab import cost, evaluate, prune, record
@@ -37,6 +40,8 @@ def fit(
     images=None,
     precision="auto",
     ema=0.0,
+    mixup=0.0,
+    cutmix=0.0,
     masks=None,
     teacher=None,
     teacher_share=0.5,
@@ -51,26 +56,44 @@ def fit(
     train, val: data.Split. epochs: int >= 1. lr: peak rate. warmup_epochs: >= 0 and < epochs. images: draws that
     many training images per epoch (None: all). augment: what train.batches accepts. precision: see
     evaluate.autocast. ema: decay in (0, 1) of averaged weights, which are then the ones validated and kept; 0 is off.
+    mixup, cutmix: alpha >= 0 of the Beta distribution that says, batch by batch, how much each image gets of another
+    one (Zhang et al. 2018, Yun et al. 2019), and its label likewise; 0 is off, and with both each batch gets either.
     masks: {parameter: bool}, applied before the first step and held through every one (METHODS: gradient masking
     alone loses them to momentum and weight decay); each epoch's end asserts them. teacher: distil from this model
     (Hinton et al. 2015), loss (1 - a) CE + a T**2 KL with a = teacher_share, T = temperature. keep_best: end with
     the weights of the epoch that was best on val, else with the last. folder: a state file there after each epoch
     lets a killed run go on to the same result as an unbroken one; a state of other settings or weights is not used.
 
-    History has one row per epoch: stage, epoch, train_loss, train_top1 (on augmented batches, in passing),
-    val_loss, val_top1, lr, seconds, images_per_s, data_share (of the seconds, spent waiting for batches; on a GPU
-    that still computes also for it), resident_mb and device_mb (peak of the epoch in MB of 10**6 bytes: resident
-    memory of the whole process, and what torch held on the GPU), sparsity.
+    History has one row per epoch: stage, epoch, train_loss, train_top1 (on augmented batches, in passing; of mixed
+    ones for the label of the larger share), val_loss, val_top1, lr, seconds, images_per_s, data_share (of the seconds,
+    spent waiting for batches; on a GPU that still computes also for it), sparsity, and peaks of the epoch in MB of
+    10**6 bytes: resident_mb of the whole process with all that it loaded before, device_mb that torch held on the GPU,
+    and training_mb, by how much training needed more than there was when it began, model included, on the device that
+    trains (cost.own_memory_mb): gradients, moments, activations, batches. This one compares trainings.
     Raises ValueError for settings out of range, FloatingPointError when the loss is no longer finite.
     """
     if epochs < 1 or not 0 <= warmup_epochs < epochs or lr <= 0:
         raise ValueError(f"need epochs >= 1, 0 <= warmup_epochs < epochs, lr > 0; got {epochs}, {warmup_epochs}, {lr}")
-    if not 0 <= ema < 1 or not 0 <= teacher_share <= 1:
-        raise ValueError(f"ema lies in [0, 1) and teacher_share in [0, 1]; got {ema} and {teacher_share}")
+    if not 0 <= ema < 1 or not 0 <= teacher_share <= 1 or not 0 <= label_smoothing < 1:
+        raise ValueError(
+            "ema and label_smoothing lie in [0, 1) and teacher_share in [0, 1], shares and not percentages; "
+            f"got {ema}, {label_smoothing} and {teacher_share}"
+        )
+    if batch_size < 1 or (images is not None and images < 1) or not (mixup >= 0 and cutmix >= 0):
+        raise ValueError(
+            "need batch_size and images of at least 1 (or images=None for all), mixup and cutmix of at least 0; "
+            f"got {batch_size}, {images}, {mixup} and {cutmix}"
+        )
     settings = {k: v for k, v in locals().items() if k not in ("model", "train", "val", "masks", "teacher", "folder")}
+    settings = record.in_force("train", settings)
     accelerator = Accelerator()
     device = accelerator.device
     model.to(device)
+    if teacher is not None:
+        teacher.to(device).eval()
+    gc.collect()
+    cost.release_memory()
+    held = cost.own_memory_mb(device)
     state_file = Path(folder) / f"{stage}.state.pt" if folder else None
     seen = [getattr(split, "identity", len(split)) for split in (train, val)]
     key = _fingerprint(settings | {"images seen": seen}, model, masks, teacher)
@@ -82,8 +105,6 @@ def fit(
     holder = prune.Holder(model, masks, optimizer) if masks else None
     averaged = AveragedModel(model, multi_avg_fn=_averaging(ema), use_buffers=True) if ema else None
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    if teacher is not None:
-        teacher.to(device).eval()
 
     count = min(images or len(train), len(train))
     steps = max(1, count // batch_size)
@@ -95,7 +116,9 @@ def fit(
         if averaged:
             averaged.load_state_dict(saved["averaged"])
         history, best, start = saved["history"], saved["best"], len(saved["history"])
+        del saved
 
+    mix = _mixing(mixup, cutmix, model) if mixup or cutmix else None
     step = partial(
         _step, prepared, optimizer, accelerator, label_smoothing=label_smoothing, clip_norm=clip_norm,
         precision=precision, teacher=teacher, teacher_share=teacher_share, temperature=temperature,
@@ -110,12 +133,15 @@ def fit(
             drop_last=True,
         )  # fmt: skip
         waited = 0.0
+        cost.release_memory()  # of what validation took
         cost.reset_peak_memory()
         bar = tqdm(range(steps), desc=f"{stage} {epoch + 1}/{epochs}", leave=False, disable=record.headless())
         with _plain_attention(model, device):
             for i in bar:
                 asked = time.perf_counter()
                 x, y = next(batches)
+                if mix:
+                    x, y = mix(x, y, (seed, epoch, i))
                 waited += time.perf_counter() - asked
                 rate = lr * _schedule(epoch * steps + i, epochs * steps, warmup_epochs * steps)
                 sums += step(x, y, rate)
@@ -125,7 +151,7 @@ def fit(
                     averaged.update_parameters(model)
             total_loss, total_right = sums.tolist()  # waits for the device, so before the clock is read
         seconds = time.perf_counter() - begun
-        peak = cost.peak_memory_mb(device)
+        peak, used = cost.peak_memory_mb(device), cost.own_memory_mb(device, peak=True) - held
         if not math.isfinite(total_loss):
             raise FloatingPointError(
                 f"the training loss is no longer finite in epoch {epoch + 1}; use a lower lr than {lr}"
@@ -149,6 +175,7 @@ def fit(
                 "data_share": waited / seconds,
                 "resident_mb": cost.peak_memory_mb("cpu"),
                 "device_mb": peak if device.type == "cuda" else 0.0,
+                "training_mb": used,
                 "sparsity": prune.sparsity(model, masks) if masks else 0.0,
             }
         )
@@ -230,7 +257,8 @@ def _step(
     model, optimizer, accelerator, x, y, rate,
     *, label_smoothing, clip_norm, precision, teacher, teacher_share, temperature,
 ):  # fmt: skip
-    """One step at this rate; returns [loss, number of right answers], a tensor on the device."""
+    """One step at this rate; returns [loss, number of right answers], a tensor on the device. y: int64 [B] or, mixed,
+    shares [B, classes]."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     with evaluate.autocast(x.device, precision):
@@ -247,7 +275,23 @@ def _step(
         accelerator.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).sum().to(loss.dtype)])
+    labels = y if y.ndim == 1 else y.argmax(1)
+    return torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).sum().to(loss.dtype)])
+
+
+def _mixing(mixup, cutmix, model):
+    """(x, y int64 [B], seeds) -> (x, shares [B, classes] that sum to 1) of a batch that is mixed with itself, the next
+    image with each one; a function of its ints seeds alone. torch's own random numbers are left as they were."""
+    choices = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
+    mix = v2.RandomChoice([kind(alpha=alpha, num_classes=model.num_classes) for kind, alpha in choices if alpha])
+
+    def mixed(x, y, seeds):
+        with torch.random.fork_rng(devices=[]):  # v2 draws from the CPU's, whatever the device
+            torch.default_generator.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1))
+            x, y = mix(x, y)
+        return x.contiguous(memory_format=torch.channels_last), y
+
+    return mixed
 
 
 def _averaging(decay):
