@@ -8,9 +8,12 @@ from common import LARGE, SMALL, folder, images_of, model_of, publish
 
 from vitlab import bench, budget, lowrank, masks, models, plots, prune, scores, shrink
 
-WAYS = [("eager", "float32"), ("eager", "bf16"), ("onnxruntime", "float32")]
+ON_GPU = torch.cuda.is_available()  # for `cuts`; the other cases run on the CPU
+WAYS = [("eager", "float32"), ("compiled", "float32"), ("eager", "bf16"), ("compiled", "bf16")]
+WAYS += [] if ON_GPU else [("onnxruntime", "float32")]  # which runs on CPUs here
+BATCHES = [1, 8, 64, 256] if ON_GPU else [1, 8, 64]
 COLUMNS = ["case", "model", "runtime", "precision", "batch", "speedup_q1", "speedup", "speedup_q3", "promised"]
-COLUMNS += ["achieved", "bound", "reached", "note"]
+COLUMNS += ["achieved", "achieved_here", "bound", "reached", "memory_mb", "note"]
 
 
 def cut_in_half(model, multiple=8):
@@ -33,18 +36,34 @@ def factored_in_half(model, share=0.5):
 
 
 def cuts(rounds):
-    """Dense, masked, removed and factored at half, eagerly, in bf16 and exported, in batches of 1, 8 and 64."""
+    """Dense, masked, removed and factored at half, eager and compiled, in float32 and bf16, and exported, in batches of
+    1, 8 and 64 (256 on a GPU), with the peak memory of the eager ones.
+
+    torch.compile works twice on each, for one image and for any number of them: most of the time that this takes.
+    """
     tables = []
     for case in LARGE:
-        dense = model_of(case)
+        dense = model_of(case).to("cuda" if ON_GPU else "cpu")
         made = {"dense": dense, "masked": masked_in_half(dense), "removed": cut_in_half(dense)}
         made["factored"] = factored_in_half(dense)
         settings = {f"{name} {' '.join(way)}": bench.Setting(m, *way) for name, m in made.items() for way in WAYS}
-        table = bench.latency(settings, batch=[1, 8, 64], repeats=rounds, seconds=150)
+        table = bench.latency(settings, batch=BATCHES, repeats=rounds, seconds=150)
         table = bench.bounds(settings, table).assign(case=case)
-        tables.append(table.assign(model=table.model.str.split().str[0]))
+        table["model"] = table.model.str.split().str[0]
+        tables.append(table.join(memory(made), on=["model", "runtime", "precision", "batch"]))
         publish("cuts", pd.concat(tables), shown=COLUMNS)
     draw_cuts(pd.concat(tables))
+
+
+def memory(made):
+    """memory_mb of an eager batch of each model, by model, runtime, precision and batch."""
+    lines, options = [], {"device": "cuda" if ON_GPU else "cpu", "threads": torch.get_num_threads()}
+    for precision in bench.PRECISIONS:
+        for batch in BATCHES:
+            found = bench.memory_mb(made, batch=batch, precision=precision, **options)
+            way = {"runtime": "eager", "precision": precision, "batch": batch}
+            lines += [{"model": name, "memory_mb": each} | way for name, each in found.items()]
+    return pd.DataFrame(lines).set_index(["model", "runtime", "precision", "batch"]).memory_mb
 
 
 def draw_cuts(table):

@@ -111,6 +111,51 @@ def test_a_compiled_model(vit):
     assert "_orig_mod" not in "".join(dict(vit.named_parameters()))  # a copy was compiled
 
 
+def cut(model, kind):
+    """A model of each kind that a cut leaves."""
+    view = models.view(model)
+    first, last, stem = view.blocks[0].name, view.blocks[-1].name, [name for name, _ in view.stem]
+    if kind == "units":
+        drop = {(first, "heads"): [1], (first, "neurons"): range(5), (stem[0], "filters"): [0, 3]}
+        return shrink.remove(model, drop | {(last, "block"): [0], (next(iter(view.units(["width"])))): [0, 2]})
+    if kind == "rows":
+        return shrink.remove(model, {(name, "rows"): [0, 5] for name in view.linears(["proj"])})
+    if kind == "ranks":
+        return shrink.factorise(model, dict.fromkeys([*view.linears(["fc1", "fc2"]), stem[-1]], 4))
+    grams = {name: torch.eye(layer.in_features) for name, layer in view.linears(["fc1"]).items()}
+    return shrink.compress(model, ratio=0.5, support=kind, grams=grams, roles=["fc1"], multiple=1, rounds=1)[0]
+
+
+KINDS = ["units", "ranks", "rows", "entries", "columns"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_models_in_bf16(model, batch, kind):
+    small = cut(model, kind)
+    table = bench.latency({"dense": model, kind: bench.Setting(small, precision="bf16")}, batch=2, repeats=1, warmup=0)
+    assert table.precision.tolist() == ["float32", "bf16"]
+    expected, found = small(batch[0]), copy.deepcopy(small).bfloat16()(batch[0].bfloat16())
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, precision", [("vit", "bf16"), ("swin", "float32")])
+def test_cut_models_compiled(name, batch, precision, request):
+    model, dtype = request.getfixturevalue(name), bench.PRECISIONS[precision]
+    torch._dynamo.utils.counters.clear()
+    for kind in KINDS:
+        small = cut(model, kind).to(dtype)
+        compiled = bench._compiled(small)
+        with torch.inference_mode():
+            for count in (1, 3, 6):
+                images = batch[0][:count].to(dtype)
+                expected, near = small(images), 1e-4 if precision == "float32" else 0.1
+                difference = (compiled(images) - expected).abs().max() / expected.abs().max()
+                assert difference < near
+    # each once for one image and once for any number: none has fallen back to running eagerly
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * len(KINDS)
+
+
 def test_traffic_by_hand():
     layer, x = torch.nn.Linear(3, 5), torch.randn(2, 3)
     with torch.no_grad(), bench.Traffic() as traffic:
@@ -118,6 +163,74 @@ def test_traffic_by_hand():
     # the product reads x, weight and bias and writes [2, 5]; relu reads and writes it; the view is free
     assert traffic.operations == 2
     assert traffic.bytes == 4 * (6 + 15 + 5 + 10) + 4 * (10 + 10)
+    with torch.no_grad(), bench.Traffic() as traffic:
+        torch.empty_like(torch.ops.aten._unsafe_view(x, [6])).copy_(torch.empty(6).new_empty(6))
+    assert (traffic.operations, traffic.bytes) == (1, 4 * (6 + 6 + 6))  # the copy: two arguments and what comes back
+
+
+def whole_numbers(model, images):
+    """Bytes of indices, the same in every precision: that max pooling writes, and of Swin's position tables."""
+    written = []
+    pools = [module for module in model.modules() if isinstance(module, torch.nn.MaxPool2d)]
+    hooks = [pool.register_forward_hook(lambda _, args, out: written.append(8 * out.numel())) for pool in pools]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    read = [8 * each.numel() for name, each in model.named_buffers() if name.endswith("relative_position_index")]
+    return sum(written + read)
+
+
+def test_bounds_in_bf16_count_the_batch_and_not_its_conversion(model, batch, monkeypatch):
+    rates = {"float32": 1e9, "bf16": 4e9}
+    found = {
+        precision: {"macs_per_s": rate, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, rate)}
+        for precision, rate in rates.items()
+    }
+    monkeypatch.setattr(bench, "ceilings", lambda device, precision, threads: found[precision])
+    half = shrink.remove(model, {(models.view(model).blocks[0].name, "neurons"): range(20)})
+    named, rows = {}, []
+    for name, each in {"dense": model, "half": half}.items():
+        for precision in rates:
+            named[f"{name} {precision}"] = bench.Setting(each, precision=precision)
+            rows.append({"model": f"{name} {precision}", "precision": precision})
+    times = pd.DataFrame(rows).assign(latency_ms=[8, 2, 4, 1.6], speedup=[1, 4, 2, 5], batch=6, threads=1)
+    table = bench.bounds(named, times.assign(runtime="eager", device="cpu")).set_index("model")
+    for name, each in {"dense": model, "half": half}.items():
+        full, short = table.loc[f"{name} float32"], table.loc[f"{name} bf16"]
+        assert full.operations == short.operations
+        assert 2 * short.batch_bytes == full.batch_bytes + whole_numbers(each, batch[0])
+        assert full.compute_ms == pytest.approx(4 * short.compute_ms) == pytest.approx(6 * cost.macs(each) / 1e6)
+        assert short.memory_ms == pytest.approx(short.batch_bytes / 4e6)
+    promised = cost.macs(model) / cost.macs(half)
+    assert table.achieved.tolist() == pytest.approx([1, 4, 2 / promised, 5 / promised])
+    assert table.achieved_here.tolist() == pytest.approx([1, 1, 2 / promised, 1.25 / promised])  # beside dense bf16
+
+
+def test_nothing_is_achieved_beside_a_dense_model_that_was_not_timed_so(vit, monkeypatch):
+    found = {"macs_per_s": 1e9, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, 2e9)}
+    monkeypatch.setattr(bench, "ceilings", lambda *_: found)
+    half = shrink.remove(vit, {("blocks.0", "neurons"): range(20)})
+    named = {"dense": vit, "exported": bench.Setting(half, "onnxruntime")}
+    times = pd.DataFrame({"model": list(named), "latency_ms": 4.0, "speedup": [1, 1.5], "batch": 2, "threads": 1})
+    times = times.assign(runtime=["eager", "onnxruntime"], precision="float32", device="cpu")
+    table = bench.bounds(named, times)
+    assert table.achieved_here[0] == 1 and pd.isna(table.achieved_here[1]) and table.achieved[1] > 0
+
+
+def test_notes_tell_whole_rows_from_other_zeros(model):
+    linears = models.view(model).linears(["qkv", "fc1"])
+    rows = {name: torch.arange(layer.out_features) % 2 == 0 for name, layer in linears.items()}
+    keep = prune.rows_to_masks(model, rows)
+    prune.apply(model, keep)
+    assert bench._note(model) == "zeros of whole rows in dense tensors: no gain until removed"
+    with torch.no_grad():
+        for layer in linears.values():
+            layer.weight[:, ::2] = 0  # columns, as masked neurons leave them in fc2
+    assert bench._note(model) == bench.ROWS
+    with torch.no_grad():
+        for layer in linears.values():
+            layer.weight[::4, 1::4] = 0
+    assert bench._note(model) == bench.ZEROS
 
 
 def test_bounds_by_hand(vit, monkeypatch):
@@ -142,6 +255,7 @@ def test_bounds_by_hand(vit, monkeypatch):
     assert table.reached.tolist() == pytest.approx((least.max(axis=1) / 4).tolist())
     assert table.promised.tolist() == pytest.approx([1, 1, macs["dense"] / macs["half"]])
     assert table.achieved["half"] == pytest.approx(1.5 * macs["half"] / macs["dense"])
+    assert table.achieved_here.tolist() == table.achieved.tolist()
     assert table.note.tolist() == ["", "unstructured zeros in dense tensors: no gain expected", ""]
 
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from vitlab import checkpoint, cost, masks, models, prune, shrink
+from vitlab import checkpoint, cost, masks, models, prune, record, shrink
 
 
 def cut(model):
@@ -49,10 +49,22 @@ CHANGES = {
 }
 
 
-def altered(folder, **values):
-    """Rewrite the record in folder with other values."""
-    path = folder / checkpoint.RECORD
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def rewritten(folder, record):
+    (folder / checkpoint.RECORD).write_text(json.dumps(record))
+
+
+def signed(folder, record):
+    """Rewrite the record in folder and its hash, as only one who means to can."""
+    own = "record" if record["format"] == checkpoint.FORMAT else "architecture"
+    files = {name: each for name, each in record["sha256"].items() if name.endswith(".safetensors")}
+    record = record | {"sha256": files}
+    rewritten(folder, record | {"sha256": files | {own: checkpoint._own_hash(record)}})
+
+
+def older(folder, written):
+    """Rewrite the record in folder as that older format had it."""
+    record = checkpoint.read(folder)
+    signed(folder, {k: v for k, v in record.items() if k != "packed" or written > 1} | {"format": written})
 
 
 def same(one, other):
@@ -96,7 +108,7 @@ def test_the_record_says_what_it_is(vit, tmp_path):
     written = checkpoint.save(vit, tmp_path, extra={"top1": 84.25})
     record = checkpoint.read(tmp_path)
     assert record == written == json.loads((tmp_path / "model.json").read_text())
-    assert record["format"] == 2 and record["extra"] == {"top1": 84.25}
+    assert record["format"] == 3 and record["extra"] == {"top1": 84.25}
     assert record["recipe"] == vit.recipe and record["recipe"]["name"] == "conv_vit"
     digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert record["sha256"]["model.safetensors"] == digest
@@ -211,13 +223,27 @@ def test_ninety_percent_zeros_take_at_most_fourteen_percent_of_the_bytes(tmp_pat
     assert cost.bytes_disk(model, folder=tmp_path / "half") < 0.7 * files
 
 
-def test_checkpoints_of_the_first_format_are_read(vit, tmp_path):
-    for buffer in vit.buffers():
-        buffer.add_(1)  # without zeros
-    record = checkpoint.save(vit, tmp_path)
-    assert record.pop("packed") == {}  # in that format nothing was
-    (tmp_path / "model.json").write_text(json.dumps(record | {"format": 1}))
-    assert same(vit, checkpoint.load(tmp_path)) and checkpoint.load_masks(tmp_path) == {}
+@pytest.mark.parametrize("written", [1, 2])
+def test_checkpoints_of_older_formats_are_read(vit, written, tmp_path):
+    masks = {"apart": torch.rand(3, 7) < 0.5}
+    if written > 1:
+        with torch.no_grad():
+            vit.head.weight.zero_()  # packed
+    else:
+        for buffer in vit.buffers():
+            buffer.add_(1)  # without zeros
+    checkpoint.save(vit, tmp_path, masks=masks, extra={"top1": 9})
+    older(tmp_path, written)
+    assert same(vit, checkpoint.load(tmp_path)) and checkpoint.read(tmp_path)["extra"] == {"top1": 9}
+    assert torch.equal(checkpoint.load_masks(tmp_path)["apart"], masks["apart"])
+
+
+COMMITTED = sorted((record.repository() / "checkpoints").glob("*/*"))
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda path: path.name)
+def test_the_committed_checkpoints_are_read(folder):
+    assert checkpoint.read(folder)["extra"]["test"] and not checkpoint.load(folder).training
 
 
 @pytest.mark.parametrize(
@@ -229,7 +255,7 @@ def test_bits_that_do_not_belong_to_their_record(vit, shape, reason, tmp_path):
         vit.head.weight.zero_()
     record = checkpoint.save(vit, tmp_path)
     assert record["packed"]["head.weight"] == [3, 32]
-    altered(tmp_path, packed=record["packed"] | {"head.weight": shape})
+    signed(tmp_path, record | {"packed": record["packed"] | {"head.weight": shape}})
     with pytest.raises(ValueError, match=reason):
         checkpoint.load(tmp_path)
 
@@ -267,19 +293,106 @@ def test_altered_tensors(vit, change, tmp_path):
 def test_an_altered_architecture(vit, tmp_path):
     record = checkpoint.save(vit, tmp_path)
     options = record["recipe"]["options"] | {"num_heads": 2}  # every tensor would fit
-    altered(tmp_path, recipe=record["recipe"] | {"options": options})
-    with pytest.raises(ValueError, match="recipe or structure in .* were altered"):
+    rewritten(tmp_path, record | {"recipe": record["recipe"] | {"options": options}})
+    with pytest.raises(ValueError, match="model.json was altered after saving: what it says is not"):
         checkpoint.load(tmp_path)
+
+
+def lacks(name):
+    return lambda record: {key: value for key, value in record.items() if key != name}
+
+
+def hashes(**change):
+    """A record whose hashes are changed so; None takes one out."""
+
+    def altered(record):
+        found = record["sha256"] | {name.replace("_", "."): value for name, value in change.items()}
+        return record | {"sha256": {name: value for name, value in found.items() if value is not None}}
+
+    return altered
+
+
+TAMPERED = {  # what was altered: the record that comes of it, and the reason for which it is refused
+    "the result": (lambda r: r | {"extra": {"top1": 99.0}}, "was altered after saving"),
+    "the version": (lambda r: r | {"vitlab": "9"}, "was altered after saving"),
+    "the structure": (lambda r: r | {"structure": r["structure"] | {"skipped": ["blocks.0"]}}, "was altered after"),
+    "a mask's shape": (lambda r: r | {"masks": r["masks"] | {"apart": [7, 3]}}, "was altered after saving"),
+    "a mask less": (lambda r: r | {"masks": {"apart": [3, 7]}}, "was altered after saving"),
+    "a mask more": (lambda r: r | {"masks": r["masks"] | {"no.such": [1]}}, "was altered after saving"),
+    "no masks": (lambda r: r | {"masks": {}}, "was altered after saving"),
+    "a packed tensor less": (lambda r: r | {"packed": {}}, "was altered after saving"),
+    "an older format": (lambda r: r | {"format": 2}, "format 2: sha256 has an entry .*: architecture, record"),
+    "the oldest format": (lambda r: r | {"format": 1}, "format 1: there is no packed in it"),
+    "a format that is none": (lambda r: r | {"format": 3.0}, "format is no int"),
+    "a field that is none": (lambda r: r | {"mood": "good"}, "there is no mood in it"),
+    "hashes as a list": (lambda r: r | {"sha256": ["a"]}, "sha256 is no dict"),
+    "no hash of the weights": (hashes(model_safetensors=None), "sha256 has an entry .*: model.safetensors"),
+    "no hash of the masks": (hashes(masks_safetensors=None), "was altered after saving"),
+    "no hash of the record": (hashes(record=None), "sha256 has an entry .*: record"),
+    "another hash of the weights": (hashes(model_safetensors="0"), "was altered after saving"),
+    "a hash of another file": (hashes(other="0"), "sha256 has an entry .*: other"),
+    "masks as a list": (lambda r: r | {"masks": ["apart"]}, "masks is no dict"),
+    "a shape that is none": (lambda r: r | {"masks": {"apart": 21}}, "masks has 21 as the shape of apart"),
+    "a shape below 0": (lambda r: r | {"packed": {"w": [-3, 7]}}, r"packed has \[-3, 7\] as the shape of w"),
+    **{f"no {name}": (lacks(name), f"{name} is missing") for name in checkpoint.FIELDS if name != "format"},
+}
+
+
+@pytest.mark.parametrize("change", TAMPERED)
+def test_an_altered_record_is_refused_with_the_reason(vit, change, tmp_path):
+    keep = {"apart": torch.rand(3, 7) < 0.5, "head.weight": torch.rand(3, 32) < 0.5}
+    alter, reason = TAMPERED[change]
+    rewritten(tmp_path, alter(checkpoint.save(vit, tmp_path, masks=keep, extra={"top1": 84.25})))
+    for call in (checkpoint.read, checkpoint.load, checkpoint.load_masks):
+        with pytest.raises(ValueError, match=f"model.json .*{reason}"):
+            call(tmp_path)
+
+
+def test_doubled_weights_without_their_hash(vit, tmp_path):
+    record, path = checkpoint.save(vit, tmp_path), tmp_path / "model.safetensors"
+    doubled = {name: 2 * tensor for name, tensor in safetensors.torch.load(path.read_bytes()).items()}
+    safetensors.torch.save_file(doubled, path)
+    with pytest.raises(ValueError, match="model.safetensors is not the file"):
+        checkpoint.load(tmp_path)
+    record["sha256"]["model.safetensors"] = None
+    signed(tmp_path, record)
+    with pytest.raises(ValueError, match="model.safetensors is not the file"):
+        checkpoint.load(tmp_path)
+    for written in (1, 2, 3):
+        del record["sha256"]["model.safetensors"]
+        signed(tmp_path, lacks("packed" if written == 1 else "")(record) | {"format": written})
+        with pytest.raises(ValueError, match="sha256 has an entry too many or too few: model.safetensors"):
+            checkpoint.load(tmp_path)
+        record["sha256"]["model.safetensors"] = "0"
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_what_older_formats_know_of_their_record(vit, written, tmp_path):
+    checkpoint.save(vit, tmp_path)
+    older(tmp_path, written)
+    record = json.loads((tmp_path / "model.json").read_text())
+    rewritten(tmp_path, record | {"recipe": record["recipe"] | {"num_classes": 4}})
+    with pytest.raises(ValueError, match="was altered after saving: recipe or structure are not what was saved"):
+        checkpoint.load(tmp_path)
+    rewritten(tmp_path, record | {"masks": {"no.such": [3]}})
+    with pytest.raises(ValueError, match="the masks in .*model.json are in no file beside it: no.such"):
+        checkpoint.load_masks(tmp_path)
+
+
+def test_any_json_can_be_the_callers_own(vit, tmp_path):
+    extra = {2: (1.5, float("inf")), 10: None, "ä": [True, {"b": 1, "a": float("nan")}]}
+    record = checkpoint.save(vit, tmp_path, extra=extra)
+    assert str(checkpoint.read(tmp_path)) == str(record)  # nan is no nan
 
 
 def test_another_format(vit, tmp_path):
     checkpoint.save(vit, tmp_path)
-    altered(tmp_path, format=99)
-    with pytest.raises(ValueError, match="has format 99, this vitlab .* reads up to format 2"):
+    signed(tmp_path, checkpoint.read(tmp_path) | {"format": 99})
+    with pytest.raises(ValueError, match="has format 99, this vitlab .* reads up to format 3"):
         checkpoint.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', "{"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', "{", "1", '"format"', "\xff"])
 def test_a_broken_record(vit, text, tmp_path):
     checkpoint.save(vit, tmp_path)
     (tmp_path / "model.json").write_text(text)
@@ -295,7 +408,7 @@ def test_tensors_of_another_architecture(vit, swin, tmp_path):
     os.replace(tmp_path / "swin" / "model.safetensors", tmp_path / "vit" / "model.safetensors")
     record = json.loads((tmp_path / "vit" / "model.json").read_text())
     digest = hashlib.sha256((tmp_path / "vit" / "model.safetensors").read_bytes()).hexdigest()
-    altered(tmp_path / "vit", sha256=record["sha256"] | {"model.safetensors": digest})
+    signed(tmp_path / "vit", record | {"sha256": {"model.safetensors": digest}})
     with pytest.raises(ValueError, match=r"another architecture than its record: pos_embed is \[1, 16, 32\] by the"):
         checkpoint.load(tmp_path / "vit")
 

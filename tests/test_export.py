@@ -1,18 +1,21 @@
 """Exports: what other runtimes compute is what torch computes, for any number of images; a bad file is never left."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from vitlab import export, masks, models, prune, shrink
+from vitlab import export, layers, masks, models, prune, shrink
 
 CHANGES = {
     "whole": lambda model: model,
     "units": lambda model: shrink.remove(model, units(model)),
     "rows": lambda model: shrink.remove(model, {(list(models.view(model).linears(["qkv"]))[-1], "rows"): [0, 5]}),
     "ranks": lambda model: shrink.compress(shrink.remove(model, units(model)), ratio=0.5, method="svd", multiple=1)[0],
+    "stem": lambda model: thinner(shrink.factorise(model, {models.view(model).stem[-1][0]: 4})),
+    **{support: lambda model, support=support: sparse(model, support) for support in layers.SUPPORTS},
 }
 
 
@@ -20,6 +23,23 @@ def units(model):
     first, last = (models.view(model).blocks[i] for i in (0, -1))
     thinner = [head * last.head_dim for head in range(last.num_heads)]
     return {(first.name, "heads"): [1], (first.name, "neurons"): range(5), (last.name, "v"): thinner}
+
+
+def thinner(model):
+    """Without a whole block, some channels and, where the stem has them, filters."""
+    view = models.view(model)
+    places = [*view.units(["width"]), *list(view.units(["filters"]))[:1]]
+    return shrink.remove(model, {(view.blocks[-1].name, "block"): [0], **{place: [0, 2] for place in places}})
+
+
+def sparse(model, support):
+    """fc1 low rank and sparse, qkv sparse alone."""
+    thin = model
+    for role, method in (("fc1", "svd+iht"), ("qkv", "iht")):
+        grams = {name: torch.eye(layer.in_features) for name, layer in models.view(model).linears([role]).items()}
+        options = {"ratio": 0.5, "support": support, "roles": [role], "multiple": 1, "rounds": 1}
+        thin, _ = shrink.compress(thin, method=method, grams=grams, **options)
+    return thin
 
 
 def check(model, tmp_path):
@@ -30,7 +50,7 @@ def check(model, tmp_path):
         torch.testing.assert_close(session(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", ["units", "ranks"])
+@pytest.mark.parametrize("change", ["units", "ranks", "stem"])
 def test_cut_models_in_onnxruntime(model, change, tmp_path):
     check(CHANGES[change](model), tmp_path)
 
@@ -86,6 +106,37 @@ def test_two_of_four_is_told_from_other_zeros():
     assert not export.is_two_of_four(weight[:, :6]) and not export.is_two_of_four(weight.roll(1, 1))
 
 
+def compressed(model, **options):
+    linears = models.view(model).linears()
+    grams = {name: torch.eye(layer.in_features) for name, layer in linears.items()}
+    return shrink.compress(model, grams=grams, support="2:4", multiple=1, rounds=1, **options)[0], list(linears)
+
+
+@pytest.mark.parametrize("ratio, method", [(0.5, "iht"), (0.25, "svd+iht")])
+def test_what_would_be_semi_structured_of_a_compressed_model(model, batch, ratio, method, monkeypatch):
+    thin, linears = compressed(model, ratio=ratio, method=method)
+    names = export.two_of_four(thin)
+    assert names == [f"{name}.sparse" for name in linears]
+    assert export.two_of_four(model) == []
+    with pytest.raises(RuntimeError, match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on a cpu"):
+        export.semi_structured(thin)
+
+    def converted(weight):
+        if weight.shape[0] > weight.shape[1]:
+            raise RuntimeError("not of this shape")
+        return 2 * weight
+
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", converted)
+    changed = export._semi_structured(copy.deepcopy(thin), names)
+    for name in names:
+        weight = thin.get_parameter(name)
+        times = 1 if weight.shape[0] > weight.shape[1] else 2
+        assert torch.equal(changed.get_parameter(name), times * weight)
+        assert changed.get_parameter(name).requires_grad == (times == 1)
+    with torch.no_grad():
+        assert not torch.equal(changed(batch[0]), thin(batch[0]))  # what was converted is what is computed with
+
+
 def test_semi_structured_off_such_a_gpu(vit):
     with pytest.raises(ValueError, match="no linear layer is masked 2:4"):
         export.semi_structured(vit)
@@ -100,12 +151,18 @@ NEW_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8
 
 
 @pytest.mark.skipif(not NEW_GPU, reason="there is no GPU of compute capability 8.0 or newer")
-def test_semi_structured_computes_the_same():
+@pytest.mark.parametrize("made", ["masked", "iht", "svd+iht"])
+def test_semi_structured_computes_the_same(made):
     torch.manual_seed(0)
-    model = models.create("vit_tiny_patch16_224", num_classes=10).cuda().eval()
-    two_of_four(model)
+    model = models.create("vit_tiny_patch16_224", num_classes=10).eval()
+    if made == "masked":
+        two_of_four(model)
+    else:
+        model, _ = compressed(model, ratio=0.5 if made == "iht" else 0.25, method=made)
+    model = model.cuda()
     sparse, images = export.semi_structured(model), torch.randn(64, 3, 224, 224, device="cuda")
     with torch.inference_mode():
         expected, found = model.bfloat16()(images.bfloat16()), sparse(images.bfloat16())
-    assert type(sparse.blocks[0].mlp.fc1.weight.data).__name__.startswith("SparseSemiStructured")
+    first = sparse.get_parameter(f"blocks.0.mlp.fc1.{'weight' if made == 'masked' else 'sparse'}")
+    assert type(first.data).__name__.startswith("SparseSemiStructured")
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)

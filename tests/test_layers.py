@@ -144,6 +144,20 @@ def test_training_cannot_leave_the_support():
     assert layer.sparse[~layer.mask].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_inference_takes_the_entries_as_they_are_stored(rank):
+    layer, x = sparse("entries", rank), torch.randn(4, N)
+    trained = layer(x)
+    trained.sum().backward()
+    assert (layer.sparse.grad != 0).equal(layer.mask)  # nowhere else, in eval mode either
+    layer.eval()(x).sum().backward()
+    assert not layer.sparse.grad[~layer.mask].any()
+    with torch.no_grad():
+        assert torch.equal(layer.train()(x), trained) and torch.equal(layer.eval()(x), trained)
+        layer.mask.zero_()
+        assert torch.equal(layer(x), trained)
+
+
 def test_autocast_gives_one_dtype(layer):
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(4, N)).dtype == torch.bfloat16

@@ -28,13 +28,15 @@ from . import models as vit_models
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 RUNTIMES = ("eager", "compiled", "onnxruntime")
 ZEROS = "unstructured zeros in dense tensors: no gain expected"
+ROWS = "zeros of whole rows in dense tensors: no gain until removed"
+FREE = {getattr(torch.ops.aten, name) for name in ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty")}
 SIZES = (10**5, 10**6, 10**7, 10**8)  # bytes of one operation, at which the memory's rate is measured
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and how it is run: "eager", "compiled" (torch.compile) or "onnxruntime" (on CPUs, in float32), with
-    weights and images in float32 or converted to bf16."""
+    """A model and how it is run: "eager", "compiled" (torch.compile, once for the first batch and once for any number
+    of images) or "onnxruntime" (on CPUs, in float32), with weights and images in float32 or converted to bf16."""
 
     model: nn.Module
     runtime: str = "eager"
@@ -115,7 +117,12 @@ def _callable(setting, device, stack):
         export.to_onnx(setting.model, path)
         return export.Session(path)
     model = _converted(setting, device)
-    return torch.compile(copy.deepcopy(model), dynamic=False) if setting.runtime == "compiled" else model
+    return _compiled(model) if setting.runtime == "compiled" else model
+
+
+def _compiled(model):
+    # isolated: or all models of a class share eight compilations, and the ninth runs eagerly without a word
+    return torch.compile(copy.deepcopy(model), isolate_recompiles=True)
 
 
 def _converted(setting, device):
@@ -177,7 +184,8 @@ def _summary(milliseconds, batch):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what runs within: `operations`, and `bytes`, of all tensors that each reads or writes. Views are free."""
+    """Counts what runs within: `operations`, and `bytes`, of all tensors that each reads or writes. Views and memory
+    that nothing is written to yet are free."""
 
     def __init__(self):
         super().__init__()
@@ -185,7 +193,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
-        if not function.is_view:
+        if not function.is_view and function.overloadpacket not in FREE:
             self.operations += 1
             tensors = torch.utils._pytree.tree_leaves((arguments, options, result))
             self.bytes += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
@@ -245,9 +253,14 @@ def bounds(models, table, *, image_size=None):
     call). compute_ms, memory_ms, launch_ms: least time that each of these takes, by `ceilings`; bytes at the rate of
     the row's mean operation. bound: the largest of them, "compute", "memory" or "launch". reached: that over the
     latency, 1 for a model that runs as fast as the machine can. macs_per_s, bytes_per_s: the ceilings. promised: MACs
-    of an image of the first model over the row's; achieved: speedup / promised. note: why no gain is expected, if so.
+    of an image of the first model over the row's; achieved: speedup / promised. achieved_here: the same with the
+    speed-up over the first model in the row's own runtime, precision and batch, nan where the table has no such row:
+    what a cut brings there, apart from what the runtime does. note: why no gain is expected, if so.
     """
     settings, counted, lines = _settings(models), {}, []
+    whole = settings[table.model.iloc[0]].model
+    own_dense = table[[settings[name].model is whole for name in table.model]]
+    here = own_dense.groupby(["batch", "runtime", "precision"]).speedup.first().to_dict()
     per_image, ideal = {}, {}
     for name, setting in settings.items():
         own = cost.breakdown(setting.model, image_size=image_size)
@@ -259,8 +272,9 @@ def bounds(models, table, *, image_size=None):
         key = id(setting.model), row.precision, row.batch
         if key not in counted:
             run = Setting(setting.model, precision=row.precision)
+            model, images = _converted(run, device), _images(run, image_size, row.batch, device)
             with torch.no_grad(), Traffic() as counted[key]:
-                _converted(run, device)(_images(run, image_size, row.batch, device))
+                model(images)
         traffic, best = counted[key], ceilings(device.type, row.precision, row.threads)
         each = traffic.bytes / traffic.operations
         rate = best["bytes_per_s"][min(SIZES, key=lambda size, each=each: abs(math.log(size / each)))]
@@ -270,15 +284,26 @@ def bounds(models, table, *, image_size=None):
             "launch": 1000 * traffic.operations * best["launch_s"],
         }
         promised = first / per_image[row.model]
+        speedup_here = row.speedup / here.get((row.batch, row.runtime, row.precision), math.nan)
         lines.append(
             {f"{what}_ms": time for what, time in least.items()}
             | {"bound": max(least, key=least.get), "reached": max(least.values()) / row.latency_ms}
             | {"batch_macs": row.batch * per_image[row.model], "batch_bytes": traffic.bytes}
             | {"operations": traffic.operations, "macs_per_s": best["macs_per_s"], "bytes_per_s": rate}
-            | {"promised": promised, "achieved": row.speedup / promised}
-            | {"note": ZEROS if ideal[row.model] < 0.99 * per_image[row.model] else ""}
+            | {"promised": promised, "achieved": row.speedup / promised, "achieved_here": speedup_here / promised}
+            | {"note": _note(setting.model) if ideal[row.model] < 0.99 * per_image[row.model] else ""}
         )
     return table.join(pd.DataFrame(lines, index=table.index))
+
+
+def _note(model):
+    """What zeros a model has, of which no gain is to be expected: 99 % of them in whole rows (or columns), or not."""
+    zeros = within = 0
+    for matrix in (parameter.detach().flatten(1) for parameter in model.parameters() if parameter.ndim > 1):
+        alive = matrix != 0
+        zeros += int((~alive).sum())
+        within += alive.numel() - int(alive.any(1).sum() * alive.any(0).sum())
+    return ROWS if within >= 0.99 * zeros else ZEROS
 
 
 def layer_times(model, table, *, batch=8, image_size=None, repeats=7):
@@ -399,7 +424,9 @@ def _factored(layer, rank):
 def break_even(table):
     """{layer: the highest rank up to which it was faster factored than dense, 0 for none}, of `rank_speed`'s frame.
 
-    Faster means that the lower quartile of the speed-ups is above 1. For budget.ranks(most=…).
+    Faster means that the lower quartile of the speed-ups is above 1. For budget.ranks(most=…): these limits are what
+    makes factoring faster in time, not in MACs alone. The same share of every layer, or ranks without limits, are
+    baselines.
     """
     found = {}
     for name, own in table.groupby("layer", sort=False):

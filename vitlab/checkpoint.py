@@ -2,25 +2,31 @@
 
 A checkpoint is a folder with `model.safetensors`, `model.json` and, where masks were given that the weights do not
 follow, `masks.safetensors`. Tensors with many zeros are stored without them (`packed`). Nothing is pickled, and
-loading needs nothing but the folder.
+loading needs nothing but the folder. The record holds a hash of each file and one of all that it says itself: what was
+altered, cut short or mixed up since is refused. That is no signature: who alters a record on purpose can give it a new
+hash, and nothing here can tell.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 
 from . import models, packed, shrink
 
-FORMAT = 2
-READS = (1, 2)  # 1: nothing packed
+FORMAT = 3
+READS = (1, 2, 3)  # 1: nothing packed; 1 and 2: of the record only recipe and structure are hashed
 RECORD, WEIGHTS, MASKS = "model.json", "model.safetensors", "masks.safetensors"
+FIELDS = {"format": int, "vitlab": str, "recipe": dict, "structure": dict, "packed": dict, "masks": dict}
+FIELDS |= {"extra": object, "sha256": dict}
 
 
 def save(model, folder, *, extra=None, dtype=None, masks=None):
@@ -55,7 +61,8 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
         "extra": extra or {},
     }
     record["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    record["sha256"]["architecture"] = _architecture(record)
+    record = json.loads(json.dumps(record))  # as it will be read
+    record["sha256"]["record"] = _own_hash(record)
     files[RECORD] = json.dumps(record, indent=1).encode()
     try:
         _write(folder, files)
@@ -64,7 +71,7 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
             f"cannot write the checkpoint folder {folder} ({error.strerror}): choose another folder, or make "
             "this one a folder that you may write to"
         ) from error
-    return json.loads(files[RECORD])  # as it will be read
+    return record
 
 
 def _same_bits(one, other):
@@ -96,13 +103,13 @@ def _new(path):
 def _settle(folder):
     """Move files into place that a save wrote and recorded before it was killed."""
     try:
-        hashes = json.loads((folder / RECORD).read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        hashes = _record(folder)["sha256"]
+    except (OSError, ValueError):
         return  # no checkpoint, or none to be trusted
-    for name, expected in hashes.items():
+    for name in (WEIGHTS, MASKS):
         new = _new(folder / name)
         with contextlib.suppress(FileNotFoundError):  # the usual case: nothing is left to be moved
-            if _sha256(new) == expected:
+            if _sha256(new) == hashes.get(name):
                 os.replace(new, folder / name)
 
 
@@ -111,10 +118,12 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _architecture(record):
-    """Hash of recipe and structure: another number of heads, say, would fit the same tensors."""
-    text = json.dumps([record["recipe"], record["structure"]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _own_hash(record):
+    """Hash of all that record says but for this hash; in older formats of recipe and structure."""
+    said = [record["recipe"], record["structure"]]  # another number of heads, say, would fit the same tensors
+    if record["format"] == FORMAT:
+        said = record | {"sha256": {name: each for name, each in record["sha256"].items() if name != "record"}}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(model, dtype):
@@ -129,40 +138,78 @@ def _tensors(model, dtype):
 
 
 def read(folder):
-    """The record of the checkpoint in folder, a dict, if its files are those that it was saved with.
+    """The record of the checkpoint in folder, a dict, if it and its files are those that were saved.
 
-    Keys: format, vitlab (version), recipe, structure, packed and masks ({parameter: shape}), extra, sha256.
+    Keys: format, vitlab (version), recipe, structure, packed and masks ({parameter: shape}), extra, sha256. Of the
+    older formats 1 and 2 recipe, structure and files are known to be as they were, not masks and extra.
     Raises FileNotFoundError for a missing folder or file, ValueError for a record that is broken, altered or
     of another format, and for files that were altered or cut short since.
     """
     folder = Path(folder)
     _settle(folder)
-    if not (folder / RECORD).is_file():
+    record = _record(folder)
+    _check_files(folder, record)
+    return record
+
+
+def _record(folder):
+    """The record in folder, checked for itself. Raises what `read` raises, but for the files that it names."""
+    path = folder / RECORD
+    if not path.is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: no {RECORD}; run the step that saves it first")
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads(path.read_text())
         written = record["format"]
-        altered = written in READS and record["sha256"]["architecture"] != _architecture(record)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / RECORD} is no checkpoint's record: {error!r}; save it again") from error
+        raise ValueError(f"{path} is no checkpoint's record: {error!r}; save it again") from error
     if written not in READS:
         raise ValueError(
-            f"{folder / RECORD} has format {written}, this vitlab ({version('vitlab')}) reads up to format "
+            f"{path} has format {written}, this vitlab ({version('vitlab')}) reads up to format "
             f"{FORMAT}: install the version that wrote it ({record.get('vitlab')}) or save it again"
         )
-    if altered:
-        raise ValueError(f"recipe or structure in {folder / RECORD} were altered after saving; save it again")
-    for name, expected in record["sha256"].items():
-        if name == "architecture":
+    if fault := _fault(record):
+        raise ValueError(f"{path} is no checkpoint's record of format {written}: {fault}; save it again")
+    if _own_hash(record) != record["sha256"][_own_name(record)]:
+        said = "what it says is" if written == FORMAT else "recipe or structure are"
+        raise ValueError(
+            f"{path} was altered after saving: {said} not what was saved (sha256 differs); copy or save the checkpoint "
+            "again"
+        )
+    return record
+
+
+def _own_name(record):
+    return "record" if record["format"] == FORMAT else "architecture"
+
+
+def _fault(record):
+    """What is wrong with the fields of record, in words that name the field, or None."""
+    fields = {name: kind for name, kind in FIELDS.items() if name != "packed" or record["format"] > 1}
+    for name in fields | record:
+        if name not in record or name not in fields:
+            return f"{name} is missing" if name in fields else f"there is no {name} in it"
+        if not isinstance(record[name], fields[name]):
+            return f"{name} is no {fields[name].__name__}"
+    for name in ("packed", "masks"):
+        for key, shape in record.get(name, {}).items():
+            if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
+                return f"{name} has {shape!r} as the shape of {key}"
+    if wrong := (record["sha256"].keys() ^ {WEIGHTS, _own_name(record)}) - {MASKS}:
+        return f"sha256 has an entry too many or too few: {', '.join(sorted(wrong))}"
+    return None
+
+
+def _check_files(folder, record):
+    for name in (WEIGHTS, MASKS):
+        if name not in record["sha256"]:  # no masks apart
             continue
         if not (folder / name).is_file():
             raise FileNotFoundError(f"the checkpoint in {folder} has lost its {name}; save it again")
-        if _sha256(folder / name) != expected:
+        if _sha256(folder / name) != record["sha256"][name]:
             raise ValueError(
                 f"{folder / name} is not the file that its record was saved with: it was altered or cut "
                 "short (sha256 differs); copy or save the checkpoint again"
             )
-    return record
 
 
 def load(folder, *, device="cpu"):
@@ -171,14 +218,15 @@ def load(folder, *, device="cpu"):
     Leaves torch's random numbers as they were. Raises what `read` raises, and ValueError naming the first
     tensor that does not fit the recorded architecture.
     """
-    record = read(folder)
-    with torch.random.fork_rng(devices=[]):
-        model = shrink.rebuild(_create(record["recipe"]), record["structure"])
-    stored = safetensors.torch.load_file(Path(folder) / WEIGHTS)
-    try:
-        tensors = packed.unpack(stored, record.get("packed", {}))
-    except ValueError as error:
-        raise ValueError(f"{Path(folder) / WEIGHTS} and its record do not belong together: {error}") from error
+    folder = Path(folder)
+    _settle(folder)
+    record = _record(folder)
+    with ThreadPoolExecutor(1) as beside:  # hashing a file takes longer than reading it
+        checking = beside.submit(_check_files, folder, record)
+        try:
+            model, tensors = _built(record), _stored(folder, record)
+        finally:
+            checking.result()  # that a file was altered says more than what comes of it
     built, stored = ({k: list(t.shape) for k, t in state.items()} for state in (model.state_dict(), tensors))
     wrong = [name for name in built | stored if built.get(name) != stored.get(name)]
     if wrong:
@@ -187,15 +235,33 @@ def load(folder, *, device="cpu"):
             f"the tensors in {folder} are of another architecture than its record: {wrong[0]} is {shapes[0]} "
             f"by the record and {shapes[1]} in {WEIGHTS} ({len(wrong)} tensors differ)"
         )
-    model.load_state_dict(tensors)
+    own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    fresh = record.get("packed", {})  # the other ones are the file itself until they are copied
+    tensors = {name: tensor.to(own[name], copy=name not in fresh) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, assign=True)  # written to memory once
     return model.to(device).eval()
+
+
+def _built(record):
+    """The model that record describes, without values."""
+    with torch.random.fork_rng(devices=[]):
+        return shrink.rebuild(_create(record["recipe"]), record["structure"])
+
+
+def _stored(folder, record):
+    """{name: tensor} in the checkpoint in folder, in the dtype that they were stored in."""
+    stored = safetensors.torch.load_file(folder / WEIGHTS)
+    try:
+        return packed.unpack(stored, record.get("packed", {}))
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS} and its record do not belong together: {error}") from error
 
 
 def _create(recipe):
     """models.create for weights that come later: spends no time on initial ones."""
     options = recipe["options"] | {key: value for key, value in recipe.items() if key != "options"}
     try:
-        with init_empty_weights(include_buffers=False):  # parameters on the meta device
+        with init_empty_weights(include_buffers=False), _NoValues():  # parameters on the meta device
             model = models.create(**options)
     except NotImplementedError:  # SwinV2 fills its tables from where its weights are
         return models.create(**options)
@@ -207,12 +273,29 @@ def _create(recipe):
     return model
 
 
+class _NoValues(TorchFunctionMode):
+    """Leaves out what gives tensors on the meta device their values: they have none, and that takes time."""
+
+    WORDS = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_")
+    FILL = {getattr(torch.Tensor, word) for word in WORDS}
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function in self.FILL and arguments[0].is_meta:
+            return arguments[0]
+        return function(*arguments, **(options or {}))
+
+
 def load_masks(folder):
-    """{parameter: bool tensor} as given to `save`, {} if none were. Raises what `read` raises."""
+    """{parameter: bool tensor} as given to `save`, {} if none were.
+
+    Raises what `read` raises, and ValueError for a mask in the record that is in no file.
+    """
     record, stored = read(folder), {}
     if record["masks"]:
         bits = safetensors.torch.load_file(Path(folder) / WEIGHTS)
         stored = {name.removesuffix(packed.BITS): each for name, each in bits.items() if name.endswith(packed.BITS)}
     if MASKS in record["sha256"]:
         stored |= safetensors.torch.load_file(Path(folder) / MASKS)
+    if lost := record["masks"].keys() - stored.keys():
+        raise ValueError(f"the masks in {Path(folder) / RECORD} are in no file beside it: {', '.join(sorted(lost))}")
     return {name: packed.to_mask(stored[name], shape, name) for name, shape in record["masks"].items()}

@@ -8,8 +8,9 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from . import cost
+from . import cost, layers
 
 MOST_IMAGES = 4096  # in one batch of an exported model
 
@@ -22,7 +23,8 @@ def program(model):
     """
     subject, images = copy.deepcopy(model).cpu().float().eval(), _images(model, 2)
     count = torch.export.Dim("images", min=1, max=MOST_IMAGES)
-    return torch.export.export(subject, (images,), dynamic_shapes=({0: count},), strict=True)  # SwinV2 needs strict
+    with torch.no_grad():  # no masks that only training needs
+        return torch.export.export(subject, (images,), dynamic_shapes=({0: count},), strict=True)  # SwinV2 needs strict
 
 
 def to_onnx(model, path, *, tolerance=1e-4):
@@ -80,12 +82,24 @@ def is_two_of_four(weight):
     return bool(counts.max() <= 2) and bool(counts.any())
 
 
+def two_of_four(model):
+    """Names of model's parameters that have 2:4 zeros and can be semi-structured: weights of linear layers, and sparse
+    parts beside a low-rank one or alone (shrink.compress with support "2:4")."""
+    found = []
+    for name, module in model.named_modules():
+        own = {nn.Linear: "weight", layers.LowRankSparseLinear: "sparse"}.get(type(module))
+        if own and getattr(module, own) is not None and is_two_of_four(getattr(module, own)):
+            found.append(f"{name}.{own}")
+    return found
+
+
 def semi_structured(model, *, precision="bf16"):
     """A copy of model on its GPU whose 2:4 masked linear weights are torch's semi-structured sparse tensors, which
     its tensor cores multiply at up to twice the rate (Mishra et al. 2021).
 
-    model: on the GPU, with masks of 2:4 applied (masks.n_of_m, shrink.compress with support "2:4"). Layers whose shape
-    the kernels refuse stay dense. For inference only: autograd and checkpoint.save do not know such tensors.
+    model: on the GPU, with masks of 2:4 applied (masks.n_of_m, shrink.compress with support "2:4"): see `two_of_four`.
+    Layers whose shape the kernels refuse stay dense. For inference only (torch.inference_mode): autograd and
+    checkpoint.save do not know such tensors.
     precision: "bf16" or "float16", which these kernels want.
     Raises RuntimeError off such a GPU (compute capability 8.0 or newer), saying what is there, and ValueError for
     another precision or a model without a 2:4 layer.
@@ -93,7 +107,7 @@ def semi_structured(model, *, precision="bf16"):
     types = {"bf16": torch.bfloat16, "float16": torch.float16}
     if precision not in types:
         raise ValueError(f"precision is {' or '.join(types)}; got {precision!r}")
-    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and is_two_of_four(m.weight)]
+    names = two_of_four(model)
     if not names:
         raise ValueError('no linear layer is masked 2:4; apply masks.n_of_m(score, 2, 4), or compress by support="2:4"')
     device = next(model.parameters()).device
@@ -104,11 +118,16 @@ def semi_structured(model, *, precision="bf16"):
             f"2:4 weights are faster only on NVIDIA GPUs of compute capability 8.0 or newer, and the model is on "
             f"{here}: there its masked layers run as dense ones"
         )
-    model = copy.deepcopy(model).to(types[precision]).eval()
+    return _semi_structured(copy.deepcopy(model).to(types[precision]).eval(), names)
+
+
+def _semi_structured(model, names):
+    """model, with these parameters of it converted in place where the kernels take their shapes."""
     for name in names:
-        layer = model.get_submodule(name)
+        layer, own = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         with contextlib.suppress(RuntimeError, NotImplementedError):  # of a shape that the kernels do not take
-            layer.weight = torch.nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight), requires_grad=False)
+            packed = torch.sparse.to_sparse_semi_structured(getattr(layer, own))
+            setattr(layer, own, nn.Parameter(packed, requires_grad=False))
     return model
 
 

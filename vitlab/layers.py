@@ -14,7 +14,12 @@ SUPPORTS = ("entries", "rows", "columns")
 
 
 class FactoredLinear(nn.Module):
-    """y = second(first(x)): two thin layers with weights [rank, in_features] and [out_features, rank]."""
+    """y = second(first(x)): two thin layers with weights [rank, in_features] and [out_features, rank].
+
+    Below rank m n / (m + n) these are fewer multiply-accumulates, which is not yet less time: two calls move more than
+    one. What makes factoring faster is a limit on each rank, measured by bench.rank_speed and bench.break_even, given
+    to budget.ranks(most=...). The same share of every layer (shrink.compress by "svd") is a baseline.
+    """
 
     def __init__(self, in_features, out_features, *, rank, bias=True, device=None, dtype=None):
         super().__init__()
@@ -72,7 +77,8 @@ class FactoredConv2d(nn.Sequential):
 class LowRankSparseLinear(nn.Module):
     """y = (L + S) x + bias with L = U V of the given rank r (0: none) and S sparse, of a fixed support:
 
-    "entries": count entries anywhere, stored dense under `mask` [m, n]: training cannot leave the support.
+    "entries": count entries anywhere, stored dense with zeros elsewhere. `mask` [m, n] is applied wherever gradients
+        are wanted, so that training cannot leave the support; inference takes the zeros as they are stored.
         Executes r (m + n) + m n multiply-accumulates, more than dense; ideally r (m + n) + count.
     "rows": count whole rows, `index` [count]. Executes r (m + n) + count n.
     "columns": count whole columns, `index` [count]. Executes r (m + n) + count m.
@@ -114,7 +120,8 @@ class LowRankSparseLinear(nn.Module):
             hidden = torch.cat([F.linear(x, self.first), taken], dim=-1) if self.rank else taken
             return F.linear(hidden, self.second, self.bias)
         if self.support == "entries":
-            sparse = self.sparse * self.mask
+            train = torch.is_grad_enabled() and self.sparse.requires_grad
+            sparse = self.sparse * self.mask if train else self.sparse
             if not self.rank:
                 return F.linear(x, sparse, self.bias)
             return F.linear(F.linear(x, self.first), self.second, self.bias) + F.linear(x, sparse)
