@@ -1,6 +1,7 @@
 """What things cost, and what a cut brings in time, beside the peers; with tables and pictures.
 
     python benchmarks [--only passes masks_of_vit_b …] [--rounds 7] [--threads 2]
+    python benchmarks --only accuracy  # takes many hours, so it is not among the others; see accuracy.py
 
 Everything that is compared runs interleaved in one process, in a new random order each round, and ratios are taken
 within rounds: medians and quartiles. Images and labels are random; so are the weights of timm's models, while those of
@@ -10,19 +11,21 @@ the small ones are the committed checkpoints.
 import argparse
 import os
 
+import accuracy
 import methods
 import peers
 import speed
 import torch
 
-CASES = methods.CASES | peers.CASES | speed.CASES
+USUAL = methods.CASES | peers.CASES | speed.CASES
+CASES = USUAL | accuracy.CASES
 
 
 def main():
     parser = argparse.ArgumentParser(
         prog="python benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(USUAL), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--out", help="folder for tables and pictures (figures/bench)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")

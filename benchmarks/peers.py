@@ -2,7 +2,8 @@
 
 Torch-Pruning gets the help that it needs on timm's models: whole heads and neurons, global, half of each kind, residual
 stream and classifier left out, one more ignored parameter in Swin, and afterwards the attributes and the table of
-relative positions corrected by hand. `alone` shows what happens without.
+relative positions corrected by hand. `alone` shows what happens without. It can also cut all there is, residual stream
+and stem included, down to a share of the MACs (for accuracy.py); in Swin patch merging then needs a rule of its own.
 """
 
 import copy
@@ -14,33 +15,41 @@ import torch
 import torch_pruning
 from common import LARGE, images_of, interleaved, model_of, publish, told
 from speed import COLUMNS, cut_in_half, factored_in_half
+from timm.models.swin_transformer import PatchMerging
 from torch.nn.utils import prune as torch_prune
 
-from vitlab import bench, cost, masks, models, scores, shrink
+from vitlab import bench, budget, cost, masks, models, scores, shrink
 
 
 def attentions(model):
     return [module for module in model.modules() if hasattr(module, "qkv")]
 
 
-def torch_pruning_cut(model, ratio, importance):
-    """Torch-Pruning, helped, in place: this share of the heads and of the neurons, at least one head a block."""
+def torch_pruning_cut(model, ratio, importance, *, heads=None, everything=False, isomorphic=False):
+    """Torch-Pruning, helped, in place: this share of the heads and of the neurons, at least one head a block.
+
+    heads: share of the heads, if another one. everything: of the residual stream's channels and of the stem's filters,
+    too. isomorphic: groups of one structure are ranked among themselves instead of all together.
+    """
     num_heads, dims, table = {}, {}, "relative_position_bias_table"
     left_out = [model.get_classifier()]
     for name, module in model.named_modules():
         if hasattr(module, "qkv"):
-            left_out.append(module.proj)
+            left_out += [] if everything else [module.proj]
             num_heads[module.qkv] = module.num_heads
             dims[module.proj] = module.proj.in_features // module.num_heads
             left_out += [getattr(module, table)] if hasattr(module, table) else []
-        elif name.endswith(("fc2", "reduction", "patch_embed.proj")):
+        elif not everything and (name.endswith(("fc2", "reduction")) or is_stem(name, module)):
             left_out.append(module)
-    options = {"global_pruning": True, "pruning_ratio": ratio, "head_pruning_ratio": ratio, "prune_num_heads": True}
+    options = {"pruning_ratio": ratio, "head_pruning_ratio": ratio if heads is None else heads, "prune_num_heads": True}
     kept = {layer: 1 - 1 / count for layer, count in num_heads.items()}
+    position = getattr(model, "pos_embed", None)
     with warnings.catch_warnings(action="ignore"):
         pruner = torch_pruning.pruner.BasePruner(
             model, images_of(model, 1), importance=importance, ignored_layers=left_out, num_heads=num_heads,
-            prune_head_dims=False, max_pruning_ratio=max(kept.values()), **options,
+            prune_head_dims=False, max_pruning_ratio=max(kept.values()), global_pruning=True, isomorphic=isomorphic,
+            unwrapped_parameters=None if position is None else [(position, 2)],
+            customized_pruners={PatchMerging: Merging()}, in_channel_groups={}, out_channel_groups={}, **options,
         )  # fmt: skip
         gone = {}
         for group in pruner.step(interactive=True):
@@ -58,7 +67,106 @@ def torch_pruning_cut(model, ratio, importance):
             old = getattr(module, table).data
             keep = [i for i in range(old.shape[1]) if i not in gone[module.proj]]
             setattr(module, table, torch.nn.Parameter(old[:, keep].clone()))
+    widths = list(models.view(model).units(["width"]).values())
+    model.embed_dim, model.num_features, model.head_hidden_size = widths[0], widths[-1], widths[-1]
     return model
+
+
+def is_stem(name, module):
+    return name.startswith("patch_embed.") and isinstance(module, torch.nn.Conv2d)
+
+
+class Merging(torch_pruning.BasePruningFunc):
+    """Torch-Pruning's rule for Swin's patch merging, which sees four tokens side by side: alone it cuts one of them."""
+
+    def get_in_channels(self, layer):
+        return layer.reduction.in_features // 4
+
+    def get_out_channels(self, layer):
+        return layer.reduction.out_features
+
+    def prune_in_channels(self, layer, idxs):
+        size = self.get_in_channels(layer)
+        indices = [token * size + index for token in range(4) for index in idxs]
+        torch_pruning.prune_layernorm_out_channels(layer.norm, indices)
+        torch_pruning.prune_linear_in_channels(layer.reduction, indices)
+        return layer
+
+    def prune_out_channels(self, layer, idxs):
+        torch_pruning.prune_linear_out_channels(layer.reduction, idxs)
+        return layer
+
+
+class Floored:
+    """A Torch-Pruning importance, infinite for the best units of each place, so many as vitlab leaves, too.
+
+    Its own max_pruning_ratio is looked at between steps, and one step of a global ranking may empty a layer, or take
+    its last head. sizes: (units that may go, units) of each place seen; heads go by a ratio of their own: (0, units).
+    """
+
+    def __init__(self, importance, model):
+        self.importance, self.sizes = importance, []
+        self.heads = {module.proj: module.num_heads for module in attentions(model)}
+        self.stem = set(model.patch_embed.modules())
+
+    def __call__(self, group):
+        found, root = self.importance(group), group[0].dep.target.module
+        if root in self.heads and group[0].dep.handler == torch_pruning.prune_linear_in_channels:
+            found = found.view(self.heads[root], -1)
+            found[found.mean(1).argmax()] = math.inf
+            self.sizes.append((0, found.shape[1]))
+            return found.flatten()
+        layers = {dependency.target.module for dependency, _ in group}
+        weighted = {layer for layer in layers if isinstance(layer, torch.nn.Module) and list(layer.parameters())}
+        floor = budget.FLOORS["filters" if weighted <= self.stem else "width"]
+        found[found.topk(floor).indices] = math.inf
+        self.sizes.append((len(found) - floor, len(found)))
+        return found
+
+    def most(self, isomorphic):
+        """The largest ratio that leaves these."""
+        if isomorphic:
+            return min(some / whole for some, whole in self.sizes if some)
+        return sum(some for some, _ in self.sizes) / sum(whole for _, whole in self.sizes)
+
+
+def torch_pruning_to(dense, share, importance, *, gradients=None, everything=True, isomorphic=False):
+    """Torch-Pruning's cut of dense nearest to this share of its MACs, and words for its ratios, found by bisection.
+
+    One ratio for everything, heads included as far as one stays in each block; where a head is too coarse a step, the
+    heads stay at the last ratio above and the others go on alone. gradients: of dense's parameters, for Taylor.
+    Raises ValueError for a share below its floor.
+    """
+    counts, whole, tried = [module.num_heads for module in attentions(dense)], cost.macs(dense), []
+    options = {"everything": everything, "isomorphic": isomorphic}
+
+    def left(ratio, heads):
+        model, heads = copy.deepcopy(dense), min(heads, 1 - len(counts) / sum(counts))
+        for parameter, gradient in zip(model.parameters(), gradients or (), strict=gradients is not None):
+            parameter.grad = gradient.clone()
+        floored = Floored(importance, model)
+        torch_pruning_cut(model, ratio, floored, heads=heads, **options)
+        model.zero_grad()
+        tried.append((cost.macs(model) / whole, model, f"ratio {ratio:.4f}, of heads {heads:.4f}", floored))
+        return tried[-1][0]
+
+    left(0.5, 0.5)
+    most = tried[-1][-1].most(isomorphic) - 1e-3
+    if (floor := left(most, most)) > share:
+        raise ValueError(f"Torch-Pruning cannot reach {share:g} x MACs: {floor:.3f} stays at its highest ratio")
+    low = 0.0
+    for tied in (True, False):
+        high, heads = most, low
+        for _ in range(12):
+            ratio = (low + high) / 2
+            kept = left(ratio, ratio if tied else heads)
+            low, high = (ratio, high) if kept > share else (low, ratio)
+            if abs(kept / share - 1) <= 1e-3:
+                break
+        best = min(tried, key=lambda each: abs(each[0] - share))
+        if abs(best[0] / share - 1) <= 0.01:
+            break
+    return best[1:3]
 
 
 IMPORTANCE = {
@@ -77,12 +185,19 @@ def vitlab_cut(model, share=0.5):
     return shrink.remove(model, drop)
 
 
+SETTINGS = {
+    "vitlab": "masks.keep_largest by kind, sparsity 0.5, floor 1; shrink.remove",
+    "Torch-Pruning": "global, pruning_ratio and head_pruning_ratio 0.5, one head stays; then corrected by hand",
+}
+
+
 def removal(rounds):
     """Scores by magnitude and half of all heads and neurons out of the model, in seconds; the scores by gradients have
-    their gradients given."""
+    their gradients given. With the share of the MACs that is left, or why none is: a cut that fails has no time."""
     rows = []
     for case in ("ViT-B", "Swin-T"):
         model = model_of(case)
+        whole = cost.macs(model)
 
         def with_gradients(model=model):
             own = copy.deepcopy(model)
@@ -90,18 +205,20 @@ def removal(rounds):
                 parameter.grad = 1e-3 * torch.randn_like(parameter)
             return own
 
-        calls = {"vitlab": lambda m=model: None if vitlab_cut(m) else None}
+        calls, found = {"vitlab": (lambda m=model: m, vitlab_cut)}, {}
         for name, make in IMPORTANCE.items():
-            calls[f"Torch-Pruning, {name}"] = with_gradients, lambda m, make=make: cut_or_say(m, make())
-        rows += told(f"remove half of {case}", interleaved(calls, rounds), "vitlab")
+            calls[f"Torch-Pruning, {name}"] = with_gradients, lambda m, make=make: torch_pruning_cut(m, 0.5, make())
+        for name, (prepare, cut) in calls.items():
+            try:
+                found[name] = {"macs_share": cost.macs(cut(prepare())) / whole, "outcome": "runs"}
+            except Exception as error:  # whatever a peer raises is the result
+                found[name] = {"outcome": f"{type(error).__name__}: {error}".splitlines()[0]}
+        timed = {name: call for name, call in calls.items() if "macs_share" in found[name]}
+        times = {row["what"]: row for row in told(f"remove half of {case}", interleaved(timed, rounds), "vitlab")}
+        for name, result in found.items():
+            line = times.get(name, {"case": f"remove half of {case}", "what": name})
+            rows.append(line | result | {"settings": SETTINGS[name.partition(",")[0]]})
     publish("removal", rows)
-
-
-def cut_or_say(model, importance):
-    try:
-        torch_pruning_cut(model, 0.5, importance)
-    except RuntimeError as error:  # its time is that of the whole cut all the same
-        print(f"Torch-Pruning: {error}")
 
 
 def alone(rounds):

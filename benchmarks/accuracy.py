@@ -1,0 +1,465 @@
+"""Accuracy at equal MACs, beside every peer: the two committed CIFAR-10 models, cut and fine-tuned by one recipe.
+
+    python benchmarks/accuracy.py [--models vit] [--budgets 0.5] [--seeds 0 1 2] [--tools "vitlab*"] [--epochs 0]
+    python benchmarks/accuracy.py --speed --threads 1
+    python benchmarks/accuracy.py --table
+
+The first takes many hours (`--epochs 0`, the cuts alone, one or two): it is in `python benchmarks` only by
+`--only accuracy`. Rows go one by one into accuracy.csv, and what is there is not done again, so that it can be stopped
+at any time and several processes may share the work. A row is a tool's model of one budget and seed, in a stage: `cut`
+(as the tool delivers it, without training), `finetuned` (one epoch over all training images) or `unreachable` (its
+floor as macs). The seed draws 2,048 calibration images, random choices, and the order and augmentation of fine-tuning;
+the split stays. `--speed` times seed 0's models of a budget together: speed does not depend on fine-tuning. `--table`
+writes accuracy.md and the figure. Cut models are kept in data/bench/accuracy.
+
+Torch-Pruning cuts all it can, with the help of peers.torch_pruning_cut: heads, neurons, width and filters by one
+ratio, or heads and neurons alone; groups normalised by their mean and magnitude by L2, as is its default (L1 did worse
+more often than better); Taylor by the gradient accumulated over the calibration images. SVD takes the same share of
+each linear layer, or of each linear layer and convolution of the stem, whichever has the lower loss on these images.
+"""
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import fnmatch
+import functools
+import io
+import os
+import re
+import time
+from itertools import product
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from common import SMALL, folder, model_of
+from peers import torch_pruning, torch_pruning_to
+
+from vitlab import (
+    bench,
+    budget,
+    checkpoint,
+    cost,
+    data,
+    evaluate,
+    lowrank,
+    models,
+    plots,
+    record,
+    recover,
+    scores,
+    shrink,
+    train,
+)
+
+MODELS = {Path(path).name: name for name, path in SMALL.items()}
+BUDGETS, SEEDS = (0.75, 0.5, 0.25), (0, 1, 2)
+KINDS = ("heads", "neurons", "filters", "width")
+KEY = ["tool", "model", "budget", "seed", "stage"]
+SPEED = ["speedup", "speedup_q1", "speedup_q3", "latency_ms", "speed_threads"]
+COLUMNS = [*KEY, "top1", "macs", *SPEED, "correct", "total", "loss", "val_top1", "params", "seconds"]
+COLUMNS += ["lr", "epochs", "images", "note"]
+RECIPE = {"batch_size": 64, "augment": {"crop": 4, "flip": True}, "label_smoothing": 0.1, "warmup_epochs": 0.1}
+
+
+class Given:
+    """What every tool gets of one model and seed; statistics are taken when first asked for."""
+
+    def __init__(self, name, dense, images, seed, count=2048):
+        self.name, self.dense, self.images, self.seed, self.count = name, dense, images, seed, count
+
+    @functools.cached_property
+    def calibration(self):
+        train = self.images.train
+        return list(train.subset(min(self.count, len(train)), seed=self.seed).batches(128))
+
+    @functools.cached_property
+    def candidates(self):
+        return budget.candidates(self.dense, self.calibration, kinds=[*KINDS, "ranks"])
+
+    @property
+    def units(self):
+        return self.candidates["unit_scores"]
+
+    @property
+    def directions(self):
+        return self.candidates["directions"]
+
+    @functools.cached_property
+    def affine(self):
+        return scores.grams(self.dense, self.calibration, layers=list(models.view(self.dense).matrices), affine=True)
+
+    @property
+    def grams(self):
+        return {name: gram[:-1, :-1] for name, gram in self.affine.items()}
+
+    @functools.cached_property
+    def gradient_grams(self):
+        return scores.gradient_grams(self.dense, self.calibration, layers=list(models.view(self.dense).matrices))
+
+    @functools.cached_property
+    def gradients(self):
+        """Of the mean loss of each batch, summed: what Torch-Pruning's Taylor reads."""
+        model = copy.deepcopy(self.dense).eval()
+        for x, y in self.calibration:
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+
+# -- tools: (given, share of the MACs) -> (model, note); ValueError "… cannot reach …: … stays …" below their floor
+
+
+def pool(given, share):
+    """Units of all KINDS and singular directions in one pool, reconstructed."""
+    plan = budget.plan(given.dense, given.units, directions=given.directions, macs=share, kinds=[*KINDS, "ranks"])
+    options = {"grams": given.affine, "compensate": "least squares"}
+    model, drops = budget.cut(given.dense, plan, given.calibration, **options)
+    return recover.reconstruct(model, given.dense, given.calibration, drops=drops), ""
+
+
+def units_of(kinds, given, share, chosen=None):
+    """The units of these kinds with the least Fisher score per MAC (or chosen scores), reconstructed."""
+    plan = budget.plan(given.dense, chosen or given.units, macs=share, kinds=kinds)
+    options = {"grams": given.affine, "compensate": "least squares"}
+    model, drops = budget.cut(given.dense, plan, given.calibration, **options)
+    return recover.reconstruct(model, given.dense, given.calibration, drops=drops), ""
+
+
+def random_units(given, share):
+    """As many units of each place as units_of takes of all kinds, but random ones: its scores are shuffled there."""
+    generator = torch.Generator().manual_seed(given.seed)
+    shuffled = {key: score[torch.randperm(len(score), generator=generator)] for key, score in given.units.items()}
+    return units_of(KINDS, given, share, shuffled)
+
+
+def ranks(given, share):
+    chosen = budget.ranks(given.dense, given.grams, given.gradient_grams, macs=share, multiple=4)
+    model = shrink.factorise(given.dense, chosen, grams=given.grams)
+    return recover.reconstruct(model, given.dense, given.calibration), ""
+
+
+def svd(whitened, given, share):
+    """The same share of each linear layer, or of the stem's convolutions, too: what has the lower loss."""
+    view, grams, found = models.view(given.dense), given.grams if whitened else None, []
+    for note, layers in {"linear layers": view.linears(), "linear layers and stem": view.matrices}.items():
+        with contextlib.suppress(ValueError):
+            model = shrink.factorise(given.dense, equal_ranks(given.dense, layers, share), grams=grams)
+            found.append((scores.loss(model, given.calibration), note, model))
+    if not found:
+        equal_ranks(given.dense, view.matrices, share)  # raises
+    _, note, model = min(found, key=lambda each: each[0])
+    return model, note
+
+
+def equal_ranks(dense, layers, share):
+    """{layer: rank}, the same share of the MACs of each, with which the model keeps at most this share of its own."""
+    table = cost.breakdown(dense).set_index("layer").macs
+    sizes = {name: layer.weight.flatten(1).shape for name, layer in layers.items()}
+
+    def chosen(own):
+        return {name: max(1, lowrank.rank_for(m, n, own, multiple=1)) for name, (m, n) in sizes.items()}
+
+    def left(found):
+        saved = sum(table[n] * (1 - rank * sum(sizes[n]) / sizes[n].numel()) for n, rank in found.items())
+        return 1 - saved / table.sum()
+
+    if (floor := left(chosen(0.0))) > share:
+        raise ValueError(f"SVD cannot reach {share:g} x MACs: {floor:.3f} stays at rank 1")
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if left(chosen(middle)) > share else (middle, high)
+    return chosen(low)
+
+
+def peer(criterion, given, share, everything=True, isomorphic=False):
+    importance = getattr(torch_pruning.importance, f"Group{criterion.title()}Importance")()
+    options = {"everything": everything, "isomorphic": isomorphic}
+    options["gradients"] = given.gradients if criterion == "Taylor" else None
+    return torch_pruning_to(given.dense, share, importance, **options)
+
+
+CRITERIA = ("magnitude", "Taylor")
+FAMILIES = {
+    "vitlab, pool": {"vitlab, pool": pool},
+    "vitlab, units": {"vitlab, units": functools.partial(units_of, KINDS)},
+    "vitlab, single kinds": {
+        "vitlab, ranks": ranks,
+        "vitlab, heads and neurons": functools.partial(units_of, ("heads", "neurons")),
+        **{f"vitlab, {kind}": functools.partial(units_of, (kind,)) for kind in KINDS},
+    },
+    "random units": {"random units": random_units},
+    "Torch-Pruning": {
+        f"Torch-Pruning, {word}, {way}": functools.partial(peer, word, isomorphic=way == "isomorphic")
+        for word, way in product(CRITERIA, ("global", "isomorphic"))
+    },
+    "Torch-Pruning, heads and neurons": {
+        f"Torch-Pruning, {word}, heads and neurons": functools.partial(peer, word, everything=False)
+        for word in CRITERIA
+    },
+    "SVD": {"SVD, whitened": functools.partial(svd, True), "SVD, plain": functools.partial(svd, False)},
+    "dense": {"dense": lambda given, share: (copy.deepcopy(given.dense), "the control: nothing is cut")},
+}
+TOOLS = {name: make for family in FAMILIES.values() for name, make in family.items()}
+
+
+# -- rows
+
+
+def read():
+    file = folder("accuracy.csv")
+    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=COLUMNS)
+
+
+def change(edit):
+    """Write what edit makes of the rows there are, while no other process does."""
+    lock = os.open(folder(), os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record.write_atomic(folder("accuracy.csv"), edit(read()).convert_dtypes().to_csv(index=False))
+    finally:
+        os.close(lock)
+
+
+def those(table, **key):
+    """Which rows are of this key."""
+    return functools.reduce(lambda a, b: a & b, (table[name] == value for name, value in key.items()))
+
+
+def keep(key, **row):
+    """Put a row in the place of the one of its key, with the speed that other stages and seeds know of its model."""
+    source = record.provenance()
+    row = key | row | source
+    about = {name: key[name] for name in ("model", "budget", "tool")}
+
+    def edit(table):
+        known = table[those(table, **about)][SPEED].dropna().head(1).to_dict("records")
+        others = table[~those(table, **{name: row[name] for name in KEY})].to_dict("records")
+        return pd.DataFrame([*others, row | dict(*known)], columns=[*COLUMNS, *source])
+
+    change(edit)
+    told = f"{row['top1']:.2f} %" if "top1" in row else row["note"]
+    record.say(f"{row['model']}, {row['budget']:g} x MACs, seed {row['seed']}, {row['tool']}: {row['stage']}, {told}")
+
+
+def measured(model, images):
+    test = evaluate.accuracy(model, images.test)
+    counts = {"macs": cost.macs(model), "params": sum(parameter.numel() for parameter in model.parameters())}
+    shown = {"top1": test.top1, "correct": test.correct, "total": test.total, "loss": test.loss}
+    return shown | {"val_top1": evaluate.accuracy(model, images.val).top1} | counts
+
+
+def cut_folder(key):
+    parts = [key["model"], f"{key['budget']:g}", f"seed{key['seed']}", key["tool"]]
+    return data.root().joinpath("bench", "accuracy", *(re.sub(r"[^\w.]+", "-", part) for part in parts))
+
+
+def measure(given, share, tool, *, lr, epochs=1, images=None):
+    """Cut by this tool, and fine-tune for so many epochs of all (or so many) images, as far as rows are missing."""
+    key = {"tool": tool, "model": given.name, "budget": share, "seed": given.seed}
+    kept, table = cut_folder(key), read()
+    done = set(table[those(table, **key)].stage)
+    if "unreachable" in done or {"cut", *(["finetuned"] if epochs else [])} <= done:
+        return
+    if "cut" in done and kept.exists():
+        model = checkpoint.load(kept)
+    else:
+        begun = time.perf_counter()
+        try:
+            model, note = TOOLS[tool](given, share)
+        except ValueError as error:
+            if not (floor := re.search(r"cannot reach .*: ([\d.]+) stays", str(error))):
+                raise
+            floor = round(float(floor[1]) * cost.macs(given.dense))
+            return keep(key | {"stage": "unreachable"}, macs=floor, note=str(error))
+        seconds = time.perf_counter() - begun
+        checkpoint.save(model, kept)
+        keep(key | {"stage": "cut"}, **measured(model, given.images), note=note, seconds=seconds)
+    if epochs:
+        settings = RECIPE | {"lr": lr, "epochs": epochs, "images": images, "seed": given.seed, "folder": kept}
+        with contextlib.redirect_stdout(io.StringIO()):
+            history = train.fit(
+                model, given.images.train, given.images.val, stage="finetuned", keep_best=False, **settings
+            )
+        spent = {"seconds": history.seconds.sum(), "lr": lr, "epochs": epochs, "images": images}
+        keep(key | {"stage": "finetuned"}, **measured(model, given.images), **spent)
+        (kept / "finetuned.state.pt").unlink()
+
+
+def measure_all(given_of, budgets, seeds, tools, **options):
+    """All rows, the first seed first. given_of: {model: function of the seed that makes its Given}."""
+    for seed, make in product(seeds, given_of.values()):
+        given = make(seed)
+        if "dense" in tools:
+            measure(given, 1.0, "dense", **options)
+        for share, tool in product(budgets, [tool for tool in tools if tool != "dense"]):
+            measure(given, share, tool, **options)
+
+
+# -- speed
+
+
+def speed(given, budgets, *, batch=64, rounds=30):
+    """Times as fast as dense of each budget's models, interleaved, as columns of their rows."""
+    for share in budgets:
+        table, made = read(), {"dense": given.dense}
+        own = table[those(table, model=given.name, budget=share, stage="cut")]
+        for tool in [tool for tool in TOOLS if tool in set(own.tool)]:
+            kept = cut_folder({"tool": tool, "model": given.name, "budget": share, "seed": given.seed})
+            made[tool] = checkpoint.load(kept) if kept.exists() else TOOLS[tool](given, share)[0].eval()
+        times = bench.latency(made, batch=batch, repeats=rounds, seconds=600).set_index("model")
+        times["speed_threads"] = times.threads
+
+        def edit(table, times=times, share=share):
+            for tool in times.index:
+                about = {"model": given.name, "budget": 1.0 if tool == "dense" else share, "tool": tool}
+                table.loc[those(table, **about), SPEED] = times.loc[tool, SPEED].to_list()
+            return table
+
+        change(edit)
+        record.say(f"{given.name}, {share:g} x MACs: {len(made)} models timed in {times.rounds.iloc[0]} rounds")
+
+
+# -- table and figure
+
+
+def mean_and_range(values, form="{:.1f}"):
+    low, middle, high = (form.format(each) for each in (values.min(), values.mean(), values.max()))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def summary(table, model, share):
+    """One line a tool: MACs, top-1, its differences to vitlab's pool, paired by seed, and speed-up."""
+    own, lines = table[those(table, model=model, budget=share)], []
+    dense = table[those(table, model=model, tool="dense")].macs.max()
+    for tool in [tool for tool in TOOLS if tool in set(own.tool)]:
+        mine = own[own.tool == tool]
+        line = {"tool": tool, "MACs": f"{mine.macs.mean() / dense:.3f}"}
+        if (mine.stage == "unreachable").all():
+            line["MACs"] = f"not below {line['MACs']}"
+        for stage, word in STAGES.items():
+            both = own[own.stage == stage].pivot(index="seed", columns="tool", values="top1")
+            if tool in both:
+                line[word] = mean_and_range(both[tool])
+            if {tool, POOL} <= set(both) - ({POOL} if tool == POOL else set()):
+                line[f"pool − tool, {word}"] = mean_and_range((both[POOL] - both[tool]).dropna(), "{:+.2f}")
+        if mine.speedup.notna().any():
+            timed = mine.dropna(subset=["speedup"]).iloc[0]
+            line["times as fast"] = f"{timed.speedup:.2f} ({timed.speedup_q1:.2f} to {timed.speedup_q3:.2f})"
+        lines.append(line | {"seeds": mine.seed.nunique()})
+    words = [*STAGES.values(), *(f"pool − tool, {word}" for word in STAGES.values()), "times as fast", "seeds"]
+    return pd.DataFrame(lines, columns=["tool", "MACs", *words]).dropna(axis="columns", how="all").fillna("")
+
+
+POOL = "vitlab, pool"
+STAGES = {"cut": "cut", "finetuned": "fine-tuned"}
+
+
+def table_and_figure():
+    """accuracy.md and the figure, from the rows there are."""
+    table, text = read(), []
+    for model, share in product(dict.fromkeys(table.model), sorted(set(table.budget) - {1.0}, reverse=True)):
+        control = table[those(table, model=model, tool="dense")].set_index("stage").top1
+        dense = [f"{words} {mean_and_range(control[[stage]])}" for stage, words in CONTROL.items() if stage in control]
+        text.append(f"**{model}, {share:g} × MACs.** Test top-1 (%); {', '.join(dense)}.\n")
+        text.append(summary(table, model, share).to_markdown(index=False, disable_numparse=True) + "\n")
+    seeds, threads = (sorted(table[name].dropna().astype(int).unique()) for name in ("seed", "speed_threads"))
+    text.append(
+        f"Mean (lowest to highest) of seeds {', '.join(map(str, seeds))}; differences are paired by seed. Times as "
+        "fast as dense: median (quartiles), batches of 64, "
+        f"threads: {', '.join(map(str, threads)) or 'not timed yet'}.\n"
+    )
+    record.write_atomic(folder("accuracy.md"), "\n".join(text))
+    said = plots.caption(table.assign(study="benchmark", data="CIFAR-10 (JPEG)", split_seed=0))
+    said += " Of each family the tool that is best on test at that budget; bars from the lowest to the highest seed."
+    plots.save(figure(table), folder("accuracy"), caption=said)
+
+
+CONTROL = {"cut": "dense", "finetuned": "dense, fine-tuned as much"}
+
+
+@plots.styled
+def figure(table):
+    """Test top-1 (%) over the budget, after the cut and after fine-tuning; models below each other, a line a family."""
+    names = list(dict.fromkeys(table.model))
+    families = [family for family in FAMILIES if family != "dense"]
+    figure, panels = plt.subplots(len(names), 2, figsize=(10.5, 3.4 * len(names)), squeeze=False)
+    look = plots.looks(families)
+    for (line, model), (column, (stage, word)) in product(zip(panels, names, strict=True), enumerate(STAGES.items())):
+        ax, own = line[column], table[those(table, model=model, stage=stage)]
+        for family in families:
+            top1 = own[own.tool.isin(FAMILIES[family])].groupby(["budget", "tool"]).top1.agg(["mean", "min", "max"])
+            best = top1.loc[top1["mean"].groupby("budget").idxmax()].droplevel("tool")
+            spread = [best["mean"] - best["min"], best["max"] - best["mean"]]
+            label = family + (f" (best of {len(FAMILIES[family])})" if len(FAMILIES[family]) > 1 else "")
+            ax.errorbar(best.index, best["mean"], yerr=spread, capsize=3, label=label, **look[family])
+        dense = own[own.tool == "dense"].top1.mean()
+        ax.axhline(dense, color="0.35", linewidth=1, zorder=0, label="dense (right: fine-tuned as much)")
+        ax.xaxis.set_major_formatter("{x:.0%}")
+        ax.set(xlabel="MACs kept", ylabel=f"{model}, {word}:\ntest top-1 (%)", xticks=sorted(set(own.budget) - {1}))
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    return figure
+
+
+# -- the commands
+
+
+def given_of(names):
+    images = data.load("cifar10", image_size=32)
+    return {name: functools.partial(Given, MODELS[name], model_of(MODELS[name]), images) for name in names}
+
+
+def accuracy(rounds):
+    """All of it with its defaults, in hours: rows, speed, table, figure."""
+    found = given_of(MODELS)
+    measure_all(found, BUDGETS, SEEDS, list(TOOLS), lr=3e-4)
+    for make in found.values():
+        speed(make(0), BUDGETS, rounds=4 * rounds)
+    table_and_figure()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the MACs (%(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="(%(default)s)")
+    parser.add_argument("--tools", nargs="+", default=["*"], metavar="PATTERN", help=" | ".join(TOOLS))
+    parser.add_argument("--lr", type=float, default=3e-4, help="of fine-tuning (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning; 0: the cuts alone (%(default)s)")
+    parser.add_argument("--images", type=int, help="for fine-tuning, for a trial (all)")
+    parser.add_argument(
+        "--again", action="store_true", help="drop the rows of these models, budgets, seeds and tools first"
+    )
+    parser.add_argument("--speed", action="store_true", help="time the cut models of seed 0 instead")
+    parser.add_argument("--table", action="store_true", help="write table and figure instead")
+    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--out", help="folder for rows, table and figure (figures/bench)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ["VITLAB_HEADLESS"] = "1"  # no bars
+    os.environ["BENCH_OUT"] = options.out or ""
+    tools = [tool for tool in TOOLS if any(fnmatch.fnmatch(tool, pattern) for pattern in options.tools)]
+    if not tools:
+        parser.error(f"no tool is called {' or '.join(options.tools)}; there are: {' | '.join(TOOLS)}")
+    if options.speed:
+        for make in given_of(options.models).values():
+            speed(make(0), options.budgets, rounds=options.rounds)
+    if options.table:
+        table_and_figure()
+    if not (options.speed or options.table):
+        how = {name: getattr(options, name) for name in ("lr", "epochs", "images")}
+        if options.again:
+            names = [MODELS[name] for name in options.models]
+            chosen = {"model": names, "budget": [*options.budgets, 1.0], "seed": options.seeds, "tool": tools}
+            change(lambda table: table[~table[list(chosen)].isin(chosen).all(axis=1)])
+        measure_all(given_of(options.models), options.budgets, options.seeds, tools, **how)
+
+
+CASES = {"accuracy": accuracy}
+
+if __name__ == "__main__":
+    main()
