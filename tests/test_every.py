@@ -19,6 +19,15 @@ def entries(criterion, **options):
     return keep
 
 
+def gradual(model, batch):
+    """The second of three steps: weights that are zero by then stay so."""
+    for share in prune.shares("cubic", 3, final=0.8)[:2]:
+        found = scores.weights(model, [batch], criteria=["taylor"])["taylor"]
+        keep = prune.further(model, found, sparsity=share)
+        prune.apply(model, keep)
+    return keep
+
+
 def pattern(model, batch):
     found = scores.weights(model, [batch], criteria=["wanda"])["wanda"]
     return {name: masks.n_of_m(score, 2, 4) for name, score in found.items()}
@@ -36,11 +45,12 @@ def units(model, batch):
 
 
 MASKED = {  # masks: all MACs are executed, half or so of the weights are zero
-    **{name: entries(name) for name in ("magnitude", "gradient", "taylor", "fisher", "obd", "snip")},
+    **{name: entries(name) for name in ("random", "magnitude", "gradient", "taylor", "fisher", "obd", "snip")},
     "wanda by row": entries("wanda", per="row"),
     "obs by layer": entries("obs", per="layer"),
     "taylor by role": entries("taylor", per="role"),
     "tiles": entries("fisher", tile=4),
+    "in steps": gradual,
     "2:4": pattern,
     "rows": rows,
     "units": units,
@@ -105,6 +115,8 @@ SMALLER = {  # less MACs are executed
     "rows": rows_gone,
     **{f"no {kind} in the last block": without(kind) for kind in ("heads", "neurons", "block")},
     "svd": compressed(ratio=0.5, method="svd"),
+    "svd, unwhitened": compressed(ratio=0.5, method="svd", whiten=False),
+    "random directions": compressed(ratio=0.5, method="random"),
     "svd+iht on rows": compressed(ratio=0.5, support="rows"),
     "svd+iht on columns": compressed(ratio=0.5, support="columns"),
 }
@@ -117,21 +129,28 @@ STORED = {  # low rank and sparse parts that execute as much as dense ones, or m
 METHODS = {
     **{f"masked {name}": keep for name, keep in MASKED.items()},
     **{f"refitted {name}": MASKED[name] for name in ("fisher", "2:4")},
+    "updated fisher": MASKED["fisher"],  # by Optimal Brain Surgeon
     **SMALLER,
     **STORED,
 }
-ARCHITECTURES = ["vit", "swin", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)]
+ARCHITECTURES = ["vit", "swin", *OTHERS]
+EVERY = [  # each method twice, on architectures that follow each other; the others take minutes
+    pytest.param(architecture, name, marks=[] if (i - j) % len(ARCHITECTURES) in (0, 4) else pytest.mark.long)
+    for i, name in enumerate(METHODS)
+    for j, architecture in enumerate(ARCHITECTURES)
+]
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture, name", EVERY)
 def test_every_method_on_every_architecture(architecture, name, batch, request, tmp_path):
     model = toy(**OTHERS[architecture]) if architecture in OTHERS else request.getfixturevalue(architecture)
     dense, before = cost.breakdown(model)[["macs", "macs_ideal"]].sum(), model(batch[0])
     keep = None
-    if name.startswith(("masked", "refitted")):
-        keep = METHODS[name](model, batch)
-        new = shrink.refit(model, keep, grams(model, batch)) if name.startswith("refitted") else model
+    if name.startswith(("masked", "refitted", "updated")):
+        keep, new = METHODS[name](model, batch), model
+        if not name.startswith("masked"):
+            method = "obs" if name.startswith("updated") else "least squares"
+            new = shrink.refit(model, keep, grams(model, batch), method=method)
         prune.apply(new, keep)
     else:
         new = METHODS[name](model, batch)
@@ -157,3 +176,10 @@ def test_every_method_on_every_architecture(architecture, name, batch, request, 
     assert after.isfinite().all() and torch.equal(same(batch[0]), after)
     loaded = checkpoint.load_masks(tmp_path / "model") if keep else {}
     assert all(torch.equal(loaded[key], mask) for key, mask in (keep or {}).items())
+
+
+def test_the_fast_tests_have_each_method_and_each_architecture():
+    fast = [case.values for case in EVERY if not case.marks]
+    for place, everything in enumerate((ARCHITECTURES, METHODS)):
+        counts = {each: sum(case[place] == each for case in fast) for each in everything}
+        assert min(counts.values()) >= 2, counts

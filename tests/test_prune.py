@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import swa_utils
 
-from vitlab import masks, models, prune
+from vitlab import masks, models, prune, scores, shrink
 
 
 def magnitudes(model):
@@ -294,6 +294,7 @@ def test_cubic_schedule():
 def test_shares_of_a_schedule():
     assert prune.shares("cubic", 4, final=0.8) == pytest.approx([0.8 * (1 - x**3) for x in (0.75, 0.5, 0.25, 0)])
     assert prune.shares("iterative", 3, final=0.875) == pytest.approx([0.5, 0.75, 0.875])  # each takes half of the rest
+    assert prune.shares("one-shot", 4, final=0.7) == [0.7]
     for kind in ("cubic", "iterative"):
         assert prune.shares(kind, 1, final=0.7) == [0.7]  # one-shot
         path = prune.shares(kind, 9, final=0.7, initial=0.1)
@@ -340,6 +341,26 @@ def test_one_zero_does_not_make_a_tile_go_first(vit):
 def test_further_refuses_scores_of_another_model(vit, swin):
     with pytest.raises(ValueError, match="no parameter 'layers.0"):
         prune.further(vit, magnitudes(swin), sparsity=0.5)
+
+
+def test_rows_go_step_by_step_until_as_many_are_left(model, batch):
+    total, before = sum(m.out_features for m in models.view(model).linears().values()), model
+    for share in (0.3, 0.6, 0.9):
+        left = total - round(share * total)
+        for criterion in ("fisher", "random"):  # random does not know which rows are gone
+            found = scores.rows(before, [batch], criteria=criterion)[criterion]
+            small = shrink.remove(before, prune.further_rows(before, found, left=left))
+            layers = models.view(small).linears().values()
+            assert sum(len(getattr(m, "rows", range(m.out_features))) for m in layers) == left
+            assert min(len(getattr(m, "rows", range(m.out_features))) for m in layers) >= 1
+        before = small
+    with pytest.raises(ValueError, match=f"{left} rows are left already; ask for fewer than {left}"):
+        prune.further_rows(small, scores.rows(small, criteria="random")["random"], left=left)
+    with pytest.raises(ValueError, match="rows; got .* scores of another model"):
+        prune.further_rows(small, scores.rows(model, criteria="random")["random"], left=9)
+    flat = {"blocks.0.mlp.fc1": torch.arange(64.0)}
+    vit = models.create("conv_vit", num_classes=3, embed_dim=32, depth=1)
+    assert prune.further_rows(vit, flat, left=61) == {("blocks.0.mlp.fc1", "rows"): [0, 1, 2]}
 
 
 def test_histogram_counts_every_weight_once_and_zeros_apart(model):

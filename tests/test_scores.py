@@ -418,7 +418,7 @@ def test_magnitudes_of_head_dimensions_add_up_to_heads(model):
 
 def test_magnitudes_count_the_biases_that_swinv2_keeps_beside_qkv(batch):
     model = toy(**OTHERS["swinv2"])
-    found = scores.units(model, criteria="magnitude", kinds=["heads", "qk", "v"])["magnitude"]
+    found = scores.units(model, criteria="magnitude", kinds=["heads", "v"])["magnitude"]
     for block in models.view(model).blocks:
         attn, size = block.attn, block.num_heads * block.head_dim
         assert attn.qkv.bias is None and attn.q_bias.count_nonzero() and attn.v_bias.count_nonzero()

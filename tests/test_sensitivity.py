@@ -2,6 +2,7 @@
 
 import copy
 
+import pandas as pd
 import pytest
 import torch
 
@@ -69,6 +70,33 @@ def test_a_perfect_score_agrees_and_a_reversed_one_disagrees(vit, batch):
     assert found[found.criterion == "right"].spearman.values == pytest.approx(1)
     assert found[found.criterion == "wrong"].spearman.values == pytest.approx(-1)
     assert found.units.tolist() == [8, 128, 8, 128]
+
+
+def test_all_heads_go_one_by_one_and_some_neurons(model, batch):
+    table = sensitivity.ablations(model, [batch], per_block=2)
+    for (name, kind), part in table.groupby(["block", "kind"]):
+        assert len(part) == (models.view(model).block(name).num_heads if kind == "heads" else 2)
+        assert part.unit.is_unique
+
+
+def test_layers_are_ranked_by_what_a_cut_takes_from_them(model, batch):
+    saliency = scores.weights(model, [batch], criteria=["taylor"])["taylor"]
+    table = sensitivity.curves(model, saliency, [batch], ratios=[0.5, 0.75])
+    half = table[table.ratio == 0.5].set_index("layer").increase
+    size = {name: score.numel() for name, score in saliency.items()}
+    right = {n: torch.full_like(s, half[n.removesuffix(".weight")] / size[n]) for n, s in saliency.items()}
+    given = {"right": right, "wrong": {n: -s for n, s in right.items()}, "taylor": saliency}
+    found = sensitivity.layer_agreement(given, saliency, table[table.ratio == 0.5])
+    assert list(found) == sensitivity.AGREEMENT and set(found.kind) == {"weights"}
+    assert found.spearman[:2].tolist() == pytest.approx([1, -1]) and (found.units == len(half)).all()
+    lost = []
+    for score in saliency.values():  # by hand: the sum of what goes
+        lost.append(score.flatten().sort().values[: round(0.5 * score.numel())].sum().item())
+    expected = pd.Series(lost).rank().corr(half.reset_index(drop=True).rank())
+    assert found.spearman[2] == pytest.approx(expected)
+    both = sensitivity.layer_agreement(given, saliency, table)
+    alone = [sensitivity.layer_agreement(given, saliency, part).spearman for _, part in table.groupby("ratio")]
+    assert both.spearman.tolist() == pytest.approx(((alone[0] + alone[1]) / 2).tolist())
 
 
 def test_kinds_can_be_chosen(vit, batch):

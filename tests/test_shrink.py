@@ -5,9 +5,13 @@ import json
 
 import pytest
 import torch
+from conftest import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import DropPath
 from torch import nn
 
-from vitlab import cost, layers, lowrank, models, scores, shrink
+from vitlab import cost, layers, lowrank, masks, models, scores, shrink
 
 
 def heads_and_neurons(model):
@@ -53,6 +57,18 @@ def zeroed(x, indices):
 
 def error(one, other):
     return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def without_drops(model):
+    for module in model.modules():
+        if isinstance(module, DropPath):  # SwinV2's
+            module.drop_prob = 0.0
+    return model
+
+
+def input_gradient(model, batch):
+    x = batch[0].clone().requires_grad_(True)
+    return torch.autograd.grad(nn.functional.cross_entropy(model(x), batch[1]), x)[0]
 
 
 def fuse(model, fused):
@@ -174,8 +190,11 @@ def test_removed_equals_masked_for_every_kind_and_architecture(any_model, batch,
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in any_model.parameters())
     assert error(small(batch[0]), expected(batch[0])) < 1e-5
     assert error(fuse(small, True)(batch[0]), expected(batch[0])) < 1e-5
-    with torch.no_grad():
-        fuse(small, False)
+    small, expected = (without_drops(each).train() for each in (copy.deepcopy(small), expected))
+    wanted = input_gradient(expected, batch)
+    for fused in (False, True):
+        assert error(input_gradient(fuse(small, fused), batch), wanted) < 1e-4
+    small = fuse(shrink.remove(any_model, drop), False)
     same = shrink.rebuild(models.create(**recipe(small)), json.loads(json.dumps(shrink.structure(small)))).eval()
     same.load_state_dict(small.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), small(batch[0]))
@@ -184,6 +203,54 @@ def test_removed_equals_masked_for_every_kind_and_architecture(any_model, batch,
         assert [model.embed_dim, model.num_features, model.head_hidden_size] == [widths[0], widths[-1], widths[-1]]
     assert cost.macs(small) < cost.macs(any_model)
     assert cost.macs(same) == cost.macs(small) == cost.meters(small)["macs_torch"]
+
+
+NOTHING = [(kinds, cut) for kinds, cut in shrink.CUTS if kinds != ("block",)]  # a block is cut or it is not
+
+
+@pytest.mark.parametrize("kinds, cut", NOTHING, ids=["+".join(kinds) for kinds, _ in NOTHING])
+def test_a_cut_of_nothing_is_bit_equal(any_model, batch, kinds, cut):
+    """`remove` refuses it as a mistake; what each of its cuts makes anew, with and without grams, is as it was."""
+    before, names = any_model(batch[0]), {}
+    for kind in kinds:
+        for name in models.view(any_model).linears() if kind == "rows" else models.view(any_model).units([kind]):
+            names.setdefault(name if kind == "rows" else name[0], {})[kind] = torch.tensor([], dtype=torch.long)
+    seen, means = grams(any_model, batch[0])
+    for fill in (shrink._Fill({}, {}, 1e-3), shrink._Fill(means, seen, 1e-3)):
+        model = copy.deepcopy(any_model)
+        for name, gone in names.items():
+            cut(model, name, gone, fill)
+        assert torch.equal(model(batch[0]), before)
+    same = shrink.rebuild(models.create(**recipe(any_model)), shrink.structure(any_model)).eval()
+    same.load_state_dict(any_model.state_dict(), strict=True)
+    assert torch.equal(same(batch[0]), before)
+    keep = masks.keep_largest({n: p.detach().abs() for n, p in any_model.named_parameters()}, sparsity=0)
+    assert all(mask.all() for mask in keep.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=st.data())
+def test_two_removals_are_one(drawn):
+    model, x = toy("conv_vit", embed_dim=16, depth=2, num_heads=4), torch.randn(2, 3, 16, 16)
+    counts = models.view(model).units(["heads", "neurons", "filters", "width"])
+    counts |= {("blocks.1.attn.proj", "rows"): 16, ("blocks.0.mlp.fc2", "rows"): 16}
+    parts = [{}, {}]
+    keys = drawn.draw(st.lists(st.sampled_from(sorted(counts)), min_size=1, max_size=4, unique=True))
+    if ("stages.0", "width") in keys:  # these rows are its channels, which are numbered anew
+        keys = [key for key in keys if key[1] != "rows"]
+    for key in keys:
+        total = counts[key]
+        gone = drawn.draw(st.lists(st.integers(0, total - 1), unique=True, min_size=1, max_size=min(6, total - 1)))
+        early = drawn.draw(st.integers(0, len(gone)))
+        left = [i for i in range(total) if i not in gone[:early]]
+        parts[0][key] = gone[:early]  # what is left is numbered anew, but for rows, of which zeros stay in the place
+        parts[1][key] = [i if key[1] == "rows" else left.index(i) for i in gone[early:]]
+        counts[key] = gone
+    once, twice = shrink.remove(model, {key: counts[key] for key in keys}), model
+    for drop in parts:
+        twice = shrink.remove(twice, drop) if any(drop.values()) else twice
+    assert error(twice(x), once(x)) < 1e-5
+    assert {n: p.shape for n, p in twice.named_parameters()} == {n: p.shape for n, p in once.named_parameters()}
 
 
 def test_a_block_without_heads_and_biases_gets_narrower_too(any_model, batch):
@@ -415,6 +482,18 @@ def test_what_stays_makes_up_for_masked_weights(model, batch):
         weight, new, mask = (tensor.flatten(1) for tensor in (weight, new, mask))
         assert lowrank.objective(weight, new, gram) < lowrank.objective(weight, weight * mask, gram)
     assert fitted(batch[0]).isfinite().all() and not torch.equal(model.get_parameter(name), new)
+    swept = shrink.refit(model, keep, seen, method="obs")
+    for name, mask in keep.items():
+        weight, best, new = (each.get_parameter(name) for each in (model, fitted, swept))
+        if name == norm:
+            assert torch.equal(new, weight * mask)
+            continue
+        gram = lowrank.damped(seen[name.removesuffix(".weight")])
+        weight, best, new, mask = (tensor.flatten(1) for tensor in (weight, best, new, mask))
+        assert torch.equal(new, lowrank.obs_update(weight, gram, mask))
+        assert lowrank.objective(weight, best, gram) <= lowrank.objective(weight, new, gram)
+    with pytest.raises(ValueError, match="unknown method 'obd', did you mean 'obs'"):
+        shrink.refit(model, keep, seen, method="obd")
     with pytest.raises(ValueError, match="no parameter 'norm.weigth' of shape"):
         shrink.refit(model, {"norm.weigth": keep[norm]}, seen)
     with pytest.raises(ValueError, match="none of the layers in keep"):
@@ -515,8 +594,8 @@ def test_means_and_least_squares_make_up_for_what_goes(model, batch):
         width = block.head_dim if gone[0][1] == "heads" else 1
         keep = [i for i in range(whole.in_features) if i // width not in gone[1]]
         losses = []
-        for given in ({}, {"means": mean}, {"grams": gram}, {"grams": gram, "means": mean}):
-            small = shrink.remove(model, dict([gone]), **given).get_submodule(reader)
+        for known in ({}, {"means": mean}, {"grams": gram}, {"grams": gram, "means": mean}):
+            small = shrink.remove(model, dict([gone]), **known).get_submodule(reader)
             assert small.in_features == len(keep)
             losses.append((small(inputs[..., keep]) - outputs).square().mean().item())
         plain, centred, fitted, both = losses
@@ -591,6 +670,51 @@ def test_svd_is_two_thin_layers_within_the_share(model, batch):
         assert (report.macs == report["rank"] * (report.m + report.n)).all() and (report["count"] == 0).all()
         assert (report.macs <= 0.6 * report.macs_dense).all()
     assert all(isinstance(layer, layers.FactoredLinear) for layer in models.view(white).linears().values())
+
+
+def test_random_directions_cost_as_svd_and_lose_more(model, batch):
+    gram, _ = grams(model, batch[0])
+    options = {"ratio": 0.4, "multiple": 1, "grams": gram}
+    _, best = shrink.compress(model, method="svd", **options)
+    thin, report = shrink.compress(model, method="random", seed=1, **options)
+    assert (report["rank"] == best["rank"]).all() and (report.macs == best.macs).all()
+    assert (report.objective > best.objective).all()
+    for line in report.itertuples():  # what W makes of the inputs along these directions stays
+        layer, whole = thin.get_submodule(line.layer), model.get_submodule(line.layer)
+        along = layer.first.weight
+        torch.testing.assert_close(along @ along.T, torch.eye(line.rank), rtol=1e-4, atol=1e-5)
+        assert error(layer(along), whole(along)) < 1e-4
+    again, other = (shrink.compress(model, method="random", seed=s, **options)[0](batch[0]) for s in (1, 2))
+    assert torch.equal(again, thin(batch[0])) and not torch.equal(other, again)
+
+
+@pytest.mark.parametrize("place", [0.9, 0.3, 1e-9])  # from the floor, 0, to all MACs
+def test_the_ratio_for_a_share_of_the_macs(model, batch, place):
+    names = models.view(model).linears()
+    table = cost.breakdown(model).set_index("layer").macs
+    smallest = max((m.in_features + m.out_features) / (m.in_features * m.out_features) for m in names.values())
+    floor = 1 - (1 - smallest) * table[[*names]].sum() / table.sum()
+    share = floor + place * (1 - floor)
+    thin, report = shrink.compress(model, ratio=shrink.ratio_for(model, share), method="svd", multiple=1)
+    step = sum(table[name] * (m.in_features + m.out_features) / m.weight.numel() for name, m in names.items())
+    left = cost.macs(thin) / cost.macs(model)
+    assert share - step / table.sum() < left <= share and report["rank"].min() >= 1
+    for below in (floor - 1e-6, 0.01):
+        with pytest.raises(
+            ValueError, match=f"same share of each linear layer leaves at least {floor:.3f} of the MACs"
+        ):
+            shrink.ratio_for(model, below)
+    for wrong in (0, 1, 50):
+        with pytest.raises(ValueError, match="not a percentage"):
+            shrink.ratio_for(model, wrong)
+
+
+def test_a_model_cut_before_has_a_ratio_too(vit):
+    small = shrink.remove(vit, some_rows(vit) | {("blocks.0", "heads"): [1]})
+    thin, _ = shrink.compress(small, ratio=0.3, method="svd", multiple=1)
+    for before in (small, thin):
+        after, _ = shrink.compress(before, ratio=shrink.ratio_for(before, 0.97), method="svd", multiple=1)
+        assert 0.9 < cost.macs(after) / cost.macs(before) <= 0.97
 
 
 def test_the_thresholded_product_is_masked_only(model):

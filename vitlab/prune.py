@@ -208,15 +208,17 @@ def cubic_schedule(step, total, *, final, initial=0.0):
 def shares(kind, steps, *, final, initial=0.0):
     """Shares to have cut after each of a number of steps, a rising list that ends with final exactly.
 
-    kind: "cubic" (cubic_schedule, which begins from initial), or "iterative": each step cuts the same share of what
-    the one before left (Han et al. 2015). With one step either is one-shot. Shares in [0, 1). Raises ValueError for
-    an unknown kind and for what cubic_schedule refuses.
+    kind: "cubic" (cubic_schedule, which begins from initial), "iterative": each step cuts the same share of what the
+    one before left (Han et al. 2015), or "one-shot": all at once, whatever the number of steps. Shares in [0, 1).
+    Raises ValueError for an unknown kind and for what cubic_schedule refuses.
     """
-    kinds = ("cubic", "iterative")
+    kinds = ("one-shot", "cubic", "iterative")
     if kind not in kinds:
         raise ValueError(f"unknown kind of schedule {kind!r}{models.nearest(kind, kinds)}")
     last = cubic_schedule(steps, steps, final=final, initial=initial)  # final, or the error that is due
-    if kind == "cubic":
+    if kind == "one-shot":
+        before = []
+    elif kind == "cubic":
         before = [cubic_schedule(step, steps, final=final, initial=initial) for step in range(1, steps)]
     else:
         left = (1 - final) / (1 - initial)
@@ -247,6 +249,29 @@ def further(model, scores, **options):
             f"would come back, first in {next(n for n in back if back[n])}: ask for a higher sparsity than before"
         )
     return keep
+
+
+def further_rows(model, scores, *, left, floor=1):
+    """Rows to remove so that `left` are computed in all, those of the lowest scores: {(layer, "rows"): indices}.
+
+    scores: {layer: [rows]}, as from scores.rows of this very model; rows that were removed before, of which zeros
+    stand in their place, count as gone. left: how many rows stay over all these layers. floor: how many at least stay
+    in each. For shrink.remove. Raises ValueError for a left that leaves nothing to remove, for scores that do not fit
+    and what keep_largest raises.
+    """
+    living = {}
+    for name, score in scores.items():
+        layer = model.get_submodule(name)
+        if len(score) != layer.out_features:
+            raise ValueError(f"{name} has {layer.out_features} rows; got {len(score)} scores of another model")
+        living[name] = layer.rows if hasattr(layer, "rows") else torch.arange(len(score), device=score.device)
+    found = {name: score[living[name]] for name, score in scores.items()}
+    total = sum(map(len, found.values()))
+    if left >= total:
+        raise ValueError(f"{total} rows are left already; ask for fewer than {left}")
+    keep = keep_largest(found, count=total - left, floor=floor)
+    gone = {(name, "rows"): living[name][~mask].tolist() for name, mask in keep.items()}
+    return {key: indices for key, indices in gone.items() if indices}
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ import torch
 
 from . import masks, models, scores
 
+AGREEMENT = ["criterion", "kind", "spearman", "units"]
+
 
 def curves(model, saliency, batches, *, ratios, per="layer"):
     """Loss when linear layers lose their least salient weights: a frame of layer, block, role, ratio, loss and
@@ -56,7 +58,7 @@ def _cut(parameters, keep):
 def ablations(model, batches, *, per_block=16, kinds=("heads", "neurons"), seed=0):
     """Loss increase when one unit alone goes: a frame of block, kind, unit and increase (nats).
 
-    Up to per_block units of each kind in each block, drawn by seed: every one costs a pass over batches.
+    All heads, and up to per_block neurons of each block, drawn by seed: every one costs a pass over batches.
     """
     if unknown := set(kinds) - {"heads", "neurons"}:
         raise ValueError(f"ablations are of heads and neurons; got {sorted(unknown)}")
@@ -64,8 +66,8 @@ def ablations(model, batches, *, per_block=16, kinds=("heads", "neurons"), seed=
     dense = scores.loss(model, batches)
     rows = []
     for (name, kind), count in view.units().items():
-        chosen = torch.randperm(count, generator=generator)[:per_block].sort().values if kind in kinds else []
-        for unit in map(int, chosen):
+        most = {"heads": count, "neurons": per_block}[kind] if kind in kinds else 0
+        for unit in torch.randperm(count, generator=generator)[:most].sort().values.tolist():
             with _without(view.block(name), kind, unit):
                 rows.append((name, kind, unit, scores.loss(model, batches) - dense))
     return pd.DataFrame(rows, columns=["block", "kind", "unit", "increase"])
@@ -100,4 +102,24 @@ def agreement(unit_scores, measured):
         for kind, part in measured.assign(score=score).groupby("kind"):
             rank = part.score.rank().corr(part.increase.rank())  # Pearson of ranks; nan where all are equal
             rows.append((criterion, kind, rank, len(part)))
-    return pd.DataFrame(rows, columns=["criterion", "kind", "spearman", "units"])
+    return pd.DataFrame(rows, columns=AGREEMENT)
+
+
+def layer_agreement(weight_scores, saliency, measured):
+    """How well each criterion ranks layers by what a cut costs: a frame as of `agreement`, of kind "weights".
+
+    The rank correlation, over layers, between the score that a layer loses in all by the cut and the measured loss
+    increase, in the mean over ratios (over layers and ratios together it would be high for any score that adds up).
+    units: how many layers. weight_scores: {criterion: {parameter name: tensor}} of scores.weights. saliency, measured:
+    what `curves` was given and what it returned, per="layer": all criteria are asked about the same cuts.
+    """
+    rows = []
+    for ratio, part in measured.groupby("ratio"):
+        names = [f"{layer}.weight" for layer in part.layer]
+        keep = masks.keep_largest({name: saliency[name] for name in names}, sparsity=ratio, per="layer")
+        for criterion, found in weight_scores.items():
+            lost = [found[name].double()[~keep[name].to(found[name].device)].sum().item() for name in names]
+            increase = part.increase.reset_index(drop=True)
+            rows.append((criterion, "weights", pd.Series(lost).rank().corr(increase.rank()), len(part)))
+    table = pd.DataFrame(rows, columns=AGREEMENT)
+    return table.groupby(["criterion", "kind"], sort=False, as_index=False).agg({"spearman": "mean", "units": "first"})

@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from . import attention, layers, lowrank, models
+from . import attention, cost, layers, lowrank, models
 
-METHODS = ("svd+iht", "svd", "iht", "threshold")
+METHODS = ("svd+iht", "svd", "iht", "threshold", "random")
+REFITS = ("least squares", "obs")
 EVERY_ROLE = (*models.ROLES.values(), "head")
 
 
@@ -40,7 +41,8 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     damping: see lowrank.damped.
 
     Works on models already cut. Raises ValueError for unknown names (with the nearest) and wrong indices, for
-    a drop that removes nothing, and for one that removes all rows, filters, channels or blocks.
+    a drop that removes nothing (a mistake, as for prune.apply; tests show that each cut, told to remove nothing, gives
+    back a model whose logits are bit-equal), and for one that removes all rows, filters, channels or blocks.
     """
     gone = _checked_drop(models.view(model), drop)
     model = copy.deepcopy(model)
@@ -52,18 +54,24 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
 
 
 @torch.no_grad()
-def refit(model, keep, grams, *, damping=1e-3):
+def refit(model, keep, grams, *, method="least squares", damping=1e-3):
     """A copy of model whose masked weights are zero and whose other ones, layer by layer, make up for them.
 
-    The weights of each linear layer and convolution are solved for anew on their support, by least squares between
-    its outputs before and after, on calibration activations (lowrank.refit): the best end that SparseGPT's update of
-    Optimal Brain Surgeon (Frantar and Alistarh 2023) can have for a given mask. No labels, no training. What has no
-    gram (biases, norms) is masked only.
+    The weights of each linear layer and convolution are solved for anew on their support, between its outputs before
+    and after, on calibration activations. No labels, no training. What has no gram (biases, norms) is masked only.
+    method:
+
+    - "least squares": lowrank.refit, the best end that an update can have for a given mask.
+    - "obs": lowrank.obs_update, one sweep over the columns, as SparseGPT updates weights that stay by Optimal Brain
+      Surgeon (Frantar and Alistarh 2023). Never better for the layer's output on those activations, for comparison.
 
     keep: {parameter: bool tensor}, True stays, as from masks.keep_largest. grams: {layer: [n, n]}, as from
-    scores.grams. damping: see lowrank.damped. Raises ValueError for an unknown parameter, a mask or a gram that does
-    not fit, and if no weight in keep has a gram.
+    scores.grams. damping: see lowrank.damped. Raises ValueError for an unknown method or parameter, a mask or a gram
+    that does not fit, and if no weight in keep has a gram.
     """
+    if method not in REFITS:
+        raise ValueError(f"unknown method {method!r}{models.nearest(method, REFITS)} Known are {', '.join(REFITS)}.")
+    solve = lowrank.refit if method == "least squares" else lowrank.obs_update
     model = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
     for name, mask in keep.items():
@@ -76,8 +84,8 @@ def refit(model, keep, grams, *, damping=1e-3):
         weight, mask = parameters[name], mask.to(parameters[name].device)
         if name in solved and mask.any():
             gram = _fitting(grams, name.removesuffix(".weight"), [weight[0].numel()] * 2)
-            solved_for = lowrank.refit(weight.flatten(1), lowrank.damped(gram, damping), mask.flatten(1))
-            weight.copy_(solved_for.view_as(weight))
+            found = solve(weight.flatten(1), lowrank.damped(gram, damping), mask.flatten(1))
+            weight.copy_(found.view_as(weight))
         else:
             weight.mul_(mask)
     return model
@@ -96,6 +104,7 @@ def compress(
     whiten=True,
     rounds=20,
     damping=1e-3,
+    seed=0,
 ):
     """A copy of model whose linear layers keep 1 - ratio of their m n weights, and a report of what was lost.
 
@@ -108,6 +117,7 @@ def compress(
       kept and S the rest, where an entry counts 1, a row n and a column m; beside a pattern it takes all that is
       left. On entries this executes more MACs than dense, on rows and columns no more than the share.
     - "threshold": the largest entries of a truncated SVD's product, a baseline (lowrank.threshold_product).
+    - "random": as "svd", but of directions drawn from seed: what W makes of those inputs stays. The control.
 
     grams: {layer: [n, n]} of this very model, as from scores.grams. "iht" and "svd+iht" need them: without
     activations IHT is magnitude pruning. "svd" uses them unless whiten is False. damping: see lowrank.damped.
@@ -115,12 +125,12 @@ def compress(
 
     Returns (model, report), a DataFrame of layer, role, m, n, rank, count (of entries, rows or columns);
     objective_magnitude (of magnitude pruning with all of the share on that support), objective_start and
-    objective (first and last of the fit; svd and threshold start from the plain truncated SVD); macs_dense,
+    objective (first and last of the fit; the others than iht start from the plain truncated SVD); macs_dense,
     macs and macs_ideal of one token. Raises ValueError for a ratio that is no share, changes nothing or leaves
     nothing of a layer, for unknown words, and for grams that are missing or of another model.
     """
     _check_request(ratio=ratio, method=method, support=support, grams=grams, kappa=kappa)
-    model = copy.deepcopy(model)
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     view = models.view(model)
     report = []
     for name, layer in view.linears(roles).items():
@@ -132,7 +142,7 @@ def compress(
         rank, count = _plan(m, n, budget, method=method, support=support, kappa=kappa, multiple=multiple)
         if rank + count == 0:
             raise ValueError(f"ratio {ratio} leaves nothing of {name} [{m}, {n}] by {method!r}; give a lower one")
-        options = {"method": method, "support": support, "whiten": whiten, "rounds": rounds}
+        options = {"method": method, "support": support, "whiten": whiten, "rounds": rounds, "generator": generator}
         fit = _fit(weight, gram, rank=rank, count=count, **options)
         if count:
             stored = "entries" if lowrank.neighbours(support) else support
@@ -148,6 +158,32 @@ def compress(
         line |= {"objective_start": fit.objectives[0], "objective": fit.objectives[-1], "macs_dense": m * n}
         report.append(line | {"macs": layers.macs(new), "macs_ideal": layers.macs(new, ideal=True)})
     return model, pd.DataFrame(report)
+
+
+def ratio_for(model, macs, *, roles=None):
+    """The ratio at which compress(method="svd", multiple=1, roles=roles) leaves at most this share of model's MACs.
+
+    macs: share of all that model executes for one image, in (0, 1); the linear layers of these roles (None: all but
+    the classifier) give up the same share of their weights, and all else stays. Raises ValueError for what is no share
+    and, with the lowest share that can be had so, for one at which a layer would have no rank left.
+    """
+    if not 0 < macs < 1:
+        raise ValueError(f"macs is the share of the MACs that stays, in (0, 1), not a percentage; got {macs}")
+    table, view = cost.breakdown(model).set_index("layer").macs, models.view(model)
+    inner = {
+        n: layer.kept if isinstance(layer, layers.RowLinear) else layer for n, layer in view.linears(roles).items()
+    }
+    sizes = {name: (layer.out_features, layer.in_features) for name, layer in inner.items()}
+    whole = sum(table[name] * m * n / layers.macs(inner[name]) for name, (m, n) in sizes.items())
+    rest = table.sum() - table[[*sizes]].sum()
+    most = 1 - max((m + n) / (m * n) for m, n in sizes.values())
+    floor = (rest + (1 - most) * whole) / table.sum()
+    if macs < floor:
+        raise ValueError(
+            f"the same share of each linear layer leaves at least {floor:.3f} of the MACs, where the smallest one is "
+            f"down to one rank; got {macs}. Ranks that differ (budget.ranks) and other kinds of cut go further"
+        )
+    return min(1 - (macs * table.sum() - rest) / whole, most)
 
 
 @torch.no_grad()
@@ -614,7 +650,7 @@ def _price(m, n, support):
 
 def _plan(m, n, budget, *, method, support, kappa, multiple):
     """Rank and count (of entries, rows or columns) that budget, in weights, pays for; 0, 0 if it is too small."""
-    if method == "svd":
+    if method in ("svd", "random"):
         return lowrank.rank_for(m, n, budget / (m * n), multiple=multiple), 0
     if pattern := lowrank.neighbours(support):
         few, of = pattern
@@ -639,16 +675,19 @@ def _plan(m, n, budget, *, method, support, kappa, multiple):
     return (rank, count) if count and (rank or method == "iht") else (0, 0)
 
 
-def _fit(weight, gram, *, rank, count, method, support, whiten, rounds):
-    """The lowrank.Fit of one layer; of svd with nothing sparse, of threshold with nothing of low rank."""
+def _fit(weight, gram, *, rank, count, method, support, whiten, rounds, generator):
+    """The lowrank.Fit of one layer; of svd and random with nothing sparse, of threshold with nothing of low rank."""
     if method == "iht":
         return lowrank.iht(weight, gram, count, support=support)
     if method == "svd+iht":
         return lowrank.low_rank_plus_sparse(weight, gram, rank, count, support=support, rounds=rounds)
     u, v = lowrank.svd(weight, rank)
     plain = lowrank.objective(weight, u @ v, gram)
-    if method == "svd":
-        if whiten and gram is not None:
+    if method in ("svd", "random"):
+        if method == "random":
+            v = torch.linalg.qr(torch.randn(weight.shape[1], rank, generator=generator)).Q.T.to(weight)
+            u = weight @ v.T
+        elif whiten and gram is not None:
             u, v = lowrank.svd(weight, rank, gram=gram)
         sparse = torch.zeros_like(weight)
     else:
