@@ -138,6 +138,11 @@ def start(path, *arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+DRAWN = """import pandas as pd
+from vitlab import plots
+axes = plots.agreement(pd.DataFrame({"criterion": ["a"], "kind": ["b"], "spearman": [0.5]}))"""
+
+
 def test_two_notebooks_at_once_one_of_which_fails(tmp_path, data_root):
     shown = "import os, sys\nprint(sys.executable, seed, lab.params.train.epochs, os.environ['VITLAB_HEADLESS'])"
     fine = notebook(
@@ -145,6 +150,7 @@ def test_two_notebooks_at_once_one_of_which_fails(tmp_path, data_root):
         OPEN,
         shown,
         "lab.save_table('x', __import__('pandas').DataFrame({'a': [1]}))",
+        *[DRAWN] * 2,
     )
     bad = notebook(tmp_path / "bad.ipynb", OPEN, "# looks for it\nlab.need('dense', '1_train')", "print('never')")
     before = fine.read_bytes(), bad.read_bytes()
@@ -158,6 +164,8 @@ def test_two_notebooks_at_once_one_of_which_fails(tmp_path, data_root):
     cells = json.loads((folder / "notebooks" / "fine.ipynb").read_text())["cells"]
     injected = next(cell for cell in cells if "injected-parameters" in cell["metadata"].get("tags", []))
     assert "seed = 3" in "".join(injected["source"])
+    drawn = [cell["outputs"] for cell in cells if "".join(cell["source"]) == DRAWN]
+    assert [sum("image/png" in o.get("data", {}) for o in outputs) for outputs in drawn] == [1, 1], "not only the first"
 
     out, err = failing.communicate(timeout=300)
     assert failing.returncode == 1 and "never" not in out

@@ -81,6 +81,7 @@ def styled(draw):
 
     @functools.wraps(draw)
     def inside(*arguments, **options):
+        plt.draw_if_interactive()  # loads the backend: inside, a notebook's interactive mode would end with the style
         with plt.rc_context(STYLE):
             return draw(*arguments, **options)
 
