@@ -740,7 +740,7 @@ def agreement(frame, *, ax=None):
 
     frame: columns criterion, kind, spearman, as sensitivity.agreement returns it. Returns the Axes.
     """
-    ax = ax or plt.subplots(figsize=HALF)[1]
+    ax = ax or plt.subplots(figsize=(max(HALF[0], 2.2 + 0.95 * frame.criterion.nunique()), HALF[1]))[1]
     sns.barplot(frame, x="criterion", y="spearman", hue="kind", errorbar=("pi", 100), ax=ax)
     ax.axhline(0, color="0.3", linewidth=0.8)
     ax.set(
