@@ -77,7 +77,7 @@ class Given:
 
     @functools.cached_property
     def candidates(self):
-        return budget.candidates(self.dense, self.calibration, kinds=[*KINDS, "ranks"])
+        return budget.candidates(self.dense, self.calibration, kinds=[*KINDS, "ranks"], grams=self.affine)
 
     @property
     def units(self):

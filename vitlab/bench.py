@@ -424,9 +424,9 @@ def _factored(layer, rank):
 def break_even(table):
     """{layer: the highest rank up to which it was faster factored than dense, 0 for none}, of `rank_speed`'s frame.
 
-    Faster means that the lower quartile of the speed-ups is above 1. For budget.ranks(most=…): these limits are what
-    makes factoring faster in time, not in MACs alone. The same share of every layer, or ranks without limits, are
-    baselines.
+    Faster means that the lower quartile of the speed-ups is above 1. For budget.plan and budget.ranks (most=…): these
+    limits are what makes factoring faster in time, not in MACs alone. The same share of every layer, or ranks without
+    limits, are baselines.
     """
     found = {}
     for name, own in table.groupby("layer", sort=False):

@@ -140,22 +140,22 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None, damping=1e-3):
     return small, drops
 
 
-def candidates(model, batches, *, kinds, labels="true", damping=1e-3):
+def candidates(model, batches, *, kinds, grams=None, labels="true", damping=1e-3):
     """What `plan` compares for these kinds, {"unit_scores": …, "directions": …}, measured on calibration batches.
 
     unit_scores: "fisher" of scores.units; directions: scores.directions of the activation-weighted SVD of all linear
-    layers and the stem's convolutions. labels: as for scores.weights. damping: see lowrank.damped.
+    layers and the stem's convolutions. grams: as for `cut`. labels: as for scores.weights. damping: see lowrank.damped.
     """
     found, units = {}, [kind for kind in kinds if kind != "ranks"]
     if units:
         found["unit_scores"] = scores.units(model, batches, criteria=["fisher"], kinds=units, labels=labels)["fisher"]
     if "ranks" in kinds:
         matrices = models.view(model).matrices
-        grams = scores.grams(model, batches, layers=matrices)
+        grams = grams or scores.grams(model, batches, layers=matrices, affine=True)
         bases = {}
         for name, layer in matrices.items():
             weight = layer.weight.detach().flatten(1)
-            bases[name] = lowrank.svd(weight, min(weight.shape), gram=lowrank.damped(grams[name], damping))
+            bases[name] = lowrank.svd(weight, min(weight.shape), gram=lowrank.damped(grams[name][:-1, :-1], damping))
         found["directions"] = scores.directions(model, batches, bases, labels=labels)
     return found
 

@@ -122,9 +122,8 @@ def iht(weight, gram, count, *, support="entries", steps=30, tolerance=1e-4):
     values on the support then solved for by conjugate gradients (hard thresholding pursuit, Foucart 2011). It works in
     coordinates in which gram has a unit diagonal: P_k ranks by |w| norm(x) there, and the largest inputs do not hold
     back mu. mu is halved, from 8 in the first step, until the objective falls. Normalised IHT (2010) begins with mu =
-    ||G||^2 / tr(G gram G^T), G on the support: there, about 0.3 on layers of a small ViT and Swin, steps exchange few
-    entries, and the objective ended 1.0 to 8 times as high. Whole rows do not interact, so their best support is known
-    at once: the rows with most output energy.
+    ||G||^2 / tr(G gram G^T), G on the support: much smaller here, so that steps exchange few entries. Whole rows do
+    not interact, so their best support is known at once: the rows with most output energy.
 
     count, support: as for support_mask, at least 1. steps: at most so many. tolerance: stops when a step gains
     a smaller share of the objective. Returns a Fit with empty u and v, whose objectives begin with magnitude
