@@ -7,7 +7,7 @@ BIN := .venv/bin
 NAME = $(basename $(notdir $(STUDY)))
 DATA = $(or $(VITLAB_DATA),data)
 
-.PHONY: help demo smoke study figures test test-long lab lint bench install
+.PHONY: help demo smoke study figures slides test test-long lab lint bench install
 
 help:
 	@echo "make demo                  train, prune and compare two tiny models, in minutes"
@@ -16,6 +16,7 @@ help:
 	@echo "make study STUDY=NAME      all notebooks of a study of notebooks/params: $(basename $(notdir $(wildcard notebooks/params/*.yaml)))"
 	@echo "                           MODEL=vit one model of it, SEED=1 another seed, CORES=2, ARGS=-n to see what would run"
 	@echo "make figures STUDY=NAME    its figures and tables again, from the rows there are"
+	@echo "make slides STUDY=NAME     its slides, from the tables and pictures in figures/: .pptx and one HTML file"
 	@echo "make smoke                 every notebook with next to no training, to see that all of it runs"
 	@echo "make bench                 what things cost, and what a cut brings in time, beside the peers"
 	@echo "make lint                  style of code and notebooks"
@@ -38,6 +39,9 @@ study: install
 figures: install
 	@$(BIN)/python -m vitlab.run 7_report --study $(STUDY)
 	@echo "Figures and tables: figures/$(NAME)/"
+
+slides: install
+	@$(BIN)/python -m vitlab.deck $(STUDY) $(ARGS)
 
 test: install
 	@echo "Running the tests (make test-long: those too that take minutes)."

@@ -3,6 +3,7 @@
 #   snakemake --config study=demo              all of a study (make study STUDY=demo)
 #   snakemake --config study=demo model=vit    one model of it; seed=1 another seed than the study's
 #   snakemake -n --config study=demo           what would be run, and why
+#   snakemake --config study=demo processes=2  train data-parallel, each notebook in two processes (docs/clusters.md)
 #
 # A notebook is done when its executed copy is there. It runs again when its code changes, or a value of the
 # study that it uses, or when one before it has run again; not when vitlab's own code changes (--forcerun train).
@@ -32,7 +33,9 @@ AFTER = {  # step: the steps whose files it reads
 GPU = config.get("gpu", int(shutil.which("nvidia-smi") is not None))
 RUN = "{sys.executable} -m vitlab.run {input.notebook} --study {config[study]} --out {output}"
 RUN_MODEL = RUN + " --model {wildcards.model} --seed {wildcards.seed}"
-THREADS = max(1, (workflow.cores or 1) // (len(MODELS) * len(SEEDS)))
+PROCESSES = int(config.get("processes", 1))
+EACH = f"OMP_NUM_THREADS=$(( {{threads}} > {PROCESSES} ? {{threads}} / {PROCESSES} : 1 )) "
+THREADS = max(PROCESSES, (workflow.cores or 1) // (len(MODELS) * len(SEEDS)))
 
 
 def code(notebook):
@@ -82,9 +85,10 @@ for step, before in AFTER.items():
         # Timing wants the machine for itself. threads sets OMP_NUM_THREADS and the like for each notebook.
         threads: workflow.cores or 1 if step == "6_efficiency" else THREADS
         resources:
-            gpu=GPU,  # one at a time on a GPU (profiles/default allows one); --config gpu=1 asks SLURM for it
+            # One at a time on a GPU (profiles/default allows one); --config gpu=1 asks SLURM for it.
+            gpu=GPU * (1 if step == "6_efficiency" else PROCESSES),
         shell:
-            RUN_MODEL
+            RUN_MODEL if step == "6_efficiency" or PROCESSES == 1 else EACH + RUN_MODEL + f" --processes {PROCESSES}"
 
 
 rule report:

@@ -361,9 +361,14 @@ def test_root(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("suffix", "description"), [("jpg", "CIFAR-10 (JPEG)"), ("png", "CIFAR-10")])
-def test_cifar10_as_imagefolder_keeps_its_test_set(tmp_path, suffix, description):
+def test_cifar10_as_imagefolder_keeps_its_test_set(tmp_path, monkeypatch, suffix, description):
     for seed, part in enumerate(("train", "test")):
         write_classes(tmp_path / "cifar10" / part, size=(32, 32), suffix=suffix, seed=seed)
+    with pytest.raises(
+        ValueError, match="of the 60000 images of CIFAR-10.*, as after half a download: unpack the whole"
+    ):
+        data.load("cifar10", root=tmp_path, image_size=64)
+    monkeypatch.setitem(data.WHOLE, "cifar10", sum(path.is_file() for path in (tmp_path / "cifar10").rglob("*.*")))
     images = data.load("cifar10", root=tmp_path, image_size=64)
     assert images.description == description
     assert counts_of(images.test) == [20, 30, 41] and counts_of(images.val) == [2, 3, 4]
@@ -386,10 +391,12 @@ def test_cifar10_in_torchvisions_layout(tmp_path, monkeypatch):
     assert images.test.indices.tolist() == list(range(200, 240))
 
 
-def test_caltech101_is_read_as_torchvision_does(tmp_path):
+def test_caltech101_is_read_as_torchvision_does(tmp_path, monkeypatch):
     folder = tmp_path / "caltech101" / "101_ObjectCategories"
     write_classes(folder, COUNTS | {"BACKGROUND_Google": 7}, size=None, suffix="jpg")
     write_classes(folder, {"gray": 10}, size=(50, 40), mode="L", suffix="jpg")
+    leave = len(list((folder / "BACKGROUND_Google").glob("*"))) if (folder / "BACKGROUND_Google").exists() else 0
+    monkeypatch.setitem(data.WHOLE, "caltech101", sum(path.is_file() for path in folder.rglob("*.*")) - leave)
     images = data.load("caltech101", root=tmp_path, image_size=20)
     theirs = datasets.Caltech101(tmp_path)
     assert images.classes == theirs.categories == ["cat", "dog", "gray", "owl"]

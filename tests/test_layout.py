@@ -12,29 +12,32 @@ from vitlab import record, run
 ROOT = record.repository()
 MAY_IMPORT = {
     "__init__": "",
+    "parallel": "",
     "shapes": "",
-    "data": "shapes",
+    "data": "parallel shapes",
     "attention": "",
     "models": "attention layers packed",
-    "scores": "models",
+    "scores": "models parallel",
     "masks": "",
     "prune": "masks models",
     "layers": "",
     "lowrank": "masks",
     "shrink": "attention models layers lowrank cost",
     "budget": "bench models scores shrink lowrank cost",
-    "sensitivity": "models masks scores",
+    "sensitivity": "models masks parallel scores",
     "recover": "models layers lowrank prune scores shrink",
-    "train": "cost evaluate prune record",
-    "evaluate": "cost",
+    "train": "cost evaluate parallel prune record",
+    "evaluate": "cost parallel",
     "cost": "models layers packed",
-    "bench": "checkpoint cost export layers lowrank models",
+    "bench": "checkpoint cost export layers lowrank models parallel",
     "packed": "",
     "export": "cost layers",
-    "checkpoint": "models packed shrink",
-    "record": "",
+    "checkpoint": "models packed parallel shrink",
+    "record": "parallel",
     "plots": "record",
-    "run": "record",
+    "deck": "plots record",
+    "explore": "budget checkpoint cost data evaluate masks models plots prune record scores",
+    "run": "parallel record",
 }
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STUDIES = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
@@ -76,7 +79,7 @@ def test_imports_go_the_written_way(path):
 
 
 def test_the_command_line_and_figures_do_not_load_torch():
-    for name in ("record", "run", "plots"):
+    for name in ("record", "run", "plots", "deck"):
         tree = ast.parse((ROOT / "vitlab" / f"{name}.py").read_text())
         names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
         assert not {"torch", "timm"} & set(names)

@@ -1,4 +1,8 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -506,3 +510,87 @@ def test_progress_on_a_screen_is_a_bar(capsys, monkeypatch):
     record.say("a line")
     found = capsys.readouterr()
     assert "epoch" in found.err and found.out == "a line\n"
+
+
+# -- the log of every row
+
+
+def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root):
+    for top1 in (50.0, 60.0):
+        lab.save_rows("1_train", [ROW | {"top1": top1}, ROW | {"top1": top1 + 1}])
+    other = record.open_run("demo", "vit", 0, {"train.epochs": 2})
+    other.save_rows("1_train", [ROW])
+    rows = record.gather("demo")
+    own = rows[rows.folder == "demo/vit/seed0"]
+    assert own.top1.tolist() == [60, 61] and len(rows) == 3 and own.commit.notna().all()
+    every = record.gather(every=True)
+    assert every[every.folder == "demo/vit/seed0"].top1.tolist() == [50, 51, 60, 61] and every.save.nunique() == 3
+    values = [json.loads(text)["train"]["epochs"] for text in rows.parameters]
+    assert sorted(values) == [2, lab.params.train.epochs, lab.params.train.epochs]
+    assert json.loads(own.parameters.iloc[0])["models"] == lab.params.models.vit
+    with pytest.raises(FileNotFoundError, match="no rows of smoke"):
+        record.gather("smoke")
+    assert record.main(["smoke"]) == 1 and record.main(["demo"]) == 0
+
+
+def test_a_line_that_was_cut_short_costs_itself_alone(lab, capsys):
+    lab.save_rows("1_train", [ROW])
+    log = lab.path(record.LOG)
+    log.write_bytes(log.read_bytes()[:-40])
+    lab.save_rows("1_train", [ROW | {"top1": 1.0}])
+    assert record.gather().top1.tolist() == [1.0] and "line 1 of" in capsys.readouterr().out
+
+
+ADDING = """
+import sys
+from vitlab import record
+for i in range(40):
+    record._append(sys.argv[1], [{"who": sys.argv[2], "i": i, "filling": "x" * 20_000}] * 2)
+"""
+
+
+def test_rows_that_are_added_at_once_are_all_there(tmp_path):
+    log = tmp_path / "results.jsonl"
+    both = [subprocess.Popen([sys.executable, "-c", ADDING, str(log), who]) for who in "ab"]
+    assert [process.wait(60) for process in both] == [0, 0]
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted((row["who"], row["i"]) for row in rows) == sorted(
+        (w, i) for w in "ab" for i in range(40) for _ in "12"
+    )
+
+
+# -- disks that are full
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Python's own choice
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from vitlab import record
+record.write_atomic(sys.argv[1], "x" * 2000)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit of file sizes")
+def test_a_full_disk_says_what_to_do_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    path.write_text("old")
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True)
+    assert "is full: make room, or set VITLAB_DATA" in done.stderr and done.returncode == 1
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+    def fails(path):
+        raise RuntimeError("PytorchStreamWriter failed writing file")  # which is all that torch says
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
+    with pytest.raises(OSError, match="is full: make room"):
+        record.write_atomic(path, fails)
+
+
+def test_one_at_a_time(tmp_path):
+    with record.alone(tmp_path / "lock", "the work"):
+        second = record.alone(tmp_path / "lock", "the work")
+        with pytest.raises(RuntimeError, match="the work is under way in another process"):
+            second.__enter__()
+    with record.alone(tmp_path / "lock", "the work"):
+        pass

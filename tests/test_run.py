@@ -1,11 +1,16 @@
 import json
+import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from vitlab import record, run
@@ -123,8 +128,8 @@ def test_a_notebook_is_found_by_number_name_and_path(tmp_path, monkeypatch):
 def test_the_same_notebook_of_the_same_run_is_not_executed_twice_at_once(tmp_path):
     path, out = notebook(tmp_path / "a.ipynb"), tmp_path / "out.ipynb"
     with (
-        run._alone(out),
-        pytest.raises(RuntimeError, match="out of this run is being executed"),
+        record.alone(tmp_path / ".out.lock", "it"),
+        pytest.raises(RuntimeError, match="out of this run is under way in another process"),
     ):
         run.execute(path, {}, out=out)
     assert not out.exists()
@@ -177,6 +182,46 @@ def test_two_notebooks_at_once_one_of_which_fails(tmp_path, data_root):
     assert not list(data_root.rglob("*.running.ipynb")) and not copy.with_name("bad.ipynb").exists()
 
 
+def strike(draw, command, environment, within):
+    """Run command, and kill it and all that it started after a random time of at most `within` seconds."""
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    time.sleep(draw.uniform(0, within))
+    still = process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL) if still else None
+    process.wait()
+    return still
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_twenty_kills_over_train_prune_tune_and_report_change_nothing(tmp_path):
+    """Notebooks 1, 3 and 7 of a small study, the kernels killed with them: the rows are those of an unbroken run."""
+    kills, draw = {"1_train": 7, "3_global_pruning": 10, "7_report": 3}, random.Random()
+    changed = {"train.epochs": 3, "global_pruning.epochs": 2, "global_pruning.schedules": ["one-shot"]}
+    options = [word for key, value in changed.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    struck, took = 0, {}
+    for name in ("whole", "killed"):
+        environment = os.environ | {"VITLAB_DATA": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
+        for step, count in kills.items():
+            command = [sys.executable, "-m", "vitlab.run", step, "--study", "smoke", *options]
+            if name == "killed":
+                struck += sum(strike(draw, command, environment, took[step]) for _ in range(count))
+            begun = time.time()
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr
+            took.setdefault(step, time.time() - begun)
+    assert struck > 10, "most of them met a process that was still running"
+    folders = {name: next((tmp_path / name / "runs").iterdir()) for name in ("whole", "killed")}
+    for file in ("results-1_train.csv", "results-3_global_pruning.csv", "history-3_global_pruning.csv"):
+        one, other = (pd.read_csv(folder / "vit" / "seed0" / file) for folder in folders.values())
+        clock = ["seconds", "date", "images_per_s", "data_share", "resident_mb", "training_mb", "device_mb"]
+        pd.testing.assert_frame_equal(*(f.drop(columns=clock, errors="ignore") for f in (one, other)))
+    reports = [sorted(path.name for path in (folder / "figures").iterdir()) for folder in folders.values()]
+    assert reports[0] == reports[1] and "results.csv" in reports[0]
+
+
 # -- the graph
 
 
@@ -226,6 +271,21 @@ def test_a_changed_value_or_code_reruns_what_depends_on_it_and_nothing_else(snak
         content["cells"][-1] |= {"execution_count": 3} | cell  # as JupyterLab saves it
         path.write_text(json.dumps(content))
     assert steps("-n") == {"budget", "efficiency", "report"}
+
+
+def test_a_changed_report_reruns_itself_alone_and_a_failure_keeps_the_others_going(snakemake):
+    tree, steps = snakemake
+    path = tree / "notebooks" / "7_report.ipynb"
+    path.write_text(path.read_text().replace("x = 1", "x = 2"))
+    assert steps("-n") == {"report"}
+    assert steps() == {"report"} and steps("-n") == set()
+    study = tree / "notebooks" / "params" / "demo.yaml"
+    study.write_text(study.read_text().replace("epochs: 8", "epochs: 9"))
+    runner = tree / "vitlab" / "run.py"
+    runner.write_text("import sys\nif '5_budget' in sys.argv[1]:\n    sys.exit('no budget')\n" + runner.read_text())
+    with pytest.raises(AssertionError, match="no budget"):
+        steps()
+    assert steps("-n") == {"budget", "efficiency", "report"}, "what did not need the budget has run"
 
 
 # -- make

@@ -3,10 +3,10 @@
 import copy
 import dataclasses
 import os
+import random
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import pandas as pd
@@ -133,33 +133,70 @@ from conftest import toy
 from test_train import Blobs, RECIPE, half_of
 from vitlab import train
 model = toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1)
-train.fit(model, Blobs(320), Blobs(seed=1), epochs=4, masks=half_of(model), folder={folder!r}, ema=0.9, **RECIPE)
+print("begins", flush=True)
+train.fit(model, Blobs(320), Blobs(seed=1), epochs=12, masks=half_of(model), folder={folder!r}, ema=0.9, **RECIPE)
 """
 
 
-def test_a_run_killed_for_real_goes_on_to_the_same_result(tmp_path):
+def test_a_run_killed_for_real_three_times_goes_on_to_the_same_result(tmp_path):
     from conftest import toy
 
     whole, killed = (toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1) for _ in range(2))
-    expected = train.fit(whole, Blobs(320), Blobs(seed=1), epochs=4, masks=half_of(whole), ema=0.9, **RECIPE)
+    options = dict(epochs=12, masks=half_of(whole), ema=0.9, **RECIPE)
+    begun = time.time()
+    expected = train.fit(whole, Blobs(320), Blobs(seed=1), **options)
+    took, draw, done = time.time() - begun, random.Random(), [0]
 
-    script = textwrap.dedent(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path)))
-    process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
     state = tmp_path / "dense.state.pt"
-    deadline = time.time() + 60
-    while not state.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(torch.load(state, weights_only=True)["history"])
-    assert 1 <= done <= 4
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE
+        )
+        process.stdout.readline()
+        time.sleep(draw.uniform(0, took / 3))  # in a step, in a validation, while the state is written
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        done.append(len(torch.load(state, weights_only=True)["history"]) if state.exists() else 0)
+    assert done == sorted(done)
 
-    history = train.fit(
-        killed, Blobs(320), Blobs(seed=1), epochs=4, masks=half_of(killed), ema=0.9, folder=tmp_path, **RECIPE
-    )
+    history = train.fit(killed, Blobs(320), Blobs(seed=1), folder=tmp_path, **options)
     assert same(whole, killed)
     columns = ["epoch", "train_loss", "train_top1", "val_loss", "val_top1", "lr", "sparsity"]
     pd.testing.assert_frame_equal(history[columns], expected[columns])
+
+
+def test_a_damaged_state_costs_one_epoch_and_a_second_process_is_refused(vit, tmp_path, capsys, monkeypatch):
+    start, trained = copy.deepcopy(vit.state_dict()), []
+    options = dict(epochs=3, folder=tmp_path, log=tmp_path / "board", **RECIPE)
+    expected = train.fit(vit, Blobs(), Blobs(seed=1), **options)
+    assert list((tmp_path / "board").rglob("*tfevents*"))
+    state = tmp_path / "dense.state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    vit.load_state_dict(start)
+    schedule = train._schedule
+    monkeypatch.setattr(train, "_schedule", lambda step, *rest: trained.append(step) or schedule(step, *rest))
+    again = train.fit(vit, Blobs(), Blobs(seed=1), **options)
+    assert trained == [6, 7, 8] and again.train_loss.equals(expected.train_loss)  # of 3 steps an epoch the last
+    assert "dense.state.pt cannot be read" in capsys.readouterr().out
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / ".dense.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
+    with pytest.raises(RuntimeError, match="the training of dense in .* is under way in another process"):
+        train.fit(vit, Blobs(), Blobs(seed=1), **options)
+    other.communicate(b"go")
+    vit.load_state_dict(start)
+    assert train.fit(vit, Blobs(), Blobs(seed=1), **options).train_loss.equals(expected.train_loss)
+
+
+HOLDS = """
+import sys
+from vitlab import record
+with record.alone(sys.argv[1], "a training"):
+    print("holds", flush=True)
+    sys.stdin.readline()
+"""
 
 
 def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(vit, tmp_path, capsys):

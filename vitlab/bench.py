@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import checkpoint, cost, export, layers, lowrank
+from . import checkpoint, cost, export, layers, lowrank, parallel
 from . import models as vit_models
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -50,6 +50,7 @@ class Setting:
             raise ValueError(f"onnxruntime has no {self.precision} on a CPU; run it in float32")
 
 
+@parallel.first_decides
 def latency(
     models,
     *,
@@ -306,6 +307,7 @@ def _note(model):
     return ROWS if within >= 0.99 * zeros else ZEROS
 
 
+@parallel.first_decides
 def layer_times(model, table, *, batch=8, image_size=None, repeats=7):
     """Milliseconds of one batch by line of cost.breakdown's table, an array: where the time of a model goes.
 
@@ -351,6 +353,7 @@ def _now(device):
 # -- where a factored layer is faster
 
 
+@parallel.first_decides
 def rank_speed(model, *, batch=64, multiple=8, steps=8, repeats=15, seconds=5, image_size=None, threads=None):
     """How fast each linear layer and convolution of the stem is when factored, against itself: a frame.
 

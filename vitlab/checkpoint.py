@@ -8,6 +8,7 @@ hash, and nothing here can tell.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from torch.overrides import TorchFunctionMode
 
-from . import models, packed, shrink
+from . import models, packed, parallel, shrink
 
 FORMAT = 3
 READS = (1, 2, 3)  # 1: nothing packed; 1 and 2: of the record only recipe and structure are hashed
@@ -65,12 +66,16 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     record["sha256"]["record"] = _own_hash(record)
     files[RECORD] = json.dumps(record, indent=1).encode()
     try:
-        _write(folder, files)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        if parallel.is_first():
+            _write(folder, files)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cure = "make room on its disk" if full else "make this one a folder that you may write to"
         raise type(error)(
-            f"cannot write the checkpoint folder {folder} ({error.strerror}): choose another folder, or make "
-            "this one a folder that you may write to"
+            error.errno,
+            f"cannot write the checkpoint folder {folder} ({error.strerror}): choose another folder, or {cure}",
         ) from error
+    parallel.wait()
     return record
 
 
@@ -221,10 +226,12 @@ def load(folder, *, device="cpu"):
     folder = Path(folder)
     _settle(folder)
     record = _record(folder)
-    with ThreadPoolExecutor(1) as beside:  # hashing a file takes longer than reading it
+    with _naming(folder), ThreadPoolExecutor(1) as beside:  # hashing a file takes longer than reading it
         checking = beside.submit(_check_files, folder, record)
         try:
-            model, tensors = _built(record), _stored(folder, record)
+            tensors = _stored(folder, record)
+            _check_sizes(record["recipe"], tensors)
+            model = _built(record)
         finally:
             checking.result()  # that a file was altered says more than what comes of it
     built, stored = ({k: list(t.shape) for k, t in state.items()} for state in (model.state_dict(), tensors))
@@ -240,6 +247,30 @@ def load(folder, *, device="cpu"):
     tensors = {name: tensor.to(own[name], copy=name not in fresh) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)  # written to memory once
     return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _naming(folder):
+    """Makes whatever a stranger's record and files can lead to an error that names their folder."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError | ValueError) and str(folder) in str(error):
+            raise
+        raise ValueError(
+            f"the checkpoint in {folder} describes no model that can be built: {type(error).__name__}: {error}; save "
+            "it again"
+        ) from error
+
+
+def _check_sizes(recipe, tensors):
+    """ValueError for a recipe of a model that is much larger than the stored tensors: building it might never end."""
+    bounds = {"depth": len(tensors), "depths": len(tensors), "image_size": 8192, "img_size": 8192}
+    for name, value in (recipe | recipe["options"]).items():
+        bound = bounds.get(name, 1_000_000)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= bound:
+                raise ValueError(f"{name} is {number} in its recipe, beyond {bound}")
 
 
 def _built(record):
@@ -290,12 +321,18 @@ def load_masks(folder):
 
     Raises what `read` raises, and ValueError for a mask in the record that is in no file.
     """
-    record, stored = read(folder), {}
+    record = read(folder)
+    with _naming(folder):
+        return _masks(Path(folder), record)
+
+
+def _masks(folder, record):
+    stored = {}
     if record["masks"]:
-        bits = safetensors.torch.load_file(Path(folder) / WEIGHTS)
+        bits = safetensors.torch.load_file(folder / WEIGHTS)
         stored = {name.removesuffix(packed.BITS): each for name, each in bits.items() if name.endswith(packed.BITS)}
     if MASKS in record["sha256"]:
-        stored |= safetensors.torch.load_file(Path(folder) / MASKS)
+        stored |= safetensors.torch.load_file(folder / MASKS)
     if lost := record["masks"].keys() - stored.keys():
-        raise ValueError(f"the masks in {Path(folder) / RECORD} are in no file beside it: {', '.join(sorted(lost))}")
+        raise ValueError(f"the masks in {folder / RECORD} are in no file beside it: {', '.join(sorted(lost))}")
     return {name: packed.to_mask(stored[name], shape, name) for name, shape in record["masks"].items()}

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -29,11 +30,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from vitlab import shapes
+from vitlab import parallel, shapes
 
 NAMES = ("caltech101", "cifar10", "shapes")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std that ImageNet weights expect
 SPLITS = ("train", "val", "test")
+WHOLE = {"cifar10": 60_000, "caltech101": 8_677}  # images, whatever the layout
 NATIVE_SIDE = 96  # equal squares up to this many pixels are stored as they are, all else as squares
 MARGIN = 1.15  # those squares are this much larger than the crop
 
@@ -352,7 +354,7 @@ def _find(name: str, home: Path, download: bool) -> _Found:
         folder = home / "caltech101" / "101_ObjectCategories"
         if not folder.is_dir():
             _fetch(datasets.Caltech101, home, download, f"the class folders of Caltech-101 into {folder}")
-        return _find_tree(folder, name="caltech101", description="Caltech-101", leave=("BACKGROUND_Google",))
+        return _whole(_find_tree(folder, name="caltech101", description="Caltech-101", leave=("BACKGROUND_Google",)))
     if name == "shapes":
         folder = home / f"shapes-{shapes.VERSION}"
         if not folder.is_dir():
@@ -378,14 +380,20 @@ def _find_cifar10(home: Path, download: bool) -> _Found:
     tree, layout = home / "cifar10", "cifar-10-batches-py"
     holder = next((folder for folder in (home, tree) if (folder / layout).is_dir()), None)
     if holder is None and (tree / "train").is_dir():
-        found = _find_tree(tree, name="cifar10", description="CIFAR-10")
+        found = _whole(_find_tree(tree, name="cifar10", description="CIFAR-10"))
         if found.paths[0].suffix.lower() in (".jpg", ".jpeg"):
             found.description = "CIFAR-10 (JPEG)"  # lossy: accuracies are a little below
         return found
     if holder is None:
         remedy = f"the folder {layout} into {home}, or train/ and test/ with a folder a class into {tree}"
         _fetch(datasets.CIFAR10, home, download, remedy)
-    parts = [datasets.CIFAR10(holder or home, train=train) for train in (True, False)]
+    try:
+        parts = [datasets.CIFAR10(holder or home, train=train) for train in (True, False)]
+    except RuntimeError as error:  # its files are not those that were published
+        folder = (holder or home) / layout
+        raise RuntimeError(
+            f"{folder} is not whole ({error}): delete it, and it is downloaded or unpacked anew"
+        ) from error
     given = np.repeat(["train", "test"], [len(part.data) for part in parts])
     return _Found(
         name="cifar10",
@@ -397,6 +405,17 @@ def _find_cifar10(home: Path, download: bool) -> _Found:
         paths=[],
         pixels=np.concatenate([part.data for part in parts]),
     )
+
+
+def _whole(found: _Found) -> _Found:
+    """found, if no image is missing. ValueError for a set that was downloaded or unpacked half: it has a name that
+    results are compared by."""
+    if len(found.paths) != WHOLE[found.name]:
+        raise ValueError(
+            f"{found.folder} holds {len(found.paths)} of the {WHOLE[found.name]} images of {found.description}, as "
+            "after half a download: unpack the whole archive there again. A set of your own has its path as its name"
+        )
+    return found
 
 
 def _fetch(kind, home: Path, download: bool, remedy: str) -> None:
@@ -496,11 +515,24 @@ def _cached(found: _Found, folder: Path, image_size: int, progress: bool):
     target = folder / f"{found.name}-{key[:12]}-{side}"
     shape = (len(found.labels), side, side, 3)
     if (opened := _open(target, shape)) is None:
-        _build(found, target, shape, progress)
+        with _in_turn(folder / "building.lock"):
+            if _open(target, shape) is None:  # else another process has built it meanwhile
+                _build(found, target, shape, progress)
         opened = _open(target, shape)
         if opened is None:
             raise RuntimeError(f"the cache {target} cannot be read back: is the disk full?")
     return *opened, target
+
+
+@contextlib.contextmanager
+def _in_turn(lock: Path):
+    """Hold the file lock, after whoever holds it now; the system frees it whatever happens to this process."""
+    with open(lock, "w") as file:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _open(target: Path, shape: tuple) -> tuple[np.ndarray, dict] | None:
@@ -526,7 +558,7 @@ def _identify(found: _Found, memory: Path, progress: bool) -> tuple[str, int | N
         for name, path in _bar(names, f"reading {found.name}", progress, len(found.paths)):
             blob = path.read_bytes()
             content.update(f"{name}\0{len(blob)}\0".encode() + blob)
-            with contextlib.suppress(OSError):  # no image: decoding names it
+            with contextlib.suppress(Exception):  # no image, or one beyond all bounds: decoding names it
                 sizes.add(Image.open(io.BytesIO(blob)).size)
         width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
         known[fingerprint] = [content.hexdigest(), width if width == height <= NATIVE_SIDE else None]
@@ -561,7 +593,11 @@ def _build(found: _Found, target: Path, shape: tuple, progress: bool) -> None:
         os.rename(work, target)
     except OSError as error:
         if not target.exists():  # else another process was first, with the same content
-            raise OSError(f"cannot write the cache {target}: {error}") from error
+            raise OSError(
+                f"cannot write the cache {target} ({error}): "
+                f"make room for {math.prod(shape) / 1e6:.0f} MB, or set "
+                "VITLAB_DATA to a folder elsewhere"
+            ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -590,7 +626,7 @@ def _make(folder: Path) -> None:
 
 
 def _bar(items, what: str, progress: bool, total: int | None = None):
-    shown = progress and not os.environ.get("VITLAB_HEADLESS")
+    shown = progress and parallel.is_first() and not os.environ.get("VITLAB_HEADLESS")
     return tqdm(items, desc=what, total=total, unit="image", disable=not shown, leave=False)
 
 

@@ -1,7 +1,9 @@
 """Evaluation: how often a model is right, over a split, per class, with which loss and how sure it is of itself;
 and what changed between two models."""
 
+import functools
 import math
+import operator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -9,7 +11,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 
-from . import cost
+from . import cost, parallel
 
 
 def device_of(model):
@@ -166,18 +168,23 @@ def _per_class(logits, labels):
 
 @torch.inference_mode()
 def _logits(model, images, batch_size, precision):
-    """(logits float32 [N, classes], labels [N]) of a data.Split, on the model's device, in eval mode, then restored."""
+    """(logits float32 [N, classes], labels [N]) of a data.Split, on the model's device, in eval mode, then restored.
+
+    Of several processes each takes every so many-th batch, and all get all of the logits.
+    """
     if not len(images):
         raise ValueError("cannot evaluate on an empty split")
     training, device = model.training, device_of(model)
     model.eval()
-    logits, labels = [], []
+    mine, labels = {}, []
     with autocast(device, precision):
-        for x, y in images.batches(batch_size, device=device):
-            logits.append(model(x).float())
+        for i, (x, y) in enumerate(images.batches(batch_size, device=device)):
             labels.append(y)
+            if i % parallel.count() == parallel.rank():
+                mine[i] = model(x).float()
     model.train(training)
-    logits, labels = torch.cat(logits), torch.cat(labels)
+    found = functools.reduce(operator.or_, parallel.gather(mine))
+    logits, labels = torch.cat([found[i] for i in sorted(found)]).to(device), torch.cat(labels)
     if not logits.isfinite().all():
         raise ValueError("the model's logits are not finite: it has diverged, or was cut or loaded wrongly")
     return logits, labels

@@ -4,14 +4,20 @@ A study is one YAML file in notebooks/params with all its values; a run is one m
 `<data root>/runs/<study>/<model>/seed<seed>/`. Notebooks open one with `open_run` and never name a path.
 """
 
+import argparse
+import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
 import time
+import uuid
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +25,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from tqdm.auto import tqdm
+
+from vitlab import parallel
 
 # What each notebook reads of a study, itself or through the notebooks before it.
 USES = {
@@ -62,6 +70,7 @@ SHARES = {  # which 0 may be one of, and 1 may not
 }
 
 IDENTITY = ["study", "model", "seed"]
+LOG = "results.jsonl"  # of a run: every row that was ever saved
 ROW = [
     *IDENTITY,
     *("method", "criterion", "form", "target_kind", "target", "stage"),
@@ -120,10 +129,7 @@ def study(name, *, override=None):
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ValueError(unknown("study", name, known) + " Your own is given by the path of its .yaml file.")
-    try:
-        values = _values(yaml.safe_load(path.read_text()) or {}, path.name)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not written as YAML: {error}") from error
+    values = _read_yaml(path)
     for section in values:
         if section not in SECTIONS:
             raise ValueError(f"{path.name}: {unknown('section', section, SECTIONS)}")
@@ -156,6 +162,32 @@ def study(name, *, override=None):
                 bounds = "[0, 1)" if zero else "(0, 1)"
                 raise ValueError(f"{dotted} is a share in {bounds}, not a percentage; got {share}")
     return Values(name=path.stem, **values)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values alone: no aliases, by which a few lines can stand for gigabytes, and no key twice."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"write out what *{self.peek_event().anchor} stands for")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            raise yaml.YAMLError(f"a name stands twice in the section that begins at line {node.start_mark.line + 1}")
+        return found
+
+
+def _read_yaml(path):
+    """The content of a study file as Values. Raises ValueError that names it for anything else."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, no such date or number
+        raise ValueError(f"{path.name} is not written as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} has no sections; demo.yaml has every section")
+    return _values(content, path.name)
 
 
 def in_force(section, values):
@@ -226,7 +258,7 @@ def _values(content, where):
         return Values({str(key): _values(value, f"{where}: {key}") for key, value in content.items()})
     if isinstance(content, list):
         return [_values(value, where) for value in content]
-    if isinstance(content, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", content, re.IGNORECASE):
+    if isinstance(content, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", content, re.IGNORECASE):
         raise ValueError(f"{where} is {content!r}, which YAML reads as text; write {float(content)!r}")
     return content
 
@@ -393,7 +425,14 @@ class Run:
             frame["target"] = pd.to_numeric(frame["target"])
         frame = frame.assign(**{key: value for key, value in self._provenance().items() if key not in frame})
         frame = frame.reindex(columns=[*ROW, *(c for c in frame if c not in ROW)])
-        return self._save(f"results-{notebook}.csv", frame)
+        self._save(f"results-{notebook}.csv", frame)
+        used = USES.get(notebook, tuple(self.params))
+        values = {section: in_force(section, self.params[section]) for section in used if section in self.params}
+        if self.model_name and "models" in values:
+            values["models"] = self.params.models[self.model_name]
+        about = {"notebook": notebook, "save": uuid.uuid4().hex, "parameters": values}
+        _append(self.path(LOG), [about | row for row in json.loads(frame.to_json(orient="records"))])
+        return frame
 
     def load_rows(self, notebook):
         """The rows that notebook saved for this run. Raises FileNotFoundError as `need` does."""
@@ -504,6 +543,53 @@ def read_study(name, *, override=None):
     return Values(results=results, history=history, tables=Values(tables), kept=list(dict.fromkeys(kept)))
 
 
+def gather(name=None, *, every=False):
+    """Rows of all runs of this data root as one frame, or of one study, overridden ones too.
+
+    Each run keeps a log, to which every save of rows adds them with their notebook and all the values of the study
+    that it uses. every: the whole log, with rows that later saves of the same notebook have replaced; `save` tells one
+    from another. Columns: folder, notebook, save, those of ROW, any others, and parameters (JSON). A line that was cut
+    short, by a full disk say, is left out, with a word. Raises FileNotFoundError if there are no rows.
+    """
+    runs = root() / "runs"
+    rows = []
+    for path in sorted(runs.rglob(LOG)):
+        folder = path.parent.relative_to(runs)
+        if name is not None and folder.parts[0].partition("+")[0] != name:
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                row["parameters"] = json.dumps(row["parameters"])
+            except (ValueError, KeyError, TypeError):
+                say(f"line {number} of {path} is no row, perhaps cut short; left out")
+                continue
+            rows.append({"folder": folder.as_posix()} | row)
+    if not rows:
+        raise FileNotFoundError(f"no rows of {name or 'any study'} under {runs}; run a study: make study STUDY=demo")
+    frame = pd.DataFrame(rows)
+    if not every:
+        last = frame.groupby(["folder", "notebook"]).save.transform("last")
+        frame = frame[frame.save == last].reset_index(drop=True)
+    first = [column for column in ["folder", "notebook", "save", *ROW] if column in frame]
+    rest = [column for column in frame if column not in [*first, "parameters"]]
+    return frame[[*first, *rest, "parameters"]]
+
+
+def _append(path, rows):
+    """Add rows to a file of JSON lines, whole and in one piece even if others add at the same time."""
+    if not parallel.is_first():
+        return
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with open(path, "ab+") as file, _in_turn(file):
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read(1) == b"\n" else "\n" + text  # after a line that was cut short
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _changed_models(results, before):
     """{(model, seed)} whose dense model in results is another one than in before."""
     found = {}
@@ -566,13 +652,16 @@ def _processor():
 # -- files and progress
 
 
-def write_atomic(path, content):
+def write_atomic(path, content, *, keep=None):
     """Write a file whole or not at all: under another name in its folder, then renamed.
 
-    content: text, bytes, or a function that is called with the path to write to. Makes the folder if need be.
-    Raises PermissionError with what to do where it cannot be written.
+    content: text, bytes, or a function that is called with the path to write to. keep: a path that what was there
+    before is moved to. Makes the folder if need be. Of several processes (see `parallel`) the first alone writes.
+    Raises PermissionError with what to do where it cannot be written, OSError likewise where the disk is full.
     """
     path = Path(path)
+    if not parallel.is_first():
+        return
     make_folder(path.parent)
     part = path.with_name(f".{os.getpid()}-{path.name}")  # ends like path: savers look at the ending
     try:
@@ -580,14 +669,59 @@ def write_atomic(path, content):
             content(part)
         else:
             part.write_bytes(content.encode() if isinstance(content, str) else content)
+        if keep and path.exists():
+            path.replace(keep)
         part.replace(path)
+        for left in path.parent.glob(f".*-{path.name}"):  # by killed processes
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
     except PermissionError as error:
         raise PermissionError(f"cannot write {path} ({error.strerror}); {_ELSEWHERE}") from error
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        if _is_full(error, path.parent):
+            raise OSError(errno.ENOSPC, f"the disk of {path.parent} is full: {_ROOM}") from error
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 _ELSEWHERE = "set VITLAB_DATA to a folder that can be written"
+_ROOM = "make room, or set VITLAB_DATA to a folder elsewhere, and run the same again; what was finished is kept"
+
+
+def _is_full(error, folder):
+    """Whether error is of a full disk, a quota or a limit of file sizes; libraries do not always say so."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return shutil.disk_usage(folder).free < 1_000_000
+
+
+@contextlib.contextmanager
+def _in_turn(file):
+    """Hold the lock of an open file, after whoever holds it now."""
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+@contextlib.contextmanager
+def alone(lock, what):
+    """Hold the file lock, which the system frees whatever happens to this process.
+
+    what: what is done meanwhile, in words. Raises RuntimeError if another one holds it.
+    """
+    with open(lock, "w") as file:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(f"{what} is under way in another process: wait for it, or stop it") from None
+        yield
 
 
 def make_folder(folder):
@@ -605,7 +739,9 @@ def headless():
 
 
 def say(text):
-    """Print one line now, without breaking a progress bar."""
+    """Print one line now, without breaking a progress bar; of several processes the first alone does."""
+    if not parallel.is_first():
+        return
     print(text, flush=True) if headless() else tqdm.write(str(text))
 
 
@@ -622,3 +758,21 @@ def progress(items, *, label="", total=None, every=10.0):
         if now - last >= every:
             last = now
             say(f"{label} {done}/{total}, {now - begun:.0f} s")
+
+
+def main(arguments=None):
+    """python -m vitlab.record [STUDY] [--every]: the rows of `gather` as CSV, to the standard output."""
+    parser = argparse.ArgumentParser("python -m vitlab.record", description="Rows of all runs as one CSV table.")
+    parser.add_argument("study", nargs="?", help="of this study alone")
+    parser.add_argument("--every", action="store_true", help="rows, too, that were replaced since")
+    asked = parser.parse_args(arguments)
+    try:
+        print(gather(asked.study, every=asked.every).to_csv(index=False), end="")
+    except FileNotFoundError as error:
+        print(f"vitlab.record: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

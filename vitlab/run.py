@@ -2,7 +2,8 @@
 
 Checks names and types of all parameters first, then executes a copy through papermill, with the interpreter
 that runs this, and keeps that copy in the folder of the run, also when it fails. People, the Makefile and the
-Snakefile all come through this door.
+Snakefile all come through this door. With --processes 2, or started by torchrun, several processes execute it
+together and train data-parallel; from a notebook, `run.main(["1_train", "--processes", "2", …])` does the same.
 """
 
 import argparse
@@ -11,12 +12,15 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from vitlab import record
+from vitlab import parallel, record
+
+ALONE = ("6_efficiency", "7_report")  # which several processes would only disturb
 
 
 def find_notebook(name):
@@ -80,7 +84,8 @@ def execute(path, given, *, out=None):
     out: where to keep it; by default `notebooks/` in the folder of the run. It is there only when the
     notebook has run to its end: before, it is called <name>.running.ipynb, and after an error, which is then
     raised (papermill's PapermillExecutionError or nbclient's DeadKernelError), <name>.failed.ipynb.
-    Raises what `check` raises, RuntimeError if the same notebook of the same run is being executed already.
+    Of several processes (see `parallel`) each executes its own copy, and those of all but the first are deleted at
+    the end. Raises what `check` raises, RuntimeError if the same notebook of the same run is being executed already.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -89,16 +94,19 @@ def execute(path, given, *, out=None):
     if str(values.get("study", "")).endswith((".yaml", ".yml")):  # the kernel has another working folder
         given = {**given, "study": str(Path(values["study"]).resolve())}
     out = Path(out).resolve() if out else _folder(values) / "notebooks" / Path(path).name
+    if not parallel.is_first():
+        out = out.with_suffix(f".rank{parallel.rank()}.ipynb")
     running, failed = (out.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
     record.make_folder(out.parent)
-    with _alone(out), _kernel() as options:
+    lock, what = out.with_name(f".{out.stem}.lock"), f"{out.stem} of this run"
+    with record.alone(lock, what), _kernel() as options:
         try:
             papermill.execute_notebook(
                 *(path, running, given),
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
-                stdout_file=sys.stdout,
+                stdout_file=sys.stdout if parallel.is_first() else None,
                 stderr_file=sys.stderr,
                 cwd=Path(path).parent,
                 **options,
@@ -111,7 +119,10 @@ def execute(path, given, *, out=None):
                 error.add_note("A kernel that dies has most often found no memory left.")
             raise
     failed.unlink(missing_ok=True)
-    running.replace(out)
+    if parallel.is_first():
+        running.replace(out)
+    else:
+        running.unlink()
     return out
 
 
@@ -120,20 +131,6 @@ def _folder(values):
         raise ValueError("the notebook has no parameter `study`, so say where its copy goes: --out PATH")
     model, seed, override = values.get("model"), values.get("seed", 0), values.get("override")
     return record.open_run(values["study"], model, seed, override).folder
-
-
-@contextlib.contextmanager
-def _alone(out):
-    """Hold a file lock beside out, which the system frees whatever happens to this process."""
-    with open(out.with_name(f".{out.stem}.lock"), "w") as file:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RuntimeError(f"{out.stem} of this run is being executed already") from None
-        yield
 
 
 @contextlib.contextmanager
@@ -197,7 +194,13 @@ def main(arguments=None):
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.VALUE=…", dest="override")
     parser.add_argument("-p", action="append", default=[], metavar="NAME=…", dest="parameters")
     parser.add_argument("--out", help="where the executed copy goes (default: the folder of the run)")
+    parser.add_argument("--processes", type=int, default=1, help="how many train together, by torchrun (%(default)s)")
+    parser.add_argument("--log", action="store_true", help="write TensorBoard files of trainings into the run's folder")
     asked = parser.parse_args(arguments)
+    if asked.log:
+        os.environ["VITLAB_LOG"] = "1"
+    if asked.processes != 1 and "WORLD_SIZE" not in os.environ:
+        return _together(asked.processes, sys.argv[1:] if arguments is None else arguments)
     begun = time.perf_counter()
     try:
         path = find_notebook(asked.notebook)
@@ -207,6 +210,8 @@ def main(arguments=None):
         if asked.override:
             given["override"] = dict(map(parse_value, asked.override))
         check(path, given)
+        if parallel.count() > 1 and path.stem in ALONE:
+            raise ValueError(f"{path.stem} measures one process or writes figures: run it without --processes")
     except (ValueError, TypeError) as error:
         print(f"vitlab.run: {error}", file=sys.stderr)
         return 2
@@ -219,6 +224,24 @@ def main(arguments=None):
         return 1
     record.say(f"{path.stem} {words}: done in {time.perf_counter() - begun:.0f} s, {out}")
     return 0
+
+
+def _together(processes, arguments):
+    """Run this command line in so many processes on this machine, each with its share of the cores."""
+    if processes < 1:
+        print(f"vitlab.run: --processes is at least 1, got {processes}", file=sys.stderr)
+        return 2
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    own = subprocess.Popen(
+        [*torchrun, "-m", "vitlab.run", *map(str, arguments)], env=os.environ | {"OMP_NUM_THREADS": threads}
+    )
+    try:
+        return own.wait()
+    except BaseException:
+        own.terminate()  # torchrun ends its processes, which end their kernels
+        own.wait()
+        raise
 
 
 def _reason(error):

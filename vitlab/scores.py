@@ -4,7 +4,7 @@ Higher stays. All criteria of a call share one forward and, if one of them needs
 batch; hooks take the statistics while values and gradients are fresh, so that no second set of gradients is ever
 stored. batches is a list (or anything to iterate over) of (x [B, 3, H, W], y int64 [B]) on the model's device, from
 the training split with evaluation transforms. The model is used in eval mode and left as it was: modes,
-requires_grad, gradients and hooks.
+requires_grad, gradients and hooks. Of several processes (see `parallel`) the first computes for all.
 """
 
 import warnings
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from . import models
+from . import models, parallel
 
 WEIGHTS = ("random", "magnitude", "gradient", "taylor", "fisher", "obd", "snip", "wanda", "obs")
 ROWS = ("random", "magnitude", "gradient", "taylor", "michel", "fisher", "variance")
@@ -24,6 +24,7 @@ KINDS = ("heads", "neurons", "qk", "v", "filters", "width", "block")
 NO_BATCHES = "no batches: give a list of (x, y); a generator is empty after its first use"
 
 
+@parallel.first_decides
 def measure(
     model,
     batches=None,
@@ -68,6 +69,7 @@ def measure(
     return found
 
 
+@parallel.first_decides
 def weights(model, batches=None, *, criteria, parameters=None, grams=None, damping=1e-3, labels="true", seed=0):
     """Scores of single weights: {criterion: {parameter name: tensor of its shape}}, float32 or better.
 
@@ -100,6 +102,7 @@ def weights(model, batches=None, *, criteria, parameters=None, grams=None, dampi
     return measure(model, batches, weights=criteria, labels=labels, seed=seed, **options)["weights"]
 
 
+@parallel.first_decides
 def rows(model, batches=None, *, criteria, layers=None, labels="true", seed=0):
     """Scores of whole rows (output features, filters): {criterion: {layer name: tensor [rows]}}.
 
@@ -120,6 +123,7 @@ def rows(model, batches=None, *, criteria, layers=None, labels="true", seed=0):
     return measure(model, batches, rows=criteria, layers=layers, labels=labels, seed=seed)["rows"]
 
 
+@parallel.first_decides
 def units(model, batches=None, *, criteria, kinds=("heads", "neurons"), labels="true", seed=0):
     """Scores of heads, neurons and channels: {criterion: {(block or stage name, kind): tensor [units]}}.
 
@@ -151,6 +155,7 @@ def units(model, batches=None, *, criteria, kinds=("heads", "neurons"), labels="
     return measure(model, batches, units=criteria, kinds=kinds, labels=labels, seed=seed)["units"]
 
 
+@parallel.first_decides
 def grams(model, batches, *, layers=None, affine=False):
     """Second moments of layer inputs: {layer name: float64 [n, n]}, X^T X / tokens. Forward passes only.
 
@@ -173,6 +178,7 @@ def grams(model, batches, *, layers=None, affine=False):
     return finite({"gram": {name: totals.mean(name) for name in chosen}})["gram"]
 
 
+@parallel.first_decides
 def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
     """Second moments of the loss's gradients by layer outputs: {layer name: float64 [m, m]}, one pass.
 
@@ -191,6 +197,7 @@ def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
     return finite({"gram": {name: totals.totals[name] / sweep.images for name in chosen}})["gram"]
 
 
+@parallel.first_decides
 def directions(model, batches, bases, *, labels="true", seed=0):
     """What the loss is predicted to rise by when a layer keeps only its first directions: {layer name: float64 [R+1]}.
 
@@ -222,6 +229,7 @@ def directions(model, batches, bases, *, labels="true", seed=0):
     return finite({"direction": found})["direction"]
 
 
+@parallel.first_decides
 @torch.no_grad()
 def loss(model, batches):
     """Mean cross-entropy over all images of batches, in eval mode. Raises ValueError for no batches."""

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 import pandas as pd
 import torch
 
-from . import masks, models, scores
+from . import masks, models, parallel, scores
 
 AGREEMENT = ["criterion", "kind", "spearman", "units"]
 
 
+@parallel.first_decides
 def curves(model, saliency, batches, *, ratios, per="layer"):
     """Loss when linear layers lose their least salient weights: a frame of layer, block, role, ratio, loss and
     increase (loss minus that of the uncut model, in nats).
@@ -55,6 +56,7 @@ def _cut(parameters, keep):
                 parameter.copy_(whole[name])
 
 
+@parallel.first_decides
 def ablations(model, batches, *, per_block=16, kinds=("heads", "neurons"), seed=0):
     """Loss increase when one unit alone goes: a frame of block, kind, unit and increase (nats).
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import hashlib
 import json
 import math
 import os
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,26 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from vitlab import cost, evaluate, prune, record
+from vitlab import cost, evaluate, parallel, prune, record
+
+LOGGED = ("train_loss", "train_top1", "val_loss", "val_top1", "lr", "images_per_s")  # to TensorBoard
 
 
+def _alone(fit):
+    """fit, which refuses to train a stage in a folder where another process trains it."""
+
+    @functools.wraps(fit)
+    def inside(*arguments, folder=None, stage="dense", **options):
+        if folder is None or not parallel.is_first():
+            return fit(*arguments, folder=folder, stage=stage, **options)
+        record.make_folder(Path(folder))
+        with record.alone(Path(folder, f".{stage}.lock"), f"the training of {stage} in {folder}"):
+            return fit(*arguments, folder=folder, stage=stage, **options)
+
+    return inside
+
+
+@_alone
 def fit(
     model,
     train,
@@ -50,6 +67,7 @@ def fit(
     seed=0,
     stage="dense",
     folder=None,
+    log=None,
 ):
     """Train model in place with AdamW, linear warm-up and cosine decay to 0; returns its history as a frame.
 
@@ -62,7 +80,12 @@ def fit(
     alone loses them to momentum and weight decay); each epoch's end asserts them. teacher: distil from this model
     (Hinton et al. 2015), loss (1 - a) CE + a T**2 KL with a = teacher_share, T = temperature. keep_best: end with
     the weights of the epoch that was best on val, else with the last. folder: a state file there after each epoch
-    lets a killed run go on to the same result as an unbroken one; a state of other settings or weights is not used.
+    lets a killed run go on to the same result as an unbroken one; a state of other settings or weights is not used,
+    and the one before stands in for one that is damaged. Who trains the same stage there at the same time is refused.
+    log: a folder for TensorBoard, which gets train and val loss and top-1, rate and images per second of each epoch.
+
+    Started by torchrun (see `parallel`), each process takes its part of each batch of batch_size: the result is that of
+    one process, up to rounding and to what drop-out and drop-path draw.
 
     History has one row per epoch: stage, epoch, train_loss, train_top1 (on augmented batches, in passing; of mixed
     ones for the label of the larger share), val_loss, val_top1, lr, seconds, images_per_s, data_share (of the seconds,
@@ -70,7 +93,8 @@ def fit(
     10**6 bytes: resident_mb of the whole process with all that it loaded before, device_mb that torch held on the GPU,
     and training_mb, by how much training needed more than there was when it began, model included, on the device that
     trains (cost.own_memory_mb): gradients, moments, activations, batches. This one compares trainings.
-    Raises ValueError for settings out of range, FloatingPointError when the loss is no longer finite.
+    Raises ValueError for settings out of range, FloatingPointError when the loss is no longer finite, RuntimeError when
+    another process trains the same stage in the same folder.
     """
     if epochs < 1 or not 0 <= warmup_epochs < epochs or lr <= 0:
         raise ValueError(f"need epochs >= 1, 0 <= warmup_epochs < epochs, lr > 0; got {epochs}, {warmup_epochs}, {lr}")
@@ -84,11 +108,22 @@ def fit(
             "need batch_size and images of at least 1 (or images=None for all), mixup and cutmix of at least 0; "
             f"got {batch_size}, {images}, {mixup} and {cutmix}"
         )
-    settings = {k: v for k, v in locals().items() if k not in ("model", "train", "val", "masks", "teacher", "folder")}
-    settings = record.in_force("train", settings)
-    accelerator = Accelerator()
+    apart = {"model", "train", "val", "masks", "teacher", "folder", "log"}
+    settings = record.in_force("train", {k: v for k, v in locals().items() if k not in apart | {"apart"}})
+    batch = min(batch_size, len(train))  # of all processes together
+    if batch % parallel.count():
+        raise ValueError(
+            f"a batch of {batch} images cannot be shared out evenly to {parallel.count()} processes: choose a "
+            "batch_size that is a multiple of their number"
+        )
+    parallel.join()
+    log = log or (folder and os.environ.get("VITLAB_LOG") and Path(folder) / "tensorboard")
+    accelerator = Accelerator(**({"log_with": "tensorboard", "project_dir": log} if log else {}))
+    if log:
+        accelerator.init_trackers(stage)
     device = accelerator.device
     model.to(device)
+    parallel.agree(model)
     if teacher is not None:
         teacher.to(device).eval()
     gc.collect()
@@ -97,6 +132,8 @@ def fit(
     state_file = Path(folder) / f"{stage}.state.pt" if folder else None
     seen = [getattr(split, "identity", len(split)) for split in (train, val)]
     key = _fingerprint(settings | {"images seen": seen}, model, masks, teacher)
+    if len(set(parallel.gather(key))) > 1:
+        raise RuntimeError(f"{stage}: the processes do not train the same model by the same settings, images and masks")
 
     groups = param_groups_weight_decay(
         model, weight_decay, no_weight_decay_list=getattr(model, "no_weight_decay", set)()
@@ -110,6 +147,8 @@ def fit(
     steps = max(1, count // batch_size)
     history, best, start = [], {"top1": -1.0}, 0
     saved = _load_state(state_file, key, device)
+    if len(set(parallel.gather(len(saved["history"]) if saved else 0))) > 1:
+        raise RuntimeError(f"not every process can see {state_file}: give all of them one data root (VITLAB_DATA)")
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -119,29 +158,30 @@ def fit(
         del saved
 
     mix = _mixing(mixup, cutmix, model) if mixup or cutmix else None
-    step = partial(
+    step = functools.partial(
         _step, prepared, optimizer, accelerator, label_smoothing=label_smoothing, clip_norm=clip_norm,
         precision=precision, teacher=teacher, teacher_share=teacher_share, temperature=temperature,
     )  # fmt: skip
     for epoch in range(start, epochs):
         begun = time.perf_counter()
-        torch.manual_seed(1_000_003 * seed + epoch)  # drop-path and drop-out depend on (seed, epoch) alone
+        # drop-path and drop-out depend on (seed, epoch, process) alone
+        torch.manual_seed(1_000_003 * seed + epoch + 1_000_000_007 * parallel.rank())
         prepared.train()
         sums = torch.zeros(2, device=device)  # of losses, of right answers
         batches = train.batches(
-            min(batch_size, len(train)), device=device, augment=augment, shuffle=True, seed=seed, epoch=epoch,
-            drop_last=True,
-        )  # fmt: skip
+            batch, device=device, augment=augment, shuffle=True, seed=seed, epoch=epoch, drop_last=True
+        )
         waited = 0.0
         cost.release_memory()  # of what validation took
         cost.reset_peak_memory()
         bar = tqdm(range(steps), desc=f"{stage} {epoch + 1}/{epochs}", leave=False, disable=record.headless())
-        with _plain_attention(model, device):
+        with _plain_attention(model, device), parallel.whole_batch_norms(model):
             for i in bar:
                 asked = time.perf_counter()
                 x, y = next(batches)
                 if mix:
                     x, y = mix(x, y, (seed, epoch, i))
+                x, y = parallel.part((x, y))
                 waited += time.perf_counter() - asked
                 rate = lr * _schedule(epoch * steps + i, epochs * steps, warmup_epochs * steps)
                 sums += step(x, y, rate)
@@ -149,7 +189,7 @@ def fit(
                     holder.step()
                 if averaged:
                     averaged.update_parameters(model)
-            total_loss, total_right = sums.tolist()  # waits for the device, so before the clock is read
+            total_loss, mine = parallel.mean(sums).tolist()  # waits for the device, so before the clock is read
         seconds = time.perf_counter() - begun
         peak, used = cost.peak_memory_mb(device), cost.own_memory_mb(device, peak=True) - held
         if not math.isfinite(total_loss):
@@ -160,13 +200,13 @@ def fit(
             holder.check(*([averaged.module] if averaged else []))
         judged = averaged.module if averaged else model
         result = evaluate.accuracy(judged, val, precision=precision)
-        seen = steps * min(batch_size, len(train))
+        seen = steps * batch
         history.append(
             {
                 "stage": stage,
                 "epoch": epoch + 1,
                 "train_loss": total_loss / steps,
-                "train_top1": 100 * total_right / seen,
+                "train_top1": 100 * mine * parallel.count() / seen,
                 "val_loss": result.loss,
                 "val_top1": result.top1,
                 "lr": rate,
@@ -185,6 +225,7 @@ def fit(
             f"{stage} epoch {epoch + 1}/{epochs}: train {history[-1]['train_top1']:.1f} %, val {result.top1:.1f} %, "
             f"{seconds:.0f} s"
         )
+        accelerator.log({name: history[-1][name] for name in LOGGED}, step=epoch + 1)
         _save_state(
             state_file,
             {
@@ -196,6 +237,8 @@ def fit(
                 "best": best,
             },
         )
+    for tracker in accelerator.trackers:
+        tracker.finish()
     model.load_state_dict(best["model"])
     model.eval()
     return pd.DataFrame(history)
@@ -338,21 +381,25 @@ def _fingerprint(settings, model, masks, teacher):
 
 
 def _save_state(file, state):
-    if file is None:
+    """Write the state of this epoch to file, and keep the one of the epoch before beside it."""
+    if file is None or not parallel.is_first():
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    torch.save(state, part)
-    part.replace(file)
+    record.write_atomic(file, functools.partial(torch.save, state), keep=_before(file))
+
+
+def _before(file):
+    return file.with_suffix(".before.pt")
 
 
 def _load_state(file, key, device):
-    """The state in file if it is whole and of this very run, else None."""
-    if file is None or not file.exists():
-        return None
-    try:
-        state = torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged state costs the epochs in it, not the run
-        record.say(f"{file.name} cannot be read ({type(error).__name__}); training starts again")
-        return None
-    return state if state["key"] == key else None
+    """The newest whole state of this very run in file, or of the epoch before beside it, else None."""
+    for path in [file, _before(file)] if file else []:
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+            if state["key"] == key:
+                return state
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # a damaged state costs the epoch in it, not the run
+            record.say(f"{path.name} cannot be read ({type(error).__name__}); training goes on from before it")
+    return None

@@ -1,0 +1,203 @@
+"""The docs: snippets run, names and links lead somewhere, and whatever can be asked for by its name is on a page."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import toy
+
+from vitlab import budget, data, layers, models, prune, record, recover, scores, shrink
+
+ROOT = record.repository()
+INDEX, CONTRIBUTING = ROOT / "docs" / "methods" / "README.md", ROOT / "CONTRIBUTING.md"
+PAGES = sorted(set(INDEX.parent.glob("*.md")) - {INDEX})
+DOCS = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = {path.stem for path in (ROOT / "vitlab").glob("*.py")}
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path, language):
+    """The fenced blocks of a language on a page, in their order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def prose(path):
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def drawn(count, seed):
+    """A data.Split of count images of noise, 16 px, 3 classes."""
+    store = np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    labels = torch.arange(count) % 3
+    return data.Split(store, np.arange(count), labels, 16, 16, (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
+
+
+@pytest.fixture
+def given(model, tmp_path):
+    """What the snippets take as given, docs/methods/README.md says so: on toys here."""
+    train, val, test = (drawn(count, seed) for seed, count in enumerate((48, 12, 12)))
+    images = data.Dataset("noise", ["a", "b", "c"], train, val, test, 16, "noise")
+    batches = list(train.batches(16))
+    return {"model": model, "images": images, "batches": batches, "folder": tmp_path / "checkpoint"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_snippets_of_methods_run(page, given, capsys):
+    found = blocks(page, "python")
+    assert found, "a method without its call"
+    for number, code in enumerate(found, 1):
+        exec(compile(code, f"{page.name}, snippet {number}", "exec"), given)
+
+
+def calls(code):
+    """(module, function, positional arguments, keywords, whether more is unpacked) of all calls into vitlab in code,
+    which imports it or goes on from code that did."""
+    found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    for node in (node for node in found if isinstance(node.func, ast.Attribute)):
+        if isinstance(node.func.value, ast.Name) and node.func.value.id in MODULES:
+            keywords = [keyword.arg for keyword in node.keywords]
+            unpacks = None in keywords or any(isinstance(argument, ast.Starred) for argument in node.args)
+            named = [keyword for keyword in keywords if keyword]
+            yield node.func.value.id, node.func.attr, 0 if unpacks else len(node.args), named, unpacks
+
+
+def check_calls(code):
+    """TypeError for a call of code whose arguments its function does not take; AttributeError for no function."""
+    for module, function, count, named, unpacks in calls(code):
+        signature = inspect.signature(getattr(importlib.import_module(f"vitlab.{module}"), function))
+        bind = signature.bind_partial if unpacks else signature.bind
+        bind(*[None] * count, **dict.fromkeys(named))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name_of)
+def test_calls_fit_their_functions(page):
+    for code in blocks(page, "python"):
+        check_calls(code)
+
+
+@pytest.mark.parametrize("code", ["scores.weight(model)", "scores.weights(m, criterion='taylor')", "cost.macs()"])
+def test_calls_that_do_not_fit_are_found(code):
+    with pytest.raises((AttributeError, TypeError)):
+        check_calls(code)
+
+
+def unknown_names(text):
+    """module.name in inline code, of modules of vitlab that have no such name."""
+    found = [re.findall(r"(?<![\w./])([a-z]+)\.(\w+)", code) for code in re.findall(r"`([^`\n]+)`", text)]
+    named = [(module, name) for pairs in found for module, name in pairs if module in MODULES]
+    return [pair for pair in named if not hasattr(importlib.import_module(f"vitlab.{pair[0]}"), pair[1])]
+
+
+@pytest.mark.parametrize("page", [*PAGES, INDEX, CONTRIBUTING], ids=name_of)
+def test_names_in_prose_are_the_packages_own(page):
+    assert unknown_names(prose(page)) == []
+    assert unknown_names("`scores.rows`, `scores.rwos(model)`, `vitlab/scores.py`") == [("scores", "rwos")]
+
+
+def dead_links(page, text):
+    """Relative links of a page, and paths in inline code under the repository's folders, that lead nowhere."""
+    links = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
+    top = "benchmarks|checkpoints|docs|figures|notebooks|profiles|tests|vitlab"
+    paths = re.findall(rf"`((?:{top})/[\w./-]+)`", text)
+    return [t for t in links if not (page.parent / t).exists()] + [p for p in paths if not (ROOT / p).exists()]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name_of)
+def test_links_lead_somewhere(page):
+    assert dead_links(page, prose(page)) == []
+    assert dead_links(CONTRIBUTING, "[a](docs/b.md), [c](README.md), `tests/d.py`") == ["docs/b.md", "tests/d.py"]
+
+
+WORDS = {
+    "criterion of weights": scores.WEIGHTS,
+    "criterion of rows": scores.ROWS,
+    "criterion of units": scores.UNITS,
+    "kind of unit": models.UNITS,
+    "method of compression": shrink.METHODS,
+    "support": layers.SUPPORTS,
+    "refit": shrink.REFITS,
+    "compensation": ("mean", "least squares"),  # of budget.cut
+    "target": budget.TARGETS,
+    "schedule": ("one-shot", "cubic", "iterative"),  # of prune.shares
+}
+
+
+def absent(words, text):
+    """Words that do not stand in text as code or in quotes."""
+    return [word for word in words if not re.search(rf'[`"]{re.escape(word)}[`"]', text)]
+
+
+@pytest.mark.parametrize("sort", WORDS)
+def test_every_word_has_a_page(sort):
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert absent(WORDS[sort], text) == [], f"a {sort} that no page of docs/methods mentions"
+    assert absent(["svd", "svd+iht"], "by `svd`") == ["svd+iht"]
+
+
+def test_every_way_of_recovery_has_a_page():
+    own = [f"recover.{name}" for name, each in vars(recover).items() if inspect.isfunction(each) and name[0] != "_"]
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert own and [name for name in own if f"`{name}" not in text] == []
+
+
+def test_every_page_is_in_the_index():
+    linked = re.findall(r"\]\((\w+\.md)\)", INDEX.read_text())
+    assert {page.name for page in PAGES} == set(linked)
+
+
+def changed(source, diff):
+    """source after a diff as CONTRIBUTING shows it: hunks between @@ lines, put wherever their old lines stand; …
+    stands for the rest of a line."""
+    for hunk in re.split(r"^(?:---|@@).*\n", diff, flags=re.MULTILINE)[1:]:
+        old, new = ("".join(line[1:] for line in hunk.splitlines(True) if line[0] in kind) for kind in (" -", " +"))
+        pattern = re.compile("^" + re.escape(old).replace("…", "(.*)"), re.MULTILINE)
+        source, count = pattern.subn(lambda found, new=new: new.replace("…", found[found.re.groups]), source)
+        assert count, f"CONTRIBUTING.md shows lines that are not there:\n{old}"
+    return source
+
+
+@pytest.fixture
+def rewritten():
+    """A function that gives a module another source until the test has ended."""
+    kept = []
+
+    def rewrite(module, source):
+        kept.append((module, dict(vars(module))))
+        exec(compile(source, module.__file__, "exec"), vars(module))
+
+    yield rewrite
+    for module, before in reversed(kept):
+        vars(module).clear()
+        vars(module).update(before)
+
+
+EXAMPLES = list(zip(blocks(CONTRIBUTING, "diff"), blocks(CONTRIBUTING, "python"), strict=True))
+
+
+@pytest.mark.parametrize("diff, law", EXAMPLES, ids=[diff.splitlines()[0] for diff, _ in EXAMPLES])
+def test_what_contributing_adds_keeps_its_law(diff, law, vit, batch, rewritten):
+    names = {"torch": torch, "toy": toy, "scores": scores, "shrink": shrink, "prune": prune}
+    exec(compile(law, "CONTRIBUTING.md", "exec"), names)
+    (test,) = (each for name, each in names.items() if name.startswith("test_"))
+    arguments = {name: {"vit": vit, "batch": batch}[name] for name in inspect.signature(test).parameters}
+    with pytest.raises((TypeError, ValueError)):  # it is about the lines that are not there yet
+        test(**arguments)
+    module = importlib.import_module("vitlab." + re.match(r"--- vitlab/(\w+)\.py\n", diff)[1])
+    rewritten(module, changed(Path(module.__file__).read_text(), diff))
+    test(**arguments)
+
+
+def test_lines_that_are_not_there_are_found():
+    diff = "--- vitlab/a.py\n-A = (…)\n+A = (…, 3)\n@@\n     b\n+    c\n"
+    assert changed("A = (1, 2)\n    b\n", diff) == "A = (1, 2, 3)\n    b\n    c\n"
+    with pytest.raises(AssertionError, match="lines that are not there"):
+        changed("A = (1, 2)\n", diff)

@@ -1,0 +1,336 @@
+"""explore: what the widgets show is what the package's own calls give, from scores that are saved once."""
+
+import contextlib
+import copy
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from conftest import toy
+
+from vitlab import budget, checkpoint, cost, data, evaluate, explore, masks, models, record, run, scores, shrink
+
+
+def toy_images():
+    """60 random images of 16 px in 3 classes."""
+    store = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
+    labels = torch.arange(60) % 3
+
+    def split(low, high):
+        return data.Split(store, np.arange(low, high), labels[low:high], 16, 16, (0.5,) * 3, (0.25,) * 3)
+
+    return data.Dataset("toy", ["a", "b", "c"], split(0, 24), split(24, 36), split(36, 60), 16, "toy")
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITLAB_DATA", str(tmp_path))
+    monkeypatch.setattr(explore.data, "load", lambda **_: toy_images())
+    return record.open_run("smoke", "vit")
+
+
+@pytest.fixture(scope="module", params=["vit", "swin"])
+def opened(request, tmp_path_factory):
+    """An Explorer of each toy, opened once for all tests."""
+    toys = {
+        "vit": dict(name="conv_vit", embed_dim=32, depth=2, num_heads=4),
+        "swin": dict(name="conv_swin", embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=2),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VITLAB_DATA", str(tmp_path_factory.mktemp("data")))
+        patch.setattr(explore.data, "load", lambda **_: toy_images())
+        lab = record.open_run("smoke", "vit")
+        checkpoint.save(toy(**toys[request.param]), lab.path("dense"))
+        return explore.Explorer(lab)
+
+
+@pytest.fixture
+def explorer(opened, monkeypatch):
+    """The same, its widgets as they were when it was opened."""
+    monkeypatch.setattr(explore.data, "load", lambda **_: toy_images())
+    opened.is_held = True
+    for widget in (opened.block, opened.layer, opened.criterion, opened.unit_criterion):
+        widget.index = 0
+    opened.sparsity.value, opened.macs.value, opened.is_held = 0.5, 0.95, False
+    opened.move()
+    return opened
+
+
+def states(explorer):
+    """Which of STATES each pixel of the mask is, by number."""
+    pixels = np.asarray(explorer.layer_picture.image.get_array())
+    return (pixels[..., None, :] == explorer.layer_picture.palette).all(-1).argmax(-1)
+
+
+# -- what goes
+
+
+@pytest.mark.parametrize("criterion, sparsity", [("taylor", 0), ("taylor", 0.5), ("magnitude", 0.9), ("random", 0.99)])
+def test_the_mask_shown_is_that_of_the_exact_count(explorer, criterion, sparsity):
+    explorer.macs.value, explorer.criterion.value, explorer.sparsity.value = 1, criterion, sparsity
+    found = explorer.subject.weights[criterion]
+    keep = masks.keep_largest(found, sparsity=sparsity)
+    assert sum(int((~mask).sum()) for mask in keep.values()) == round(sparsity * sum(s.numel() for s in found.values()))
+    explorer.block.value = explorer.block.options[-1]
+    for role, name in explorer.subject.layers[explorer.block.value].items():
+        explorer.layer.value = role
+        assert (states(explorer) == np.where(keep[name], 2, 0)).all()
+        words = f"kept {int(keep[name].sum()):,} of {keep[name].numel():,}"
+        assert explorer.layer_picture.mask.get_title() == words
+
+
+def test_each_bar_counts_the_weights_of_its_bin(explorer):
+    explorer.sparsity.value = 0.6
+    shown = states(explorer)
+    for bars in explorer.layer_picture.bars:  # of values, of scores
+        for least, bar in enumerate(bars):
+            assert bar.get_data().values.sum() == (shown >= least).sum()
+    found, line = explorer.subject.weights["taylor"], explorer.layer_picture.lines[1]
+    dropped = torch.cat([score[~explorer.cut.keep[name]] for name, score in found.items()])
+    kept = torch.cat([score[explorer.cut.keep[name]] for name, score in found.items()])
+    assert line.get_visible() and line.get_xdata()[0] == dropped.max() <= kept.min()
+
+
+@pytest.mark.parametrize("criterion", explore.UNITS)
+def test_crossed_heads_and_missing_neurons_are_those_of_the_plan(explorer, criterion):
+    explorer.unit_criterion.value = criterion
+    subject = explorer.subject
+    for share in [subject.floor, 0.9, 0.95]:
+        explorer.macs.value = share
+        plan = budget.plan(subject.model, subject.units[criterion], macs=share)
+        assert explorer.cut.drop == plan.drop == subject.plan(criterion, share).drop
+        figure = explorer.unit_picture
+        crossed = {(figure.blocks[round(y)], round(x)) for x, y in np.transpose(figure.crosses.get_data())}
+        assert crossed == {(b, i) for (b, kind), gone in plan.drop.items() if kind == "heads" for i in gone}
+        for block, words, bar in zip(figure.blocks, figure.words, figure.bars, strict=True):
+            count = figure.counts[block, "neurons"]
+            left = count - len(plan.drop.get((block, "neurons"), ()))
+            assert words.get_text() == f"{left} of {count}" and bar.get_width() == left / count
+
+
+def test_the_slider_ends_at_the_least_share_that_a_plan_can_keep(explorer):
+    subject, least = explorer.subject, explorer.macs.min
+    assert least == subject.floor < 1
+    budget.plan(subject.model, subject.units["taylor"], macs=least)
+    with pytest.raises(budget.Unreachable):
+        budget.plan(subject.model, subject.units["taylor"], macs=least - 0.01)
+
+
+# -- what is left
+
+
+def test_costs_are_those_of_the_model_that_is_really_smaller(explorer):
+    explorer.sparsity.value, explorer.macs.value, explorer.criterion.value = 0.7, 0.9, "magnitude"
+    model = copy.deepcopy(explorer.subject.model)
+    found = {name: model.get_parameter(name).detach().abs() for name in explorer.subject.weights["magnitude"]}
+    for name, mask in masks.keep_largest(found, sparsity=0.7).items():
+        model.get_parameter(name).data *= mask
+    small = shrink.remove(model, budget.plan(model, explorer.subject.units["fisher"], macs=0.9).drop)
+    expected = {
+        "macs": cost.macs(small),
+        "macs_ideal": cost.macs(small, ideal=True),
+        "params": sum(p.numel() for p in small.parameters()),
+        "nonzero": sum(int(p.count_nonzero()) for p in small.parameters()),
+        "bytes_memory": cost.bytes_memory(small),
+        "bytes_disk": cost.bytes_disk(small),
+    }
+    assert explore.costs(explorer.cut.model) == expected
+    dense = cost.macs(explorer.subject.model)
+    for number in (*expected.values(), dense):
+        assert f"{number:,}<" in explorer.table.value
+    assert f"{expected['macs'] / dense:.1%}" in explorer.table.value and expected["macs"] <= 0.9 * dense
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(explorer.cut.model(x), small(x))
+
+
+def test_without_a_cut_the_model_is_the_dense_one(explorer):
+    explorer.sparsity.value, explorer.macs.value = 0, 1
+    assert explorer.cut.model is explorer.subject.model
+    assert explorer.cut.masked == explorer.cut.removed == 0 and not explorer.cut.drop
+    assert (states(explorer) == 2).all() and not explorer.layer_picture.lines[1].get_visible()
+    assert len(explorer.unit_picture.crosses.get_xdata()) == 0
+
+
+def test_the_predicted_rise_is_the_sum_of_second_order_scores(explorer):
+    subject = explorer.subject
+    only_weights = subject.cut("taylor", 0.5, "fisher", 1)
+    masked = sum(subject.weights["obd"][name][~mask].sum() for name, mask in only_weights.keep.items())
+    assert only_weights.masked == pytest.approx(masked.item(), rel=1e-5) and only_weights.removed == 0
+    only_units = subject.cut("taylor", 0, "fisher", 0.9)
+    assert only_units.removed == pytest.approx(subject.plan("fisher", 0.9).predicted, rel=1e-5)
+    both = subject.cut("taylor", 0.5, "fisher", 0.9)  # weights of units that go are counted once
+    assert both.masked < only_weights.masked and both.removed == only_units.removed > 0
+
+
+def test_images_are_tested_on_the_model_that_is_shown(explorer):
+    explorer.sparsity.value = 0.95
+    explorer.button.click()
+    test = toy_images().test
+    dense, cut = (evaluate.accuracy(model, test) for model in (explorer.subject.model, explorer.cut.model))
+    for found in (dense, cut):
+        assert f"<b>{found.correct} ({found.correct / 24:.1%})</b>" in explorer.answer.value
+    assert f"rises by <b>{cut.loss - dense.loss:.2g}</b>" in explorer.answer.value
+    assert "95% of the weights" in explorer.answer.value and explorer.test_image.value[1:4] == b"PNG"
+
+
+# -- scores and checkpoints
+
+
+def test_scores_are_saved_once_and_come_back_bit_equal(lab, model, monkeypatch):
+    checkpoint.save(model, lab.path("dense"))
+    batches = lab.calibration(toy_images().train)
+    options = {"weights": explore.WEIGHTS, "units": explore.UNITS, "labels": lab.params.calibration.labels}
+    fresh = scores.measure(model, batches, **options)
+    explore.saved_scores(lab.path("dense"), lab, model, toy_images)
+    monkeypatch.setattr(explore.scores, "measure", None)  # calling it again would be an error
+    again = explore.Subject(lab.path("dense"), lab)
+    for group, found in (("weights", again.weights), ("units", again.units)):
+        assert list(found) == list(fresh[group])
+        for criterion, own in fresh[group].items():
+            assert list(found[criterion]) == list(own), "in the model's order, by which ties are decided"
+            assert all(torch.equal(found[criterion][key], score) for key, score in own.items())
+
+
+def test_another_checkpoint_or_calibration_is_another_key(lab, vit):
+    def keys():
+        explore.saved_scores(lab.path("dense"), lab, checkpoint.load(lab.path("dense")), toy_images)
+        return {path.name for path in lab.path("explore").glob("*.safetensors")}
+
+    checkpoint.save(vit, lab.path("dense"))
+    first = keys()
+    checkpoint.save(vit, lab.path("dense"), extra={"top1": 50.0})  # the same model
+    assert len(first) == 1 and keys() == first
+    with torch.no_grad():
+        next(vit.parameters()).add_(1e-3)
+    checkpoint.save(vit, lab.path("dense"))
+    second = keys()
+    lab.params.calibration["images"] = 10
+    assert len(second) == 2 and len(keys()) == 3 and first < second < keys()
+    about = [json.loads(path.read_text()) for path in lab.path("explore").glob("*.json")]
+    assert sorted(each["calibration"]["images"] for each in about) == [10, 64, 64]
+
+
+def test_what_can_be_explored_is_listed_own_and_dense_ones_first(lab, vit):
+    checkpoint.save(vit, lab.path("another"))
+    checkpoint.save(vit, lab.path("dense"))
+    checkpoint.save(shrink.compress(vit, ratio=0.5, method="svd", multiple=1)[0], lab.path("thin"))
+    checkpoint.save(vit, record.open_run("demo", "swin", 3).path("dense"))
+    found = explore.checkpoints(lab)
+    assert list(found)[:3] == ["smoke/vit/seed0/dense", "smoke/vit/seed0/another", "demo/swin/seed3/dense"]
+    assert list(found)[3] == "cifar10-small/vit, shipped" and not [label for label in found if "thin" in label]
+    own = explore.checkpoints(record.open_run("caltech101-small", "swin-transfer"))
+    assert next(iter(own)) == "caltech101-small/swin-transfer, shipped"
+    other = explore.run_of(found["demo/swin/seed3/dense"], lab)
+    shipped = explore.run_of(found["cifar10-small/swin, shipped"], lab)
+    assert explore.run_of(found["smoke/vit/seed0/dense"], lab) is lab
+    assert (other.study, other.model_name, other.seed) == ("demo", "swin", 3)
+    assert (shipped.study, shipped.model_name, shipped.seed) == ("cifar10-small", "swin", 0)
+
+
+def test_without_any_checkpoint_the_commands_that_make_one_are_named(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "repository", lambda: tmp_path / "clone")
+    with pytest.raises(FileNotFoundError, match="make demo.*\n.*vitlab.run 1_train --study smoke --model vit --seed 0"):
+        explore.Explorer(lab)
+
+
+def test_a_checkpoint_that_cannot_be_opened_says_why_and_the_last_one_stays(lab, vit):
+    for name in ("dense", "other"):
+        checkpoint.save(vit, lab.path(name))
+    (lab.path("other") / "model.safetensors").write_bytes(b"cut short")
+    explorer = explore.Explorer(lab)
+    before = explorer.checkpoint.value, explorer.cut
+    explorer.checkpoint.value = "smoke/vit/seed0/other"
+    assert (explorer.checkpoint.value, explorer.cut) == before and "altered or cut short" in explorer.status.value
+
+
+# -- in the browser
+
+
+@pytest.fixture
+def jupyterlab(tmp_path):
+    """Address of a JupyterLab that has a copy of the notebook, of the study smoke, whose ViT is there, untrained."""
+    lab = record.open_run("smoke", "vit")  # under tmp_path
+    checkpoint.save(models.create(**lab.model, num_classes=10, image_size=32), lab.path("dense"))
+    text = (record.repository() / "notebooks" / "explore.ipynb").read_text()
+    (tmp_path / "explore.ipynb").write_text(text.replace('study = \\"demo\\"', 'study = \\"smoke\\"'))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token, own = secrets.token_hex(16), str(tmp_path / "jupyter")
+    environment = {name: value for name, value in os.environ.items() if name != "VITLAB_HEADLESS"}
+    environment |= {"JUPYTER_CONFIG_DIR": own, "JUPYTER_DATA_DIR": own, "JUPYTER_RUNTIME_DIR": own}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
+    command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--notebook-dir={tmp_path}"]
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(120):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}"):
+                break
+            assert server.poll() is None, (tmp_path / "server.log").read_text()
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/lab/tree/explore.ipynb?token={token}"
+    finally:
+        server.terminate()  # its kernels go with it
+        server.wait(60)
+
+
+@pytest.fixture
+def chromium():
+    """A page of a headless Chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: .venv/bin/pip install playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("needs Chromium on the PATH: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser.new_page(viewport={"width": 1400, "height": 1300})
+        browser.close()
+
+
+@pytest.mark.long
+def test_sliders_and_the_button_answer_in_jupyterlab(chromium, lab, jupyterlab):
+    page = chromium
+    page.set_default_timeout(240_000)
+    page.goto(jupyterlab)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+    page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    pictures, sliders = page.locator("img.widget-image"), page.locator(".noUi-handle")
+    pictures.nth(1).wait_for()
+    for number, changed in [(0, [0]), (1, [0, 1])]:  # sparsity moves the mask; the budget heads and neurons, too
+        before = [pictures.nth(i).screenshot() for i in (0, 1)]
+        sources = [pictures.nth(i).get_attribute("src") for i in changed]
+        sliders.nth(number).focus()
+        for _ in range(10):
+            page.keyboard.press("ArrowLeft")
+        moved = "(s) => s.every(one => [...document.querySelectorAll('img.widget-image')].every(i => i.src != one))"
+        page.wait_for_function(moved, arg=sources)
+        page.wait_for_timeout(3000)  # until the last of the moves is drawn
+        after = [pictures.nth(i).screenshot() for i in (0, 1)]
+        assert [i for i in (0, 1) if before[i] != after[i]] == changed
+    assert not pictures.nth(2).is_visible()
+    page.get_by_role("button", name="test on images").click()
+    page.get_by_text("test images dense gets").wait_for()
+    pictures.nth(2).wait_for()
+    assert page.get_by_text("Traceback").count() == 0
+
+
+@pytest.mark.long
+def test_the_notebook_runs_headless_and_keeps_pictures_instead_of_widgets(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITLAB_DATA", str(tmp_path))
+    lab = record.open_run("smoke", "vit")
+    checkpoint.save(models.create(**lab.model, num_classes=10, image_size=32), lab.path("dense"))
+    done = run.execute(run.find_notebook("explore"), {"study": "smoke"})
+    outputs = [out for cell in json.loads(done.read_text())["cells"] for out in cell.get("outputs", [])]
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 2
+    assert any("MACs if zeros were free" in "".join(out.get("data", {}).get("text/html", "")) for out in outputs)
