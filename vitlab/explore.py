@@ -440,6 +440,7 @@ class Explorer:
             self._set(widget, "options", [*options])
             self._set(widget, "index", 0)
         self._set(self.macs, "min", floor)
+        self.answer.value, self.test_image.layout.display = "", "none"  # of another model
         self.layer_picture, self.shown, self.shown_units = LayerPicture(), None, (None, None)
         self.move()
 
@@ -485,7 +486,7 @@ class Explorer:
         dense, cut = (f"<b>{count} ({count / len(split):.1%})</b>" for count in right)
         figure = plots.changed_images(split, found.head(SHOWN))
         figure.canvas.draw()
-        self.test_image.value = encoded(figure.canvas)
+        self.test_image.value, self.test_image.layout.display = encoded(figure.canvas), None
         plt.close(figure)
         self.answer.value = (
             f"Of {len(split)} test images dense gets {dense} right, cut {cut}, and the loss rises by <b>{rise:.2g}</b> "
