@@ -182,6 +182,16 @@ def test_images_are_tested_on_the_model_that_is_shown(explorer):
     assert "95% of the weights" in explorer.answer.value and explorer.test_image.value[1:4] == b"PNG"
 
 
+def test_missing_images_are_told_below_the_button(explorer, monkeypatch):
+    def nothing(**_):
+        raise RuntimeError("no images here")
+
+    monkeypatch.setattr(explore.data, "load", nothing)
+    explorer.subject.__dict__.pop("images", None)
+    explorer.button.click()
+    assert "no images here" in explorer.answer.value
+
+
 # -- scores and checkpoints
 
 
@@ -240,6 +250,20 @@ def test_without_any_checkpoint_the_commands_that_make_one_are_named(lab, tmp_pa
     monkeypatch.setattr(record, "repository", lambda: tmp_path / "clone")
     with pytest.raises(FileNotFoundError, match="make demo.*\n.*vitlab.run 1_train --study smoke --model vit --seed 0"):
         explore.Explorer(lab)
+
+
+def test_a_model_that_was_cut_before_can_be_cut_further(lab, vit):
+    cut = shrink.remove(vit, {("blocks.0", "heads"): range(4), ("blocks.1", "heads"): [2]})
+    with torch.no_grad():
+        cut.blocks[1].mlp.fc1.weight[:16] = 0
+    checkpoint.save(cut, lab.path("dense"))
+    explorer = explore.Explorer(lab)
+    assert explorer.layer.options[0] == "fc1" and list(explorer.subject.layers["blocks.0"]) == ["fc1", "fc2"]
+    explorer.block.value, explorer.layer.value, explorer.sparsity.value = "blocks.1", "qkv", 0.05
+    explorer.block.value = "blocks.0"  # which has no such layer: its first one is shown
+    assert (states(explorer) >= 0).all() and states(explorer).shape == (64, 32)
+    explorer.macs.value = explorer.macs.min
+    assert cost.macs(explorer.cut.model) <= explorer.macs.min * cost.macs(cut)
 
 
 def test_a_checkpoint_that_cannot_be_opened_says_why_and_the_last_one_stays(lab, vit):

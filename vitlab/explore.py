@@ -12,6 +12,7 @@ import contextlib
 import copy
 import gc
 import hashlib
+import html
 import io
 import json
 from functools import cached_property
@@ -44,6 +45,7 @@ COSTS = {
     "bytes_memory": "bytes in memory",
     "bytes_disk": "bytes on disk",
 }
+FAILURES = (OSError, ValueError, TypeError, RuntimeError)  # shown, as nobody sees what a widget's callback raises
 
 
 # -- checkpoints and their scores
@@ -426,9 +428,9 @@ class Explorer:
         self.status.value = f"opening {change['new']} …"
         try:
             self._open(change["new"])
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
+        except FAILURES as error:
             self._set(self.checkpoint, "value", change["old"])
-            self.status.value = f'<span style="color:firebrick">{change["new"]}: {error}</span>'
+            self.status.value = _in_red(f"{change['new']}: {error}")
 
     def _open(self, label):
         folder = self.places[label]
@@ -477,6 +479,12 @@ class Explorer:
     def test(self, button=None):
         """Compare the dense model and the cut one on test images, and show those that they see most differently."""
         self.answer.value = "testing …"
+        try:
+            self.answer.value = self._tested()
+        except FAILURES as error:
+            self.answer.value = _in_red(error)
+
+    def _tested(self):
         images = self.subject.images
         split = images.test.subset(min(TESTED, len(images.test)))
         options = {"most": len(split), "classes": images.classes}
@@ -488,11 +496,15 @@ class Explorer:
         figure.canvas.draw()
         self.test_image.value, self.test_image.layout.display = encoded(figure.canvas), None
         plt.close(figure)
-        self.answer.value = (
+        return (
             f"Of {len(split)} test images dense gets {dense} right, cut {cut}, and the loss rises by <b>{rise:.2g}</b> "
             f"nats (predicted: {self.cut.masked + self.cut.removed:.2g}); {self.status.value}. Below, those whose "
             "prediction moved most, as label: dense → cut."
         )
+
+
+def _in_red(words):
+    return f'<span style="color:firebrick">{html.escape(str(words))}</span>'
 
 
 def _widget(kind, description="", *, width=None, **options):
