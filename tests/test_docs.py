@@ -41,6 +41,20 @@ def drawn(count, seed):
     return data.Split(store, np.arange(count), labels, 16, 16, (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_timings_stand_in_the_table_that_they_name(page):
+    for paragraph in re.split(r"\n\s*\n", prose(page)):
+        tables = re.findall(r"figures/bench/\w+\.md", paragraph)
+        if not tables:
+            continue
+        known = [float(each) for path in tables for each in re.findall(r"\d+(?:\.\d+)?", (ROOT / path).read_text())]
+        for told in re.findall(r"(?<![\w.])\d+\.\d+", paragraph):
+            digits = len(told.partition(".")[2])
+            within = 0.51 * 10**-digits  # a table rounds, too
+            near = [each for each in known for scale in (1, 1000) if abs(each / scale - float(told)) <= within]
+            assert near, f"{told} is not in {' or '.join(tables)}"
+
+
 @pytest.fixture
 def given(model, tmp_path):
     """What the snippets take as given, docs/methods/README.md says so: on toys here."""

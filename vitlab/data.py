@@ -515,24 +515,13 @@ def _cached(found: _Found, folder: Path, image_size: int, progress: bool):
     target = folder / f"{found.name}-{key[:12]}-{side}"
     shape = (len(found.labels), side, side, 3)
     if (opened := _open(target, shape)) is None:
-        with _in_turn(folder / "building.lock"):
+        with open(folder / "building.lock", "w") as lock, parallel.in_turn(lock):
             if _open(target, shape) is None:  # else another process has built it meanwhile
                 _build(found, target, shape, progress)
         opened = _open(target, shape)
         if opened is None:
             raise RuntimeError(f"the cache {target} cannot be read back: is the disk full?")
     return *opened, target
-
-
-@contextlib.contextmanager
-def _in_turn(lock: Path):
-    """Hold the file lock, after whoever holds it now; the system frees it whatever happens to this process."""
-    with open(lock, "w") as file:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _open(target: Path, shape: tuple) -> tuple[np.ndarray, dict] | None:

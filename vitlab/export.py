@@ -68,7 +68,7 @@ class Session:
         options.intra_op_num_threads = threads or torch.get_num_threads()
         # between calls its threads would spin on the cores that others are timed on
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # one pool of memory for all: each would keep what its largest batch took, 5 GB for 64 images of a Swin-T
+        # one pool of memory for all: each would keep what its largest batch took, which can be gigabytes
         _shared_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

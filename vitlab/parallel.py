@@ -2,7 +2,8 @@
 
 torchrun starts them and tells each in its environment which one it is; accelerate joins them. All run the same code on
 the same images and draws, a notebook too: each takes its part of every batch, what must be the same everywhere is
-computed by the first and sent to the others, and the first alone writes files. Without torchrun nothing here happens.
+computed by the first and sent to the others, and the first alone writes files. Without torchrun nothing here happens,
+but for `in_turn`.
 """
 
 import contextlib
@@ -75,6 +76,17 @@ def mean(tensor):
         join().all_reduce(tensor)
         tensor /= count()
     return tensor
+
+
+@contextlib.contextmanager
+def in_turn(file):
+    """Hold the lock of an open file, after whoever holds it now; the system frees it whatever happens to this process.
+    Of any processes on this machine, not only those of torchrun."""
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 def first_decides(function):

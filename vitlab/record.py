@@ -581,7 +581,7 @@ def _append(path, rows):
     if not parallel.is_first():
         return
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    with open(path, "ab+") as file, _in_turn(file):
+    with open(path, "ab+") as file, parallel.in_turn(file):
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             text = text if file.read(1) == b"\n" else "\n" + text  # after a line that was cut short
@@ -695,16 +695,6 @@ def _is_full(error, folder):
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return shutil.disk_usage(folder).free < 1_000_000
-
-
-@contextlib.contextmanager
-def _in_turn(file):
-    """Hold the lock of an open file, after whoever holds it now."""
-    if os.name == "posix":
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)
-    yield
 
 
 @contextlib.contextmanager
