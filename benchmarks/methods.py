@@ -41,7 +41,7 @@ GRADIENTS = {  # every criterion that needs a backward pass
 def passes(rounds):
     """Scores, grams and reconstruction in units of forward and backward passes over the same batches."""
     rows = []
-    for name, images in [("small ViT", 256), ("small Swin", 256), ("ViT-S", 16), ("Swin-T", 16), ("ViT-B", 8)]:
+    for name, images in [("small ViT", 256), ("small Swin", 256), ("ViT-S", 16), ("Swin-T", 16), ("ViT-B", 16)]:
         model = model_of(name) if name.startswith("small") else model_of(name, num_classes=10)
         both = images_of(model, images).chunk(2)
         batches = [(x, torch.randint(0, 10, (len(x),))) for x in both]
