@@ -7,7 +7,7 @@ BIN := .venv/bin
 NAME = $(basename $(notdir $(STUDY)))
 DATA = $(or $(VITLAB_DATA),data)
 
-.PHONY: help demo smoke study figures slides test test-long lab lint bench install
+.PHONY: help demo smoke study reproduce figures slides html readme test test-long lab lint bench install
 
 help:
 	@echo "make demo                  train, prune and compare two tiny models, in minutes"
@@ -15,8 +15,11 @@ help:
 	@echo "make lab                   JupyterLab; open the notebooks in their order"
 	@echo "make study STUDY=NAME      all notebooks of a study of notebooks/params: $(basename $(notdir $(wildcard notebooks/params/*.yaml)))"
 	@echo "                           MODEL=vit one model of it, SEED=1 another seed, CORES=2, ARGS=-n to see what would run"
-	@echo "make figures STUDY=NAME    its figures and tables again, from the rows there are"
+	@echo "make reproduce STUDY=NAME  its rows again, beside the published ones; MODEL=vit of one model, SEEDS='0 1'"
+	@echo "make figures STUDY=NAME    its figures, tables and slides again, from the rows there are"
 	@echo "make slides STUDY=NAME     its slides, from the tables and pictures in figures/: .pptx and one HTML file"
+	@echo "make html STUDY=NAME       its executed notebooks as pages, one file each, beside them"
+	@echo "make readme                the results in README.md and docs/results.md again, from the tables in figures/"
 	@echo "make smoke                 every notebook with next to no training, to see that all of it runs"
 	@echo "make bench                 what things cost, and what a cut brings in time, beside the peers"
 	@echo "make lint                  style of code and notebooks"
@@ -36,12 +39,28 @@ study: install
 	@echo "Figures and tables: figures/$(NAME)/"
 	@echo "Executed notebooks: $(DATA)/runs/$(NAME)/notebooks/ and $(DATA)/runs/$(NAME)/*/seed*/notebooks/"
 
+reproduce: install
+	@for seed in $(or $(SEEDS),0); do $(BIN)/snakemake rows --cores $(CORES) --config study=$(STUDY) \
+	    $(if $(MODEL),model=$(MODEL)) seed=$$seed $(ARGS) || exit 1; done
+	@$(BIN)/python -m vitlab.record $(NAME) --compare
+
 figures: install
 	@$(BIN)/python -m vitlab.run 7_report --study $(STUDY)
+	@$(BIN)/python -m vitlab.deck $(STUDY)
 	@echo "Figures and tables: figures/$(NAME)/"
 
 slides: install
 	@$(BIN)/python -m vitlab.deck $(STUDY) $(ARGS)
+
+html: install
+	@[ -d "$(DATA)/runs/$(NAME)/notebooks" ] || { echo "No executed notebooks: make study STUDY=$(STUDY)"; exit 1; }
+	@$(BIN)/python -m nbconvert --to html --no-prompt --template-file notebooks/page.html.j2 \
+	    --CoalesceStreamsPreprocessor.enabled=True --log-level ERROR \
+	    $$(find "$(DATA)/runs/$(NAME)" -name "[0-9]_*.ipynb" ! -name "*.*.ipynb")
+	@echo "Pages: $(DATA)/runs/$(NAME)/notebooks/*.html and $(DATA)/runs/$(NAME)/*/seed*/notebooks/*.html"
+
+readme: install
+	@$(BIN)/python -m vitlab.findings README.md docs/results.md
 
 test: install
 	@echo "Running the tests (make test-long: those too that take minutes)."

@@ -45,9 +45,10 @@ def code(notebook):
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 
-def values(notebook, model=None):
+def values(notebook, model=None, seed=None):
     """The values of the study that a notebook uses, of the models only its own."""
-    used = {section: record.in_force(section, STUDY[section]) for section in record.USES[notebook]}
+    study = record.study(config["study"], seed=seed)
+    used = {section: record.in_force(section, study[section]) for section in record.USES[notebook]}
     return json.dumps(used | ({"models": STUDY.models[model]} if model else {}), sort_keys=True)
 
 
@@ -81,7 +82,7 @@ for step, before in AFTER.items():
             f"{RUNS}/{{model}}/seed{{seed}}/notebooks/{step}.ipynb",
         params:
             code=lambda w, step=step: code(step),
-            values=lambda w, step=step: values(step, w.model),
+            values=lambda w, step=step: values(step, w.model, int(w.seed)),
         # Timing wants the machine for itself. threads sets OMP_NUM_THREADS and the like for each notebook.
         threads: workflow.cores or 1 if step == "6_efficiency" else THREADS
         resources:
@@ -91,12 +92,20 @@ for step, before in AFTER.items():
             RUN_MODEL if step == "6_efficiency" or PROCESSES == 1 else EACH + RUN_MODEL + f" --processes {PROCESSES}"
 
 
+ROWS = expand(
+    "{runs}/{model}/seed{seed}/notebooks/{step}.ipynb",
+    runs=RUNS, model=MODELS, seed=SEEDS, step=["2_sensitivity", "6_efficiency"],
+)
+
+
+rule rows:  # all but the report, which would replace the published figures
+    input:
+        ROWS,
+
+
 rule report:
     input:
-        before=expand(
-            "{runs}/{model}/seed{seed}/notebooks/{step}.ipynb",
-            runs=RUNS, model=MODELS, seed=SEEDS, step=["2_sensitivity", "6_efficiency"],
-        ),
+        before=ROWS,
         notebook=ancient("notebooks/7_report.ipynb"),
     output:
         RUNS / "notebooks/7_report.ipynb",

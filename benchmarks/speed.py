@@ -47,7 +47,7 @@ def cuts(rounds):
         made = {"dense": dense, "masked": masked_in_half(dense), "removed": cut_in_half(dense)}
         made["factored"] = factored_in_half(dense)
         settings = {f"{name} {' '.join(way)}": bench.Setting(m, *way) for name, m in made.items() for way in WAYS}
-        table = bench.latency(settings, batch=BATCHES, repeats=rounds, seconds=150)
+        table = bench.latency(settings, batch=BATCHES, repeats=4 * rounds, seconds=240)  # large batches: fewer
         table = bench.bounds(settings, table).assign(case=case)
         table["model"] = table.model.str.split().str[0]
         tables.append(table.join(memory(made), on=["model", "runtime", "precision", "batch"]))

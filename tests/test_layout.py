@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "sensitivity": "models masks parallel scores",
     "recover": "models layers lowrank prune scores shrink",
     "train": "cost evaluate parallel prune record",
-    "evaluate": "cost parallel",
+    "evaluate": "cost models parallel",
     "cost": "models layers packed",
     "bench": "checkpoint cost export layers lowrank models parallel",
     "packed": "",
@@ -35,7 +35,9 @@ MAY_IMPORT = {
     "checkpoint": "models packed parallel shrink",
     "record": "parallel",
     "plots": "record",
-    "deck": "plots record",
+    "drawings": "plots",
+    "findings": "plots record",
+    "deck": "findings record",
     "explore": "budget checkpoint cost data evaluate masks models plots prune record scores",
     "run": "parallel record",
 }
@@ -79,7 +81,7 @@ def test_imports_go_the_written_way(path):
 
 
 def test_the_command_line_and_figures_do_not_load_torch():
-    for name in ("record", "run", "plots", "deck"):
+    for name in ("record", "run", "plots", "drawings", "findings", "deck"):
         tree = ast.parse((ROOT / "vitlab" / f"{name}.py").read_text())
         names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
         assert not {"torch", "timm"} & set(names)

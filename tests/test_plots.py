@@ -185,10 +185,10 @@ def test_maps_keep_the_order_of_blocks_and_leave_holes():
 def test_the_same_figure_is_the_same_bytes(rows, tmp_path):
     for name in ("one", "two"):
         plots.save(plots.tradeoff(rows, "macs"), tmp_path / name, caption="what it is")
-    for ending in ("svg", "png", "txt"):
+    for ending in ("svg", "pdf", "png", "txt"):
         assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"two.{ending}").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        f"{name}.{ending}" for name in ("one", "two") for ending in ("png", "svg", "txt")
+        f"{name}.{ending}" for name in ("one", "two") for ending in ("pdf", "png", "svg", "txt")
     )
     assert not matplotlib.pyplot.get_fignums()
 

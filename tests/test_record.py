@@ -193,6 +193,32 @@ def test_a_share_is_no_percentage(demo_with, dotted, wrong):
                 record.study(arguments[0], override=arguments[1])
 
 
+def test_other_seeds_have_values_of_their_own(demo_with):
+    own = demo_with({"seeds": [3, 0, 1], "other_seeds": {"train.epochs": 2, "budget.shares": [0.5]}})
+    first = record.study(own)
+    assert first == record.study(own, seed=3) and "other_seeds" not in first
+    for seed in (0, 1):
+        assert record.study(own, seed=seed) == record.study(own, override={"train.epochs": 2, "budget.shares": [0.5]})
+    assert record.study(own, seed=1, override={"train.epochs": 4}).train.epochs == 4
+    assert record.open_run(own, "vit", 1, {}).training()["epochs"] == 2
+    assert record.open_run(own, "vit", 3, {}).training()["epochs"] == first.train.epochs != 2
+
+
+@pytest.mark.parametrize(
+    "others, error, words",
+    [
+        ({"train.epoch": 2}, ValueError, "unknown value 'train.epoch', did you mean 'train.epochs'"),
+        ({"train.epochs": "many"}, TypeError, "must be int"),
+        ({"train": {"epochs": 2}}, TypeError, "train is a section"),
+        ({"budget.shares": [50.0]}, ValueError, "budget.shares is a share in"),
+        ([2], TypeError, "other_seeds is a dict"),
+    ],
+)
+def test_a_wrong_value_of_other_seeds_is_named_whichever_seed_is_run(demo_with, others, error, words):
+    with pytest.raises(error, match=f"own.yaml: .*{words}"):
+        record.study(demo_with({"other_seeds": others}))
+
+
 # -- runs
 
 
@@ -465,6 +491,30 @@ def test_figures_of_another_dense_model_or_of_old_times_do_not_count(run, publis
     assert set(record.read_study("demo").results.model) == {"vit"}
     (published / "results.csv").write_text("study,model,seed,top1\ndemo,swin,0,50\n")
     assert set(record.read_study("demo").results.model) == {"vit"}
+
+
+def test_rows_made_again_are_compared_with_the_kept_ones_within_the_spread_of_their_seeds(lab):
+    cut = {"notebook": "5_budget", "method": "pool", "stage": "cut", "criterion": "fisher", "macs": 500.0}
+    kept = pd.DataFrame(
+        [
+            *({"model": "vit", "seed": seed, "top1": 80.0 + 2 * seed, "target": 0.5} | cut for seed in (0, 1)),
+            {"model": "vit", "seed": 0, "top1": 90.0, "notebook": "1_train", "method": "dense", "stage": "dense"},
+            {"model": "vit", "seed": 0, "top1": 90.0, "notebook": "6_efficiency", "method": "dense", "stage": "dense"},
+            {"model": "swin", "seed": 0, "top1": 10.0, "target": 0.5} | cut,
+        ]
+    )
+    same = record.compare(kept, kept)
+    assert same.agrees[same.macs.notna()].all() and len(same) == 4, "timings are left out"
+    assert same[same.model == "vit"].spread.to_list() == [2.0, 2.0, 1.0]
+
+    again = kept[kept.seed == 0].assign(macs=lambda rows: rows.macs * 1.009)
+    for change, agrees in [(0.0, True), (2.0, True), (-2.1, False)]:
+        found = record.compare(again.assign(top1=again.top1 + change), kept)
+        assert bool(found[(found.model == "vit") & (found.method == "pool")].agrees.item()) is agrees
+        assert bool(found[found.model == "swin"].agrees.item()) is (change == 0), "one seed: a point at least"
+    assert not record.compare(again.assign(macs=again.macs * 1.02), kept).agrees.any()
+    with pytest.raises(ValueError, match="no row stands in both tables"):
+        record.compare(again.assign(seed=7), kept)
 
 
 def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_not(data_root, published):

@@ -264,6 +264,8 @@ def test_a_changed_value_or_code_reruns_what_depends_on_it_and_nothing_else(snak
     before = study.read_text()
     study.write_text(re.sub("kappa: [0-9.]+", "kappa: 0.123", before))
     assert steps("-n") == {"heads_svd_iht", "efficiency", "report"}
+    study.write_text(before + "other_seeds: {heads_svd_iht.kappa: 0.123}\n")
+    assert steps("-n") == set(), "the first seed keeps its values"
     study.write_text(before)
     for name, cell in [("3_global_pruning", {"outputs": []}), ("5_budget", {"source": "x = 2"})]:
         path = tree / "notebooks" / f"{name}.ipynb"

@@ -140,6 +140,34 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None, damping=1e-3):
     return small, drops
 
 
+def kept(model, small):
+    """How wide a cut model is, place by place: a frame of where, kind, kept and whole.
+
+    small: any cut of model. Kinds are those of View.units but "block", qk and v of one head; and, if any of its layers
+    is factored, "rank of qkv" and so on: the rank of each linear layer, the smaller side of one that is not factored.
+    What is gone is 0. In forward order.
+    """
+    kinds = ("filters", "width", "heads", "qk", "v", "neurons")
+    before, after = models.view(model), models.view(small)
+    own, rows = after.units(kinds), []
+    for (where, kind), count in before.units(kinds).items():
+        heads = [each.get((where, "heads"), 1) if kind in ("qk", "v") else 1 for each in (own, before.units())]
+        rows.append((where, kind, own.get((where, kind), 0) // heads[0], count // heads[1]))
+    left = dict(small.named_modules())
+    if any(hasattr(left.get(name), "rank") for name in before.matrices):
+        for name, layer in before.linears().items():
+            block, role = before.block_of(name), before.role(name)
+            sides = [(each.out_features, each.in_features) for each in (layer, left.get(name)) if each is not None]
+            rank = getattr(left.get(name), "rank", min(sides[1])) if len(sides) > 1 else 0
+            where = name if block is None else block.name
+            rows.append((where, f"rank of {role}", rank, min(sides[0])))
+    place = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    for block in reversed(before.blocks):
+        place[before.stages[block.stage]] = place[block.name] - 0.5  # a stage stands before its first block
+    rows.sort(key=lambda row: place[row[0]])
+    return pd.DataFrame(rows, columns=["where", "kind", "kept", "whole"])
+
+
 def candidates(model, batches, *, kinds, grams=None, labels="true", damping=1e-3):
     """What `plan` compares for these kinds, {"unit_scores": …, "directions": …}, measured on calibration batches.
 

@@ -98,9 +98,10 @@ class Split:
             members = rng.permutation(np.flatnonzero(labels == label))
             place[members] = (np.arange(len(members)) + rng.random()) / len(members)
         chosen = np.sort(np.argsort(place, kind="stable")[:n])
-        return self._take(chosen)
+        return self.take(chosen)
 
-    def _take(self, chosen: np.ndarray) -> "Split":
+    def take(self, chosen: np.ndarray) -> "Split":
+        """The images at these places of the split, int64 [n], in that order."""
         changed = {"indices": self.indices[chosen], "labels": self.labels[torch.from_numpy(chosen)]}
         return Split(**(vars(self) | changed))
 

@@ -7,11 +7,12 @@ import operator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 
-from . import cost, parallel
+from . import cost, models, parallel
 
 
 def device_of(model):
@@ -152,6 +153,33 @@ def compare(before, after, images, *, most=24, classes=None, batch_size=512, pre
     for column, of in {"p_before": p, "p_after": q}.items():
         moved[column] = of[order, labels[order]].tolist()
     return Changes(table, pd.DataFrame(moved | {"divergence": divergence[order].tolist()}))
+
+
+def attention(before, after, images, places, *, stages=2):
+    """Where two models look on the same images: a frame of image, block, row, column, before and after.
+
+    images: a data.Split. places: of a few images in it; column image has them. Of each of the last so many stages (a
+    ViT has one) it is the last block in which both attend. row, column: of the token, from the upper left. before,
+    after: models.attention_maps, 1 where a token gets its equal share, to three digits. Raises ValueError for no places
+    or such as the split has not, and for models that have no block in common.
+    """
+    if not len(places) or min(places) < 0 or max(places) >= len(images):
+        raise ValueError(f"need the places of images in a split of {len(images)}, got {list(places)}")
+    x, _ = next(images.take(np.asarray(places)).batches(len(places), device=device_of(before)))
+    first, second = models.attention_maps(before, x), models.attention_maps(after, x.to(device_of(after)))
+    last = {
+        block.stage: block.name for block in models.view(before).blocks if block.name in first and block.name in second
+    }
+    if not last:
+        raise ValueError("the two models have no block in which both attend")
+    frames = []
+    for name in list(last.values())[-stages:]:
+        number, row, column = np.indices(first[name].shape).reshape(3, -1)
+        found = {"image": np.asarray(places)[number], "block": name, "row": row, "column": column}
+        for when, maps in (("before", first), ("after", second)):
+            found[when] = maps[name].flatten().double().cpu().numpy().round(3)
+        frames.append(pd.DataFrame(found))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _jensen_shannon(p, q):

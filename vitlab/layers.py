@@ -6,6 +6,8 @@ count the MACs of one token, as executed and as if zeros were free. Indices and 
 `build(config)` and the state dict restore everything.
 """
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -292,6 +294,43 @@ def build(config, *, device=None, dtype=None):
     if "kept" in config:
         config["kept"] = build(config["kept"], device=device, dtype=dtype)
     return kinds[name](**config, device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def picture(module, *, keep=None, rows=None, columns=None, most=128):
+    """What is left of a linear layer, to be drawn: a frame of part, row and cells, one line per row of each matrix.
+
+    part: "W" of a plain layer, "U", "V" and "S" of low rank and sparse ones. cells: a letter for each column: a to i
+    for the size of the weight, in ninths of the part's 99th percentile of |w|; a dot for one that is zero; x for one of
+    a row or column that is not there any more. keep: bool [m, n], what is called zero instead. rows, columns: (how many
+    the layer once had, those that this one has, in their order); None: all that it has, and of RowLinear its own rows.
+    most: at most so many rows and columns are told, the first ones.
+    """
+    if isinstance(module, RowLinear):
+        rows, module = (module.out_features, module.rows.tolist()), module.kept
+    u, v = (None, None) if isinstance(module, nn.Linear) else _factors(module)
+    parts = {"W": module.weight} if u is None else {"U": u, "V": v} if u.shape[1] else {}
+    if isinstance(module, LowRankSparseLinear):
+        parts["S"] = module.sparse_weight
+        keep = module.support_mask
+    lines = []
+    for part, matrix in parts.items():
+        alive = matrix != 0 if keep is None or part not in ("W", "S") else keep
+        largest = torch.sort(matrix.abs().flatten()).values[int(0.99 * (matrix.numel() - 1))].clamp_min(1e-30)
+        letters = (9 * matrix.abs() / largest).ceil().clamp(1, 9) * alive.to(matrix.device)
+        letters = np.array(list(".abcdefghi"))[letters.int().cpu().numpy()]  # no digits: csv would read them as numbers
+        for way, whole in ((0, rows if part != "V" else None), (1, columns if part != "U" else None)):
+            if whole is not None:
+                count, own = whole
+                wide = np.full((count, letters.shape[1]) if way == 0 else (letters.shape[0], count), "x")
+                wide[own if way == 0 else (slice(None), own)] = letters
+                letters = wide
+        lines += [(part, i, "".join(line[:most])) for i, line in enumerate(letters[:most])]
+    return pd.DataFrame(lines, columns=["part", "row", "cells"])
+
+
+def _factors(module):
+    return module.factors if isinstance(module, LowRankSparseLinear) else (module.second.weight, module.first.weight)
 
 
 def effective_weight(module):

@@ -75,6 +75,21 @@ def svd(weight, rank, *, gram=None):
     return u.to(weight.dtype), v.to(weight.dtype)
 
 
+def spectrum(weight, gram=None):
+    """Singular values [min(m, n)] of W S, falling, float64; gram = S S^T, None for those of W.
+
+    The sum of the squares from one on is what `svd` of that rank loses: objective(W, u v, gram).
+    """
+    weight, gram = _checked(weight, gram)
+    seen = weight if gram is None else weight @ gram
+    square = seen @ weight.T if len(weight) <= weight.shape[1] else None
+    if square is None:
+        root = _root(weight, gram)
+        seen = weight if root is None else weight @ root[0]
+        square = seen.T @ seen
+    return torch.linalg.eigvalsh(square).flip(0).clamp_min(0).sqrt()
+
+
 def neighbours(support):
     """(n, m) of a support "n:m", n of each m neighbours along a row; None for any other word."""
     found = re.fullmatch(r"(\d+):(\d+)", support)

@@ -59,6 +59,14 @@ def dropped(keep):
     return {key: (~mask).nonzero().flatten().tolist() for key, mask in keep.items() if not mask.all()}
 
 
+def remaining(alive, drop):
+    """{key: list of indices into the whole} of what is left of alive after one more cut.
+
+    alive: {key: list}. drop: {key: positions in that list}, as shrink.remove takes them of a model that was cut before.
+    """
+    return {key: [i for place, i in enumerate(own) if place not in drop.get(key, ())] for key, own in alive.items()}
+
+
 def to_drop(total, sparsity, count):
     """How many of total go: by a share in [0, 1) or by a count in [0, total), else ValueError."""
     if (sparsity is None) == (count is None):

@@ -394,6 +394,55 @@ class View:
         return found + _ending(self.model, self.classifiers)
 
 
+@torch.no_grad()
+def attention_weights(model, x):
+    """{block name: attention [B, heads, tokens, tokens]} of images x in evaluation mode, from and to; rows sum to 1.
+
+    Of Swin [B * windows, heads, tokens of a window, tokens of a window]. Works on cut models; blocks without heads are
+    left out. The model is left as it was.
+    """
+    blocks = [block for block in view(model).blocks if block.num_heads]
+    training, fused = model.training, [block.attn.fused_attn for block in blocks]
+    found, hooks = {}, []
+    try:
+        for block in blocks:
+            block.attn.fused_attn = False  # the kernel keeps them to itself
+            keep = partial(lambda name, module, inputs, weights: found.update({name: weights}), block.name)
+            hooks.append(block.attn.attn_drop.register_forward_hook(keep))
+        model.eval()(x)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+        for block, was in zip(blocks, fused, strict=True):
+            block.attn.fused_attn = was
+    return found
+
+
+def attention_maps(model, x):
+    """{block name: [B, height, width]}: the attention that tokens of images x receive, in the mean over heads, where 1
+    is what each would get of equal shares.
+
+    Of a ViT that reads its class token: from that token. Of others: from all tokens in the mean. Of Swin: from those of
+    the same window, windows put back where they were in the image.
+    """
+    seen, maps = view(model), {}
+    for name, weights in attention_weights(model, x).items():
+        shares = weights.float().mean(1) * weights.shape[-1]  # [.., from, to]
+        if seen.kind == "vit":
+            prefix = getattr(model, "num_prefix_tokens", 0)
+            by_token = getattr(model, "global_pool", "") == "token" and model.cls_token is not None
+            shares = shares[:, 0] if by_token else shares.mean(1)
+            maps[name] = shares[:, prefix:].unflatten(1, model.patch_embed.grid_size)
+            continue
+        block = model.get_submodule(name)
+        (height, width), (h, w) = block.input_resolution, block.window_size
+        down, across = -(-height // h), -(-width // w)
+        folded = shares.mean(1).view(len(x), down, across, h, w).transpose(2, 3).reshape(len(x), down * h, across * w)
+        maps[name] = folded[:, :height, :width].roll(tuple(block.shift_size), (1, 2))
+    return maps
+
+
 def norm_after(model, layer):
     """Name of the batch norm that a convolution of an nn.Sequential feeds (after pooling or not), or None."""
     modules = dict(model.named_modules())

@@ -34,6 +34,7 @@ STYLE = {
     "savefig.dpi": 200,
     "svg.fonttype": "none",  # text stays text, to be edited in slides
     "svg.hashsalt": "vitlab",
+    "pdf.fonttype": 42,  # TrueType: likewise
 }
 COLORS = sns.color_palette("colorblind").as_hex()
 HUES = COLORS[:7] + COLORS[8:]  # without the grey, which is for controls
@@ -198,7 +199,8 @@ def weight_histograms(frame):
 
     frame: as prune.histogram returns it, with method and target added for several. Counts are on a
     logarithmic axis; the zeros stand apart in a hatched bar at the right, where they do not hide the rest.
-    Returns a Figure.
+    With survivors in it, what the masks let go is light; with threshold, dotted lines show the |w| up to
+    which magnitude would have cut as many. Returns a Figure.
     """
     marks = [column for column in ("method", "target") if column in frame]
     groups = list(frame.groupby(marks, sort=False)) if marks else [((), frame)]
@@ -213,7 +215,13 @@ def weight_histograms(frame):
                 ax.set_axis_off()
                 continue
             edges = [*part.left, part.right.iloc[-1]]
-            ax.stairs(part["count"], edges, fill=True, color=COLORS[0])
+            stays = part.get("survivors", part["count"])
+            if stays.sum() < part["count"].sum():
+                ax.stairs(part["count"], edges, fill=True, color="0.75", label="will go")
+            ax.stairs(stays, edges, fill=True, color=COLORS[0], label="stay")
+            for sign in (-1, 1) if "threshold" in part else ():
+                place = {"color": "0.1", "linestyle": ":", "linewidth": 1.2, "zorder": 3}
+                ax.axvline(sign * part.threshold.iloc[0], label="where magnitude\nwould cut as many", **place)
             zeros = part.zeros.iloc[0]
             ax.bar(1.7 * limit, zeros, 0.3 * limit, color="0.85", edgecolor="0.2", hatch="///")
             ax.set(yscale="log", xlim=(-1.1 * limit, 2.1 * limit))
@@ -225,6 +233,9 @@ def weight_histograms(frame):
         line[0].set_ylabel("\n".join(filter(None, [_group_name(name), "weights"])))
     panels[0][0].set_ylim(0.5, 2 * max(frame["count"].max(), frame.zeros.max()))
     figure.supxlabel("value of the weight", fontsize=12)
+    handles = {label: h for ax in panels.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if len(handles) > 1:
+        figure.legend(handles.values(), handles, loc="outside right center")
     return figure
 
 
@@ -636,12 +647,12 @@ def caption(rows):
 
 @styled
 def save(drawn, path, *, caption=None):
-    """Write a Figure, or the one that an Axes is in, as path + ".svg" and ".png", caption as ".txt".
+    """Write a Figure, or the one that an Axes is in, as path + ".svg", ".pdf" and ".png", caption as ".txt".
 
     path: without ending. The same drawing gives the same bytes. The figure is closed.
     """
     figure = drawn.figure
-    for ending, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+    for ending, metadata in (("svg", {"Date": None}), ("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         record.write_atomic(
             f"{path}.{ending}",
             functools.partial(figure.savefig, format=ending, metadata=metadata, bbox_inches="tight"),

@@ -275,27 +275,62 @@ def further_rows(model, scores, *, left, floor=1):
 
 
 @torch.no_grad()
-def histogram(stages, keep, *, bins=81):
-    """How the weights are distributed before and after: a frame of stage, role, left, right, count and zeros.
+def histogram(stages, keep, *, by="role", bins=81):
+    """How the weights are distributed before and after: a frame of stage, role, left, right, count, survivors, zeros
+    and threshold.
 
-    stages: {name: model}, such as unpruned, pruned and finetuned. keep: masks; the weights (no biases) that they
-    name are counted, by role of their layer and for "all". left, right: edges of a bin, the same everywhere, as far
-    out as the largest |w|. count: weights in it that are not zero. zeros: exact zeros of that stage and role.
+    stages: {name: model}, the unpruned one first, such as unpruned, pruned and finetuned. keep: masks; the weights (no
+    biases) that they name are counted, by role of their layer and for "all", or by="layer", with a column block too
+    (None outside of blocks). left, right: edges of a bin, the same everywhere, as far out as the largest |w|. count:
+    weights in it that are not zero. survivors: those of them that keep says stay. zeros: exact zeros of that stage and
+    role. threshold: the |w| up to which magnitude, over all of them together, would cut as many of the first stage.
+    Raises ValueError for another by.
     """
+    if by not in ("role", "layer"):
+        raise ValueError(f'by must be "role" or "layer"; got {by!r}')
     view = models.view(next(iter(stages.values())))
     names = {}
     for name in keep:
         if name.endswith(".weight"):
-            names.setdefault(view.role(name.removesuffix(".weight")), []).append(name)
+            layer = name.removesuffix(".weight")
+            block = view.block_of(layer)
+            key = (view.role(layer), layer, block and block.name) if by == "layer" else (view.role(layer),)
+            names.setdefault(key, []).append(name)
+    groups = names if by == "layer" else {**names, ("all",): sum(names.values(), [])}
     whole = {name: parameters_of(model, keep) for name, model in stages.items()}
     limit = max(float(p.abs().max()) for parameters in whole.values() for p in parameters.values())
     edges = torch.linspace(-limit, limit, bins + 1)
+    threshold = _magnitude_threshold(next(iter(whole.values())), keep, sum(names.values(), []))
     frames = []
-    for role, own in {**names, "all": sum(names.values(), [])}.items():
+    for key, own in groups.items():
+        alive = torch.cat([keep[name].flatten().cpu() for name in own])
         for stage, parameters in whole.items():
-            flat = torch.cat([parameters[name].float().flatten() for name in own]).cpu()
-            living = flat[flat != 0]
-            counts = torch.histc(living, bins, min=-limit, max=limit).long()
-            frame = pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})
-            frames.append(frame.assign(stage=stage, role=role, zeros=len(flat) - len(living)))
-    return pd.concat(frames, ignore_index=True)[["stage", "role", "left", "right", "count", "zeros"]]
+            flat = torch.cat([parameters[name].float().flatten().cpu() for name in own])
+            counted = {"count": flat != 0, "survivors": (flat != 0) & alive}
+            counted = {name: torch.histc(flat[which], bins, -limit, limit).long() for name, which in counted.items()}
+            frame = pd.DataFrame({"left": edges[:-1], "right": edges[1:]} | counted)
+            about = {"stage": stage} | dict(zip(("role", "layer", "block"), key, strict=False))
+            frames.append(frame.assign(**about, zeros=int((flat == 0).sum()), threshold=threshold))
+    first = ["stage", "role", *(["layer", "block"] if by == "layer" else [])]
+    return pd.concat(frames, ignore_index=True)[[*first, "left", "right", "count", "survivors", "zeros", "threshold"]]
+
+
+def _magnitude_threshold(parameters, keep, names):
+    """The largest |w| that goes if as many of these weights as keep drops are cut by magnitude alone; 0 for none."""
+    count = sum(int((~keep[name]).count_nonzero()) for name in names)
+    size = torch.cat([parameters[name].float().abs().flatten().cpu() for name in names])
+    return size.kthvalue(count).values.numpy() if count else 0.0
+
+
+def unit_table(scores, alive):
+    """Units with their scores and whether they are left: a frame of block, kind, unit, score and kept.
+
+    scores: {(block, kind): tensor} of the whole model. alive: {(block, kind): indices of those left}, as
+    masks.remaining tells them. Raises ValueError for a unit that has no score.
+    """
+    rows = []
+    for key, own in scores.items():
+        if set(alive[key]) - set(range(len(own))):
+            raise ValueError(f"{key[1]} of {key[0]} are 0 to {len(own) - 1}; got {sorted(alive[key])}")
+        rows += [(*key, unit, score, unit in alive[key]) for unit, score in enumerate(own.tolist())]
+    return pd.DataFrame(rows, columns=["block", "kind", "unit", "score", "kept"])

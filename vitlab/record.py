@@ -6,6 +6,7 @@ A study is one YAML file in notebooks/params with all its values; a run is one m
 
 import argparse
 import contextlib
+import copy
 import difflib
 import errno
 import hashlib
@@ -70,6 +71,7 @@ SHARES = {  # which 0 may be one of, and 1 may not
 }
 
 IDENTITY = ["study", "model", "seed"]
+KEY = ["model", "notebook", "method", "criterion", "form", "schedule", "target_kind", "target", "stage"]  # with seed
 LOG = "results.jsonl"  # of a run: every row that was ever saved
 ROW = [
     *IDENTITY,
@@ -116,11 +118,12 @@ class Values(dict):
 # -- studies
 
 
-def study(name, *, override=None):
+def study(name, *, seed=None, override=None):
     """All values of a study as nested Values; `name` in it is the study's name.
 
     name: a file of notebooks/params without its ending, or the path of a .yaml file of your own.
-    override: {"section.value": new value}, for instance {"train.epochs": 2}.
+    seed: of the run (None: the study's first). What a study says under `other_seeds` holds for all but the first.
+    override: {"section.value": new value}, for instance {"train.epochs": 2}; `other_seeds` is written so, too.
     Raises ValueError for an unknown study, section or value (with the nearest known name), a missing one, an empty
     list or a share out of range, TypeError for a value of another type than the demo's or, of override, the study's.
     """
@@ -130,30 +133,48 @@ def study(name, *, override=None):
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ValueError(unknown("study", name, known) + " Your own is given by the path of its .yaml file.")
     values = _read_yaml(path)
+    others = values.pop("other_seeds", {})
     for section in values:
         if section not in SECTIONS:
-            raise ValueError(f"{path.name}: {unknown('section', section, SECTIONS)}")
+            raise ValueError(f"{path.name}: {unknown('section', section, (*SECTIONS, 'other_seeds'))}")
     if missing := [section for section in SECTIONS if section not in values]:
         raise ValueError(f"{path.name} lacks {', '.join(missing)}; demo.yaml has every section")
     for section, later in OFF.items():
         if isinstance(values[section], dict):
             values[section].update({key: value for key, value in later.items() if key not in values[section]})
     try:
-        _check_file(values, yaml.safe_load((folder / "demo.yaml").read_text()))
+        demo = yaml.safe_load((folder / "demo.yaml").read_text())
+        _check_file(values, {section: demo[section] for section in SECTIONS})
+        later = _replaced(values, others, "other_seeds")
+        for each in (values, later):
+            _check_shares(each)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path.name}: {error}") from None
-    if not isinstance(override or {}, dict):
-        raise TypeError(f'override is a dict like {{"train.epochs": 2}}, got {override!r}')
-    for dotted, given in (override or {}).items():
+    values = _replaced(later if seed not in (None, values["seeds"][0]) else values, override or {}, "override")
+    _check_shares(values)
+    return Values(name=path.stem, **values)
+
+
+def _replaced(values, changes, name):
+    """A copy of values with changes, a dict called name of {"section.value": new value}, in their places."""
+    if not isinstance(changes, dict):
+        raise TypeError(f'{name} is a dict like {{"train.epochs": 2}}, got {changes!r}')
+    values = copy.deepcopy(values)
+    for dotted, given in changes.items():
         place = values
         *parents, last = dotted.split(".")
         for parent in parents:
             place = place.get(parent) if isinstance(place, dict) else None
         if not isinstance(place, dict) or last not in place:
             names = _dotted(values)
-            near = [name for name in names if name.split(".")[0] in parents[:1]]
+            near = [known for known in names if known.split(".")[0] in parents[:1]]
             raise ValueError(unknown("value", dotted, near or names))
         place[last] = checked(dotted, place[last], given)
+    return values
+
+
+def _check_shares(values):
+    """Raise ValueError for a value of SHARES that is out of its range."""
     for dotted, zero in SHARES.items():
         section, name = dotted.split(".")
         found = values[section][name]
@@ -161,7 +182,6 @@ def study(name, *, override=None):
             if not 0 <= share < 1 or share == 0 and not zero:
                 bounds = "[0, 1)" if zero else "(0, 1)"
                 raise ValueError(f"{dotted} is a share in {bounds}, not a percentage; got {share}")
-    return Values(name=path.stem, **values)
 
 
 class _Loader(yaml.SafeLoader):
@@ -292,7 +312,7 @@ def open_run(study_name, model=None, seed=0, override=None):
     Raises what `study` raises, ValueError for an unknown model, TypeError for a seed that is not an int >= 0,
     PermissionError where the folder cannot be written.
     """
-    values = study(study_name, override=override)
+    values = study(study_name, seed=seed if model else None, override=override)
     if model is not None and model not in values.models:
         raise ValueError(unknown(f"model of study {values.name}:", model, values.models))
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -576,6 +596,26 @@ def gather(name=None, *, every=False):
     return frame[[*first, *rest, "parameters"]]
 
 
+def compare(again, kept, *, least=1.0):
+    """What came out again, beside what was kept: one line for each row that both tables have.
+
+    again, kept: rows as `read_study` gives them, or of figures/<study>/results.csv; those of 6_efficiency are left
+    out, as timings are of their machine. Columns: seed, KEY, top1 and macs of both (`_kept`), `spread` (points that
+    the kept row's seeds span, `least` at least, as other threads and processors round otherwise) and `agrees`: top-1
+    within the spread, and MACs within 1 %, which is what budgets promise.
+    Raises ValueError where no row is in both.
+    """
+    key = ["seed", *(name for name in KEY if name in again and name in kept)]
+    again, kept = (rows[rows.top1.notna() & (rows.notebook != "6_efficiency")] for rows in (again, kept))
+    spans = kept.groupby(key[1:], dropna=False).top1.transform(lambda top1: top1.max() - top1.min())
+    kept = kept.assign(spread=spans.clip(lower=least))[[*key, "top1", "macs", "spread"]]
+    both = again[[*key, "top1", "macs"]].merge(kept, on=key, suffixes=("", "_kept"))
+    if both.empty:
+        raise ValueError("no row stands in both tables: they are of other models, seeds or values of the study")
+    near = (both.top1 - both.top1_kept).abs() <= both.spread
+    return both.assign(agrees=near & ((both.macs / both.macs_kept - 1).abs() <= 0.01))
+
+
 def _append(path, rows):
     """Add rows to a file of JSON lines, whole and in one piece even if others add at the same time."""
     if not parallel.is_first():
@@ -751,17 +791,30 @@ def progress(items, *, label="", total=None, every=10.0):
 
 
 def main(arguments=None):
-    """python -m vitlab.record [STUDY] [--every]: the rows of `gather` as CSV, to the standard output."""
+    """python -m vitlab.record [STUDY] [--every | --compare]: the rows of `gather` as CSV, or whether those of a study
+    agree with the published ones. Returns the exit status: 0, or 1 without rows or where some do not agree."""
     parser = argparse.ArgumentParser("python -m vitlab.record", description="Rows of all runs as one CSV table.")
     parser.add_argument("study", nargs="?", help="of this study alone")
     parser.add_argument("--every", action="store_true", help="rows, too, that were replaced since")
+    parser.add_argument("--compare", action="store_true", help="set them beside figures/STUDY/results.csv instead")
     asked = parser.parse_args(arguments)
+    if asked.compare and not asked.study:
+        parser.error("--compare needs a study")
     try:
-        print(gather(asked.study, every=asked.every).to_csv(index=False), end="")
-    except FileNotFoundError as error:
+        if not asked.compare:
+            print(gather(asked.study, every=asked.every).to_csv(index=False), end="")
+            return 0
+        values = study(asked.study)
+        rows = gather(values.name)
+        kept = pd.read_csv(repository() / "figures" / values.name / "results.csv")
+        found = compare(rows[rows.override.isna()], kept)
+    except (FileNotFoundError, ValueError) as error:
         print(f"vitlab.record: {error}", file=sys.stderr)
         return 1
-    return 0
+    shown = ["model", "seed", "method", "form", "target", "stage", "top1", "top1_kept", "spread", "agrees"]
+    print(found[shown].to_string(index=False, float_format="{:.2f}".format, na_rep=""))
+    print(f"{found.agrees.sum()} of {len(found)} rows agree with the published ones in figures/{values.name}.")
+    return int(not found.agrees.all())
 
 
 if __name__ == "__main__":

@@ -160,6 +160,32 @@ def compress(
     return model, pd.DataFrame(report)
 
 
+def spectra(model, grams=None, *, points=24, damping=1e-3):
+    """Singular values of the linear layers but the classifier: a frame of layer, block, role, m, n, rank, sigma, energy
+    and break_even.
+
+    grams: {layer: [n, n]} of scores.grams, for values of W S as in the SVD of `compress`; None for those of W. points:
+    about so many ranks of each layer, half in equal steps, half in steps of their logarithm, 1 to the last. sigma: the
+    rank-th singular value. energy: share of the squares up to it, in [0, 1]; 1 at the end. break_even: the rank below
+    which two thin layers execute fewer MACs (lowrank.break_even_rank). damping: see lowrank.damped.
+    """
+    view, rows = models.view(model), []
+    for name, layer in view.linears().items():
+        weight = layers.effective_weight(layer).detach()
+        m, n = weight.shape
+        gram = None if grams is None else lowrank.damped(_fitting(grams, name, (n, n)), damping)
+        sigma, full = lowrank.spectrum(weight, gram), min(m, n)
+        energy = sigma.square().cumsum(0)
+        energy = (energy / energy[-1].clamp_min(lowrank.TINY)).tolist()
+        block = view.block_of(name)
+        about = (name, block and block.name, view.role(name), m, n)
+        steps = [(i + 1) / (points // 2) for i in range(points // 2)]
+        for rank in sorted({1, *(round(at) for step in steps for at in (full**step, full * step) if at >= 1)}):
+            rows.append((*about, rank, sigma[rank - 1].item(), energy[rank - 1], lowrank.break_even_rank(m, n)))
+    columns = ["layer", "block", "role", "m", "n", "rank", "sigma", "energy", "break_even"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def ratio_for(model, macs, *, roles=None):
     """The ratio at which compress(method="svd", multiple=1, roles=roles) leaves at most this share of model's MACs.
 

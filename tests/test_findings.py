@@ -1,0 +1,201 @@
+"""Findings: sentences say what the tables hold, whatever these are; pages show what the tables say."""
+
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from invented import COMMITTED, FIGURES, invent
+
+from vitlab import findings, record
+
+
+@pytest.fixture(scope="module", params=[*COMMITTED, 0, 1, 2])
+def folder(request, tmp_path_factory):
+    """Committed tables as they are, and invented ones, whose pictures are small."""
+    if isinstance(request.param, str):
+        return FIGURES / request.param
+    return invent(tmp_path_factory.mktemp("folder"), request.param)
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return findings.slides(folder)
+
+
+@pytest.fixture(scope="module")
+def invented(tmp_path_factory):
+    return invent(tmp_path_factory.mktemp("invented"), 3)
+
+
+def numbers(texts):
+    return set(re.findall(r"\d+(?:[.,]\d+)*", " ".join(texts)))
+
+
+def cells(table):
+    return [*table.columns, *(cell for row in table.itertuples(index=False) for cell in row)]
+
+
+def test_every_number_of_a_title_stands_in_its_table(folder, found):
+    assert len(found) > 20
+    for slide in found:
+        assert 1 <= len(slide.table) <= 9 and slide.table.map(lambda cell: isinstance(cell, str)).all(axis=None)
+        assert numbers([slide.title.replace("top-1", "")]) <= numbers(cells(slide.table)), slide.title
+        assert not re.search("nan|None|inf", " ".join([slide.title, *cells(slide.table)])), slide.title
+        assert slide.source.startswith("Source: ") and folder.name in slide.source
+
+
+def test_all_findings_have_a_slide_where_all_tables_are_there(invented, capsys):
+    study = findings.Study(invented)
+    assert len(findings.slides(invented)) == len(findings.plan(study))
+    assert "no slide" not in capsys.readouterr().out
+
+
+def test_what_is_missing_drops_its_own_slides_and_each_is_said(invented, tmp_path, capsys):
+    whole = findings.slides(invented)
+    files = sorted(path.name for path in invented.glob("*.*") if path.name != "results.csv")
+    assert {path.name for path in invented.glob("*.csv")} <= {name for slide in whole for name in named(slide)}
+    for group in range(5):  # every file is missing once
+        part, missing = tmp_path / str(group) / invented.name, set(files[group::5])
+        shutil.copytree(invented, part, ignore=lambda _, names, missing=missing: missing & set(names))
+        left = [slide.title for slide in whole if not missing & named(slide)]
+        assert [slide.title for slide in findings.slides(part)] == left
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no slide ")]
+        assert len(left) == len(whole) - len(said) and all(line.endswith(" is missing") for line in said)
+
+
+def named(slide):
+    return set(re.findall(r"[\w.-]+\.(?:csv|png)", slide.source))
+
+
+def test_sentences_go_the_way_of_the_numbers(tmp_path):
+    found = {}
+    for name, change in [("worse", -2.04), ("better", 0.16)]:
+        (tmp_path / name).mkdir()
+        study = invent(tmp_path / name, 1)
+        rows = pd.read_csv(study / "summary.csv")
+        rows.loc[:, ["dense", "cut", "compensated", "reconstructed"]] = [80.0, 10.0, 20.0, 80 + change]
+        rows.loc[:, "finetuned"] = np.where(rows.method == "units", 81.0, 60.0)
+        rows.to_csv(study / "summary.csv", index=False)
+        found[name] = [slide.title for slide in findings.slides(study)]
+    end = "without training (units) and rises by 1.0 points fine-tuned (units)"
+    assert f"With half the MACs, the ViT’s top-1 falls by 2.0 points {end}" in found["worse"]
+    assert f"With half the MACs, the ViT’s top-1 rises by 0.2 points {end}" in found["better"]
+
+
+# -- results on pages
+
+ROOT = record.repository()
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+
+
+def table_of(text):
+    """The frame of the one table of a text in Markdown, its first column as index."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return pd.DataFrame(lines[2:], columns=lines[0]).set_index("")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_show_what_the_tables_say(page):
+    text = page.read_text()
+    assert findings.MARKS.search(text)
+    assert findings.filled(text, page=page.parent) == text, f"make readme writes the results into {page.name}"
+
+
+def test_a_changed_number_of_a_page_is_put_right(tmp_path, capsys):
+    text = PAGES[0].read_text()
+    (tmp_path / "page.md").write_text(text.replace("| dense | ", "| dense | 99.9 / "))
+    assert findings.main([str(tmp_path / "page.md")]) == 0
+    made = (tmp_path / "page.md").read_text()
+    assert table_of(findings.MARKS.search(made)[0]).equals(table_of(findings.MARKS.search(text)[0]))
+    assert made.partition("<!--")[0] == text.partition("<!--")[0]
+    (tmp_path / "page.md").write_text("<!-- results of never-run -->\nwhat was there\n<!-- /results -->\n")
+    assert findings.main([str(tmp_path / "page.md")]) == 1
+    assert "never-run has no results.csv" in capsys.readouterr().err
+    assert "what was there" in (tmp_path / "page.md").read_text()
+
+
+def test_cells_are_the_means_of_their_rows(folder):
+    shown, study = table_of(findings.results([folder], page=folder)), findings.Study(folder)
+    lines = {
+        "dense": "method == 'dense' and stage == 'dense'",
+        "90\u00a0% of the weights masked, fine-tuned": (
+            "method == 'unstructured' and target == 0.9 and stage == 'finetuned'"
+        ),
+        "half the MACs: as many random units of each place, reconstructed": (
+            "method == 'random' and target == 0.5 and stage == 'reconstructed'"
+        ),
+    }
+    for words, query in lines.items():
+        rows = study.untimed[study.untimed.model.isin(study.models)].query(query)
+        for model, own in rows.groupby("model"):
+            cell = shown.loc[words, f"{'ViT' if model.startswith('vit') else 'Swin'} top-1 (%)"]
+            mean, _, spread = cell.partition("±")
+            assert float(mean) == pytest.approx(own.top1.mean(), abs=0.0501)
+            assert float(spread or 0) == pytest.approx((own.top1.max() - own.top1.min()) / 2, abs=0.0501)
+            assert bool(spread) == (own.seed.nunique() > 1)
+
+
+def by_hand(folder, rows):
+    """A study whose results are rows: (model, seed, method, form, target_kind, target, stage, top1)."""
+    names = ["model", "seed", "method", "form", "target_kind", "target", "stage", "top1"]
+    frame = pd.DataFrame(rows, columns=names).assign(macs=2e6, nonzero=1e6, latency_ms=np.nan, total=100, data="shapes")
+    (folder / "made").mkdir()
+    frame.assign(date="2026-11-25").to_csv(folder / "made" / "results.csv", index=False)
+    return folder / "made"
+
+
+def test_lines_by_hand(tmp_path):
+    none = (None, None, None)
+    whole = [("vit", seed, "dense", *none, stage, 80 + seed) for seed in (0, 1) for stage in ("dense", "dense+epochs")]
+    cut = ("unstructured", "masked", "sparsity")
+    rows = [
+        *whole,
+        ("vit", 0, "dense", None, "ratio", None, "dense+epochs", 1),  # the control of other cuts
+        ("vit", 0, *cut, 0.5, "finetuned", 79),  # a milder cut than the one shown
+        ("vit", 0, *cut, 0.9, "finetuned", 70),
+        ("vit", 0, "pool", "factored", "macs", 0.25, "reconstructed", 60),
+        ("vit", 0, "pool", "factored", "macs", 0.5, "reconstructed", 75.25),
+        ("vit", 0, "pool", "factored", "macs", 0.5, "cut", 2),  # not on the front page
+        ("vit", 0, "unheard of", "removed", "macs", 0.5, "reconstructed", 3),
+    ]
+    text = findings.results([by_hand(tmp_path, rows)], page=tmp_path, front=True)
+    assert text.startswith("![Top-1 after each step of recovery](made/budget-vit.png)\n\n| ")
+    assert table_of(text)["ViT top-1 (%)"].to_dict() == {
+        "dense": "80.5±0.5",
+        "dense, same epochs": "80.5±0.5",
+        "90\u00a0% of the weights masked, fine-tuned": "70.0",
+        "half the MACs: units and ranks in one pool, reconstructed": "75.3",
+        "a quarter of the MACs: units and ranks in one pool, reconstructed": "60.0",
+    }
+    assert "means over seeds 0, 1" in text and "±: half the range over seeds." in text and "100 test images" in text
+    assert list(table_of(text)) == ["ViT top-1 (%)", "ViT MACs (M)", "ViT non-zero (M)"]
+
+
+# -- the front page
+
+
+def numbers_told(text):
+    """Numbers of a page that stand neither among the results nor in code nor in names and addresses."""
+    text = findings.MARKS.sub("", text)
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`|\]\([^)]*\)|CIFAR-10|Caltech-101", "", text, flags=re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"\d+(?:[.,]\d+)*", text))
+
+
+def test_the_front_page_is_short_and_its_numbers_stand_elsewhere():
+    text = PAGES[0].read_text()
+    assert len(text.split()) < 900  # as wc -w counts
+    python = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    size = re.search(r"into \.venv: (\d+) GB", (ROOT / "Makefile").read_text())[1]
+    assert numbers_told(text) == {python, size}
+    assert numbers_told("`1` [2](3) ViT-4 5.5 CIFAR-10\n```\n6\n```\n<!-- results -->\n7\n<!-- /results -->") == {
+        "2",
+        "4",
+        "5.5",
+    }
+
+
+def test_the_list_of_modules_is_whole():
+    listed = re.findall(r"^  (\w+) {2,}", (ROOT / "docs" / "package.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "vitlab").glob("*.py") if path.stem != "__init__")
