@@ -6,6 +6,7 @@ CORES ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo
 BIN := .venv/bin
 NAME = $(basename $(notdir $(STUDY)))
 DATA = $(or $(VITLAB_DATA),data)
+AGAIN = $(DATA)/again
 
 .PHONY: help demo smoke study reproduce figures slides html readme test test-long lab lint bench install
 
@@ -40,9 +41,13 @@ study: install
 	@echo "Executed notebooks: $(DATA)/runs/$(NAME)/notebooks/ and $(DATA)/runs/$(NAME)/*/seed*/notebooks/"
 
 reproduce: install
-	@for seed in $(or $(SEEDS),0); do $(BIN)/snakemake rows --cores $(CORES) --config study=$(STUDY) \
-	    $(if $(MODEL),model=$(MODEL)) seed=$$seed $(ARGS) || exit 1; done
-	@$(BIN)/python -m vitlab.record $(NAME) --compare
+	@[ -f figures/$(NAME)/results.csv ] || { echo "figures/$(NAME) has no rows to compare with."; exit 1; }
+	@mkdir -p $(AGAIN)  # with the images of the data root, and runs of its own
+	@for each in $$(ls $(DATA)); do case $$each in runs|again|bench) ;; *) ln -sfn "$$(realpath $(DATA)/$$each)" $(AGAIN);; \
+	    esac; done
+	@for seed in $(or $(SEEDS),0); do VITLAB_DATA=$(AGAIN) $(BIN)/snakemake rows --cores $(CORES) \
+	    --config study=$(STUDY) $(if $(MODEL),model=$(MODEL)) seed=$$seed $(ARGS) || exit 1; done
+	@VITLAB_DATA=$(AGAIN) $(BIN)/python -m vitlab.record $(STUDY) --compare
 
 figures: install
 	@$(BIN)/python -m vitlab.run 7_report --study $(STUDY)

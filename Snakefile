@@ -49,7 +49,7 @@ def values(notebook, model=None, seed=None):
     """The values of the study that a notebook uses, of the models only its own."""
     study = record.study(config["study"], seed=seed)
     used = {section: record.in_force(section, study[section]) for section in record.USES[notebook]}
-    return json.dumps(used | ({"models": STUDY.models[model]} if model else {}), sort_keys=True)
+    return json.dumps(used | ({"models": study.models[model]} if model else {}), sort_keys=True)
 
 
 rule all:

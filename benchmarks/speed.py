@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from common import LARGE, SMALL, folder, images_of, model_of, publish
 
-from vitlab import bench, budget, lowrank, masks, models, plots, prune, scores, shrink
+from vitlab import bench, budget, lowrank, masks, models, plots, prune, record, scores, shrink
 
 ON_GPU = torch.cuda.is_available()  # for `cuts`; the other cases run on the CPU
 WAYS = [("eager", "float32"), ("compiled", "float32"), ("eager", "bf16"), ("compiled", "bf16")]
@@ -69,7 +69,9 @@ def memory(made):
 def draw_cuts(table):
     for case, rows in table[table.batch == 8].groupby("case", sort=False):
         said = f"{case} at 224 px, random weights, half the MACs or half the weights, batches of 8, threads: "
-        said += f"{rows.threads.iloc[0]}; python benchmarks --only cuts."
+        source = record.provenance()
+        said += f"{rows.threads.iloc[0]}; {source['device']}, commit {source['commit']}, {source['date'][:10]}; "
+        said += "python benchmarks --only cuts."
         name = case.lower()
         plots.save(plots.speedup_bars(rows), folder(f"speedup-{name}"), caption=said)
         plots.save(plots.roofline(rows), folder(f"roofline-{name}"), caption=said)

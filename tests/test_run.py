@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import random
@@ -207,12 +208,13 @@ def test_twenty_kills_over_train_prune_tune_and_report_change_nothing(tmp_path):
         for step, count in kills.items():
             command = [sys.executable, "-m", "vitlab.run", step, "--study", "smoke", *options]
             if name == "killed":
-                struck += sum(strike(draw, command, environment, took[step]) for _ in range(count))
+                strikes = (strike(draw, command, environment, took[step]) for _ in range(5 * count))
+                struck += sum(itertools.islice(filter(None, strikes), count))  # some come too late
             begun = time.time()
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr
             took.setdefault(step, time.time() - begun)
-    assert struck > 10, "most of them met a process that was still running"
+    assert struck == 20, "so many met a process that was still running"
     folders = {name: next((tmp_path / name / "runs").iterdir()) for name in ("whole", "killed")}
     for file in ("results-1_train.csv", "results-3_global_pruning.csv", "history-3_global_pruning.csv"):
         one, other = (pd.read_csv(folder / "vit" / "seed0" / file) for folder in folders.values())

@@ -193,7 +193,7 @@ def test_removed_equals_masked_for_every_kind_and_architecture(any_model, batch,
     small, expected = (without_drops(each).train() for each in (copy.deepcopy(small), expected))
     wanted = input_gradient(expected, batch)
     for fused in (False, True):
-        assert error(input_gradient(fuse(small, fused), batch), wanted) < 1e-4
+        assert error(input_gradient(fuse(small, fused), batch), wanted) < 1e-5
     small = fuse(shrink.remove(any_model, drop), False)
     same = shrink.rebuild(models.create(**recipe(small)), json.loads(json.dumps(shrink.structure(small)))).eval()
     same.load_state_dict(small.state_dict(), strict=True)

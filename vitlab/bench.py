@@ -480,6 +480,7 @@ def _memory_here(folder, *, image_size, batch, precision, device, threads):
     setting, device = Setting(checkpoint.load(folder), precision=precision), torch.device(device)
     model, images = _converted(setting, device), _images(setting, image_size, batch, device)
     del setting  # and with it the weights as they were loaded, where they were converted
+    cost.release_memory()  # or what they took stays resident in some processes and not in others
     cost.reset_peak_memory()  # forget the peak of loading, which holds the weights twice
     with torch.inference_mode():
         model(images)

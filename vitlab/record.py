@@ -72,12 +72,13 @@ SHARES = {  # which 0 may be one of, and 1 may not
 
 IDENTITY = ["study", "model", "seed"]
 KEY = ["model", "notebook", "method", "criterion", "form", "schedule", "target_kind", "target", "stage"]  # with seed
+METER = "closed form (vitlab.cost)"  # of params, MACs and FLOPs; other meters have columns of their own
 LOG = "results.jsonl"  # of a run: every row that was ever saved
 ROW = [
     *IDENTITY,
     *("method", "criterion", "form", "target_kind", "target", "stage"),
     *("correct", "total", "top1", "mean_per_class", "loss", "ece"),
-    *("params", "nonzero", "macs", "macs_ideal", "flops", "macs_torchprofile", "macs_thop"),
+    *("params", "nonzero", "macs", "macs_ideal", "flops", "meter", "macs_torchprofile", "macs_thop"),
     *("bytes_memory", "bytes_disk"),
     *("latency_ms", "latency_q1", "latency_q3", "images_per_s", "memory_mb"),
     *("batch", "threads", "precision", "image_size"),
@@ -498,6 +499,7 @@ class Run:
     def _provenance(self):
         own = {"study": self.study, "model": self.model_name, "seed": self.seed}
         own |= {"split_seed": self.params.data.split_seed} | provenance() | {"commit": self._commit}
+        own |= {"meter": METER}
         return own | {"override": json.dumps(self.override) if self.override else None}
 
 
@@ -597,20 +599,23 @@ def gather(name=None, *, every=False):
 
 
 def compare(again, kept, *, least=1.0):
-    """What came out again, beside what was kept: one line for each row that both tables have.
+    """What came out again, beside what was kept: one line for each row of the models and seeds that both have.
 
     again, kept: rows as `read_study` gives them, or of figures/<study>/results.csv; those of 6_efficiency are left
-    out, as timings are of their machine. Columns: seed, KEY, top1 and macs of both (`_kept`), `spread` (points that
-    the kept row's seeds span, `least` at least, as other threads and processors round otherwise) and `agrees`: top-1
-    within the spread, and MACs within 1 %, which is what budgets promise.
+    out, as timings are of their machine. Columns: seed, KEY, top1 and macs of both (`_kept`; of a row that only one
+    table has the other's are missing), `spread` (points that the kept row's seeds span, `least` at least, as other
+    threads and processors round otherwise) and `agrees`: both are there, top-1 is within the spread, and MACs within
+    1 %, which is what budgets promise.
     Raises ValueError where no row is in both.
     """
     key = ["seed", *(name for name in KEY if name in again and name in kept)]
     again, kept = (rows[rows.top1.notna() & (rows.notebook != "6_efficiency")] for rows in (again, kept))
+    again, kept = (rows.assign(target=pd.to_numeric(rows.target)) for rows in (again, kept))
     spans = kept.groupby(key[1:], dropna=False).top1.transform(lambda top1: top1.max() - top1.min())
     kept = kept.assign(spread=spans.clip(lower=least))[[*key, "top1", "macs", "spread"]]
-    both = again[[*key, "top1", "macs"]].merge(kept, on=key, suffixes=("", "_kept"))
-    if both.empty:
+    kept = kept.merge(again[["model", "seed"]].drop_duplicates())
+    both = again[[*key, "top1", "macs"]].merge(kept, on=key, suffixes=("", "_kept"), how="outer")
+    if both.dropna(subset=["top1", "top1_kept"]).empty:
         raise ValueError("no row stands in both tables: they are of other models, seeds or values of the study")
     near = (both.top1 - both.top1_kept).abs() <= both.spread
     return both.assign(agrees=near & ((both.macs / both.macs_kept - 1).abs() <= 0.01))
@@ -813,7 +818,9 @@ def main(arguments=None):
         return 1
     shown = ["model", "seed", "method", "form", "target", "stage", "top1", "top1_kept", "spread", "agrees"]
     print(found[shown].to_string(index=False, float_format="{:.2f}".format, na_rep=""))
-    print(f"{found.agrees.sum()} of {len(found)} rows agree with the published ones in figures/{values.name}.")
+    lacking = {"were not made again": found.top1, "are not published": found.top1_kept}
+    words = [f"{column.isna().sum()} {what}" for what, column in lacking.items() if column.isna().any()]
+    print(f"Of {len(found)} rows {', '.join([f'{found.agrees.sum()} agree', *words])} (figures/{values.name}).")
     return int(not found.agrees.all())
 
 
