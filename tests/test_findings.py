@@ -169,8 +169,80 @@ def test_lines_by_hand(tmp_path):
         "half the MACs: units and ranks in one pool, reconstructed": "75.3",
         "a quarter of the MACs: units and ranks in one pool, reconstructed": "60.0",
     }
-    assert "means over seeds 0, 1" in text and "±: half the range over seeds." in text and "100 test images" in text
+    assert "means over seeds 0, 1 (cuts: 0), split" in text and "100 test images" in text
+    assert text.endswith("±: half the range over seeds; without ±: seed 0.")
     assert list(table_of(text)) == ["ViT top-1 (%)", "ViT MACs (M)", "ViT non-zero (M)"]
+
+
+def test_models_of_one_family_are_kept_apart_or_the_one_most_cut_is_shown(tmp_path):
+    none, cut = (None, None, None), ("pool", "factored", "macs", 0.5)
+    rows = [(model, 0, "dense", *none, "dense", top1) for model, top1 in [("vit", 10), ("vit-transfer", 20)]]
+    rows += [("vit", 0, *cut, "reconstructed", 9), ("vit-transfer", 0, *cut, "reconstructed", 19)]
+    folder = by_hand(tmp_path, rows)
+    given = pd.read_csv(folder / "results.csv").assign(weights=[np.nan, "given/vit/x"] * 2)
+    given.to_csv(folder / "results.csv", index=False)
+    text, line = findings.results([folder], page=tmp_path), "half the MACs: units and ranks in one pool, reconstructed"
+    shown = table_of(text)
+    assert shown.loc["dense", ["ViT-transfer top-1 (%)", "ViT top-1 (%)"]].tolist() == ["20.0", "10.0"]
+    assert shown.loc[line, ["ViT-transfer top-1 (%)", "ViT top-1 (%)"]].tolist() == ["19.0", "9.0"]
+    assert "\nViT-transfer starts from the weights in given/vit." in text
+    front = findings.results([folder], page=tmp_path, front=True)
+    assert table_of(front)["ViT top-1 (%)"].to_dict() == {"dense": "20.0", line: "19.0"}
+    assert "\nshapes starts from the weights in given/vit." in front
+    more = pd.concat([given, given.iloc[[2]].assign(method="svd")])  # now the other one was cut more
+    more.to_csv(folder / "results.csv", index=False)
+    front = findings.results([folder], page=tmp_path, front=True)
+    assert table_of(front).loc["dense", "ViT top-1 (%)"] == "10.0" and "starts from" not in front
+
+
+def test_every_cut_has_words_of_its_own():
+    assert len(set(findings.CUTS.values())) == len(findings.CUTS)
+    for name in COMMITTED:
+        rows = findings.Study(FIGURES / name).untimed.query("top1.notna() and method != 'dense'")
+        assert set(rows.method + " " + rows.form) <= set(findings.CUTS)
+    values, known = record.study("demo"), {cut.rpartition(" ")[0] for cut in findings.CUTS}
+    budgets = (ROOT / "notebooks" / "5_budget.ipynb").read_text()
+    methods = re.findall(r'\\"([\w+]+)\\": \(\\"(?:fisher|random)', budgets) + ["svd", "ranks"]
+    methods += [f"unstructured, {schedule}" for schedule in values.global_pruning.schedules]
+    methods += [f"heads+{form}" for form in values.heads_svd_iht.forms]
+    assert len(methods) > 12 and set(methods) <= known
+
+
+@pytest.mark.parametrize(
+    "tops, note",
+    [
+        ({"a": [1], "b": [2]}, []),
+        ({"a": [1, 2], "b": [2, 2]}, ["±: half the range over seeds."]),
+        ({"a": [1, 2, 3], "b": [2]}, ["±: half the range over seeds; without ±: seed 0."]),
+        ({"a": [1, 2, 3], "b": [2, 1]}, ["±: half the range over seeds, in some lines of 2."]),
+    ],
+)
+def test_what_has_no_spread_is_said_to_be_of_one_seed(tops, note):
+    rows = [("vit", words, seed) for words, own in tops.items() for seed in range(len(own))]
+    assert findings._seed_note(pd.DataFrame(rows, columns=["model", "words", "seed"])) == note
+
+
+def test_sources_and_rankings_know_which_seeds_a_cut_has(tmp_path):
+    folder = invent(tmp_path, 2)
+    summary = pd.read_csv(folder / "summary.csv")
+    alone = summary.seeds == 1
+    assert 0 < alone.sum() < len(summary)
+    summary["finetuned"] = summary.dense - np.where(alone, 1.0, 3.0)  # what one seed has loses least
+    summary["reconstructed"] = summary.dense - np.where(alone, 2.0, 4.0)
+    summary.to_csv(folder / "summary.csv", index=False)
+    found = {slide.title: slide for slide in findings.slides(folder)}
+    (cut,) = [
+        slide for title, slide in found.items() if title.startswith("At 40\u00a0% cut, heads+svd costs the ViT least")
+    ]
+    assert cut.table.seeds.tolist() == ["2", "1", "1"] and "Ranked: cuts of 2 seeds" in cut.note
+    (half,) = [
+        slide for title, slide in found.items() if title.startswith("With half the MACs, the ViT’s top-1 falls by 4.0")
+    ]
+    assert "random" not in half.title and half.table.seeds.tolist() == ["2", "2", "1"]
+    assert "means over seeds 0, 1 (some cuts: 0), split 0" in cut.source
+    (curves,) = [slide for slide in found.values() if "table-curves.csv" in slide.source and "ViT" in slide.title]
+    assert "means over seeds 0, 1, split 0" in curves.source
+    assert [title for title in found if title.endswith("means are over up to 2 seeds")]
 
 
 # -- the front page

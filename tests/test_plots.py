@@ -31,6 +31,13 @@ def rows():
     return pd.DataFrame(found)
 
 
+@pytest.fixture
+def uneven(rows):
+    """The same with 10 points between the dense models of both seeds, and `structured` of the first seed alone."""
+    rows = rows.assign(top1=rows.top1 - 10.0 * rows.seed)
+    return rows[(rows.seed == 0) | (rows.method != "structured")]
+
+
 def labels(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
@@ -118,6 +125,51 @@ def test_accuracy_is_stretched_at_its_top(low, high):
     np.testing.assert_allclose(back, [low, high], atol=1e-9)
 
 
+def levels(ax):
+    """{label: height} of the horizontal lines."""
+    return {line.get_label(): line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1}
+
+
+@pytest.mark.parametrize("draw", [plots.accuracy_curve, plots.recovery, plots.ladder])
+def test_cuts_of_one_seed_have_a_dense_line_of_their_own(uneven, draw):
+    half = uneven[(uneven.target == 0.5) | (uneven.method == "dense")]
+    half = half.assign(form="masked").drop_duplicates(["method", "target", "stage", "seed"])
+    ax = draw(half)
+    found = {label: height for label, height in levels(ax).items() if label.startswith("dense, seed")}
+    assert found == {"dense, seeds 0, 1": 75, "dense, seed 0": 80}
+    if draw is plots.recovery:
+        assert [tick.get_text() for tick in ax.get_xticklabels()] == ["unstructured\n50%", "structured\n50%\nseed 0"]
+    else:
+        assert {"structured, seed 0", "unstructured"} < set(labels(ax))
+    alone = draw(half[half.method != "unstructured"])
+    assert levels(alone)["dense"] == 80 and not [name for name in labels(alone) if "seed" in name]
+
+
+def test_a_point_of_one_seed_is_not_ringed_among_points_of_two(uneven):
+    ax = plots.tradeoff(uneven, "macs")
+    rings, *points = dots(ax)
+    assert (0.4, 71) in places(points) and (2, 75) in places(points)  # of seed 0: more than the dense models' mean
+    assert places([rings]) == [(4, 75), (4, 75)]
+    assert labels(ax)[0] == "best for its cost,\nof 2 seeds" and "structured, removed, seed 0" in labels(ax)
+    alone = plots.tradeoff(uneven[uneven.method != "unstructured"], "macs")  # dense models of what was cut alone
+    assert (4, 80) in places(dots(alone)[:1]) and labels(alone)[0] == "best for its cost"
+
+
+@pytest.mark.parametrize("count", [7, 25, 347, 1736])
+def test_bars_of_equal_seeds_have_no_length(count):
+    """The mean of three equal top-1 may be an ulp beside them: 7 of 1,736 is."""
+    top1 = 100 * count / 1736
+    cut = {"method": "pool", "target": 0.5, "target_kind": "macs", "stage": "cut", "top1": top1, "macs": 0.1}
+    dense = {"method": "dense", "stage": "dense", "top1": 90.0, "macs": 0.3}
+    rows = pd.DataFrame([row | {"seed": seed} for seed in range(3) for row in (cut, dense)])
+    more = rows.assign(top1=rows.top1 + rows.seed.where(rows.stage == "cut", 0) / 9, stage="finetuned")
+    more = more[more.method == "pool"]
+    for draw in (plots.ladder, plots.accuracy_curve):
+        draw(pd.concat([rows, more]))
+    plots.tradeoff(pd.concat([rows.replace({"stage": {"cut": "reconstructed"}}), more]), "macs")
+    plots.class_change(pd.DataFrame({"class": ["a", "b"] * 3, "images": 1, "change": [top1, 1, top1, 2, top1, 3]}))
+
+
 def test_tradeoff_names_the_costs_there_are(rows):
     with pytest.raises(ValueError, match="unknown cost 'mac', did you mean 'macs'"):
         plots.tradeoff(rows, "mac")
@@ -170,6 +222,16 @@ def test_zeros_stand_apart_from_the_histogram():
     assert left.get_ylim()[1] > 40
 
 
+def test_rows_without_survivors_beside_others_draw_what_they_have():
+    bins = {"stage": "pruned", "left": [-1.0, -0.5, 0.0, 0.5], "right": [-0.5, 0.0, 0.5, 1.0], "zeros": 3}
+    old = pd.DataFrame(bins).assign(method="old", count=[1, 2, 3, 4], survivors=np.nan, threshold=np.nan)
+    new = old.assign(method="new", survivors=[1, 0, 0, 4], threshold=0.4)
+    first, second = plots.weight_histograms(pd.concat([old, new])).axes
+    assert [patch.get_label() for patch in first.patches if "StepPatch" in type(patch).__name__] == ["stay"]
+    assert [patch.get_label() for patch in second.patches if "StepPatch" in type(patch).__name__] == ["will go", "stay"]
+    assert (len(first.lines), len(second.lines)) == (0, 2)
+
+
 def test_maps_keep_the_order_of_blocks_and_leave_holes():
     frame = pd.DataFrame({"block": ["b.10", "b.2", "b.2"], "head": [0, 0, 1], "score": [1.0, 2.0, 3.0]})
     ax = plots.head_map(frame.assign(kept=[True, False, True]))
@@ -217,6 +279,38 @@ def test_a_caption_says_where_numbers_come_from():
     text = plots.caption(pd.DataFrame([row, row | {"model": "swin", "date": "2026-01-01T00:00:00Z"}]))
     for part in ("demo", "vit, swin", "a CPU", "abc+dirty", "2026-01-02"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    "alone, words",
+    [([], "0, 1"), (["pool"], "0, 1 (some cuts: 0)"), (["pool", "svd"], "0, 1 (cuts: 0)"), (["all"], "0")],
+)
+def test_seeds_in_words(alone, words):
+    rows = [("dense", "dense", seed) for seed in (0, 1) if alone != ["all"]]
+    rows += [(method, "cut", seed) for method in ("pool", "svd") for seed in (0, 1) if seed == 0 or method not in alone]
+    rows = [row for row in rows if row[2] == 0 or alone != ["all"]]
+    frame = pd.DataFrame(rows, columns=["method", "stage", "seed"]).assign(top1=1.0, model="vit", date="2026-01-02")
+    assert plots.seeds_of(frame) == words
+    assert plots.seeds_of(frame.drop(columns=["method", "stage"])) == words.partition(" (")[0]
+    assert f"; seeds {words}, split" in plots.caption(frame)
+    assert plots.seeds_of(frame.drop(columns="seed")) == "unknown"
+
+
+def test_a_caption_is_of_what_is_drawn():
+    rows = pd.DataFrame([(m, s) for m in ("vit", "swin") for s in (0, 1)], columns=["model", "seed"])
+    rows = rows.assign(date="2026-01-02", commit=rows.model + rows.seed.astype(str))
+    text = plots.caption(rows, pd.DataFrame({"model": ["swin"] * 2, "seed": [1, 1], "sigma": 1.0}))
+    assert "; swin; seeds 1, split" in text and "commit swin1," in text
+
+
+def test_means_over_seeds_are_of_the_same_seeds():
+    frame = pd.DataFrame({"method": list("aabbc"), "seed": [0, 1, 0, 1, 0], "cut": [1.0, 3, 5, 7, 9]})
+    frame["distilled"] = [2.0, 4, 6, np.nan, np.nan]
+    found = plots.over_seeds(frame, ["method"]).set_index("method")
+    assert found.seeds.to_dict() == {"a": 2, "b": 1, "c": 1}  # b: the fullest
+    assert found.cut.to_dict() == {"a": 2, "b": 5, "c": 9} and found.distilled.to_dict() == pytest.approx(
+        {"a": 3, "b": 6, "c": np.nan}, nan_ok=True
+    )
 
 
 def test_image_grid_shows_every_class_once_or_the_batch():
@@ -271,6 +365,14 @@ def test_speedup_bars(timed):
     assert [[bar.get_height() for bar in group] for group in bars] == [[1, 1, 2], [2, 2, 4], [3, 3, 6]]
     alone = plots.speedup_bars(timed[timed.runtime == "onnxruntime"])
     assert labels(alone) == ["promised by the MACs"]  # nothing varies: the bars need no name
+
+
+def test_speedup_bars_of_several_seeds_are_means(timed):
+    more = timed[timed.precision == "float32"].assign(seed=1, speedup=timed.speedup + 1, speedup_q1=timed.speedup)
+    ax = plots.speedup_bars(pd.concat([timed.assign(seed=0), more]))
+    bars = [container for container in ax.containers if type(container).__name__ == "BarContainer"]
+    assert [[bar.get_height() for bar in group] for group in bars] == [[1.5, 1.5, 2.5], [2, 2, 4], [3.5, 3.5, 6.5]]
+    plots.roofline(pd.concat([timed, more]))
 
 
 def test_roofline(timed):
@@ -415,6 +517,15 @@ def test_calibration_draws_every_cut_and_what_is_not_above_zero_at_the_edge(audi
     assert not [label for label in labels(above) if "hollow" in label] and above.get_xlim()[0] < 0.1
     with pytest.raises(ValueError, match="nothing to show"):
         plots.calibration(audit.assign(predicted=0.0, measured=-1.0))
+
+
+@pytest.mark.parametrize("criteria, kinds", [(1, 12), (9, 13), (3, 3)])
+def test_each_criterion_and_kind_looks_its_own(criteria, kinds):
+    pairs = [(f"c{i}", f"k{j}") for i in range(criteria) for j in range(kinds)]
+    frame = pd.DataFrame(pairs, columns=["criterion", "kind"]).assign(predicted=0.1, measured=0.2)
+    drawn = [each for each in plots.calibration(frame).collections if type(each).__name__ == "PathCollection"]
+    shapes = {(each.get_paths()[0].vertices.tobytes(), tuple(each.get_facecolor()[0])) for each in drawn}
+    assert len(drawn) == len(shapes) == criteria * kinds
 
 
 # -- recovery

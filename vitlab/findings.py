@@ -98,7 +98,8 @@ COLUMNS = {  # of tables: header, and how a value is written
     "macs": ("MACs (M)", _millions), "max": ("most (%)", _signed), "mean_per_class": ("mean of classes (%)", _one),
     "meter": ("meter", str), "method": ("cut", str), "min": ("least (%)", _signed), "model": ("model", _name),
     "named": ("class", str), "params": ("parameters (M)", _millions), "promised": ("promised by the MACs", _one),
-    "ratio": ("share cut", _share), "series": ("cut", str), "share": ("MACs of dense", _share),
+    "ratio": ("share cut", _share), "seeds": ("seeds", _plain), "series": ("cut", str),
+    "share": ("MACs of dense", _share),
     "spearman": ("rank correlation", _two), "speedup": ("measured (times as fast)", _one),
     "spread_finetuned": ("spread, fine-tuned", _three), "spread_pruned": ("spread, pruned", _three),
     "spread_unpruned": ("spread, unpruned", _three), "stage": ("stage", lambda stage: plots.STAGES.get(stage, stage)),
@@ -157,8 +158,21 @@ def _list(rows, column):
 
 
 def _mean(rows, keys):
-    """Means over seeds, in the order of the rows."""
-    return rows.groupby(keys, sort=False, dropna=False).mean(numeric_only=True).reset_index()
+    """Means over seeds, in the order of the rows, and `seeds`: over how many, where it is known."""
+    groups = rows.groupby(keys, sort=False, dropna=False)
+    found = groups.mean(numeric_only=True)
+    return (found.assign(seeds=groups.seed.nunique()) if "seed" in rows else found).reset_index()
+
+
+def _ranked(rows):
+    """Those of the most seeds: means over fewer are not ranked with them."""
+    return rows[rows.seeds == rows.seeds.max()]
+
+
+def _rank_note(rows):
+    """A sentence for a note where some rows have fewer seeds than others."""
+    said = f" Ranked: cuts of {rows.seeds.max():g} seeds; change: against the dense models of a cut’s own seeds."
+    return said if rows.seeds.nunique() > 1 else ""
 
 
 def _some(rows):
@@ -174,11 +188,12 @@ def _ends(rows):
 
 
 def _shown(rows, columns, **headers):
-    """A slide's table of some columns, those without any value left out. headers: in the place of those of COLUMNS.
-    Raises Absent for no rows."""
+    """A slide's table of some columns, those without any value left out, and `seeds` where all rows have as many.
+    headers: in the place of those of COLUMNS. Raises Absent for no rows."""
     rows = _some(rows)[[name for name in columns.split() if name in rows]]
     cells = rows.apply(lambda column: column.map(lambda value: _written(column.name, value))).reset_index(drop=True)
-    return cells.loc[:, cells.ne("").any()].rename(columns=lambda name: headers.get(name, COLUMNS[name][0]))
+    said = cells.ne("").any() & ((cells.columns != "seeds") | (cells.nunique() > 1))
+    return cells.loc[:, said].rename(columns=lambda name: headers.get(name, COLUMNS[name][0]))
 
 
 def _crossed(rows, down, across, value, **headers):
@@ -194,11 +209,12 @@ class Study:
     make them, where there is no results.csv.
 
     .results: all of its rows; .untimed: one per model measured; .models: those that were cut; .dense: means over seeds
-    of the dense models' rows, by model; .used: names of the files read since it was last emptied.
+    of the dense models' rows, by model; .used, .seen: names of the files read since they were last emptied, and the
+    frames with seeds in them.
     """
 
     def __init__(self, folder):
-        self.folder, self.used = Path(folder), []
+        self.folder, self.used, self.seen = Path(folder), [], []
         name = self.folder.name
         if not (self.folder / "results.csv").is_file():
             known = sorted(path.parent.name for path in self.folder.parent.glob("*/results.csv"))
@@ -223,6 +239,7 @@ class Study:
         if frame.empty:
             raise Absent(f"{path.name} has no rows of {model}")
         self.used.append(path.name)
+        self.seen += [frame] if "seed" in frame else []
         return _mean(frame, by) if by else frame
 
     def picture(self, name):
@@ -234,12 +251,14 @@ class Study:
 
     def summary(self, model, kinds, target=None):
         """Rows of summary.csv of these target_kinds (and target), with every stage as a column; `series`; solved and
-        trained, the best of SOLVED and TRAINED; change: trained against dense, points; share: MACs against dense."""
+        trained, the best of SOLVED and TRAINED; change: trained against dense, points; share: MACs against dense, which
+        are the same for all seeds; seeds: how many, also those of dense (older tables are of one)."""
         rows = self.read("summary", model)
         rows = rows.reindex(columns=rows.columns.union([*plots.STAGES, "macs"], sort=False))
         rows = _some(rows[rows.target_kind.isin(kinds) & (rows.target.eq(target) if target else True)])
         rows = rows.assign(solved=rows[SOLVED].max(axis=1), trained=rows[TRAINED].max(axis=1))
         shares = rows.macs / rows.model.map(self.dense.macs)
+        rows = rows if "seeds" in rows else rows.assign(seeds=1)
         return rows.assign(series=plots.series(rows), change=rows.trained - rows.dense, share=shares)
 
     def timed(self, model=None):
@@ -267,16 +286,23 @@ class Study:
         found = found.sort_values("model", key=lambda column: column.map(self.models.index), kind="stable")
         return list(found.sort_values("target", ascending=False, kind="stable").itertuples(index=False, name=None))
 
-    def source(self, model=None):
-        """Where a slide comes from: the files used, and data, seeds, machine, commits and date of the rows."""
-        rows = self.results if model is None else self.results[self.results.model == model]
+    def source(self, model=None, rows=None):
+        """Where a slide comes from: the files used, and data, seeds, machine, commits and date of the rows.
+
+        rows: of results, if not all of the model. Seeds are those of the tables used, of a cut of fewer its own.
+        """
+        seen = [rows] if rows is not None else self.seen
+        if rows is None:
+            rows = self.results if model is None else self.results[self.results.model == model]
         rows = rows.sort_values("date", kind="stable")
-        commits, seeds = _known(rows, "commit"), _known(rows, "seed")
+        seen = seen if seen and "results.csv" not in self.used else [rows, *seen]
+        seeds = max(map(plots.seeds_of, seen), key=len)
+        commits = _known(rows, "commit")
         if len(commits) > 3:
             commits = [f"{commits[0]} … {commits[-1]} ({len(commits)} in all)"]
         return (
             f"Source: {', '.join(dict.fromkeys(self.used))}. Study {self.folder.name}, {_list(rows, 'data')}, "
-            f"{'means over seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}, split "
+            f"{'means over seeds' if ',' in seeds else 'seed'} {seeds}, split "
             f"{_list(rows, 'split_seed')}; {_list(rows, 'device')}; commit {', '.join(commits)}; "
             f"{_known(rows, 'date')[-1][:10]}."
         )
@@ -301,13 +327,14 @@ def _title(study):
 
 
 def _dense(study):
-    rows = study.read("dense", by=["model", "stage", "epochs"])
+    rows = plots.beside_dense(study.read("dense"), "top1")
+    rows = rows.assign(change=(rows.top1 - rows.dense_top1).where(rows.stage != "dense"))
+    rows = _mean(rows, ["model", "stage", "epochs"]).head(MOST)
     whole = rows[rows.stage == "dense"].groupby("model", sort=False).top1.mean()
-    rows = rows.assign(change=(rows.top1 - rows.model.map(whole)).where(rows.stage != "dense")).head(MOST)
     said = f"The dense {_name(whole.idxmax())} reaches {_one(whole.max())}\u00a0% top-1"
     more = rows[(rows.stage != "dense") & (rows.model == whole.idxmax())].head(1)
     said += _say(", which {moved} in {epochs} more epochs without a cut", more)
-    table = _shown(rows, "model stage epochs top1 change mean_per_class params macs", stage="training")
+    table = _shown(rows, "model stage epochs top1 change mean_per_class params macs seeds", stage="training")
     note = "“Dense, same epochs” is the control: what as many epochs as the cut models get do to the dense model."
     return Slide(said, table, note=note)
 
@@ -351,13 +378,14 @@ def _global_pruning(study, model):
     rows = study.summary(model, ["sparsity"])
     rows = rows[rows.method.isin(WHAT) & rows.finetuned.notna()].assign(change=rows.finetuned - rows.dense).tail(MOST)
     words = {"unstructured": "of the weights masked", "structured": "of the rows cut"}
-    most = rows[rows.target == rows.target.max()].drop_duplicates("method").sort_values("method", ascending=False)
+    most = _ranked(rows)
+    most = most[most.target == most.target.max()].drop_duplicates("method").sort_values("method", ascending=False)
     said = _say("{moved} with {target} {words}", most.assign(words=most.method.map(words)))
-    table = _shown(rows, "series target cut finetuned change macs")
+    table = _shown(rows, "series target cut finetuned change macs seeds")
     shows = "Test top-1 after the cut and after each step of recovery; lines: the dense model."
     note = f"Masked models execute all MACs. Change: fine-tuned against dense. {_meaning(rows.method)}."
     said = f"Fine-tuned, the {_name(model)}’s top-1 {said}"
-    return Slide(said, table, study.picture(f"recovery-{model}"), shows, note)
+    return Slide(said, table, study.picture(f"recovery-{model}"), shows, note + _rank_note(rows))
 
 
 def _training(study, model):
@@ -387,49 +415,53 @@ def _weights(study, model):
     said = _say(f"Fine-tuning {said} of the {_name(model)}’s weights ({{method}}, {{target}} cut)", first)
     columns = "asked zero_pruned zero_finetuned spread_unpruned spread_pruned spread_finetuned"
     shows = "Weights of all prunable layers; hatched: exact zeros."
+    shows += f" Seed {rows.seed.min()}; the table is of all seeds." if rows.seed.nunique() > 1 else ""
     note = f"Spread: root mean square of the weights that are not zero. {_meaning(wide.method)}."
     return Slide(said, _shown(wide, columns), study.picture(f"weights-{model}"), shows, note)
 
 
 def _heads_svd_iht(study, model):
     rows = study.summary(model, ["ratio"])
-    rows = rows[rows.trained.notna() & (rows.target == rows.target.max())].tail(MOST)
-    table = _shown(rows, "series cut trained change share", series=f"cut, {_share(rows.target.max())}")
-    best, least = rows.loc[rows.change.idxmax()], rows.loc[rows.share.idxmin()]
+    rows = _some(rows[rows.trained.notna() & (rows.target == rows.target.max())])
+    rows = rows.sort_values("seeds", ascending=False, kind="stable").head(MOST)
+    table = _shown(rows, "series cut trained change share seeds", series=f"cut, {_share(rows.target.max())}")
+    ranked = _ranked(rows)
+    best, least = ranked.loc[ranked.change.idxmax()], ranked.loc[ranked.share.idxmin()]
     said = _say("At {target} cut, {series} costs the {model} least: top-1 {moved}, at {share} of the MACs", best)
     said += _say("; with {series}, at {share}, it {moved}", least) if least.series != best.series else ""
     picture, shows = study.picture(f"heads_svd_iht-{model}"), "Test top-1 over the share cut of heads and layers."
-    return Slide(said, table, picture, shows, _meaning(rows.method) + ".")
+    return Slide(said, table, picture, shows, f"{_meaning(rows.method)}.{_rank_note(rows)}")
 
 
 def _budget(study, model, kind, target):
     rows = study.summary(model, [kind], target)
     rows = rows.assign(untrained=rows[["cut", *SOLVED]].max(axis=1)).dropna(subset="untrained")
     rows = rows.assign(untrained_change=rows.untrained - rows.dense, best=rows[["untrained", "trained"]].max(axis=1))
-    rows, count = rows.sort_values("best", ascending=False, kind="stable").head(MOST), len(rows)
-    table = _shown(rows, "series untrained untrained_change trained change", change="change, fine-tuned")
-    best = rows.loc[rows.untrained.idxmax()]
+    rows, count = rows.sort_values(["seeds", "best"], ascending=False, kind="stable").head(MOST), len(rows)
+    table = _shown(rows, "series untrained untrained_change trained change seeds", change="change, fine-tuned")
+    ranked = _ranked(rows)
+    best = ranked.loc[ranked.untrained.idxmax()]
     said = f"With {_part(target, kind)}, the {_name(model)}’s top-1 {_moved(best.untrained_change)} without training"
     said += f" ({best.series})"
-    said += _say(" and {moved} fine-tuned ({series})", rows.sort_values("change").dropna(subset="change").tail(1))
+    said += _say(" and {moved} fine-tuned ({series})", ranked.sort_values("change").dropna(subset="change").tail(1))
     picture = study.picture(f"ladder-{kind}-{target:g}-{model}")
     shows = "Test top-1 after each step of recovery; hollow: without training."
     note = f"The best of {count} by test top-1, which favours the lucky one a little. {_meaning(rows.series)}."
-    return Slide(said, table, picture, shows, note)
+    return Slide(said, table, picture, shows, note + _rank_note(rows))
 
 
 def _recovered(study):
     rows = study.summary(None, [*BUDGETS])
     rows = rows[rows.cut.notna() & rows.solved.notna() & (rows.target < 1) & ~rows.series.str.contains("random")]
     rows = rows.assign(lost=rows.dense - rows.cut, back=rows.solved - rows.cut, left=rows.trained - rows.cut)
-    rows = rows.sort_values("back", ascending=False, kind="stable").head(MOST)
-    table = _shown(rows, "model series target target_kind cut lost back left", target="kept")
+    rows = rows.sort_values(["seeds", "back"], ascending=False, kind="stable").head(MOST)
+    table = _shown(rows, "model series target target_kind cut lost back left seeds", target="kept")
     said = "Layers solved anew, without training, win back up to {back} of {lost} points lost ({model}, {series}, "
     said += "{target} kept)"
     if rows.back.iloc[0] <= 0:
         said = "Layers solved anew win nothing back: at best {back} of {lost} points lost"
     note = "Won back: the best of folding, least squares and reconstruction, in points above the model after the cut."
-    return Slide(_say(said, rows.iloc[0]), table, note=f"{note} {_meaning(rows.series)}.")
+    return Slide(_say(said, rows.iloc[0]), table, note=f"{note} {_meaning(rows.series)}.{_rank_note(rows)}")
 
 
 def _audit(study, model):
@@ -441,7 +473,8 @@ def _audit(study, model):
     said = _say(said + "({criterion}, {kind}), ", rows.iloc[0])
     said += _say("{times} times where it does worst ({criterion}, {kind})", rows.iloc[-1])
     shows = "Measured over predicted rise of the loss; on the diagonal the prediction is right."
-    note = "Medians over the cuts, before any recovery; the four nearest to 1 and the four furthest from it."
+    over = " of a seed, then means over seeds" if rows.get("seeds", pd.Series([1])).max() > 1 else ""
+    note = f"Medians over the cuts{over}, before any recovery; the four nearest to 1 and the four furthest from it."
     return Slide(said, table, study.picture(f"audit-{model}"), shows, note)
 
 
@@ -459,10 +492,14 @@ def _classes(study, model, kind, target):
 
 def _front(study, model, cost):
     rows, dense = study.untimed[study.untimed.model == model], [*plots.DENSE_POINTS]
-    rows = rows.assign(series=plots.series(rows))[rows.stage.isin([*dense, "reconstructed", *TRAINED])]
-    rows = _mean(rows[rows[cost].notna()], ["series", "target", "stage"])
-    rows = rows.assign(change=rows.top1 - study.dense.top1[model], share=rows[cost] / study.dense[cost][model])
-    front = rows[plots.pareto(rows[cost], rows.top1)].sort_values(cost, kind="stable")
+    rows = plots.beside_dense(rows.assign(series=plots.series(rows)), "top1", cost)
+    rows = rows.assign(change=rows.top1 - rows.dense_top1, share=rows[cost] / rows[f"dense_{cost}"])
+    rows = rows[rows.stage.isin([*dense, "reconstructed", *TRAINED]) & rows[cost].notna() & rows.top1.notna()]
+    keys, whole = ["series", "target", "stage"], rows.stage.isin(dense)
+    rows = rows[rows.seed.isin(rows.seed[~whole]) | whole.all()]
+    rows = plots.over_seeds(rows[[*keys, "seed", "top1", "change", "share", cost]], keys)
+    ranked = rows[rows.stage.isin(dense) | (rows.seeds == rows.seeds[~rows.stage.isin(dense)].max())]
+    front = ranked[plots.pareto(ranked[cost], ranked.top1)].sort_values(cost, kind="stable")
     cut = front[~front.stage.isin(dense)]
     near = cut[cut.change >= -1].head(1) if (cut.change >= -1).any() else cut.sort_values("change").tail(1)
     front = pd.concat([near, front.drop(near.index).sort_values("top1", ascending=False)]).head(MOST).sort_values(cost)
@@ -476,7 +513,7 @@ def _front(study, model, cost):
         said = _say(said + f"{{share}} of its {COSTS[cost]} ({{series}}, {{stage}})", row)
     shows = f"Test top-1 over {COSTS[cost]}; ringed: no other model is better and cheaper."
     note = "Behind a cut: the share cut of weights, rows and layers; of budgets the share kept."
-    return Slide(said, table, study.picture(f"tradeoff-{cost}-{model}"), shows, note)
+    return Slide(said, table, study.picture(f"tradeoff-{cost}-{model}"), shows, note + _rank_note(rows))
 
 
 def _best(study, model):
@@ -489,7 +526,7 @@ def _best(study, model):
         none, said = ([*none, part], said) if row.method == "none" else (none, [*said, f"{_moved(row.change)} {part}"])
     said = f"The best {_name(model)}’s top-1 {' and '.join(said)}" if said else f"Of the {_name(model)}"
     said += f"{'; ' if ' best ' in said else ' '}no model fits {' or '.join(none)}" if none else ""
-    table = _shown(rows, "cost limit asked stage change", asked="best")
+    table = _shown(rows, "cost limit asked stage change seeds", asked="best")
     on = " and ".join(_known(rows, "chosen_on"))
     note = f"Chosen on {on} images; behind each the share cut, of budgets the share kept. {_meaning(rows.method)}."
     shows = "Test top-1 over parameters; ringed: no other model is better and smaller."
@@ -499,7 +536,7 @@ def _best(study, model):
 def _speed(study, model):
     rows = study.timed(model).sort_values("speedup", ascending=False, kind="stable").head(MOST)
     rows = rows.assign(asked=_asked(rows.series, rows.target))
-    table = _shown(rows, "asked promised speedup arrives top1")
+    table = _shown(rows, "asked promised speedup arrives top1 seeds")
     said = "The fastest {model} ({asked}) runs {speedup} times as fast as the dense one, where its MACs promise "
     said = _say(said + "{promised}, at {top1}\u00a0% top-1", rows.iloc[0])
     picture, shows = study.picture(f"tradeoff-relative_latency-{model}"), "Test top-1 over measured time of one batch."
@@ -511,7 +548,7 @@ def _zeros(study):
     rows = rows[(rows.form == "masked") & (rows.target_kind == "sparsity")]
     rows = rows.assign(zeros=1 - rows.nonzero / rows.params)
     rows = rows.sort_values("ideal", ascending=False, kind="stable").head(MOST)
-    table = _shown(rows, "model method target zeros ideal speedup top1", method="masked")
+    table = _shown(rows, "model method target zeros ideal speedup top1 seeds", method="masked")
     said = "With {target} masked ({method}), the {model} is {speedup} times as fast as dense; were its zeros free, it "
     note = f"Masked weights are zeros in dense tensors, multiplied like any number. {study.how_timed()}"
     return Slide(_say(said + "would be {ideal} times", rows.iloc[0]), table, note=note)
@@ -551,10 +588,11 @@ def _method(study):
     counts = dict(zip(data.split, data.images, strict=True))
     top1 = study.dense.top1.max() / 100
     error, seeds = _two(100 * math.sqrt(top1 * (1 - top1) / counts["test"])), _known(rows, "seed")
+    of_seeds = plots.seeds_of(rows)
     facts = {
         "images (train, val, test)": ", ".join(f"{counts.get(split, 0):,}" for split in ("train", "val", "test")),
         f"standard error of {_one(100 * top1)} % top-1": f"{error} points",
-        "seeds": f"{', '.join(seeds)} ({len(seeds)} in all), split {_list(rows, 'split_seed')}",
+        "seeds": f"{of_seeds}; {len(seeds)} in all, split {_list(rows, 'split_seed')}",
         "MACs": "multiply-accumulates of one image, closed form; FLOPs = 2 × MACs; masked models execute all",
         "time": study.how_timed() if rows.latency_ms.notna().any() else "not measured",
         "choice": "scores from training images, the best epoch by val; top-1 is on test where nothing else is said",
@@ -562,7 +600,8 @@ def _method(study):
         "commit": _list(rows.sort_values("date"), "commit"),
     }
     said = f"From {counts['test']:,} test images a top-1 has a standard error of {error} points; "
-    said += "one seed does not show how trainings differ" if len(seeds) == 1 else f"means are over {len(seeds)} seeds"
+    most = f"means are over {'up to ' if '(' in of_seeds else ''}{len(seeds)} seeds"
+    said += "one seed does not show how trainings differ" if len(seeds) == 1 else most
     return Slide(said, pd.DataFrame(facts.items(), columns=["method", study.folder.name]))
 
 
@@ -591,7 +630,7 @@ def slides(folder):
     """
     study, found = Study(folder), []
     for finding, of in plan(study):
-        study.used = ["results.csv"] if finding in (_title, _method, _front) else []
+        study.used, study.seen = ["results.csv"] if finding in (_title, _method, _front) else [], []
         try:
             slide = finding(study, *of)
         except Absent as reason:
@@ -607,14 +646,27 @@ STUDIES = ("cifar10-small", "caltech101-small")  # of the front page
 CUTS = {  # method and form: what was done, in the order of a table
     "dense": "",
     "unstructured masked": "{share} of the weights masked",
+    "unstructured, one-shot masked": "{share} of the weights masked at once",
+    "unstructured, iterative masked": "{share} of the weights masked in equal steps",
+    "unstructured, cubic masked": "{share} of the weights masked in smaller and smaller steps",
+    "unstructured, magnitude masked": "{share} of the weights masked by magnitude",
+    "unstructured, random masked": "{share} of the weights masked at random",
+    "structured masked": "{share} of the rows masked",
     "structured removed": "{share} of the rows removed",
+    "structured, iterative removed": "{share} of the rows removed in equal steps",
+    "structured, cubic removed": "{share} of the rows removed in smaller and smaller steps",
+    "structured, magnitude masked": "{share} of the rows masked by magnitude",
+    "structured, random masked": "{share} of the rows masked at random",
     "heads+svd factored": "{share}: heads, SVD",
+    "heads+svd, random factored": "{share}: random heads and directions",
     "heads+iht masked": "{share}: heads, IHT",
     "heads+threshold masked": "{share}: heads, SVD, small entries to zero",
     "heads+svd+iht entries masked": "{share}: heads, SVD + IHT on entries",
     "heads+svd+iht columns factored": "{share}: heads, SVD + IHT on columns",
     "units removed": "{part}: heads, neurons, filters, width",
-    "pool removed": "{part}: heads, neurons, filters, width",  # the name in older rows
+    "pool removed": "{part}: heads, neurons, filters, width in one pool",  # where no rank was cut
+    "heads+neurons removed": "{part}: heads, neurons",
+    "width removed": "{part}: width",
     "random removed": "{part}: as many random units of each place",
     "svd factored": "{part}: SVD, the same share of each layer",
     "ranks factored": "{part}: ranks by loss per MAC",
@@ -662,6 +714,26 @@ def _spread(top1):
     return _one(top1.mean()) + (f"±{_one((top1.max() - top1.min()) / 2)}" if len(top1) > 1 else "")
 
 
+def _columns(rows, front):
+    """{model: its name in a table}, ViT first: the family, such as ViT. Of several models of one family: all, by their
+    full names; on the front page that with the most lines, of equally many that which starts from given weights."""
+    families = {model: _name(model).partition("-")[0] for model in sorted(set(rows.model), reverse=True)}
+    if front:
+        given = set(rows.model[rows.weights.notna()]) if "weights" in rows else set()
+        rank = {model: (rows.words[rows.model == model].nunique(), model in given) for model in families}
+        families = {max((m for m in families if families[m] == f), key=rank.get): f for f in [*families.values()]}
+    return {m: f if [*families.values()].count(f) == 1 else _name(m) for m, f in families.items()}
+
+
+def _seed_note(rows):
+    """What ± means, if a line has it, and of which seed the lines without it are."""
+    sets = rows.groupby(["model", "words"]).seed.agg(lambda seeds: tuple(sorted(set(seeds))))
+    counts, alone = set(sets.map(len)), sorted({seeds[0] for seeds in sets if len(seeds) == 1})
+    fewer = f", in some lines of {' or '.join(map(str, sorted(counts - {1})[:-1]))}" if len(counts - {1}) > 1 else ""
+    without = f"; without ±: seed {' or '.join(map(str, alone))}" if alone else ""
+    return [f"±: half the range over seeds{fewer}{without}."] if max(counts) > 1 else []
+
+
 def results(folders, *, page, front=False):
     """The results of studies as a table in Markdown, and where it comes from.
 
@@ -670,28 +742,31 @@ def results(folders, *, page, front=False):
     """
     studies, columns, said = [Study(folder) for folder in folders], {}, []
     found = {study: _lines(study, front) for study in studies}
+    names = {study: _columns(found[study], front) for study in studies}
+    found = {study: rows[rows.model.isin(names[study])] for study, rows in found.items()}
     data = {study: _list(study.results, "data").split(" (")[0] for study in studies}
     links = {study: Path(os.path.relpath(study.folder, page)).as_posix() for study in studies}
     for measure, header in {"top1": "top-1 (%)", "macs": "MACs (M)", "nonzero": "non-zero (M)"}.items():
         accuracy = measure == "top1"
         for study in studies if accuracy else studies[:1]:
-            for model, own in sorted(
-                found[study].groupby("model"), key=lambda pair: pair[0], reverse=True
-            ):  # ViT first
+            for model, name in names[study].items():
                 of = f"{data[study]} " if accuracy and len(studies) > 1 else ""
+                own = found[study][found[study].model == model]
                 cells = own.groupby("words")[measure].agg(_spread if accuracy else lambda each: _millions(each.mean()))
-                columns[f"{of}{_name(model).partition('-')[0]} {header}"] = cells
+                columns[f"{of}{name} {header}"] = cells
     table = pd.DataFrame(columns).reindex(pd.concat(found.values()).words.unique()).fillna("")
     for study, rows in found.items():
-        dense, source = rows[rows.stage == "dense"], study.source()
+        dense, source = rows[rows.stage == "dense"], study.source(rows=rows)
         said.append(
             f"{source.replace('results.csv', f'[results.csv]({links[study]}/results.csv)')} "
             f"{dense.total.max():,.0f} test images; torch {_list(rows, 'torch')}, timm {_list(rows, 'timm')}."
         )
-        weights = [Path(path).parent for path in _known(dense, "weights") if path != "unknown"]
-        said += [f"{data[study]} starts from the weights in {weights[0]}."] if weights else []
+        given = dense[dense.weights.notna()] if "weights" in dense else dense.head(0)
+        who = [names[study][model] for model in dict.fromkeys(given.model)]
+        who = data[study] if len(who) == len(names[study]) else " and ".join(who)
+        said += [f"{who} starts from the weights in {Path(given.weights.iloc[0]).parent}."] if who else []
     said += [f"MACs and parameters are those of the {data[studies[0]]} models."] if len(studies) > 1 else []
-    said += ["±: half the range over seeds."] if table.map(lambda cell: "±" in cell).any(axis=None) else []
+    said += _seed_note(pd.concat(found.values()))
     lines = [["", *table], ["---", *["---:"] * len(columns)], *table.reset_index().itertuples(index=False)]
     picture = f"![Top-1 after each step of recovery]({links[studies[0]]}/budget-{studies[0].models[-1]}.png)"
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + "\n".join(said)

@@ -399,7 +399,7 @@ def attention_weights(model, x):
     """{block name: attention [B, heads, tokens, tokens]} of images x in evaluation mode, from and to; rows sum to 1.
 
     Of Swin [B * windows, heads, tokens of a window, tokens of a window]. Works on cut models; blocks without heads are
-    left out. The model is left as it was.
+    left out. The model is left in the mode that it was in.
     """
     blocks = [block for block in view(model).blocks if block.num_heads]
     training, fused = model.training, [block.attn.fused_attn for block in blocks]
@@ -423,8 +423,9 @@ def attention_maps(model, x):
     """{block name: [B, height, width]}: the attention that tokens of images x receive, in the mean over heads, where 1
     is what each would get of equal shares.
 
-    Of a ViT that reads its class token: from that token. Of others: from all tokens in the mean. Of Swin: from those of
-    the same window, windows put back where they were in the image.
+    Of a ViT that reads its class token: from that token (not from the one for distillation). Of others: from all tokens
+    in the mean. Of Swin: from those of the same window, with the tokens that pad it, windows put back where they were
+    in the image.
     """
     seen, maps = view(model), {}
     for name, weights in attention_weights(model, x).items():

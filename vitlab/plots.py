@@ -39,6 +39,7 @@ STYLE = {
 COLORS = sns.color_palette("colorblind").as_hex()
 HUES = COLORS[:7] + COLORS[8:]  # without the grey, which is for controls
 MARKERS = "os^DvPX"  # fewer than hues: the tenth series differs from the first
+KINDS = MARKERS + "<>*phd"  # of kinds of cuts, of which there are more
 DENSE = {"color": "0.35", "marker": "_"}
 DENSE_POINTS = {  # on top of others
     "dense": {"color": "0.1", "marker": "*", "zorder": 4.5},
@@ -90,6 +91,57 @@ def styled(draw):
 
 
 # -- statistics
+
+CUT = ("model", "method", "criterion", "form", "target_kind", "target", "stage")  # what tells cuts apart
+
+
+def over_seeds(frame, keys):
+    """Means over seeds of the rows with equal keys: a frame with keys, the other numbers and `seeds`, how many.
+
+    frame: one row for each seed and keys. Of keys whose rows lack values that others of them have, the fullest count
+    alone, so that all means of a row are over the same seeds.
+    """
+    full = frame.notna().sum(axis=1)
+    most = full.groupby([frame[key] for key in keys], dropna=False).transform("max")
+    groups = frame[full == most].groupby(keys, sort=False, dropna=False)
+    return groups.mean(numeric_only=True).drop(columns="seed").assign(seeds=groups.seed.nunique()).reset_index()
+
+
+def beside_dense(rows, *columns):
+    """rows with `dense_<column>`: the mean of the dense rows among them of the same model and seed."""
+    dense = rows[rows.stage == "dense"].groupby(["model", "seed"])[list(columns)].mean()
+    return rows.join(dense.add_prefix("dense_"), on=["model", "seed"])
+
+
+def seeds_of(rows):
+    """The seeds of rows in words, such as "0, 1, 2", or "0, 1, 2 (some cuts: 0)" where some cuts have fewer."""
+    known = rows[rows.seed.notna()] if "seed" in rows else rows.head(0)
+    known = known[known.top1.notna()] if "top1" in known else known
+    if known.empty:
+        return "unknown"
+    cuts = known[~known.stage.isin([*DENSE_POINTS])] if "stage" in known else known
+    keys = [column for column in (CUT if "method" in cuts else ("model", "checkpoint")) if column in cuts]
+    sets = list(_sets_of_seeds(cuts, keys)) if keys else []
+    every = tuple(sorted(set(known.seed)))
+    fewer = sorted({seeds for seeds in sets if seeds != every})
+    words = [", ".join(f"{seed:g}" for seed in seeds) for seeds in (every, *fewer)]
+    some = "some cuts" if every in sets else "cuts"
+    return words[0] + (f" ({some}: {' or '.join(words[1:])})" if fewer else "")
+
+
+def _sets_of_seeds(rows, keys):
+    """The seeds of each group of rows, sorted, as tuples: a Series by keys."""
+    return rows.groupby(keys, sort=False, dropna=False).seed.agg(lambda seeds: tuple(sorted(set(seeds))))
+
+
+def _marks(sets):
+    """Words behind the name of each group: ", seed 0" where it has fewer seeds than the most. sets: as above."""
+    most = max(map(len, sets), default=0)
+    return {name: _of_seeds(seeds) if len(seeds) < most else "" for name, seeds in sets.items()}
+
+
+def _of_seeds(seeds):
+    return f", seed{'s' if len(seeds) > 1 else ''} {', '.join(f'{seed:g}' for seed in seeds)}"
 
 
 def pareto(cost, value):
@@ -215,11 +267,11 @@ def weight_histograms(frame):
                 ax.set_axis_off()
                 continue
             edges = [*part.left, part.right.iloc[-1]]
-            stays = part.get("survivors", part["count"])
+            stays = whole_column(part, "survivors", part["count"])
             if stays.sum() < part["count"].sum():
                 ax.stairs(part["count"], edges, fill=True, color="0.75", label="will go")
             ax.stairs(stays, edges, fill=True, color=COLORS[0], label="stay")
-            for sign in (-1, 1) if "threshold" in part else ():
+            for sign in (-1, 1) if whole_column(part, "threshold") is not None else ():
                 place = {"color": "0.1", "linestyle": ":", "linewidth": 1.2, "zorder": 3}
                 ax.axvline(sign * part.threshold.iloc[0], label="where magnitude\nwould cut as many", **place)
             zeros = part.zeros.iloc[0]
@@ -237,6 +289,11 @@ def weight_histograms(frame):
     if len(handles) > 1:
         figure.legend(handles.values(), handles, loc="outside right center")
     return figure
+
+
+def whole_column(part, column, other=None):
+    """A column of part, or other where it is missing or has gaps, as in older rows beside newer ones."""
+    return part[column] if column in part and part[column].notna().all() else other
 
 
 def _group_name(name):
@@ -273,8 +330,8 @@ def training_curves(history, *, column="train_top1"):
 def accuracy_curve(rows, *, ax=None):
     """Test top-1 (%) over the share cut: a colour per series, a kind of line per stage.
 
-    rows: results.csv of one model; bars are the range over seeds, grey lines the dense model.
-    Returns the Axes.
+    rows: results.csv of one model; bars are the range over seeds, grey lines the dense model, one for each set of seeds
+    that cuts have; what has fewer seeds than others is named with them. Returns the Axes.
     """
     ax = ax or plt.subplots(figsize=WIDE)[1]
     cut = rows[rows.target.notna() & ~rows.stage.isin(["dense", "dense+epochs"])]
@@ -283,12 +340,13 @@ def accuracy_curve(rows, *, ax=None):
     for (name, stage), line in cut.groupby(["series", "stage"], sort=False):
         style = look[name] | LINES.get(stage, {})
         _mean_and_range(ax, line.groupby("target").top1, **style)
+    marks = _marks(_sets_of_seeds(cut, "series"))
     for name in dict.fromkeys(cut.series):
-        ax.plot([], [], label=name, **look[name])
+        ax.plot([], [], label=name + marks[name], **look[name])
     for stage, style in LINES.items():
         if stage in set(cut.stage):
             ax.plot([], [], color="0.35", label=STAGES[stage], **style)
-    _dense_lines(ax, rows)
+    _dense_lines(ax, rows, _sets_of_seeds(cut, ["series", "target", "stage"]))
     kept = set(cut.target_kind) & {"macs", "params", "bytes", "latency"} if "target_kind" in cut else ()
     ax.set(xlabel="share kept" if kept else "share cut", ylabel=AXES["top1"][0])
     ax.xaxis.set_major_formatter("{x:.0%}")
@@ -302,8 +360,8 @@ def tradeoff(rows, x="macs", *, names=(), ax=None):
 
     Of a cut the last of `finetuned` and `distilled` is shown, and `reconstructed`, which no training followed yet, by
     a hollow marker. Controls are grey: the dense model, the same with as many epochs of training (both with a line
-    across) and random cuts. The dark step line joins the points, ringed, that no other beats. Points are means over
-    seeds, bars their range.
+    across) and random cuts. The dark step line joins the points, ringed, that no other beats; those of fewer seeds
+    than others stand back there, as in `best_under`. Points are means over seeds, bars their range.
 
     rows: results.csv of one model, masked models included (they stand where their dense tensors put them).
     x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
@@ -316,7 +374,7 @@ def tradeoff(rows, x="macs", *, names=(), ax=None):
     points = _final_points(rows, x)
     if points.empty:
         raise ValueError(f"no fine-tuned, reconstructed or dense row has {x}; it is measured in 6_efficiency")
-    label, factor = AXES[x]
+    unit, factor = AXES[x]
     points[["cost", "least", "most"]] *= factor
     look = looks([*names, *points.series]) | {STAGES[stage]: style for stage, style in DENSE_POINTS.items()}
     controls = [STAGES[stage] for stage in DENSE_POINTS]
@@ -324,31 +382,39 @@ def tradeoff(rows, x="macs", *, names=(), ax=None):
     names.sort(key=lambda name: (name not in controls, not _is_random(name)))
     height = max(4.4, 1.2 + 0.23 * len(names))  # inches: as many lines are in the legend
     ax = ax or plt.subplots(figsize=(WIDE[0] + 1, height))[1]
-    front = points[pareto(points.cost, points.top1)].sort_values("cost")
+    whole, counts = points.stage.isin([*DENSE_POINTS]), points.seeds.map(len)
+    most = counts[~whole].max() if not whole.all() else counts.max()
+    ranked = points[whole | (counts == most)]
+    front = ranked[pareto(ranked.cost, ranked.top1)].sort_values("cost")
     edge = points.cost.max() + 0.04 * np.ptp(points.cost)
     steps = [*front.cost, edge], [*front.top1, front.top1.iloc[-1]]
     ax.plot(*steps, color="0.25", linewidth=1.2, drawstyle="steps-post", zorder=1)
     ax.scatter(front.cost, front.top1, s=150, facecolor="none", edgecolor="0.25", linewidth=1.2, zorder=5)
-    ax.plot([], [], color="0.25", marker="o", markersize=11, markerfacecolor="none", label="best for its cost")
+    label = "best for its cost" + (f",\nof {most} seeds" if len(ranked) < len(points) else "")
+    ax.plot([], [], color="0.25", marker="o", markersize=11, markerfacecolor="none", label=label)
+    marks = _marks(points.groupby("series").seeds.agg(lambda sets: max(sets, key=len)))
     for name in names:
         own = points[points.series == name]
         for hollow, part in own.groupby(own.stage == "reconstructed"):
             _points(ax, part, look[name], hollow)
         if own.stage.iloc[0] in DENSE_POINTS:
             ax.axhline(own.top1.mean(), color=look[name]["color"], linewidth=0.8, linestyle=":", zorder=0)
-        ax.scatter([], [], s=55, label=name, **look[name])
+        ax.scatter([], [], s=55, label=name + marks[name], **look[name])
     if (points.stage == "reconstructed").any():
         ax.scatter([], [], s=40, facecolor="white", edgecolor="0.35", label="hollow: reconstructed,\nnot trained")
-    ax.set(xlabel=label, ylabel=AXES["top1"][0])
+    ax.set(xlabel=unit, ylabel=AXES["top1"][0])
     _stretch_top(ax, points.low.min(), points.high.max())
     _legend_beside(ax)
     return ax
 
 
 def _final_points(rows, x):
-    """Mean and range over seeds of cost and top-1 (top1, low, high) of each series, target and final stage."""
+    """Mean, range and seeds of cost and top-1 (top1, low, high) of each series, target and final stage. Of the dense
+    models those of seeds that were cut."""
     rows = rows[rows[x].notna() & rows.top1.notna()].rename(columns={x: "cost"})
     rows = rows[rows.stage.isin([*DENSE_POINTS, "reconstructed", "finetuned", "distilled"])]
+    cut = rows.seed[~rows.stage.isin([*DENSE_POINTS])]
+    rows = rows[rows.seed.isin(cut)] if len(cut) else rows
     rows = rows.assign(series=series(rows).where(~rows.stage.isin([*DENSE_POINTS]), rows.stage.map(STAGES)))
     asked = [column for column in ("series", "target_kind", "target") if column in rows]
     distilled = rows.assign(is_distilled=rows.stage == "distilled").groupby(asked, dropna=False).is_distilled
@@ -360,8 +426,10 @@ def _final_points(rows, x):
         top1=("top1", "mean"),
         low=("top1", "min"),
         high=("top1", "max"),
+        seeds=("seed", lambda seeds: tuple(sorted(set(seeds)))),
     )
-    return found.reset_index()
+    found["cost"], found["top1"] = found.cost.clip(found.least, found.most), found.top1.clip(found.low, found.high)
+    return found.reset_index()  # within: the mean of three equal numbers may be an ulp beside them
 
 
 def _points(ax, part, style, hollow):
@@ -421,11 +489,13 @@ def rank_correlation(table, *, ax=None):
 def recovery(rows, *, ax=None):
     """Test top-1 (%) of every cut: after it, each step of recovery, against lines for the dense model.
 
-    rows: results.csv of one model; bars are means over seeds. Returns the Axes.
+    rows: results.csv of one model; bars are means over seeds. Grey lines as in `accuracy_curve`. Returns the Axes.
     """
     cut = rows[~rows.stage.isin(["dense", "dense+epochs"])]
     name = series(cut).str.replace(", ", "\n") + "\n" + cut.target.map("{:.0%}".format)
     cut = cut.assign(name=name)
+    sets = _sets_of_seeds(cut[cut.top1.notna()], ["name", "stage"])
+    marks = _marks(_sets_of_seeds(cut, "name"))
     names, stages = list(dict.fromkeys(cut.name)), [s for s in STAGES if s in set(cut.stage)]
     longest = max(len(part) for name in names for part in name.split("\n"))
     space = max(0.2 + 0.175 * max(4, len(stages)), 0.2 + 0.095 * longest)  # inches for bars and the words below them
@@ -443,8 +513,9 @@ def recovery(rows, *, ax=None):
         texts = ["" if np.isnan(height) else f"{height:.0f}" for height in heights]
         for text in ax.bar_label(bars, texts, fontsize=9, padding=2):
             text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
-    _dense_lines(ax, rows)
-    ax.set_xticks(range(len(names)), names, fontsize=10)
+    _dense_lines(ax, rows, sets)
+    words = [name + marks[name].replace(", ", "\n", 1) for name in names]
+    ax.set_xticks(range(len(names)), words, fontsize=10)
     ax.set(ylabel=AXES["top1"][0], ylim=(0, 105))
     ax.grid(False, axis="x")
     _legend_beside(ax)
@@ -456,8 +527,8 @@ def ladder(rows, *, names=(), ax=None):
     """Test top-1 (%) after each step of recovery from one cut, in their order, a line per series.
 
     rows: results.csv of one model and one budget (target_kind and target), with rows of the dense model for its grey
-    line. Points are means over seeds, bars their range; hollow points are of no training. The legend goes from the
-    best at the last step to the worst. names: as for `tradeoff`. Returns the Axes.
+    lines, as in `accuracy_curve`. Points are means over seeds, bars their range; hollow points are of no training. The
+    legend goes from the best at the last step to the worst. names: as for `tradeoff`. Returns the Axes.
     Raises ValueError for rows of several budgets, or of none.
     """
     cut = rows[~rows.stage.isin(["dense", "dense+epochs"]) & rows.stage.isin([*STAGES]) & rows.top1.notna()]
@@ -469,15 +540,15 @@ def ladder(rows, *, names=(), ax=None):
     final = cut[cut.step == cut.groupby("series").step.transform("max")].groupby("series").top1.mean()
     order = list(final.sort_values(ascending=False, kind="stable").index)
     cut["step"] += 0.025 * (cut.series.map(order.index) - (len(order) - 1) / 2)  # equal ones stand side by side
-    look = looks([*names, *cut.series])
+    look, marks = looks([*names, *cut.series]), _marks(_sets_of_seeds(cut, "series"))
     ax = ax or plt.subplots(figsize=(max(WIDE[0], 3.5 + 1.2 * len(stages)), 4.4))[1]
     for name in order:
         own = cut[cut.series == name]
-        _mean_and_range(ax, own.groupby("step").top1, label=name, markersize=7, **look[name])
+        _mean_and_range(ax, own.groupby("step").top1, label=name + marks[name], markersize=7, **look[name])
         untrained = own[~own.stage.isin(["finetuned", "distilled"])].groupby("step").top1.mean()
         hollow = look[name] | {"markerfacecolor": "white", "markersize": 7, "linestyle": ""}
         ax.plot(untrained.index, untrained, zorder=3, **hollow)
-    _dense_lines(ax, rows)
+    _dense_lines(ax, rows, _sets_of_seeds(cut, ["series", "stage"]))
     ax.set_xticks(range(len(stages)), [STAGES[stage].replace(", ", ",\n") for stage in stages])
     ax.set(xlabel="step of recovery", ylabel=AXES["top1"][0], xlim=(-0.3, len(stages) - 0.7))
     _stretch_top(ax, cut.top1.min(), rows.top1.max())
@@ -490,7 +561,8 @@ def speedup_bars(table, *, ax=None):
     """Times as fast as the first model, a group of bars per model and a bar per way of running it, with quartiles.
 
     table: columns model, speedup, speedup_q1, speedup_q3, and runtime, precision and batch where these vary, as
-    bench.latency returns it. A short line shows what the MACs promise where `promised` is known. Returns the Axes.
+    bench.latency returns it; several rows of one model and way (seeds) become their mean. A short line shows what the
+    MACs promise where `promised` is known. Returns the Axes.
     """
     names, ways = list(dict.fromkeys(table.model)), _ways(table)
     order = list(dict.fromkeys(ways))
@@ -500,16 +572,16 @@ def speedup_bars(table, *, ax=None):
     width = 0.8 / len(order)
     fills = ["", "///", "..", "xx", "\\\\", "++"]
     for i, way in enumerate(order):
-        own = table[ways == way].set_index("model").reindex(names)
+        own = table[ways == way].groupby("model")[["speedup", "speedup_q1", "speedup_q3"]].mean().reindex(names)
         places = np.arange(len(names)) + (i - (len(order) - 1) / 2) * width
-        spread = [own.speedup - own.speedup_q1, own.speedup_q3 - own.speedup]
+        spread = [(own.speedup - own.speedup_q1).clip(lower=0), (own.speedup_q3 - own.speedup).clip(lower=0)]
         style = {"color": COLORS[i % len(COLORS)], "edgecolor": "0.2", "hatch": fills[i % len(fills)]}
         bars = ax.bar(places, own.speedup, width, yerr=spread, capsize=2, label=way or None, **style)
         texts = ["" if np.isnan(value) else f"{value:.1f}" for value in own.speedup]
         for text in ax.bar_label(bars, texts, fontsize=8, padding=2):
             text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3})
     if "promised" in table:
-        promised = table.groupby("model", sort=False).promised.first().reindex(names)
+        promised = table.groupby("model", sort=False).promised.mean().reindex(names)
         places = np.arange(len(names))
         ax.hlines(promised, places - 0.45, places + 0.45, color="0.1", linewidth=1.2, label="promised by the MACs")
     ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
@@ -568,17 +640,23 @@ def _ways(table):
     return functools.reduce(lambda a, b: a + ", " + b, parts) if parts else pd.Series("", table.index)
 
 
-def _dense_lines(ax, rows):
-    """A grey line at the mean top-1 of the dense model, dash-dotted if trained for as many epochs."""
-    for stage, line in (("dense", "-"), ("dense+epochs", "-.")):
-        top1 = rows[rows.stage == stage].top1
-        if len(top1):
-            ax.axhline(top1.mean(), color="0.35", linestyle=line, linewidth=1, label=STAGES[stage], zorder=0)
+def _dense_lines(ax, rows, sets):
+    """A grey line at the mean top-1 of the dense model (dash-dotted: trained for as many epochs) for each of sets, the
+    seeds of cuts: so that all are held against dense models of their own seeds."""
+    sets = sorted(dict.fromkeys(sets), key=len, reverse=True) or [tuple(rows.seed.unique())]
+    for i, seeds in enumerate(sets):
+        for stage, line in (("dense", "-"), ("dense+epochs", "-.")):
+            top1 = rows[(rows.stage == stage) & rows.seed.isin(seeds)].top1
+            if len(top1):
+                label = STAGES[stage] + (_of_seeds(seeds) if len(sets) > 1 else "")
+                color = "0.35" if i == 0 else "0.65"
+                ax.axhline(top1.mean(), color=color, linestyle=line, linewidth=1, label=label, zorder=0)
 
 
 def _mean_and_range(ax, groups, **style):
     """Mean over a grouped Series' index, with a bar from its lowest to its highest where they differ."""
     line = groups.agg(["mean", "min", "max"])
+    line["mean"] = line["mean"].clip(line["min"], line["max"])  # that of three equal numbers may be an ulp beside them
     spread = [line["mean"] - line["min"], line["max"] - line["mean"]]
     ax.errorbar(line.index, line["mean"], yerr=spread if np.any(spread) else None, capsize=3, **style)
 
@@ -629,8 +707,15 @@ def _legend_beside(ax):
 # -- files
 
 
-def caption(rows):
-    """What a figure must say of where its rows come from: study, seeds, meters, machine, versions, commit."""
+def caption(rows, drawn=None):
+    """What a figure must say of where its rows come from: study, seeds, meters, machine, versions, commit.
+
+    rows: results.csv. drawn: the rows of another table that the figure shows; of rows those of its models and seeds.
+    """
+    seeds = seeds_of(rows if drawn is None else drawn)
+    if drawn is not None:
+        shown = pd.MultiIndex.from_frame(drawn[["model", "seed"]])
+        rows = rows[pd.MultiIndex.from_frame(rows[["model", "seed"]]).isin(shown)]
 
     def all_of(column):
         known = rows[column].dropna() if column in rows else []
@@ -638,7 +723,7 @@ def caption(rows):
 
     return (
         f"Study {all_of('study')} on {all_of('data')}; {all_of('model')}; "
-        f"seeds {all_of('seed')}, split {all_of('split_seed')}. "
+        f"seeds {seeds}, split {all_of('split_seed')}. "
         f"MACs by vitlab's closed form; latency as median. {all_of('device')}, threads: {all_of('threads')}; "
         f"torch {all_of('torch')}, timm {all_of('timm')}, commit {all_of('commit')}, "
         f"{rows.date.astype(str).max()[:10]}."
@@ -766,7 +851,7 @@ def agreement(frame, *, ax=None):
 @styled
 def calibration(frame, *, ax=None):
     """Measured over predicted rise of the loss (nats), both logarithmic: a point per cut, a colour per criterion and a
-    marker per kind; on the diagonal the prediction is right, in the grey band within a factor of three.
+    marker per kind (KINDS has 13); on the diagonal the prediction is right, in the grey band within a factor of three.
 
     frame: columns criterion, kind, predicted, measured. What is below the lowest decade shown (that of the smallest
     value above 0, but at most four under the largest), so also 0 and less, is drawn hollow on the dotted edge.
@@ -786,7 +871,7 @@ def calibration(frame, *, ax=None):
     ax.plot(reach, reach, color="0.35", linewidth=1, zorder=1, label="as predicted")
     colors = looks(criteria)
     for (criterion, kind), own in frame.groupby(["criterion", "kind"], sort=False):
-        color, marker = colors[criterion]["color"], MARKERS[kinds.index(kind) % len(MARKERS)]
+        color, marker = colors[criterion]["color"], KINDS[kinds.index(kind) % len(KINDS)]
         for hollow, part in own.groupby((own[["predicted", "measured"]] < floor).any(axis=1)):
             fill = {"facecolor": "white", "edgecolor": color} if hollow else {"facecolor": color, "edgecolor": "white"}
             places = part.predicted.clip(lower=floor), part.measured.clip(lower=floor)
@@ -794,7 +879,7 @@ def calibration(frame, *, ax=None):
     for criterion in criteria:
         ax.plot([], [], color=colors[criterion]["color"], linewidth=6, label=criterion)
     for i, kind in enumerate(kinds):
-        ax.plot([], [], color="0.4", linestyle="", marker=MARKERS[i % len(MARKERS)], label=kind)
+        ax.plot([], [], color="0.4", linestyle="", marker=KINDS[i % len(KINDS)], label=kind)
     if (values < floor).any():
         style = {"color": "0.4", "linestyle": "", "marker": "o", "markerfacecolor": "white"}
         ax.plot([], [], label=f"hollow: below {floor:g}", **style)
@@ -822,6 +907,7 @@ def class_change(frame, *, ax=None):
     change = frame.dropna(subset="change").groupby("class", sort=False).change.agg(["mean", "min", "max"])
     if change.empty:
         raise ValueError("no class has a change of its top-1 to show")
+    change["mean"] = change["mean"].clip(change["min"], change["max"])  # as in _mean_and_range
     change = change.sort_values("mean", kind="stable")
     hidden = max(0, len(change) - 24) if len(change) > 30 else 0
     shown = pd.concat([change.head(12), change.tail(12)]) if hidden else change
