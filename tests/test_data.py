@@ -416,6 +416,14 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path, name, near):
         data.load(name, root=tmp_path, image_size=32)
 
 
+def test_nothing_is_downloaded_that_could_leave_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.datasets, "CIFAR10", lambda *_, **__: pytest.fail("downloaded"))
+    monkeypatch.setattr(data.datasets.CIFAR10, "__name__", "CIFAR10")
+    monkeypatch.delattr("tarfile.data_filter")
+    with pytest.raises(RuntimeError, match=r"no images of CIFAR10 .*within its folder, 3\.11\.4 and newer can"):
+        data.load("cifar10", root=tmp_path, image_size=32)
+
+
 @pytest.mark.parametrize(
     ("name", "place"), [("cifar10", "cifar-10-batches-py"), ("caltech101", "101_ObjectCategories")]
 )

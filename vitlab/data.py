@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import tarfile
 import tempfile
 import time
 import uuid
@@ -421,7 +422,9 @@ def _whole(found: _Found) -> _Found:
 
 def _fetch(kind, home: Path, download: bool, remedy: str) -> None:
     reason = "download=False"
-    if download:
+    if download and not hasattr(tarfile, "data_filter"):  # torchvision would unpack without it, wherever names lead
+        reason = "this Python cannot keep an archive within its folder, 3.11.4 and newer can"
+    elif download:
         try:
             kind(home, download=True)
             return
