@@ -228,7 +228,7 @@ def test_twenty_kills_over_train_prune_tune_and_report_change_nothing(tmp_path):
         one, other = (pd.read_csv(folder / "vit" / "seed0" / file) for folder in folders.values())
         clock = ["seconds", "date", "commit", "images_per_s", "data_share", "resident_mb", "training_mb", "device_mb"]
         pd.testing.assert_frame_equal(*(f.drop(columns=clock, errors="ignore") for f in (one, other)))
-    reports = [sorted(path.name for path in (folder / "figures").iterdir()) for folder in folders.values()]
+    reports = [sorted(path.name for path in (folder / "figures").glob("[!.]*")) for folder in folders.values()]
     assert reports[0] == reports[1] and "results.csv" in reports[0]
 
 
