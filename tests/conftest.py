@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
+from invented import COMMITTED, FIGURES, invent
 from timm.layers import set_fused_attn
 
-from vitlab import models
+from vitlab import findings, models
 
 os.environ["VITLAB_HEADLESS"] = "1"
 torch.set_num_threads(1)
@@ -60,3 +61,16 @@ def model(request):
 def batch():
     generator = torch.Generator().manual_seed(1)
     return torch.randn(6, 3, 16, 16, generator=generator), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+@pytest.fixture(scope="module", params=[*COMMITTED, 0, 1, 2])
+def folder(request, tmp_path_factory):
+    """Tables of a study: committed ones as they are, and invented ones, whose pictures are small."""
+    if isinstance(request.param, str):
+        return FIGURES / request.param
+    return invent(tmp_path_factory.mktemp("folder"), request.param)
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return findings.slides(folder)

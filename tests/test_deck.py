@@ -11,25 +11,12 @@ import zipfile
 
 import pandas as pd
 import pytest
-from invented import COMMITTED, FIGURES, invent
+from invented import COMMITTED, invent
 from PIL import Image
 
 from vitlab import deck, findings, record
 
 pptx = pytest.importorskip("pptx")
-
-
-@pytest.fixture(scope="module", params=[*COMMITTED, 0, 1, 2])
-def folder(request, tmp_path_factory):
-    """Committed tables as they are, and invented ones, whose pictures are small."""
-    if isinstance(request.param, str):
-        return FIGURES / request.param
-    return invent(tmp_path_factory.mktemp("folder"), request.param)
-
-
-@pytest.fixture(scope="module")
-def found(folder):
-    return findings.slides(folder)
 
 
 @pytest.fixture(scope="module")

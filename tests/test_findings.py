@@ -11,19 +11,6 @@ from invented import COMMITTED, FIGURES, invent
 from vitlab import findings, record
 
 
-@pytest.fixture(scope="module", params=[*COMMITTED, 0, 1, 2])
-def folder(request, tmp_path_factory):
-    """Committed tables as they are, and invented ones, whose pictures are small."""
-    if isinstance(request.param, str):
-        return FIGURES / request.param
-    return invent(tmp_path_factory.mktemp("folder"), request.param)
-
-
-@pytest.fixture(scope="module")
-def found(folder):
-    return findings.slides(folder)
-
-
 @pytest.fixture(scope="module")
 def invented(tmp_path_factory):
     return invent(tmp_path_factory.mktemp("invented"), 3)
