@@ -214,6 +214,16 @@ def test_queries_whole_attention_and_blocks_of_a_swin(swin, batches):
     assert gap(new, swin, batches) < 0.5 * gap(small, swin, batches)
 
 
+@pytest.mark.parametrize("mean", [0, 100])
+def test_inputs_that_vary_little_about_a_large_mean_do_not_blow_up_rounding(vit, batches, mean):
+    """Nothing was cut, so the weights that are there are the answer. Products about 0 gave weights 10 times theirs."""
+    new = recover.reconstruct(vit, vit, [(x + mean, y) for x, y in batches])
+    for name, parameter in new.named_parameters():
+        before = vit.get_parameter(name)
+        if parameter.dim() > 1:
+            assert (parameter - before).abs().max() < 0.05 * before.abs().max() + 1e-6, name
+
+
 def test_images_that_do_not_vary_and_layers_that_see_too_little(vit, batches):
     """Rounding must not be blown up to weights, and what is not determined stays."""
     drop = {("blocks.1", "neurons"): [0, 1]}

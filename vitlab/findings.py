@@ -171,7 +171,8 @@ def _ranked(rows):
 
 def _rank_note(rows):
     """A sentence for a note where some rows have fewer seeds than others."""
-    said = f" Ranked: cuts of {rows.seeds.max():g} seeds; change: against the dense models of a cut’s own seeds."
+    said = f" Ranked: cuts of {rows.seeds.max():g} seeds"
+    said += "; change: against the dense models of a cut’s own seeds." if "change" in rows else "."
     return said if rows.seeds.nunique() > 1 else ""
 
 
@@ -534,24 +535,24 @@ def _best(study, model):
 
 
 def _speed(study, model):
-    rows = study.timed(model).sort_values("speedup", ascending=False, kind="stable").head(MOST)
+    rows = study.timed(model).sort_values(["seeds", "speedup"], ascending=False, kind="stable").head(MOST)
     rows = rows.assign(asked=_asked(rows.series, rows.target))
     table = _shown(rows, "asked promised speedup arrives top1 seeds")
     said = "The fastest {model} ({asked}) runs {speedup} times as fast as the dense one, where its MACs promise "
     said = _say(said + "{promised}, at {top1}\u00a0% top-1", rows.iloc[0])
     picture, shows = study.picture(f"tradeoff-relative_latency-{model}"), "Test top-1 over measured time of one batch."
-    return Slide(said, table, picture, shows, study.how_timed())
+    return Slide(said, table, picture, shows, study.how_timed() + _rank_note(rows))
 
 
 def _zeros(study):
     rows = study.timed()
     rows = rows[(rows.form == "masked") & (rows.target_kind == "sparsity")]
     rows = rows.assign(zeros=1 - rows.nonzero / rows.params)
-    rows = rows.sort_values("ideal", ascending=False, kind="stable").head(MOST)
+    rows = rows.sort_values(["seeds", "ideal"], ascending=False, kind="stable").head(MOST)
     table = _shown(rows, "model method target zeros ideal speedup top1 seeds", method="masked")
     said = "With {target} masked ({method}), the {model} is {speedup} times as fast as dense; were its zeros free, it "
     note = f"Masked weights are zeros in dense tensors, multiplied like any number. {study.how_timed()}"
-    return Slide(_say(said + "would be {ideal} times", rows.iloc[0]), table, note=note)
+    return Slide(_say(said + "would be {ideal} times", rows.iloc[0]), table, note=note + _rank_note(rows))
 
 
 def _runtimes(study, model):
@@ -559,7 +560,7 @@ def _runtimes(study, model):
     rows = rows[rows.batch == rows.batch.max()].assign(way=lambda r: r.runtime + " " + r.precision)
     rows = rows.assign(checkpoint=rows.checkpoint.str.removeprefix("budget-"))
     said = f"The fastest {_name(model)}, {{checkpoint}} in {{way}}, is {{speedup}} times as fast as the dense one in "
-    said = _say(said + "PyTorch’s eager mode", rows.loc[rows.speedup.idxmax()])
+    said = _say(said + "PyTorch’s eager mode", rows.loc[_ranked(rows).speedup.idxmax()])
     table = _crossed(rows, "checkpoint", "way", "speedup")
     picture, shows = study.picture(f"speedup-{model}"), "Times as fast as dense; thin lines: promised by the MACs."
     note = f"Times as fast as the dense model, eager in float32, in batches of {rows.batch.max():g} images."

@@ -476,16 +476,6 @@ def head_map(frame, *, value="score", label="score of the head", ax=None):
 
 
 @styled
-def rank_correlation(table, *, ax=None):
-    """Rank correlations between criteria. table: square, as `frame.corr("spearman")` returns it."""
-    ax = ax or plt.subplots(figsize=(2.8 + 0.75 * len(table), 1.6 + 0.5 * len(table)))[1]
-    _heat(ax, table, label="rank correlation", fmt=".2f", cmap="vlag", vmin=-1, vmax=1)
-    ax.set(xlabel="", ylabel="")
-    ax.tick_params(axis="x", rotation=30)
-    return ax
-
-
-@styled
 def recovery(rows, *, ax=None):
     """Test top-1 (%) of every cut: after it, each step of recovery, against lines for the dense model.
 
