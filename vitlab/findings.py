@@ -690,11 +690,12 @@ MARKS = re.compile(r"(<!-- results(?: of ([\w-]+))? -->\n).*?(<!-- /results -->)
 
 def _lines(study, front):
     """The rows of CUTS in the order of a table, with `words`; one a model, seed and words. Of weights, rows and layers
-    what was cut most, of budgets all. front: those of FRONT alone."""
+    what was cut most, of budgets all. front: those of FRONT alone, half and less of budgets."""
     rows = study.untimed[study.untimed.model.isin(study.models) & study.untimed.top1.notna()]
     budget, most = rows.target_kind.isin([*BUDGETS]), rows.groupby("target_kind").target.transform("max")
     # the control has no kind of target where it was trained like masked models
-    rows = rows[np.where(budget, rows.target < 1, rows.target.eq(most) | rows.target_kind.isna())]
+    shown = rows.target <= 0.5 if front else rows.target < 1
+    rows = rows[np.where(budget, shown, rows.target.eq(most) | rows.target_kind.isna())]
     rows = rows.assign(cut=rows.method.where(rows.method == "dense", rows.method + " " + rows.form))
     rows = rows[rows.cut.isin([*CUTS]) & ((rows.cut + " " + rows.stage).isin(FRONT) | (not front))]
     known = {"target_kind": ["sparsity", "ratio", *BUDGETS], "cut": [*CUTS], "stage": [*plots.STAGES]}
