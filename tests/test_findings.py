@@ -148,7 +148,7 @@ def test_lines_by_hand(tmp_path):
         ("vit", 0, "unheard of", "removed", "macs", 0.5, "reconstructed", 3),
     ]
     text = findings.results([by_hand(tmp_path, rows)], page=tmp_path, front=True)
-    assert text.startswith("![Top-1 after each step of recovery](made/budget-vit.png)\n\n| ")
+    assert text.startswith("![Top-1 after each step of recovery](made/ladder-macs-0.25-vit.png)\n\n| ")
     assert table_of(text)["ViT top-1 (%)"].to_dict() == {
         "dense": "80.5±0.5",
         "dense, same epochs": "80.5±0.5",

@@ -740,7 +740,7 @@ def results(folders, *, page, front=False):
     """The results of studies as a table in Markdown, and where it comes from.
 
     folders: of tables, one a study. Columns: top-1 of each model; MACs and non-zero parameters of the first study's.
-    page: the folder from which links go. front: the few lines of FRONT, below a picture.
+    page: the folder from which links go. front: the few lines of FRONT, below a picture of the deepest budget.
     """
     studies, columns, said = [Study(folder) for folder in folders], {}, []
     found = {study: _lines(study, front) for study in studies}
@@ -770,7 +770,8 @@ def results(folders, *, page, front=False):
     said += [f"MACs and parameters are those of the {data[studies[0]]} models."] if len(studies) > 1 else []
     said += _seed_note(pd.concat(found.values()))
     lines = [["", *table], ["---", *["---:"] * len(columns)], *table.reset_index().itertuples(index=False)]
-    picture = f"![Top-1 after each step of recovery]({links[studies[0]]}/budget-{studies[0].models[-1]}.png)"
+    least = [f"{kind}-{target:g}-{model}" for model, kind, target in studies[0].budgets()][-1:]
+    picture = "".join(f"![Top-1 after each step of recovery]({links[studies[0]]}/ladder-{name}.png)" for name in least)
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + "\n".join(said)
     return f"{picture}\n\n{text}" if front else text
 

@@ -350,6 +350,7 @@ def accuracy_curve(rows, *, ax=None):
     kept = set(cut.target_kind) & {"macs", "params", "bytes", "latency"} if "target_kind" in cut else ()
     ax.set(xlabel="share kept" if kept else "share cut", ylabel=AXES["top1"][0])
     ax.xaxis.set_major_formatter("{x:.0%}")
+    _stretch_top(ax, cut.top1.min(), rows.top1.max())
     _legend_beside(ax)
     return ax
 
