@@ -182,6 +182,20 @@ def test_models_of_one_family_are_kept_apart_or_the_one_most_cut_is_shown(tmp_pa
     assert table_of(front).loc["dense", "ViT top-1 (%)"] == "10.0" and "starts from" not in front
 
 
+def test_no_title_praises_a_random_control(tmp_path):
+    folder = invent(tmp_path, 1)
+    timed = pd.read_csv(folder / "efficiency.csv")
+    timed.loc[timed.method == "random", "speedup"] = 9.0
+    timed.to_csv(folder / "efficiency.csv", index=False)
+    summary = pd.read_csv(folder / "summary.csv")
+    control = summary[summary.method == "heads+svd"].assign(method="heads+svd, random", macs=1.0)
+    pd.concat([summary, control]).to_csv(folder / "summary.csv", index=False)
+    found = [slide for slide in findings.slides(folder) if slide.title.startswith(("The fastest", "At 40"))]
+    tables = "".join(slide.table.to_csv() for slide in found)
+    assert "random, 50" in tables and "heads+svd, random" in tables
+    assert len(found) >= 4 and not any("random" in slide.title for slide in found)
+
+
 def test_every_cut_has_words_of_its_own():
     assert len(set(findings.CUTS.values())) == len(findings.CUTS)
     for name in COMMITTED:
