@@ -165,13 +165,9 @@ def _mean(rows, keys):
 
 
 def _ranked(rows):
-    """Those of the most seeds: means over fewer are not ranked with them."""
-    return rows[rows.seeds == rows.seeds.max()]
-
-
-def _chosen(rows):
-    """Those that a score chose, if there are any: no sentence is about a random control."""
-    chosen = rows[~rows.series.str.contains("random")]
+    """Those of the most seeds: means over fewer are not ranked with them. Random controls only where all are."""
+    rows = rows[rows.seeds == rows.seeds.max()]
+    chosen = rows[[not plots.is_random(name) for name in rows.series]] if "series" in rows else rows
     return rows if chosen.empty else chosen
 
 
@@ -432,7 +428,7 @@ def _heads_svd_iht(study, model):
     rows = _some(rows[rows.trained.notna() & (rows.target == rows.target.max())])
     rows = rows.sort_values("seeds", ascending=False, kind="stable").head(MOST)
     table = _shown(rows, "series cut trained change share seeds", series=f"cut, {_share(rows.target.max())}")
-    ranked = _chosen(_ranked(rows))
+    ranked = _ranked(rows)
     best, least = ranked.loc[ranked.change.idxmax()], ranked.loc[ranked.share.idxmin()]
     said = _say("At {target} cut, {series} costs the {model} least: top-1 {moved}, at {share} of the MACs", best)
     said += _say("; with {series}, at {share}, it {moved}", least) if least.series != best.series else ""
@@ -459,7 +455,7 @@ def _budget(study, model, kind, target):
 
 def _recovered(study):
     rows = study.summary(None, [*BUDGETS])
-    rows = rows[rows.cut.notna() & rows.solved.notna() & (rows.target < 1) & ~rows.series.str.contains("random")]
+    rows = rows[rows.cut.notna() & rows.solved.notna() & (rows.target < 1) & ~rows.series.map(plots.is_random)]
     rows = rows.assign(lost=rows.dense - rows.cut, back=rows.solved - rows.cut, left=rows.trained - rows.cut)
     rows = rows.sort_values(["seeds", "back"], ascending=False, kind="stable").head(MOST)
     table = _shown(rows, "model series target target_kind cut lost back left seeds", target="kept")
@@ -507,7 +503,7 @@ def _front(study, model, cost):
     rows = plots.over_seeds(rows[[*keys, "seed", "top1", "change", "share", cost]], keys)
     ranked = rows[rows.stage.isin(dense) | (rows.seeds == rows.seeds[~rows.stage.isin(dense)].max())]
     front = ranked[plots.pareto(ranked[cost], ranked.top1)].sort_values(cost, kind="stable")
-    cut = front[~front.stage.isin(dense)]
+    cut = _ranked(front[~front.stage.isin(dense)])
     near = cut[cut.change >= -1].head(1) if (cut.change >= -1).any() else cut.sort_values("change").tail(1)
     front = pd.concat([near, front.drop(near.index).sort_values("top1", ascending=False)]).head(MOST).sort_values(cost)
     front = front.assign(asked=_asked(front.series, front.target))
@@ -545,7 +541,7 @@ def _speed(study, model):
     rows = rows.assign(asked=_asked(rows.series, rows.target))
     table = _shown(rows, "asked promised speedup arrives top1 seeds")
     said = "The fastest {model} ({asked}) runs {speedup} times as fast as the dense one, where its MACs promise "
-    said = _say(said + "{promised}, at {top1}\u00a0% top-1", _chosen(rows).iloc[0])
+    said = _say(said + "{promised}, at {top1}\u00a0% top-1", _ranked(rows).iloc[0])
     picture, shows = study.picture(f"tradeoff-relative_latency-{model}"), "Test top-1 over measured time of one batch."
     return Slide(said, table, picture, shows, study.how_timed() + _rank_note(rows))
 

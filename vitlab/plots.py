@@ -230,14 +230,14 @@ def series(rows):
 def looks(names):
     """{name: color and marker} in the order of names; the controls, dense and random, are grey in every figure."""
     names = [name for name in dict.fromkeys(names) if name != "dense"]
-    random = [name for name in names if _is_random(name)]
+    random = [name for name in names if is_random(name)]
     greys = {name: {"color": "0.6", "marker": MARKERS[(3 + i) % len(MARKERS)]} for i, name in enumerate(random)}
     others = [name for name in names if name not in random]
     hues = {name: {"color": HUES[i % len(HUES)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(others)}
     return {"dense": DENSE, **{name: (greys | hues)[name] for name in names}}
 
 
-def _is_random(name):
+def is_random(name):
     """Whether a series is of random cuts, which others are held against."""
     return "random" in str(name).split(", ")
 
@@ -380,7 +380,7 @@ def tradeoff(rows, x="macs", *, names=(), ax=None):
     look = looks([*names, *points.series]) | {STAGES[stage]: style for stage, style in DENSE_POINTS.items()}
     controls = [STAGES[stage] for stage in DENSE_POINTS]
     names = list(dict.fromkeys(points.series))
-    names.sort(key=lambda name: (name not in controls, not _is_random(name)))
+    names.sort(key=lambda name: (name not in controls, not is_random(name)))
     height = max(4.4, 1.2 + 0.23 * len(names))  # inches: as many lines are in the legend
     ax = ax or plt.subplots(figsize=(WIDE[0] + 1, height))[1]
     whole, counts = points.stage.isin([*DENSE_POINTS]), points.seeds.map(len)

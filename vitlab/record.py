@@ -508,9 +508,10 @@ def read_study(name, *, override=None):
 
     What a run has not saved here but the study's folder of figures holds, as in a fresh clone, is taken from there:
     results and histories by model, seed and notebook (timings of 6_efficiency by method, too, as they are of what
-    several notebooks left), other tables by model and seed, unless the dense model of that run is another one here.
-    Returns Values with the frames `results` and `history`, and `tables`, frames by name; `kept` names what came from
-    the figures. Raises FileNotFoundError if there are no results yet.
+    several notebooks left, and only of methods of which there are other rows), other tables by model and seed, unless
+    the dense model of that run is another one here. Returns Values with the frames `results` and `history`, and
+    `tables`, frames by name; `kept` names what came from the figures. Raises FileNotFoundError if there
+    are no results yet.
     """
     values = study(name, override=override)
     folder = root() / "runs" / _label(values.name, override)
@@ -556,7 +557,7 @@ def read_study(name, *, override=None):
         return frame.sort_values(by, kind="stable", ignore_index=True) if len(frame) else frame
 
     results = merged("results-*", results, before)
-    if len(results):  # timings of what no other notebook has any more, of an older protocol say, are of no model here
+    if len(results):  # published timings of what no notebook makes any more would outlive its rows
         runs = results.set_index(["model", "seed", "method"]).index
         timed = results.notebook == "6_efficiency"
         results = results[~timed | runs.isin(runs[~timed])].reset_index(drop=True)

@@ -212,7 +212,7 @@ def _moments(place, part, stream):
     where positions are alike, would outweigh a small variance and be solved for.
     """
     gram = cross = total = 0
-    about = None
+    about = ()
     norm = [] if place.own_norm is None else [place.own_norm]
     convolution = next((c for c in (place.first, place.last) if isinstance(c, nn.Conv2d)), None)
     for number, (x, target) in enumerate(zip(stream, place.targets, strict=True)):
@@ -221,14 +221,14 @@ def _moments(place, part, stream):
             target = target - place.stream(seen, place.own_norm, place.written, number, images)
         x = scores.wide(seen[place.own][0])
         x = place.some(_flat(x) if convolution is None else scores.patches(x, convolution), number, images)
-        about = about or [values.double().mean(0) for values in (x, target)]
-        x, target = (values - middle.to(values.dtype) for values, middle in zip((x, target), about, strict=True))
+        about = about or (x.mean(0), target.mean(0))
+        x, target = x - about[0], target - about[1]
         x = nn.functional.pad(x, (0, 1), value=1)
         gram, cross, total = gram + (x.T @ x).double(), cross + (target.T @ x).double(), total + len(x)
     place.targets = []
     back = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # from (x - middle, 1) to (x, 1)
-    back[:-1, -1], middle = (values.to(x.dtype).double() for values in about)
-    gram, cross = back @ gram @ back.T, (cross + middle[:, None] * gram[-1]) @ back.T
+    back[:-1, -1] = about[0].double()
+    gram, cross = back @ gram @ back.T, (cross + about[1].double()[:, None] * gram[-1]) @ back.T
     if not (gram.isfinite().all() and cross.isfinite().all()):
         raise ValueError(f"inputs or targets of {place.name} are not finite: look for NaN in the weights and images")
     return gram / total, cross / total, total
