@@ -1,13 +1,17 @@
 """What the methods themselves cost: score passes, reconstruction, masks of 86 M weights, factorising a Swin-T, files of
-a masked ViT-B, and the training loop."""
+a masked ViT-B, the training loop, and moves in the explorer."""
 
 import contextlib
 import copy
+import gc
 import io
 import multiprocessing
+import random
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -21,10 +25,12 @@ from vitlab import (
     cost,
     data,
     evaluate,
+    explore,
     lowrank,
     masks,
     models,
     prune,
+    record,
     recover,
     scores,
     shrink,
@@ -228,4 +234,38 @@ def bare_loop(model, split, batch, fused=True):
     return time.perf_counter() - begun
 
 
-CASES = {each.__name__: each for each in (passes, masks_of_vit_b, svd, files, training)}
+def moves(rounds):
+    """Moves of the explorer's widgets on the demo's models, of random weights: seconds from a new value until picture
+    and tables are ready to be sent, what the browser takes left out. Three moves of each widget a round."""
+    rows = []
+    for name in ("vit", "swin"):
+        with tempfile.TemporaryDirectory() as root, mock.patch.dict("os.environ", VITLAB_DATA=root):
+            lab = record.open_run("demo", name, 0)
+            torch.manual_seed(0)
+            model = models.create(**lab.model, num_classes=10, image_size=32)
+            checkpoint.save(model, lab.path("dense"))
+            explorer, images = explore.Explorer(lab), images_of(model, 64)
+        gc.collect()
+        gc.freeze()  # as Explorer.show does
+        calls = {"forward, 64 images": partial(model.eval(), images)}
+        choose = random.Random(0).choice
+        for which in ("sparsity", "macs", "criterion", "unit_criterion", "layer", "block"):
+            widget = getattr(explorer, which)
+            calls[which] = partial(other_value, choose, widget), partial(setattr, widget, "value")
+        seconds = interleaved(calls, 3 * rounds)
+        gc.unfreeze()
+        case = f"moves in the explorer, the demo's {name}"
+        slowest = seconds.max()
+        rows += [row | {"slowest": slowest[row["what"]]} for row in told(case, seconds, "forward, 64 images")]
+    publish("moves", rows)
+
+
+def other_value(choose, widget):
+    """Another value than the widget has."""
+    if options := getattr(widget, "options", None):
+        return choose([each for each in options if each != widget.value])
+    hundredths = range(round(100 * widget.min), round(100 * widget.max) + 1)
+    return choose([each for each in hundredths if each != round(100 * widget.value)]) / 100
+
+
+CASES = {each.__name__: each for each in (passes, masks_of_vit_b, svd, files, training, moves)}

@@ -85,7 +85,7 @@ GROUPS = ["vitlab, units", "random units", "vitlab, heads and neurons", "vitlab,
 
 
 LONG = [
-    pytest.param(case, marks=pytest.mark.long) for case in ("removal", "svd", "files", "training")
+    pytest.param(case, marks=pytest.mark.long) for case in ("removal", "svd", "files", "training", "moves")
 ]  # of ViT-B and Swin-T
 
 
