@@ -194,20 +194,41 @@ def rewritten():
         vars(module).update(before)
 
 
-EXAMPLES = list(zip(blocks(CONTRIBUTING, "diff"), blocks(CONTRIBUTING, "python"), strict=True))
+def the_largest_weight_of_each_layer_has_the_highest_score_of_all(vit, batch):
+    found = scores.weights(vit, criteria=["lamp", "magnitude"])
+    for name, score in found["lamp"].items():
+        assert score.max() == 1 and score.argmax() == found["magnitude"][name].argmax()
 
 
-@pytest.mark.parametrize("diff, law", EXAMPLES, ids=[diff.splitlines()[0] for diff, _ in EXAMPLES])
-def test_what_contributing_adds_keeps_its_law(diff, law, vit, batch, rewritten):
-    names = {"torch": torch, "toy": toy, "scores": scores, "shrink": shrink, "prune": prune}
-    exec(compile(law, "CONTRIBUTING.md", "exec"), names)
-    (test,) = (each for name, each in names.items() if name.startswith("test_"))
-    arguments = {name: {"vit": vit, "batch": batch}[name] for name in inspect.signature(test).parameters}
+def no_map_of_that_rank_is_nearer_than_the_whitened_one(vit, batch):
+    grams = scores.grams(vit, [batch])
+    scaled, whitened = (shrink.compress(vit, ratio=0.5, method=m, grams=grams)[1] for m in ("asvd", "svd"))
+    assert (scaled.objective >= whitened.objective).all() and scaled.macs.equals(whitened.macs)
+
+
+def removed_heads_of_a_pit_equal_masked_ones(vit, batch):
+    model = toy("pit_ti_224", base_dims=(8, 8), depth=(1, 1), heads=(2, 4), patch_size=4, stride=4)
+    small = shrink.remove(model, drop := {("transformers.1.blocks.0", "heads"): [1, 2]})
+    prune.apply(model, prune.units_to_masks(model, drop))
+    torch.testing.assert_close(small(batch[0]), model(batch[0]))
+
+
+LAWS = {
+    "scores": the_largest_weight_of_each_layer_has_the_highest_score_of_all,
+    "shrink": no_map_of_that_rank_is_nearer_than_the_whitened_one,
+    "models": removed_heads_of_a_pit_equal_masked_ones,
+}
+EXAMPLES = {re.match(r"--- vitlab/(\w+)\.py\n", diff)[1]: diff for diff in blocks(CONTRIBUTING, "diff")}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_what_contributing_adds_keeps_its_law(name, vit, batch, rewritten):
+    assert EXAMPLES.keys() == LAWS.keys()
     with pytest.raises((TypeError, ValueError)):  # it is about the lines that are not there yet
-        test(**arguments)
-    module = importlib.import_module("vitlab." + re.match(r"--- vitlab/(\w+)\.py\n", diff)[1])
-    rewritten(module, changed(Path(module.__file__).read_text(), diff))
-    test(**arguments)
+        LAWS[name](vit, batch)
+    module = importlib.import_module(f"vitlab.{name}")
+    rewritten(module, changed(Path(module.__file__).read_text(), EXAMPLES[name]))
+    LAWS[name](vit, batch)
 
 
 def test_lines_that_are_not_there_are_found():
