@@ -25,11 +25,12 @@ def attentions(model):
     return [module for module in model.modules() if hasattr(module, "qkv")]
 
 
-def torch_pruning_cut(model, ratio, importance, *, heads=None, everything=False, isomorphic=False):
+def torch_pruning_cut(model, ratio, importance, *, heads=None, everything=False, ranked="global"):
     """Torch-Pruning, helped, in place: this share of the heads and of the neurons, at least one head a block.
 
     heads: share of the heads, if another one. everything: of the residual stream's channels and of the stem's filters,
-    too. isomorphic: groups of one structure are ranked among themselves instead of all together.
+    too. ranked: all together ("global"), groups of one structure among themselves ("isomorphic"), or each group by
+    itself, so that all lose the same share ("uniform").
     """
     num_heads, dims, table = {}, {}, "relative_position_bias_table"
     left_out = [model.get_classifier()]
@@ -47,7 +48,8 @@ def torch_pruning_cut(model, ratio, importance, *, heads=None, everything=False,
     with warnings.catch_warnings(action="ignore"):
         pruner = torch_pruning.pruner.BasePruner(
             model, images_of(model, 1), importance=importance, ignored_layers=left_out, num_heads=num_heads,
-            prune_head_dims=False, max_pruning_ratio=max(kept.values()), global_pruning=True, isomorphic=isomorphic,
+            prune_head_dims=False, max_pruning_ratio=max(kept.values()), global_pruning=ranked != "uniform",
+            isomorphic=ranked == "isomorphic",
             unwrapped_parameters=None if position is None else [(position, 2)],
             customized_pruners={PatchMerging: Merging()}, in_channel_groups={}, out_channel_groups={}, **options,
         )  # fmt: skip
@@ -123,14 +125,14 @@ class Floored:
         self.sizes.append((len(found) - floor, len(found)))
         return found
 
-    def most(self, isomorphic):
+    def most(self, ranked):
         """The largest ratio that leaves these."""
-        if isomorphic:
+        if ranked != "global":
             return min(some / whole for some, whole in self.sizes if some)
         return sum(some for some, _ in self.sizes) / sum(whole for _, whole in self.sizes)
 
 
-def torch_pruning_to(dense, share, importance, *, gradients=None, everything=True, isomorphic=False):
+def torch_pruning_to(dense, share, importance, *, gradients=None, everything=True, ranked="global"):
     """Torch-Pruning's cut of dense nearest to this share of its MACs, and words for its ratios, found by bisection.
 
     One ratio for everything, heads included as far as one stays in each block; where a head is too coarse a step, the
@@ -138,10 +140,11 @@ def torch_pruning_to(dense, share, importance, *, gradients=None, everything=Tru
     Raises ValueError for a share below its floor.
     """
     counts, whole, tried = [module.num_heads for module in attentions(dense)], cost.macs(dense), []
-    options = {"everything": everything, "isomorphic": isomorphic}
+    options = {"everything": everything, "ranked": ranked}
+    stay = 1 / min(counts) if ranked == "uniform" else len(counts) / sum(counts)  # one of each block
 
     def left(ratio, heads):
-        model, heads = copy.deepcopy(dense), min(heads, 1 - len(counts) / sum(counts))
+        model, heads = copy.deepcopy(dense), min(heads, 1 - stay - 1e-6)
         for parameter, gradient in zip(model.parameters(), gradients or (), strict=gradients is not None):
             parameter.grad = gradient.clone()
         floored = Floored(importance, model)
@@ -151,7 +154,7 @@ def torch_pruning_to(dense, share, importance, *, gradients=None, everything=Tru
         return tried[-1][0]
 
     left(0.5, 0.5)
-    most = tried[-1][-1].most(isomorphic) - 1e-3
+    most = tried[-1][-1].most(ranked) - 1e-3
     if (floor := left(most, most)) > share:
         raise ValueError(f"Torch-Pruning cannot reach {share:g} x MACs: {floor:.3f} stays at its highest ratio")
     low = 0.0

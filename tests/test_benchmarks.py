@@ -73,12 +73,32 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(nam
     monkeypatch.setattr(accuracy.train, "fit", None)  # nor trained
     accuracy.measure_all(given_of, [0.5], [0], chosen, lr=1e-4)
     assert accuracy.read().equals(rows)
+    for other in ({"lr": 1e-3}, {"lr": 1e-4, "epochs": 2}, {"lr": 1e-4, "images": 12}):
+        with pytest.raises(ValueError, match="by another recipe"):
+            accuracy.measure_all(given_of, [0.5], [0], ["vitlab, pool"], **other)
 
     accuracy.speed(given_of[name](0), [0.5], batch=2, rounds=3)
     assert accuracy.read().set_index("stage").loc[["cut", "finetuned"]].speedup.gt(0).all()
     accuracy.table_and_figure()
     text = (accuracy.folder("accuracy.md")).read_text()
     assert text.count("vitlab, pool") == 1 and "not below" in text and accuracy.folder("accuracy.png").exists()
+
+
+def test_the_table_counts_seeds_of_a_stage_and_marks_those_that_cannot_reach_it(accuracy):
+    rows = [
+        ("dense", 1.0, 0, "cut", 90.0, 100), ("vitlab, pool", 0.5, 0, "cut", 80.0, 50),
+        ("vitlab, pool", 0.5, 0, "finetuned", 85.0, 50), ("vitlab, pool", 0.5, 1, "cut", 82.0, 50),
+        ("vitlab, ranks", 0.5, 0, "cut", 79.0, 50), ("vitlab, ranks", 0.5, 1, "unreachable", None, 60),
+        ("SVD, plain", 0.5, 2, "cut", 70.0, 49),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["tool", "budget", "seed", "stage", "top1", "macs"]).assign(
+        model="m", speedup=None
+    )
+    lines = accuracy.summary(table, "m", 0.5).set_index("tool")
+    assert lines.MACs.to_list() == ["0.500", "0.500, not below 0.600", "0.490"]
+    assert lines.seeds.to_list() == ["2 / 1", "1", "1"]
+    assert lines["pool − tool, cut"].to_list() == ["", "+1.00", ""]
+    assert lines.cut.to_list() == ["81.0 (80.0 to 82.0)", "79.0", "70.0"]
 
 
 GROUPS = ["vitlab, units", "random units", "vitlab, heads and neurons", "vitlab, width"]  # go by eight, or by the head
