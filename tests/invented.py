@@ -76,7 +76,7 @@ def invent(folder, number):
     ]
     names = ["method", "target", "stage", "role", "left", "right"]
     frame("table-distributions", bins, names=names, drawn={"count": (1, 9), "zeros": (1, 9)})
-    named = [(f"class {i}", "macs", 0.5, "pool") for i in range(12)]
+    named = [(f"a class with a long name, {i}", "macs", 0.5, "pool") for i in range(12)]
     drawn = {"before": (low, 80), "after": (low, 80), "change": (-9, 9), "images": (9, 9)}
     frame("table-classes", named, names=["class", "target_kind", "target", "method"], drawn=drawn)
     ways = [(c, r, p, 64) for c in ("dense", "budget-pool-0.5") for r in ("eager", "onnxruntime") for p in ("bf16",)]

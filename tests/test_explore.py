@@ -250,13 +250,20 @@ def test_what_can_be_explored_is_listed_own_and_dense_ones_first(lab, vit):
     assert next(iter(own)) == "caltech101-small/swin-transfer/seed0/shipped"
 
 
-def test_each_checkpoint_is_seen_with_the_images_of_its_own_run(lab, vit):
+def test_each_checkpoint_is_seen_with_the_images_of_its_own_run(lab, vit, tmp_path):
     checkpoint.save(vit, lab.path("dense"))
     checkpoint.save(vit, record.open_run("demo", "swin", 3).path("dense"))
     found = explore.checkpoints(lab)
     assert explore.Subject("smoke/vit/seed0/dense", found["smoke/vit/seed0/dense"], lab).lab is lab
     other = explore.Subject("demo/swin/seed3/dense", found["demo/swin/seed3/dense"], lab).lab
     assert (other.study, other.model_name, other.seed) == ("demo", "swin", 3)
+
+    path = tmp_path / "own.yaml"
+    path.write_text((record.repository() / "notebooks" / "params" / "smoke.yaml").read_text())
+    checkpoint.save(vit, record.open_run(path, "vit", 0).path("dense"))
+    own = record.open_run(path, "vit", 1)  # of a study that is known by its path alone
+    folder = explore.checkpoints(own)["own/vit/seed0/dense"]
+    assert explore.Subject("own/vit/seed0/dense", folder, own).lab.folder == folder.parent
 
 
 def test_without_any_checkpoint_the_commands_that_make_one_are_named(lab, tmp_path, monkeypatch):

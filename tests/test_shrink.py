@@ -655,6 +655,8 @@ def test_patterns_are_masked_and_leave_the_rest_to_the_rank(vit, batch):
     for ratio, method, words in ((0.4, "iht", "exactly 0.5"), (0.5, "svd+iht", "less than 0.5")):
         with pytest.raises(ValueError, match=f"2:4 keeps 0.5 .* give a ratio of {words}"):
             shrink.compress(vit, ratio=ratio, method=method, support="2:4", grams=gram)
+    with pytest.raises(ValueError, match="2:4 is how a sparse part is stored, and svd has none"):
+        shrink.compress(vit, ratio=0.5, method="svd", support="2:4")
     with pytest.raises(ValueError, match="it divides rows into groups of 5"):
         shrink.compress(vit, ratio=0.5, method="iht", support="2:5", grams=gram)
 

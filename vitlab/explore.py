@@ -76,7 +76,8 @@ class Subject:
         """label, folder: one of `checkpoints`. lab: its own Run, or another one. Raises what checkpoint.load does."""
         study, model, seed, _ = label.split("/")
         own = folder.parent == lab.folder
-        self.lab = lab if own else record.open_run(study, model, int(seed.removeprefix("seed")))
+        given = lab._given if study == lab.study else study  # perhaps a path
+        self.lab = lab if own else record.open_run(given, model, int(seed.removeprefix("seed")))
         self.model = checkpoint.load(folder, device=device)
         self.weights, self.units = self._scores(folder)
         self.plan = cache(lambda criterion, macs: budget.plan(self.model, self.units[criterion], macs=macs))

@@ -484,8 +484,8 @@ def _audit(study, model):
 def _classes(study, model, kind, target):
     rows = study.read("table-classes", model)
     rows = rows[rows.target_kind.eq(kind) & rows.target.eq(target)].dropna(subset="change")
-    cut, rows = _list(rows, "method"), rows.assign(named=rows["class"].astype(str).str[:24])
-    rows = _ends(_mean(rows, ["named"]).sort_values("change", kind="stable"))
+    cut, rows = _list(rows, "method"), _mean(rows.astype({"class": str}), ["class"])
+    rows = _ends(rows.assign(named=rows["class"].str[:24]).sort_values("change", kind="stable"))
     table = _shown(rows, "named images before after change")
     said = f"With {_part(target, kind)} ({cut}), the {_name(model)}’s top-1 on {{named}} {{moved}}, "
     said = _say(said, rows.iloc[0]) + _say("on {named} it {moved}", rows.iloc[-1])

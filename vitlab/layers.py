@@ -333,11 +333,6 @@ def _factors(module):
     return module.factors if isinstance(module, LowRankSparseLinear) else (module.second.weight, module.first.weight)
 
 
-def effective_weight(module):
-    """[out_features, in_features] of the dense layer that computes the same as module; differentiable."""
-    return module.weight
-
-
 def macs(module, *, ideal=False):
     """Multiply-accumulates of one token, without the bias, for an nn.Linear or a layer of this file.
 

@@ -54,7 +54,7 @@ OFF = {
 }
 # Examples of what else than the study's a value may be, by its name.
 ALSO = {"images": (0, None), "faster_at": (0, None), "skip_broken": (False, None), "weights": ("", None)}
-ALSO |= {"normalise": ("", [])}
+ALSO |= {"normalise": ("", []), "calibration.images": (), "sensitivity.images": ()}
 # Examples of what models and augmentation may have where demo.yaml has not; of models `models.create` knows the rest.
 MODEL = {"name": "", "pretrained": False, "weights": ""}
 AUGMENT = {"crop": 0, "flip": True, "scale": [0.0, 1.0], "erase": 0.0}
@@ -85,6 +85,7 @@ ROW = [
     *("epochs", "seconds"),
     *("checkpoint", "data", "split_seed", "commit", "torch", "timm", "device", "date"),
 ]
+WORDS = {"labels": str}  # columns that read_csv would take for something else: true, there, is a word
 HISTORY = [*IDENTITY, "method", "criterion", "form", "target_kind", "target", "stage", "epoch"]
 
 
@@ -253,7 +254,7 @@ def checked(name, now, given):
             return isinstance(old, bool) and isinstance(new, bool)
         return isinstance(new, (int, float) if isinstance(old, float) else type(old))
 
-    also = ALSO.get(name.rpartition(".")[2])
+    also = ALSO.get(name, ALSO.get(name.rpartition(".")[2]))
     if isinstance(now, dict):
         raise TypeError(f"{name} is a section; override its values: {', '.join(_dotted(now, name))}")
     wanted = type(now).__name__
@@ -467,19 +468,11 @@ class Run:
         rest = [column for column in frame if column not in first]
         return self._save(f"history-{notebook}.csv", frame[first + rest])
 
-    def load_history(self, notebook):
-        """The histories that notebook saved for this run. Raises FileNotFoundError as `need` does."""
-        return pd.read_csv(self.need(f"history-{notebook}.csv", notebook))
-
     def save_table(self, name, frame):
         """Write any other frame as table-<name>.csv, marked with study, model and seed."""
         identity = {"study": self.study, "model": self.model_name, "seed": self.seed}
         rest = frame.drop(columns=IDENTITY, errors="ignore")
         return self._save(f"table-{name}.csv", pd.concat([pd.DataFrame(identity, rest.index), rest], axis=1))
-
-    def load_table(self, name, notebook):
-        """The frame that notebook saved under name. Raises FileNotFoundError as `need` does."""
-        return pd.read_csv(self.need(f"table-{name}.csv", notebook))
 
     def read(self):
         """All rows, histories and tables of the study so far. See `read_study`."""
@@ -522,14 +515,14 @@ def read_study(name, *, override=None):
     def read(stem):
         frames = []
         for path in sorted([*folder.glob(f"{stem}.csv"), *folder.glob(f"*/seed*/{stem}.csv")]):
-            frames.append(pd.read_csv(path))
+            frames.append(pd.read_csv(path, dtype=WORDS))
             if stem.endswith("-*"):
                 frames[-1].insert(len(IDENTITY), "notebook", path.stem.partition("-")[2])
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     def read_published(stem):
         file = published and published / f"{stem.removesuffix('-*')}.csv"
-        frame = pd.read_csv(file) if file and file.is_file() else pd.DataFrame()
+        frame = pd.read_csv(file, dtype=WORDS) if file and file.is_file() else pd.DataFrame()
         if frame.empty or stem.endswith("-*") and "notebook" not in frame:
             return pd.DataFrame()
         known = frame.model.isna() | (frame.model.isin(values.models) & frame.seed.isin(values.seeds))
@@ -616,6 +609,8 @@ def compare(again, kept, *, least=1.0):
     key = ["seed", *(name for name in KEY if name in again and name in kept)]
     again, kept = (rows[rows.top1.notna() & (rows.notebook != "6_efficiency")] for rows in (again, kept))
     again, kept = (rows.assign(target=pd.to_numeric(rows.target)) for rows in (again, kept))
+    texts = dict.fromkeys([*key[1:]], object) | {"target": float}  # an empty column would be of numbers
+    again, kept = (rows.astype({name: texts[name] for name in key[1:]}) for rows in (again, kept))
     spans = kept.groupby(key[1:], dropna=False).top1.transform(lambda top1: top1.max() - top1.min())
     kept = kept.assign(spread=spans.clip(lower=least))[[*key, "top1", "macs", "spread"]]
     kept = kept.merge(again[["model", "seed"]].drop_duplicates())
@@ -723,8 +718,9 @@ def write_atomic(path, content, *, keep=None):
             path.replace(keep)
         part.replace(path)
         for left in path.parent.glob(f".*-{path.name}"):  # by killed processes
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # one of a process that has just finished
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
     except PermissionError as error:
         raise PermissionError(f"cannot write {path} ({error.strerror}); {_ELSEWHERE}") from error
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
@@ -783,21 +779,6 @@ def say(text):
     if not parallel.is_first():
         return
     print(text, flush=True) if headless() else tqdm.write(str(text))
-
-
-def progress(items, *, label="", total=None, every=10.0):
-    """items with a progress bar; headless with a printed line at most every so many seconds instead."""
-    if not headless():
-        yield from tqdm(items, desc=label, total=total, leave=False)
-        return
-    total = total if total is not None else (len(items) if hasattr(items, "__len__") else "?")
-    begun = last = time.perf_counter()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.perf_counter()
-        if now - last >= every:
-            last = now
-            say(f"{label} {done}/{total}, {now - begun:.0f} s")
 
 
 def main(arguments=None):

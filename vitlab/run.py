@@ -78,12 +78,13 @@ def check(path, given):
     return values
 
 
-def execute(path, given, *, out=None):
+def execute(path, given, *, out=None, log=False):
     """Execute a copy of the notebook at path with the parameters given, and return the path of that copy.
 
     out: where to keep it; by default `notebooks/` in the folder of the run. It is there only when the
     notebook has run to its end: before, it is called <name>.running.ipynb, and after an error, which is then
     raised (papermill's PapermillExecutionError or nbclient's DeadKernelError), <name>.failed.ipynb.
+    log: whether trainings write TensorBoard files.
     Of several processes (see `parallel`) each executes its own copy, and those of all but the first are deleted at
     the end. Raises what `check` raises, RuntimeError if the same notebook of the same run is being executed already.
     """
@@ -99,7 +100,7 @@ def execute(path, given, *, out=None):
     running, failed = (out.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
     record.make_folder(out.parent)
     lock, what = out.with_name(f".{out.stem}.lock"), f"{out.stem} of this run"
-    with record.alone(lock, what), _kernel() as options:
+    with record.alone(lock, what), _kernel(log) as options:
         try:
             papermill.execute_notebook(
                 *(path, running, given),
@@ -134,7 +135,7 @@ def _folder(values):
 
 
 @contextlib.contextmanager
-def _kernel():
+def _kernel(log):
     """Options of papermill for a quiet kernel of this very interpreter, beside which others may start.
 
     Kernels find free TCP ports by trying and race for them, so each gets sockets in a folder of its own;
@@ -161,6 +162,7 @@ def _kernel():
             "MALLOC_TRIM_THRESHOLD_": os.environ.get("MALLOC_TRIM_THRESHOLD_", str(10**9)),
             "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(10**9)),
         }
+        environment |= {"VITLAB_LOG": "1"} if log else {}
         sockets = os.name == "posix" and len(folder) < 80
         manager = {"transport": "ipc", "ip": f"{folder}/k"} if sockets else {}
         before = {name: os.environ.get(name) for name in environment}
@@ -197,8 +199,6 @@ def main(arguments=None):
     parser.add_argument("--processes", type=int, default=1, help="how many train together, by torchrun (%(default)s)")
     parser.add_argument("--log", action="store_true", help="write TensorBoard files of trainings into the run's folder")
     asked = parser.parse_args(arguments)
-    if asked.log:
-        os.environ["VITLAB_LOG"] = "1"
     if asked.processes != 1 and "WORLD_SIZE" not in os.environ:
         return _together(asked.processes, sys.argv[1:] if arguments is None else arguments)
     begun = time.perf_counter()
@@ -218,7 +218,7 @@ def main(arguments=None):
     words = " ".join(str(given[name]) for name in ("study", "model", "seed") if name in given)
     record.say(f"{path.stem} {words}: running")
     try:
-        out = execute(path, given, out=asked.out)
+        out = execute(path, given, out=asked.out, log=asked.log)
     except Exception as error:
         print(f"vitlab.run: {path.stem} {words} failed. {_reason(error)}", file=sys.stderr)
         return 1

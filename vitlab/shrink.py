@@ -135,7 +135,7 @@ def compress(
     report = []
     for name, layer in view.linears(roles).items():
         inner = layer.kept if isinstance(layer, layers.RowLinear) else layer
-        weight = layers.effective_weight(inner).detach()
+        weight = inner.weight.detach()
         m, n = weight.shape
         gram = None if grams is None else lowrank.damped(_fitting(grams, name, (n, n)), damping)
         budget = int((1 - ratio) * m * n + 1e-6)  # 1 - 0.9 is a little less than 0.1
@@ -171,7 +171,7 @@ def spectra(model, grams=None, *, points=24, damping=1e-3):
     """
     view, rows = models.view(model), []
     for name, layer in view.linears().items():
-        weight = layers.effective_weight(layer).detach()
+        weight = layer.weight.detach()
         m, n = weight.shape
         gram = None if grams is None else lowrank.damped(_fitting(grams, name, (n, n)), damping)
         sigma, full = lowrank.spectrum(weight, gram), min(m, n)
@@ -402,7 +402,7 @@ class _Fill:
             mean = None
         if mean is None and gram is None:
             return new
-        weight = layers.effective_weight(layer).detach()
+        weight = layer.weight.detach()
         transfer, centre = self.transfer(mean, gram, columns, like=weight[0])
         if gram is not None:
             layers.recombine(new, layer, transfer.to(weight.dtype))
@@ -441,7 +441,7 @@ class _Fill:
         layer, mean = model.get_submodule(name), self.means.get(name)
         if layer.bias is None or mean is None:
             return layer.bias
-        return layer.bias + (layers.effective_weight(layer).double() @ mean.double()).to(layer.bias.dtype)
+        return layer.bias + (layer.weight.double() @ mean.double()).to(layer.bias.dtype)
 
 
 def _cut_rows(model, name, gone, fill):
@@ -651,6 +651,8 @@ def _check_request(*, ratio, method, support, grams, kappa):
     for word, known in ((method, METHODS), (support, layers.SUPPORTS)):
         if word not in known and not (word is support and lowrank.neighbours(support)):
             raise ValueError(f"unknown {word!r}{models.nearest(word, known)}; known are {', '.join(known)}")
+    if lowrank.neighbours(support) and "iht" not in method:
+        raise ValueError(f"{support} is how a sparse part is stored, and {method} has none; give support='entries'")
     if method == "threshold" and support != "entries":
         raise ValueError(f"threshold keeps entries, not {support}; give support='entries' or another method")
     if not 0 < kappa < 1:
