@@ -263,7 +263,7 @@ def measured(model, images):
 def cut_folder(key):
     own = f"accuracy-{folder().resolve().name}"  # of rows elsewhere other models
     parts = [own, key["model"], f"{key['budget']:g}", f"seed{key['seed']}", key["tool"]]
-    return data.root().joinpath("bench", *(re.sub(r"[^\w.]+", "-", part) for part in parts))
+    return record.root().joinpath("bench", *(re.sub(r"[^\w.]+", "-", part) for part in parts))
 
 
 def measure(given, share, tool, *, lr, epochs=1, images=None):

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "__init__": "",
     "parallel": "",
     "shapes": "",
-    "data": "parallel shapes",
+    "data": "parallel record shapes",
     "attention": "",
     "models": "attention layers packed",
     "scores": "models parallel",

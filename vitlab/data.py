@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import tarfile
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from vitlab import parallel, shapes
+from vitlab import parallel, record, shapes
 
 NAMES = ("caltech101", "cifar10", "shapes")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std that ImageNet weights expect
@@ -39,21 +38,6 @@ SPLITS = ("train", "val", "test")
 WHOLE = {"cifar10": 60_000, "caltech101": 8_677}  # images, whatever the layout
 NATIVE_SIDE = 96  # equal squares up to this many pixels are stored as they are, all else as squares
 MARGIN = 1.15  # those squares are this much larger than the crop
-
-
-def root(path: str | Path | None = None) -> Path:
-    """The folder that holds datasets, caches and runs.
-
-    path if given, else the environment's VITLAB_DATA, else `data/` of the repository that this package
-    is imported from, else (installed without its repository) `data/` of the working directory.
-    """
-    if path := path or os.environ.get("VITLAB_DATA"):
-        return Path(path).expanduser().absolute()
-    repository = Path(__file__).parents[1]
-    return (repository if (repository / "pyproject.toml").exists() else Path.cwd()) / "data"
-
-
-_find_root = root  # `load` has an argument of the same name
 
 
 @dataclass(frozen=True)
@@ -301,7 +285,7 @@ def load(
     """
     if image_size < 1:
         raise ValueError(f"image_size is a side in pixels, at least 1; got {image_size}")
-    home = _find_root(root)
+    home = Path(root).expanduser().absolute() if root else record.root()
     found = _find(str(name), home, download)
     store, skipped, cache = _cached(found, home / "cache", image_size, progress)
     if skipped and not skip_broken:
@@ -360,7 +344,7 @@ def _find(name: str, home: Path, download: bool) -> _Found:
     if name == "shapes":
         folder = home / f"shapes-{shapes.VERSION}"
         if not folder.is_dir():
-            _make(home)
+            record.make_folder(home)
             try:
                 shapes.make(folder)
             except OSError:
@@ -513,7 +497,7 @@ def _moments(store: np.ndarray, rows: np.ndarray, normalise, memory: Path) -> tu
 
 def _cached(found: _Found, folder: Path, image_size: int, progress: bool):
     """(memory map uint8 [N, H, H, 3], {unreadable file: reason}, cache folder), decoded if need be."""
-    _make(folder)
+    record.make_folder(folder)
     key, found.side = _identify(found, folder / "keys.json", progress)
     side = found.side or round(image_size * MARGIN)
     target = folder / f"{found.name}-{key[:12]}-{side}"
@@ -606,20 +590,8 @@ def _decode(path: Path, side: int) -> np.ndarray | str:
         return f"{type(error).__name__}: {str(error).replace(str(path), path.name)}"
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            f"cannot write into {folder} ({error.strerror}): set VITLAB_DATA to a folder that you may write "
-            f"to, or pass root="
-        ) from error
-
-
 def _bar(items, what: str, progress: bool, total: int | None = None):
-    shown = progress and parallel.is_first() and not os.environ.get("VITLAB_HEADLESS")
+    shown = progress and parallel.is_first() and not record.headless()
     return tqdm(items, desc=what, total=total, unit="image", disable=not shown, leave=False)
 
 

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from datetime import UTC, datetime
@@ -763,8 +764,8 @@ def alone(lock, what):
 def make_folder(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "no write permission")
+        with tempfile.TemporaryFile(dir=folder):  # not all file systems mean what they say of permissions
+            pass
     except OSError as error:
         raise PermissionError(f"cannot write to {folder} ({error.strerror}); {_ELSEWHERE}") from error
 
