@@ -16,9 +16,9 @@ Torch-Pruning cuts all it can, with the help of peers.torch_pruning_cut: heads, 
 or heads and neurons alone; groups normalised by their mean and magnitude by L2, as is its default; Taylor by the
 gradient accumulated over the calibration images. SVD takes the same share of each linear layer, of each convolution of
 the stem, too, or of all but the first of these, whichever has the lowest loss on these images and can reach the budget.
-Ranks and Torch-Pruning's widths are not rounded: an equal share rounded to four meets no budget within 1 %. All of
-vitlab's tools but one, and random units, solve for what is left anew (recover.reconstruct, no labels); the peers have
-nothing of the sort.
+Iterative: in two steps, with scores and reconstruction between (budget.in_steps). Ranks and Torch-Pruning's widths are
+not rounded: an equal share rounded to four meets no budget within 1 %. All of vitlab's tools but one, and random units,
+solve for what is left anew (recover.reconstruct, no labels); the peers have nothing of the sort.
 """
 
 import argparse
@@ -132,11 +132,26 @@ def units_of(kinds, given, share, chosen=None, solved=True):
     return recover.reconstruct(model, given.dense, given.calibration, drops=drops), ""
 
 
-def random_units(given, share):
-    """As many units of each place as units_of takes of all kinds, but random ones: its scores are shuffled there."""
+def shuffled(given, found):
+    """Scores of units in a random order in each place, so that as many as before, but random ones go there."""
     generator = torch.Generator().manual_seed(given.seed)
-    shuffled = {key: score[torch.randperm(len(score), generator=generator)] for key, score in given.units.items()}
-    return units_of(KINDS, given, share, shuffled)
+    return {key: score[torch.randperm(len(score), generator=generator)] for key, score in found.items()}
+
+
+def random_units(given, share):
+    """As many units of each place as units_of takes of all kinds."""
+    return units_of(KINDS, given, share, shuffled(given, given.units))
+
+
+def units_in_steps(order, given, share):
+    """Units of all kinds in two steps, scored anew and reconstructed after each; order: what becomes of the scores."""
+
+    def score(model):
+        found = budget.candidates(model, given.calibration, kinds=KINDS)["unit_scores"]
+        return found if order is None else order(given, found)
+
+    model, drops = budget.in_steps(given.dense, given.calibration, kinds=KINDS, score=score, macs=share)
+    return recover.reconstruct(model, given.dense, given.calibration, drops=drops), ""
 
 
 def ranks(given, share):
@@ -192,14 +207,20 @@ def peer(criterion, given, share, **options):
 CRITERIA = ("magnitude", "Taylor")
 FAMILIES = {
     "vitlab, pool": {"vitlab, pool": pool},
-    "vitlab, units": {"vitlab, units": functools.partial(units_of, KINDS)},
+    "vitlab, units": {
+        "vitlab, units": functools.partial(units_of, KINDS),
+        "vitlab, units, iterative": functools.partial(units_in_steps, None),
+    },
     "vitlab, units, cut alone": {"vitlab, units, cut alone": functools.partial(units_of, KINDS, solved=False)},
     "vitlab, single kinds": {
         "vitlab, ranks": ranks,
         "vitlab, heads and neurons": functools.partial(units_of, ("heads", "neurons")),
         **{f"vitlab, {kind}": functools.partial(units_of, (kind,)) for kind in KINDS},
     },
-    "random units": {"random units": random_units},
+    "random units": {
+        "random units": random_units,
+        "random units, iterative": functools.partial(units_in_steps, shuffled),
+    },
     "Torch-Pruning": {
         f"Torch-Pruning, {word}, {way}": functools.partial(peer, word, ranked=way)
         for word, way in product(CRITERIA, ("global", "isomorphic", "uniform"))

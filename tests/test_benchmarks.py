@@ -101,7 +101,8 @@ def test_the_table_counts_seeds_of_a_stage_and_marks_those_that_cannot_reach_it(
     assert lines.cut.to_list() == ["81.0 (80.0 to 82.0)", "79.0", "70.0"]
 
 
-GROUPS = ["vitlab, units", "random units", "vitlab, heads and neurons", "vitlab, width"]  # go by eight, or by the head
+GROUPS = ["vitlab, units", "vitlab, units, iterative", "random units", "random units, iterative"]
+GROUPS += ["vitlab, heads and neurons", "vitlab, width"]  # go by eight, or by the head
 
 
 LONG = [
