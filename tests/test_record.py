@@ -270,6 +270,7 @@ def test_local_weights_are_found_from_anywhere():
 
 def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkeypatch, tmp_path):
     settings, folder = lab.training(), tmp_path / "checkpoints" / "demo" / "vit"
+    other = record.open_run("demo", "vit", 7)
     monkeypatch.setattr(record, "repository", lambda: tmp_path)
     images = SimpleNamespace(description="drawn shapes")
     assert lab.shipped(settings, images) is None
@@ -282,6 +283,11 @@ def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkey
     record.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
     assert lab.shipped(lab.training(), images) == folder
     assert lab.shipped(lab.training() | {"mixup": 0.2}, images) is None
+    assert other.shipped(other.training(), images) is None
+    seventh = tmp_path / "checkpoints" / "demo" / "vit-seed7"
+    record.write_atomic(seventh / "model.json", json.dumps({"extra": {**kept, "settings": other.training()}}))
+    assert other.shipped(other.training(), images) == seventh
+    assert record.of_shipped(seventh) == ("demo", "vit", 7) and record.of_shipped(folder) == ("demo", "vit", 0)
     lab.params.data["image_size"] = 64
     assert lab.shipped(settings, images) is None
 
@@ -290,10 +296,10 @@ def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkey
     "folder", sorted((record.repository() / "checkpoints").glob("*/*")), ids=lambda path: path.name
 )
 def test_the_checkpoints_that_the_repository_ships_are_those_of_its_studies(folder):
-    one = record.open_run(folder.parent.name, folder.name)
+    one = record.open_run(*record.of_shipped(folder))
     images = SimpleNamespace(description=json.loads((folder / "model.json").read_text())["extra"]["data"])
     assert one.shipped(one.training(), images) == folder
-    other = record.open_run(folder.parent.name, folder.name, override={"train.mixup": 0.2})
+    other = record.open_run(*record.of_shipped(folder), override={"train.mixup": 0.2})
     assert other.shipped(other.training(), images) is None
 
 

@@ -48,7 +48,9 @@ def checkpoints(lab):
     """
     runs, shipped = record.root() / "runs", record.repository() / "checkpoints"
     found = {"/".join(folder.parts[-4:]): folder for folder in runs.glob("*/*/seed*/*")}
-    found |= {"/".join([*folder.parts[-2:], "seed0", "shipped"]): folder for folder in shipped.glob("*/*")}
+    for folder in shipped.glob("*/*"):
+        study, model, seed = record.of_shipped(folder)
+        found[f"{study}/{model}/seed{seed}/shipped"] = folder
     known = [label for label, folder in found.items() if "+" not in label or folder.parent == lab.folder]
     known = sorted(known, key=lambda label: (not label.endswith("/dense"), label))
     known.sort(key=lambda label: (found[label].parent != lab.folder, f"{lab.study}/{lab.model_name}/" not in label))

@@ -96,6 +96,12 @@ def repository():
     return folder if (folder / "pyproject.toml").exists() else Path.cwd()
 
 
+def of_shipped(folder):
+    """(study, model, seed) of a folder of checkpoints/."""
+    model, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", folder.name).groups()
+    return folder.parent.name, model, int(seed or 0)
+
+
 def root():
     """The data root: the environment's VITLAB_DATA, else `data` of the repository."""
     given = os.environ.get("VITLAB_DATA")
@@ -405,11 +411,12 @@ class Run:
         )
 
     def shipped(self, settings, images):
-        """Folder of the dense checkpoint that the repository ships for this study, model and seed 0; None if
-        there is none, or it was trained by other settings (as `training` gives them) or on other data than images,
-        the data.Dataset."""
-        folder = repository() / "checkpoints" / self.study / str(self.model_name)
-        if self.seed != 0 or not (folder / "model.json").is_file():
+        """Folder of the dense checkpoint that the repository ships for this study, model and seed (checkpoints/STUDY/
+        MODEL, or MODEL-seed1); None if there is none, or it was trained by other settings (as `training` gives them)
+        or on other data than images, the data.Dataset."""
+        name = f"{self.model_name}-seed{self.seed}" if self.seed else str(self.model_name)
+        folder = repository() / "checkpoints" / self.study / name
+        if not (folder / "model.json").is_file():
             return None
         kept = json.loads((folder / "model.json").read_text())["extra"]
         same = in_force("train", kept.get("settings", {})) == in_force("train", settings)
