@@ -9,16 +9,18 @@ accuracy`. Rows go one by one into accuracy.csv, and what is there is not done a
 time and several processes, of other models, budgets or seeds each, may share the work. A row is a tool's model of one
 budget and seed, in a stage: `cut` (as the tool delivers it, without training), `finetuned` (one epoch over all training
 images) or `unreachable` (its floor as macs). The seed draws 2,048 calibration images, random choices, and the order and
-augmentation of fine-tuning; dense model and split stay. `--speed` times seed 0's models of a budget together: speed
-does not depend on fine-tuning. `--table` writes accuracy.md and the figure. Cut models are kept in data/bench.
+augmentation of fine-tuning; dense model and split stay. The first seed is fine-tuned by all RATES, others by that which
+is best on val there, for each tool and budget: the more a cut has lost, the higher it is. `--speed` times seed 0's
+models of a budget together: speed does not depend on fine-tuning. `--table` writes accuracy.md and the figure. Cut
+models are kept in data/bench.
 
 Torch-Pruning cuts all it can, with the help of peers.torch_pruning_cut: heads, neurons, width and filters by one ratio,
 or heads and neurons alone; groups normalised by their mean and magnitude by L2, as is its default; Taylor by the
 gradient accumulated over the calibration images. SVD takes the same share of each linear layer, of each convolution of
 the stem, too, or of all but the first of these, whichever has the lowest loss on these images and can reach the budget.
-Iterative: in two steps, with scores and reconstruction between (budget.in_steps). Ranks and Torch-Pruning's widths are
-not rounded: an equal share rounded to four meets no budget within 1 %. All of vitlab's tools but one, and random units,
-solve for what is left anew (recover.reconstruct, no labels); the peers have nothing of the sort.
+Ranks and Torch-Pruning's widths are not rounded: an equal share rounded to four meets no budget within 1 %. All of
+vitlab's tools but one, and random units, solve for what is left anew (recover.reconstruct, no labels); the peers have
+nothing of the sort.
 """
 
 import argparse
@@ -60,7 +62,9 @@ from vitlab import (
 MODELS = {Path(path).name: name for name, path in SMALL.items()}
 BUDGETS, SEEDS = (0.75, 0.5, 0.25), (0, 1, 2)
 KINDS = ("heads", "neurons", "filters", "width")
-KEY = ["tool", "model", "budget", "seed", "stage"]
+RATES = (3e-4, 1e-3, 3e-3)
+ABOUT = ["tool", "model", "budget"]
+KEY = [*ABOUT, "seed", "stage"]
 SPEED = ["speedup", "speedup_q1", "speedup_q3", "latency_ms", "speed_threads"]
 COLUMNS = [*KEY, "top1", "macs", *SPEED, "correct", "total", "loss", "val_top1", "params", "seconds"]
 COLUMNS += ["lr", "epochs", "images", "note"]
@@ -132,26 +136,11 @@ def units_of(kinds, given, share, chosen=None, solved=True):
     return recover.reconstruct(model, given.dense, given.calibration, drops=drops), ""
 
 
-def shuffled(given, found):
-    """Scores of units in a random order in each place, so that as many as before, but random ones go there."""
-    generator = torch.Generator().manual_seed(given.seed)
-    return {key: score[torch.randperm(len(score), generator=generator)] for key, score in found.items()}
-
-
 def random_units(given, share):
-    """As many units of each place as units_of takes of all kinds."""
-    return units_of(KINDS, given, share, shuffled(given, given.units))
-
-
-def units_in_steps(order, given, share):
-    """Units of all kinds in two steps, scored anew and reconstructed after each; order: what becomes of the scores."""
-
-    def score(model):
-        found = budget.candidates(model, given.calibration, kinds=KINDS)["unit_scores"]
-        return found if order is None else order(given, found)
-
-    model, drops = budget.in_steps(given.dense, given.calibration, kinds=KINDS, score=score, macs=share)
-    return recover.reconstruct(model, given.dense, given.calibration, drops=drops), ""
+    """As many units of each place as units_of takes of all kinds, but random ones: its scores are shuffled there."""
+    generator = torch.Generator().manual_seed(given.seed)
+    shuffled = {key: score[torch.randperm(len(score), generator=generator)] for key, score in given.units.items()}
+    return units_of(KINDS, given, share, shuffled)
 
 
 def ranks(given, share):
@@ -207,20 +196,14 @@ def peer(criterion, given, share, **options):
 CRITERIA = ("magnitude", "Taylor")
 FAMILIES = {
     "vitlab, pool": {"vitlab, pool": pool},
-    "vitlab, units": {
-        "vitlab, units": functools.partial(units_of, KINDS),
-        "vitlab, units, iterative": functools.partial(units_in_steps, None),
-    },
+    "vitlab, units": {"vitlab, units": functools.partial(units_of, KINDS)},
     "vitlab, units, cut alone": {"vitlab, units, cut alone": functools.partial(units_of, KINDS, solved=False)},
     "vitlab, single kinds": {
         "vitlab, ranks": ranks,
         "vitlab, heads and neurons": functools.partial(units_of, ("heads", "neurons")),
         **{f"vitlab, {kind}": functools.partial(units_of, (kind,)) for kind in KINDS},
     },
-    "random units": {
-        "random units": random_units,
-        "random units, iterative": functools.partial(units_in_steps, shuffled),
-    },
+    "random units": {"random units": random_units},
     "Torch-Pruning": {
         f"Torch-Pruning, {word}, {way}": functools.partial(peer, word, ranked=way)
         for word, way in product(CRITERIA, ("global", "isomorphic", "uniform"))
@@ -258,15 +241,24 @@ def those(table, **key):
     return functools.reduce(lambda a, b: a & b, (table[name] == value for name, value in key.items()))
 
 
+def chosen(table):
+    """table, of whose fine-tuned rows those stay that have the learning rate which is best on val at the first seed."""
+    tuned = table[table.stage == "finetuned"].sort_values(["seed", "val_top1"], ascending=[False, True], kind="stable")
+    best = tuned.drop_duplicates(ABOUT, keep="last").set_index(ABOUT).lr
+    own = pd.MultiIndex.from_frame(table[ABOUT]).map(best.to_dict())
+    return table[(table.stage != "finetuned") | (table.lr == own)]
+
+
 def keep(key, **row):
     """Put a row in the place of the one of its key, with the speed that other stages and seeds know of its model."""
     source = record.provenance()
     row = key | row | source
-    about = {name: key[name] for name in ("model", "budget", "tool")}
+    about = {name: key[name] for name in ABOUT}
 
     def edit(table):
         known = table[those(table, **about)][SPEED].dropna().head(1).to_dict("records")
-        others = table[~those(table, **{name: row[name] for name in KEY})].to_dict("records")
+        same = [*KEY, "lr"] if "lr" in row else KEY
+        others = table[~those(table, **{name: row[name] for name in same})].to_dict("records")
         return pd.DataFrame([*others, row | dict(*known)], columns=[*COLUMNS, *source])
 
     change(edit)
@@ -287,20 +279,24 @@ def cut_folder(key):
     return record.root().joinpath("bench", *(re.sub(r"[^\w.]+", "-", part) for part in parts))
 
 
-def measure(given, share, tool, *, lr, epochs=1, images=None):
-    """Cut by this tool, and fine-tune for so many epochs of all (or so many) images, as far as rows are missing."""
+def measure(given, share, tool, *, rates=None, epochs=1, images=None):
+    """Cut by this tool, and fine-tune for so many epochs of all (or so many) images, as far as rows are missing.
+
+    rates: learning rates; None for that which is chosen by an earlier seed, or all RATES if there is none.
+    """
     key = {"tool": tool, "model": given.name, "budget": share, "seed": given.seed}
     kept, table = cut_folder(key), read()
-    there, recipe = table[those(table, **key)], {"lr": lr, "epochs": epochs, "images": images}
-    done = set(there.stage)
-    others = there[there.stage == "finetuned"][list(recipe)].fillna(0).ne([each or 0 for each in recipe.values()])
-    if epochs and others.any(axis=None):
+    there, recipe = table[those(table, **key)], {"epochs": epochs, "images": images}
+    tuned = there[there.stage == "finetuned"]
+    if epochs and tuned[list(recipe)].fillna(0).ne([each or 0 for each in recipe.values()]).any(axis=None):
         raise ValueError(f"{key} is there by another recipe than {recipe}: give --again or another --out")
-    if "unreachable" in done or {"cut", *(["finetuned"] if epochs else [])} <= done:
+    earlier = table[those(table, **{name: key[name] for name in ABOUT}) & (table.seed < given.seed)]
+    rates = rates or list(chosen(earlier).lr.dropna().unique()) or RATES
+    missing = [lr for lr in rates if epochs and lr not in set(tuned.lr)]
+    done = set(there.stage)
+    if "unreachable" in done or ("cut" in done and not missing):
         return
-    if "cut" in done and kept.exists():
-        model = checkpoint.load(kept)
-    else:
+    if "cut" not in done or not kept.exists():
         begun = time.perf_counter()
         try:
             model, note = TOOLS[tool](given, share)
@@ -312,15 +308,15 @@ def measure(given, share, tool, *, lr, epochs=1, images=None):
         seconds = time.perf_counter() - begun
         checkpoint.save(model, kept)
         keep(key | {"stage": "cut"}, **measured(model, given.images), note=note, seconds=seconds)
-    if epochs:
-        settings = RECIPE | recipe | {"seed": given.seed, "folder": kept}
+    for lr in missing:
+        model, own = checkpoint.load(kept), recipe | {"lr": lr}
+        stage = f"finetuned-{lr:g}"
+        settings = RECIPE | own | {"seed": given.seed, "folder": kept, "stage": stage}
         with contextlib.redirect_stdout(io.StringIO()):
-            history = train.fit(
-                model, given.images.train, given.images.val, stage="finetuned", keep_best=False, **settings
-            )
-        spent = {"seconds": history.seconds.sum()} | recipe
+            history = train.fit(model, given.images.train, given.images.val, keep_best=False, **settings)
+        spent = {"seconds": history.seconds.sum()} | own
         keep(key | {"stage": "finetuned"}, **measured(model, given.images), **spent)
-        (kept / "finetuned.state.pt").unlink()
+        (kept / f"{stage}.state.pt").unlink()
 
 
 def measure_all(given_of, budgets, seeds, tools, **options):
@@ -366,7 +362,8 @@ def mean_and_range(values, form="{:.1f}"):
 
 
 def summary(table, model, share):
-    """One line a tool: MACs, top-1, its differences to vitlab's pool, paired by seed, and speed-up."""
+    """One line a tool: MACs, top-1, its differences to vitlab's pool, paired by seed, learning rate, and speed-up."""
+    table = chosen(table)
     own, lines = table[those(table, model=model, budget=share)], []
     dense = table[those(table, model=model, tool="dense")].macs.max()
     for tool in [tool for tool in TOOLS if tool in set(own.tool)]:
@@ -381,12 +378,15 @@ def summary(table, model, share):
                 line[word] = mean_and_range(both[tool])
             if tool != POOL and {tool, POOL} <= set(both) and len(pairs := (both[POOL] - both[tool]).dropna()):
                 line[f"pool − tool, {word}"] = mean_and_range(pairs, "{:+.2f}")
+        if mine.lr.notna().any():
+            line["learning rate"] = f"{mine.lr.max():g}"
         if mine.speedup.notna().any():
             timed = mine.dropna(subset=["speedup"]).iloc[0]
             line["times as fast"] = f"{timed.speedup:.2f} ({timed.speedup_q1:.2f} to {timed.speedup_q3:.2f})"
         counts = [mine[mine.stage == stage].seed.nunique() for stage in STAGES if stage in set(mine.stage)]
         lines.append(line | {"seeds": " / ".join(map(str, dict.fromkeys(counts or [mine.seed.nunique()])))})
-    words = [*STAGES.values(), *(f"pool − tool, {word}" for word in STAGES.values()), "times as fast", "seeds"]
+    words = [*STAGES.values(), *(f"pool − tool, {word}" for word in STAGES.values()), "learning rate", "times as fast"]
+    words += ["seeds"]
     return pd.DataFrame(lines, columns=["tool", "MACs", *words]).dropna(axis="columns", how="all").fillna("")
 
 
@@ -396,17 +396,20 @@ STAGES = {"cut": "cut", "finetuned": "fine-tuned"}
 
 def table_and_figure():
     """accuracy.md and the figure, from the rows there are."""
-    table, text = read(), []
+    table, text = chosen(read()), []
     for model, share in product(dict.fromkeys(table.model), sorted(set(table.budget) - {1.0}, reverse=True)):
         control = table[those(table, model=model, tool="dense")].set_index("stage").top1
         dense = [f"{words} {mean_and_range(control[[stage]])}" for stage, words in CONTROL.items() if stage in control]
         text.append(f"**{model}, {share:g} × MACs.** Test top-1 (%); {', '.join(dense)}.\n")
         text.append(summary(table, model, share).to_markdown(index=False, disable_numparse=True) + "\n")
     seeds, threads = (sorted(table[name].dropna().astype(int).unique()) for name in ("seed", "speed_threads"))
+    rates = sorted(read().lr.dropna().unique())
     tests = table.total.dropna().astype(int).max()
     text.append(
         f"Mean (lowest to highest) of seeds {', '.join(map(str, seeds))}, which draw calibration images, random "
-        "choices and the order of fine-tuning, all of one dense model and split; differences are paired by seed. At "
+        "choices and the order of fine-tuning, all of one dense model and split; differences are paired by seed. The "
+        f"learning rate is, for each tool and budget, that of {', '.join(f'{lr:g}' for lr in rates)} which is best on "
+        f"val at seed {seeds[0]}. At "
         f"84 % {tests:,} test images leave a standard error of {100 * (0.84 * 0.16 / tests) ** 0.5:.1f} points. All "
         "rows of vitlab but *cut alone*, and random units (as many of each place as *vitlab, units* takes), are "
         "reconstructed without labels, which the peers do not offer. Times as fast as dense: median (quartiles), "
@@ -457,7 +460,7 @@ def given_of(names):
 def accuracy(rounds):
     """All of it with its defaults, in hours: rows, speed, table, figure."""
     found = given_of(MODELS)
-    measure_all(found, BUDGETS, SEEDS, list(TOOLS), lr=3e-4)
+    measure_all(found, BUDGETS, SEEDS, list(TOOLS))
     for make in found.values():
         speed(make(0), BUDGETS, rounds=4 * rounds)
     table_and_figure()
@@ -469,7 +472,9 @@ def main():
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the MACs (%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="(%(default)s)")
     parser.add_argument("--tools", nargs="+", default=["*"], metavar="PATTERN", help=" | ".join(TOOLS))
-    parser.add_argument("--lr", type=float, default=3e-4, help="of fine-tuning (%(default)s)")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", help="of fine-tuning (all of the first seed, and of others the best of these)"
+    )
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning; 0: the cuts alone (%(default)s)")
     parser.add_argument("--images", type=int, help="for fine-tuning, for a trial (all)")
     parser.add_argument(
@@ -493,7 +498,7 @@ def main():
     if options.table:
         table_and_figure()
     if not (options.speed or options.table):
-        how = {name: getattr(options, name) for name in ("lr", "epochs", "images")}
+        how = {"rates": options.lr, "epochs": options.epochs, "images": options.images}
         if options.again:
             names = [MODELS[name] for name in options.models]
             chosen = {"model": names, "budget": [*options.budgets, 1.0], "seed": options.seeds, "tool": tools}

@@ -50,7 +50,7 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(nam
     torch.manual_seed(0)
     dense = models.create(name, num_classes=10, image_size=16, **TOYS[name]).eval()
     given_of = {name: lambda seed: accuracy.Given(name, dense, drawn, seed)}
-    accuracy.measure_all(given_of, [0.5], [0], list(accuracy.TOOLS), lr=1e-4, epochs=0)
+    accuracy.measure_all(given_of, [0.5], [0], list(accuracy.TOOLS), epochs=0)
     table = accuracy.read().set_index("tool")
     assert set(table.index) == set(accuracy.TOOLS)
     share = table.macs / cost.macs(dense) / table.budget
@@ -67,13 +67,13 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(nam
 
     monkeypatch.setattr(accuracy, "TOOLS", dict.fromkeys(accuracy.TOOLS))  # nothing can be cut any more
     chosen = ["vitlab, pool", "Torch-Pruning, Taylor, isomorphic", "vitlab, filters", "dense"]
-    accuracy.measure_all(given_of, [0.5], [0], chosen, lr=1e-4)
+    accuracy.measure_all(given_of, [0.5], [0], chosen, rates=[1e-4])
     rows = accuracy.read()
     assert set(rows[rows.stage == "finetuned"].tool) == {*chosen} - {"vitlab, filters"}
     monkeypatch.setattr(accuracy.train, "fit", None)  # nor trained
-    accuracy.measure_all(given_of, [0.5], [0], chosen, lr=1e-4)
+    accuracy.measure_all(given_of, [0.5], [0], chosen, rates=[1e-4])
     assert accuracy.read().equals(rows)
-    for other in ({"lr": 1e-3}, {"lr": 1e-4, "epochs": 2}, {"lr": 1e-4, "images": 12}):
+    for other in ({"epochs": 2}, {"images": 12}):
         with pytest.raises(ValueError, match="by another recipe"):
             accuracy.measure_all(given_of, [0.5], [0], ["vitlab, pool"], **other)
 
@@ -84,6 +84,27 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(nam
     assert text.count("vitlab, pool") == 1 and "not below" in text and accuracy.folder("accuracy.png").exists()
 
 
+def test_the_first_seed_tries_all_learning_rates_and_others_take_its_best_on_val(accuracy, drawn, monkeypatch):
+    dense = models.create("conv_vit", num_classes=10, image_size=16, **TOYS["conv_vit"]).eval()
+    monkeypatch.setattr(accuracy, "RATES", (1e-5, 1e-3))
+    monkeypatch.setattr(accuracy, "TOOLS", {"dense": accuracy.TOOLS["dense"]})
+    val = {1e-5: 60.0, 1e-3: 70.0}
+    now = []
+
+    def fit(model, *_, lr, folder, stage, seed, **__):
+        now[:] = [val[lr]]
+        (folder / f"{stage}.state.pt").touch()
+        return pd.DataFrame({"seconds": [1.0]})
+
+    monkeypatch.setattr(accuracy.train, "fit", fit)
+    monkeypatch.setattr(accuracy, "measured", lambda *_: {"top1": 50.0, "val_top1": now[0] if now else 1.0, "macs": 1})
+    accuracy.measure_all({"m": lambda seed: accuracy.Given("m", dense, drawn, seed)}, [0.5], [0, 1], ["dense"])
+    rows = accuracy.read()
+    tuned = rows[rows.stage == "finetuned"]
+    assert list(zip(tuned.seed, tuned.lr, strict=True)) == [(0, 1e-5), (0, 1e-3), (1, 1e-3)]
+    assert set(accuracy.chosen(rows).lr.dropna()) == {1e-3} and len(accuracy.chosen(rows)) == 4
+
+
 def test_the_table_counts_seeds_of_a_stage_and_marks_those_that_cannot_reach_it(accuracy):
     rows = [
         ("dense", 1.0, 0, "cut", 90.0, 100), ("vitlab, pool", 0.5, 0, "cut", 80.0, 50),
@@ -92,8 +113,9 @@ def test_the_table_counts_seeds_of_a_stage_and_marks_those_that_cannot_reach_it(
         ("SVD, plain", 0.5, 2, "cut", 70.0, 49),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["tool", "budget", "seed", "stage", "top1", "macs"]).assign(
-        model="m", speedup=None
+        model="m", speedup=None, val_top1=None
     )
+    table["lr"] = table.stage.map({"finetuned": 1e-3})
     lines = accuracy.summary(table, "m", 0.5).set_index("tool")
     assert lines.MACs.to_list() == ["0.500", "0.500, not below 0.600", "0.490"]
     assert lines.seeds.to_list() == ["2 / 1", "1", "1"]
@@ -101,8 +123,7 @@ def test_the_table_counts_seeds_of_a_stage_and_marks_those_that_cannot_reach_it(
     assert lines.cut.to_list() == ["81.0 (80.0 to 82.0)", "79.0", "70.0"]
 
 
-GROUPS = ["vitlab, units", "vitlab, units, iterative", "random units", "random units, iterative"]
-GROUPS += ["vitlab, heads and neurons", "vitlab, width"]  # go by eight, or by the head
+GROUPS = ["vitlab, units", "random units", "vitlab, heads and neurons", "vitlab, width"]  # go by eight, or by the head
 
 
 LONG = [

@@ -10,10 +10,13 @@ import pandas as pd
 import torch
 from torch import nn
 
-from . import bench, cost, lowrank, models, recover, scores, shrink
+from . import bench, cost, lowrank, models, scores, shrink
 
 # At least so many stay (qk and v: of each head; of whole blocks one of all).
 FLOORS = {"heads": 1, "neurons": 8, "width": 8, "filters": 4, "qk": 4, "v": 4, "block": 0}
+# And this share of a place. What goes is predicted to lose the sum of its parts, and a residual stream that is all but
+# gone loses far more: LOG.md, 2026-11-26.
+LEAST = {"width": 1 / 8}
 TARGETS = ("macs", "params", "bytes", "latency")
 
 
@@ -68,7 +71,7 @@ def plan(
     they lose than units do, and left whole where they would not be cheaper.
     multiple: neurons, channels and filters go in groups of so many (the weakest of a place together), so that sizes
     stay friendly to the kernels; head dimensions go one from each head; ranks are multiples of rank_multiple (any rank,
-    where break-even is lower). FLOORS stay everywhere. most: {layer: highest rank to factor it at}, as
+    where break-even is lower). FLOORS and LEAST stay everywhere. most: {layer: highest rank to factor it at}, as
     bench.break_even measures them: above it a layer stays whole, and at 0 always; None for all that save MACs. The
     model's layers are plain: remove units first, factorise afterwards, as `cut` does.
 
@@ -137,41 +140,6 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None, damping=1e-3):
     if plan.ranks:
         seen = {name: grams[name][:-1, :-1] for name in plan.ranks} if batches else None
         small = shrink.factorise(small, plan.ranks, grams=seen, damping=damping)
-    return small, drops
-
-
-def in_steps(model, batches, *, kinds=("heads", "neurons"), steps=2, score=None, damping=1e-3, **options):
-    """The smaller model of units that went in steps, (small, drops) as from `cut` with "least squares".
-
-    Each step leaves the same share of what the one before left, and plans anew: by the scores of the model that it
-    gets, which recover.reconstruct has solved for after the last (iterative pruning, Han et al. 2015, with
-    reconstruction in the place of training). The last step's is left to the caller. kinds: as for `plan`, but ranks:
-    what they lose hardly depends on what went before, and in steps the pool was no better (LOG.md, 2026-11-26).
-    score: function of a model, its units' scores as from scores.units; "fisher" on batches if None. options: the
-    target and all else of `plan`. Raises ValueError for ranks, no whole number of steps above 0, and what `plan` and
-    `cut` raise; Unreachable before anything is cut.
-    """
-    if "ranks" in kinds:
-        raise ValueError("ranks do not go in steps: take units in steps, or all kinds at once by plan and cut")
-    if steps != int(steps) or steps < 1:
-        raise ValueError(f"steps is a whole number above 0; got {steps}")
-    what, share = _checked_target({name: options.pop(name) for name in TARGETS if name in options})
-    score = score or (lambda small: candidates(small, batches, kinds=kinds)["unit_scores"])
-    small, drops, left, found = model, [], 1.0, score(model)
-    if steps > 1:
-        plan(model, found, kinds=kinds, **options, **{what: share})  # for its errors
-    for step in range(steps):
-        wanted = share ** ((step + 1) / steps)
-        if step:
-            sizes = {name: options[name] for name in ("image_size", "batch") if name in options}
-            left = _left(model, small, what, **sizes)[0]
-            if left <= wanted:
-                continue
-            small = recover.reconstruct(small, model, batches, drops=drops, damping=damping)
-            found = score(small)
-        own = plan(small, found, kinds=kinds, **options, **{what: wanted / left})
-        small, gone = cut(small, own, batches, compensate="least squares", damping=damping)
-        drops += gone
     return small, drops
 
 
@@ -256,29 +224,22 @@ def _layer_costs(model, what, image_size, batch):
     return table.assign(cost=table.macs if what == "macs" else table.params)
 
 
-def _count(model, what, image_size):
-    if what == "params":
-        return sum(parameter.numel() for parameter in model.parameters())
-    return cost.bytes_memory(model) if what == "bytes" else cost.macs(model, image_size=image_size)
-
-
-def _left(model, small, what, image_size=None, batch=8):
-    """The share of model's cost that small keeps, and its quartiles (the same where it can be counted)."""
-    if what == "latency":
-        named = {"dense": model, "small": small}
-        times = bench.latency(named, batch=batch, image_size=image_size, repeats=21).iloc[1]
-        return 1 / times.speedup, 1 / times.speedup_q3, 1 / times.speedup_q1
-    kept = _count(small, what, image_size) / _count(model, what, image_size)
-    return kept, kept, kept
+def _count(model, what):
+    """MACs, parameters or bytes of a model, whatever of it can be counted (of latency MACs)."""
+    counts = {"params": lambda m: sum(p.numel() for p in m.parameters()), "bytes": cost.bytes_memory}
+    return counts.get(what, cost.macs)(model)
 
 
 def _measured(model, plan, what, share, image_size, batch):
     """plan with the share of the target that the cut model really keeps, and whether that meets the target."""
-    kept, low, high = _left(model, cut(model, plan)[0], what, image_size, batch)
-    is_met = 0.995 * share <= kept <= share
+    small, _ = cut(model, plan)
     if what == "latency":
-        is_met = abs(kept / share - 1) <= 0.05 or low <= share <= high
-    return dataclasses.replace(plan, share=kept), bool(is_met)
+        named = {"dense": model, "small": small}
+        times = bench.latency(named, batch=batch, image_size=image_size, repeats=21).iloc[1]
+        is_met = abs(1 / times.speedup / share - 1) <= 0.05 or times.speedup_q1 <= 1 / share <= times.speedup_q3
+        return dataclasses.replace(plan, share=1 / times.speedup), bool(is_met)
+    kept = _count(small, what) / _count(model, what)
+    return dataclasses.replace(plan, share=kept), 0.995 * share <= kept <= share
 
 
 def ranks(model, grams, gradients, *, macs, multiple=8, most=None, damping=1e-3, image_size=None):
@@ -431,7 +392,8 @@ def _groups(score, kind, multiple, heads):
         order = (order + torch.arange(heads)[:, None].to(order) * order.shape[1]).T
         return [each.tolist() for each in order[: max(0, len(order) - FLOORS[kind])]]
     size = 1 if kind in ("heads", "block") else multiple
-    order = score.argsort(stable=True)[: max(0, len(score) - FLOORS[kind])]
+    floor = max(FLOORS[kind], math.ceil(LEAST.get(kind, 0) * len(score)))
+    order = score.argsort(stable=True)[: max(0, len(score) - floor)]
     return [group.tolist() for group in order.split(size) if len(group) == size]
 
 
