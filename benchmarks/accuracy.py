@@ -6,13 +6,13 @@
 
 The first takes many hours (`--epochs 0`, the cuts alone, one or two): it is in `python benchmarks` only by `--only
 accuracy`. Rows go one by one into accuracy.csv, and what is there is not done again, so that it can be stopped at any
-time and several processes, of other models, budgets or seeds each, may share the work. A row is a tool's model of one
-budget and seed, in a stage: `cut` (as the tool delivers it, without training), `finetuned` (one epoch over all training
-images) or `unreachable` (its floor as macs). The seed draws 2,048 calibration images, random choices, and the order and
-augmentation of fine-tuning; dense model and split stay. The first seed is fine-tuned by all RATES, others by that which
-is best on val there, for each tool and budget: the more a cut has lost, the higher it is. `--speed` times seed 0's
-models of a budget together: speed does not depend on fine-tuning. `--table` writes accuracy.md and the figure. Cut
-models are kept in data/bench.
+time and several processes, of other models or tools each, may share the work. A row is a tool's model of one budget and
+seed, in a stage: `cut` (as the tool delivers it, without training), `finetuned` (one epoch over all training images, by
+one learning rate) or `unreachable` (its floor as macs). The seed draws 2,048 calibration images, random choices, and
+the order and augmentation of fine-tuning; dense model and split stay. The first seed is fine-tuned by all RATES, others
+by that which is best on val there, for each tool and budget: the more a cut has lost, the higher it is. `--speed` times
+seed 0's models of a budget together: speed does not depend on fine-tuning. `--table` writes accuracy.md and the figure.
+Cut models are kept in data/bench.
 
 Torch-Pruning cuts all it can, with the help of peers.torch_pruning_cut: heads, neurons, width and filters by one ratio,
 or heads and neurons alone; groups normalised by their mean and magnitude by L2, as is its default; Taylor by the
@@ -144,8 +144,8 @@ def random_units(given, share):
 
 
 def ranks(given, share):
-    chosen = budget.ranks(given.dense, given.grams, given.gradient_grams, macs=share, multiple=4)
-    model = shrink.factorise(given.dense, chosen, grams=given.grams)
+    found = budget.ranks(given.dense, given.grams, given.gradient_grams, macs=share, multiple=4)
+    model = shrink.factorise(given.dense, found, grams=given.grams)
     return recover.reconstruct(model, given.dense, given.calibration), ""
 
 
@@ -242,8 +242,10 @@ def those(table, **key):
 
 
 def chosen(table):
-    """table, of whose fine-tuned rows those stay that have the learning rate which is best on val at the first seed."""
-    tuned = table[table.stage == "finetuned"].sort_values(["seed", "val_top1"], ascending=[False, True], kind="stable")
+    """table, of whose fine-tuned rows those stay that have the learning rate which is best on val at the first seed,
+    of equal ones the lowest."""
+    order = {"seed": False, "val_top1": True, "lr": False}
+    tuned = table[table.stage == "finetuned"].sort_values([*order], ascending=[*order.values()])
     best = tuned.drop_duplicates(ABOUT, keep="last").set_index(ABOUT).lr
     own = pd.MultiIndex.from_frame(table[ABOUT]).map(best.to_dict())
     return table[(table.stage != "finetuned") | (table.lr == own)]
@@ -282,7 +284,8 @@ def cut_folder(key):
 def measure(given, share, tool, *, rates=None, epochs=1, images=None):
     """Cut by this tool, and fine-tune for so many epochs of all (or so many) images, as far as rows are missing.
 
-    rates: learning rates; None for that which is chosen by an earlier seed, or all RATES if there is none.
+    rates: learning rates; None for that which is chosen by an earlier seed that has tried all RATES, or all of them.
+    Raises ValueError for rows that were made by another recipe, or whose model, cut anew, is another one now.
     """
     key = {"tool": tool, "model": given.name, "budget": share, "seed": given.seed}
     kept, table = cut_folder(key), read()
@@ -291,32 +294,51 @@ def measure(given, share, tool, *, rates=None, epochs=1, images=None):
     if epochs and tuned[list(recipe)].fillna(0).ne([each or 0 for each in recipe.values()]).any(axis=None):
         raise ValueError(f"{key} is there by another recipe than {recipe}: give --again or another --out")
     earlier = table[those(table, **{name: key[name] for name in ABOUT}) & (table.seed < given.seed)]
-    rates = rates or list(chosen(earlier).lr.dropna().unique()) or RATES
+    if not rates:
+        rates = chosen(earlier).lr.dropna().unique() if tried_all(earlier) else RATES
     missing = [lr for lr in rates if epochs and lr not in set(tuned.lr)]
     done = set(there.stage)
     if "unreachable" in done or ("cut" in done and not missing):
         return
-    if "cut" not in done or not kept.exists():
+    for lr in tuned.lr:  # of a run that was killed when the row was there
+        (kept / f"{stage_of(lr)}.state.pt").unlink(missing_ok=True)
+    if "cut" not in done or not (kept / checkpoint.RECORD).exists():
         begun = time.perf_counter()
         try:
             model, note = TOOLS[tool](given, share)
         except ValueError as error:
-            if not (floor := re.search(r"cannot reach .*: ([\d.]+) stays", str(error))):
+            if "cut" in done or not (floor := re.search(r"cannot reach .*: ([\d.]+) stays", str(error))):
                 raise
             floor = round(float(floor[1]) * cost.macs(given.dense))
             return keep(key | {"stage": "unreachable"}, macs=floor, note=str(error))
-        seconds = time.perf_counter() - begun
+        seconds, found = time.perf_counter() - begun, measured(model, given.images)
+        before = there[there.stage == "cut"][["macs", "params"]].to_dict("records")
+        if before and before[0] != {name: found[name] for name in before[0]}:
+            raise ValueError(f"{key} has {before[0]} in its rows, and is cut otherwise now: give --again")
         checkpoint.save(model, kept)
-        keep(key | {"stage": "cut"}, **measured(model, given.images), note=note, seconds=seconds)
+        keep(key | {"stage": "cut"}, **found, note=note, seconds=seconds)
     for lr in missing:
         model, own = checkpoint.load(kept), recipe | {"lr": lr}
-        stage = f"finetuned-{lr:g}"
-        settings = RECIPE | own | {"seed": given.seed, "folder": kept, "stage": stage}
-        with contextlib.redirect_stdout(io.StringIO()):
-            history = train.fit(model, given.images.train, given.images.val, keep_best=False, **settings)
+        settings = RECIPE | own | {"seed": given.seed, "folder": kept, "stage": stage_of(lr)}
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                history = train.fit(model, given.images.train, given.images.val, keep_best=False, **settings)
+        except FloatingPointError as error:  # such a rate is the worst of all
+            keep(key | {"stage": "finetuned"}, val_top1=0.0, note=str(error), **own)
+            continue
         spent = {"seconds": history.seconds.sum()} | own
         keep(key | {"stage": "finetuned"}, **measured(model, given.images), **spent)
-        (kept / f"{stage}.state.pt").unlink()
+        (kept / f"{stage_of(lr)}.state.pt").unlink()
+
+
+def stage_of(lr):
+    return f"finetuned-{lr:g}"
+
+
+def tried_all(rows):
+    """Whether the first seed of these fine-tuned rows has all RATES."""
+    tuned = rows[rows.stage == "finetuned"]
+    return {*RATES} <= {*tuned.lr[tuned.seed == tuned.seed.min()]}
 
 
 def measure_all(given_of, budgets, seeds, tools, **options):
@@ -363,7 +385,7 @@ def mean_and_range(values, form="{:.1f}"):
 
 def summary(table, model, share):
     """One line a tool: MACs, top-1, its differences to vitlab's pool, paired by seed, learning rate, and speed-up."""
-    table = chosen(table)
+    every, table = table, chosen(table)
     own, lines = table[those(table, model=model, budget=share)], []
     dense = table[those(table, model=model, tool="dense")].macs.max()
     for tool in [tool for tool in TOOLS if tool in set(own.tool)]:
@@ -379,7 +401,8 @@ def summary(table, model, share):
             if tool != POOL and {tool, POOL} <= set(both) and len(pairs := (both[POOL] - both[tool]).dropna()):
                 line[f"pool − tool, {word}"] = mean_and_range(pairs, "{:+.2f}")
         if mine.lr.notna().any():
-            line["learning rate"] = f"{mine.lr.max():g}"
+            is_best = tried_all(every[those(every, model=model, budget=share, tool=tool)])
+            line["learning rate"] = f"{mine.lr.max():g}" + ("" if is_best else " (untried: others)")
         if mine.speedup.notna().any():
             timed = mine.dropna(subset=["speedup"]).iloc[0]
             line["times as fast"] = f"{timed.speedup:.2f} ({timed.speedup_q1:.2f} to {timed.speedup_q3:.2f})"
@@ -396,20 +419,19 @@ STAGES = {"cut": "cut", "finetuned": "fine-tuned"}
 
 def table_and_figure():
     """accuracy.md and the figure, from the rows there are."""
-    table, text = chosen(read()), []
+    table, text = read(), []
     for model, share in product(dict.fromkeys(table.model), sorted(set(table.budget) - {1.0}, reverse=True)):
-        control = table[those(table, model=model, tool="dense")].set_index("stage").top1
+        control = chosen(table)[those(chosen(table), model=model, tool="dense")].set_index("stage").top1
         dense = [f"{words} {mean_and_range(control[[stage]])}" for stage, words in CONTROL.items() if stage in control]
         text.append(f"**{model}, {share:g} × MACs.** Test top-1 (%); {', '.join(dense)}.\n")
         text.append(summary(table, model, share).to_markdown(index=False, disable_numparse=True) + "\n")
     seeds, threads = (sorted(table[name].dropna().astype(int).unique()) for name in ("seed", "speed_threads"))
-    rates = sorted(read().lr.dropna().unique())
     tests = table.total.dropna().astype(int).max()
     text.append(
         f"Mean (lowest to highest) of seeds {', '.join(map(str, seeds))}, which draw calibration images, random "
         "choices and the order of fine-tuning, all of one dense model and split; differences are paired by seed. The "
-        f"learning rate is, for each tool and budget, that of {', '.join(f'{lr:g}' for lr in rates)} which is best on "
-        f"val at seed {seeds[0]}. At "
+        f"learning rate is, for each tool and budget, that of {', '.join(f'{lr:g}' for lr in RATES)} which is best on "
+        "val at the first seed. At "
         f"84 % {tests:,} test images leave a standard error of {100 * (0.84 * 0.16 / tests) ** 0.5:.1f} points. All "
         "rows of vitlab but *cut alone*, and random units (as many of each place as *vitlab, units* takes), are "
         "reconstructed without labels, which the peers do not offer. Times as fast as dense: median (quartiles), "
@@ -428,6 +450,7 @@ CONTROL = {"cut": "dense", "finetuned": "dense, fine-tuned as much"}
 @plots.styled
 def figure(table):
     """Test top-1 (%) over the budget, after the cut and after fine-tuning; models below each other, a line a family."""
+    table = chosen(table)
     names = list(dict.fromkeys(table.model))
     families = [family for family in FAMILIES if family != "dense"]
     figure, panels = plt.subplots(len(names), 2, figsize=(10.5, 3.4 * len(names)), squeeze=False)
@@ -473,7 +496,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="(%(default)s)")
     parser.add_argument("--tools", nargs="+", default=["*"], metavar="PATTERN", help=" | ".join(TOOLS))
     parser.add_argument(
-        "--lr", type=float, nargs="+", help="of fine-tuning (all of the first seed, and of others the best of these)"
+        "--lr", type=float, nargs="+", help=f"of fine-tuning, at every seed ({RATES}, at later seeds the best of these)"
     )
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning; 0: the cuts alone (%(default)s)")
     parser.add_argument("--images", type=int, help="for fine-tuning, for a trial (all)")
@@ -501,8 +524,8 @@ def main():
         how = {"rates": options.lr, "epochs": options.epochs, "images": options.images}
         if options.again:
             names = [MODELS[name] for name in options.models]
-            chosen = {"model": names, "budget": [*options.budgets, 1.0], "seed": options.seeds, "tool": tools}
-            change(lambda table: table[~table[list(chosen)].isin(chosen).all(axis=1)])
+            gone = {"model": names, "budget": [*options.budgets, 1.0], "seed": options.seeds, "tool": tools}
+            change(lambda table: table[~table[list(gone)].isin(gone).all(axis=1)])
         measure_all(given_of(options.models), options.budgets, options.seeds, tools, **how)
 
 

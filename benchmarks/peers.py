@@ -120,7 +120,9 @@ class Floored:
             return found.flatten()
         layers = {dependency.target.module for dependency, _ in group}
         weighted = {layer for layer in layers if isinstance(layer, torch.nn.Module) and list(layer.parameters())}
-        floor = budget.FLOORS["filters" if weighted <= self.stem else "width"]
+        is_stream = any(isinstance(layer, torch.nn.LayerNorm) for layer in weighted)
+        kind = "filters" if weighted <= self.stem else "width" if is_stream else "neurons"
+        floor = max(budget.FLOORS[kind], math.ceil(budget.LEAST.get(kind, 0) * len(found)))
         found[found.topk(floor).indices] = math.inf
         self.sizes.append((len(found) - floor, len(found)))
         return found

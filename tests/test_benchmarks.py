@@ -1,5 +1,6 @@
 """Benchmarks: each runs and says where its numbers come from. Times themselves are never asserted."""
 
+import shutil
 import subprocess
 import sys
 
@@ -86,23 +87,40 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(nam
 
 def test_the_first_seed_tries_all_learning_rates_and_others_take_its_best_on_val(accuracy, drawn, monkeypatch):
     dense = models.create("conv_vit", num_classes=10, image_size=16, **TOYS["conv_vit"]).eval()
-    monkeypatch.setattr(accuracy, "RATES", (1e-5, 1e-3))
-    monkeypatch.setattr(accuracy, "TOOLS", {"dense": accuracy.TOOLS["dense"]})
-    val = {1e-5: 60.0, 1e-3: 70.0}
-    now = []
+    given_of = {"m": lambda seed: accuracy.Given("m", dense, drawn, seed)}
+    monkeypatch.setattr(accuracy, "RATES", (1e-5, 1e-4, 1e-3))
+    monkeypatch.setattr(accuracy, "TOOLS", {"dense": accuracy.TOOLS["dense"], "vitlab, pool": None})
+    val, now = {(0, 1e-5): 60.0, (0, 1e-4): 70.0, (1, 1e-3): 90.0, (1, 1e-4): 50.0}, [1.0]
 
     def fit(model, *_, lr, folder, stage, seed, **__):
-        now[:] = [val[lr]]
+        if (seed, lr) not in val:
+            raise FloatingPointError("no longer finite")
+        now[:] = [val[seed, lr]]
         (folder / f"{stage}.state.pt").touch()
         return pd.DataFrame({"seconds": [1.0]})
 
+    def measured(*_):
+        return {"top1": now[0] / 2, "val_top1": now[0], "macs": 1, "params": 1, "total": 4}
+
     monkeypatch.setattr(accuracy.train, "fit", fit)
-    monkeypatch.setattr(accuracy, "measured", lambda *_: {"top1": 50.0, "val_top1": now[0] if now else 1.0, "macs": 1})
-    accuracy.measure_all({"m": lambda seed: accuracy.Given("m", dense, drawn, seed)}, [0.5], [0, 1], ["dense"])
+    monkeypatch.setattr(accuracy, "measured", measured)
+    accuracy.measure_all(given_of, [0.5], [0, 1], ["dense"])
+    accuracy.measure_all(given_of, [0.5], [1], ["dense"], rates=[1e-3])  # the best, but of another seed
     rows = accuracy.read()
     tuned = rows[rows.stage == "finetuned"]
-    assert list(zip(tuned.seed, tuned.lr, strict=True)) == [(0, 1e-5), (0, 1e-3), (1, 1e-3)]
-    assert set(accuracy.chosen(rows).lr.dropna()) == {1e-3} and len(accuracy.chosen(rows)) == 4
+    assert list(zip(tuned.seed, tuned.lr, strict=True)) == [(0, 1e-5), (0, 1e-4), (0, 1e-3), (1, 1e-4), (1, 1e-3)]
+    left = accuracy.chosen(rows)
+    assert set(left.lr.dropna()) == {1e-4} and left.top1.to_list() == [0.5, 35, 35, 25]
+    line = accuracy.summary(rows.replace({"tool": {"dense": "vitlab, pool"}}), "m", 1.0).iloc[0]
+    assert line["learning rate"] == "0.0001" and line["fine-tuned"] == "30.0 (25.0 to 35.0)"
+    few = rows[rows.lr != 1e-3].replace({"tool": {"dense": "vitlab, pool"}})
+    assert accuracy.summary(few, "m", 1.0)["learning rate"].item() == "0.0001 (untried: others)"
+
+    checkpoint_of = accuracy.cut_folder({"tool": "dense", "model": "m", "budget": 1.0, "seed": 0})
+    shutil.rmtree(checkpoint_of)
+    monkeypatch.setattr(accuracy, "measured", lambda *_: measured() | {"macs": 2})
+    with pytest.raises(ValueError, match="is cut otherwise now: give --again"):
+        accuracy.measure_all(given_of, [0.5], [0], ["dense"], rates=[1e-2])
 
 
 def test_the_table_counts_seeds_of_a_stage_and_marks_those_that_cannot_reach_it(accuracy):

@@ -45,7 +45,6 @@ def test_kinds_that_share_their_costs_are_counted_as_they_fall(any_model, macs):
     for key, left in models.view(small).units(kinds).items():
         block = models.view(small).block(key[0]) if key[1] in ("qk", "v") else None
         assert left >= budget.FLOORS[key[1]] * (block.num_heads if block else 1)
-        assert left >= budget.LEAST.get(key[1], 0) * counts[key]
         assert (counts[key] - left) % 4 == 0 or key[1] not in ("neurons", "width", "filters")
 
 
