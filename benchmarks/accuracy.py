@@ -402,7 +402,7 @@ def summary(table, model, share):
                 line[f"pool − tool, {word}"] = mean_and_range(pairs, "{:+.2f}")
         if mine.lr.notna().any():
             is_best = tried_all(every[those(every, model=model, budget=share, tool=tool)])
-            line["learning rate"] = f"{mine.lr.max():g}" + ("" if is_best else " (untried: others)")
+            line["learning rate"] = f"{mine.lr.max():g}" + ("" if is_best else " \\*")
         if mine.speedup.notna().any():
             timed = mine.dropna(subset=["speedup"]).iloc[0]
             line["times as fast"] = f"{timed.speedup:.2f} ({timed.speedup_q1:.2f} to {timed.speedup_q3:.2f})"
@@ -431,7 +431,7 @@ def table_and_figure():
         f"Mean (lowest to highest) of seeds {', '.join(map(str, seeds))}, which draw calibration images, random "
         "choices and the order of fine-tuning, all of one dense model and split; differences are paired by seed. The "
         f"learning rate is, for each tool and budget, that of {', '.join(f'{lr:g}' for lr in RATES)} which is best on "
-        "val at the first seed. At "
+        "val at the first seed (\\*: of those tried so far). At "
         f"84 % {tests:,} test images leave a standard error of {100 * (0.84 * 0.16 / tests) ** 0.5:.1f} points. All "
         "rows of vitlab but *cut alone*, and random units (as many of each place as *vitlab, units* takes), are "
         "reconstructed without labels, which the peers do not offer. Times as fast as dense: median (quartiles), "

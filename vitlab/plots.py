@@ -239,7 +239,7 @@ def looks(names):
 
 def is_random(name):
     """Whether a series is of random cuts, which others are held against."""
-    return "random" in str(name).split(", ")
+    return "random" in str(name).replace(",", "").split()
 
 
 # -- figures
