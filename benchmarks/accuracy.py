@@ -361,7 +361,8 @@ def speed(given, budgets, *, batch=64, rounds=30):
         own = table[those(table, model=given.name, budget=share, stage="cut")]
         for tool in [tool for tool in TOOLS if tool in set(own.tool)]:
             kept = cut_folder({"tool": tool, "model": given.name, "budget": share, "seed": given.seed})
-            made[tool] = checkpoint.load(kept) if kept.exists() else TOOLS[tool](given, share)[0].eval()
+            is_kept = (kept / checkpoint.RECORD).exists()
+            made[tool] = checkpoint.load(kept) if is_kept else TOOLS[tool](given, share)[0].eval()
         times = bench.latency(made, batch=batch, repeats=rounds, seconds=600).set_index("model")
         times["speed_threads"] = times.threads
 
@@ -401,8 +402,8 @@ def summary(table, model, share):
             if tool != POOL and {tool, POOL} <= set(both) and len(pairs := (both[POOL] - both[tool]).dropna()):
                 line[f"pool − tool, {word}"] = mean_and_range(pairs, "{:+.2f}")
         if mine.lr.notna().any():
-            is_best = tried_all(every[those(every, model=model, budget=share, tool=tool)])
-            line["learning rate"] = f"{mine.lr.max():g}" + ("" if is_best else " \\*")
+            is_searched = tried_all(every[those(every, model=model, budget=share, tool=tool)])
+            line["learning rate"] = f"{mine.lr.max():g}" + ("" if is_searched else " \\*")
         if mine.speedup.notna().any():
             timed = mine.dropna(subset=["speedup"]).iloc[0]
             line["times as fast"] = f"{timed.speedup:.2f} ({timed.speedup_q1:.2f} to {timed.speedup_q3:.2f})"
@@ -420,8 +421,9 @@ STAGES = {"cut": "cut", "finetuned": "fine-tuned"}
 def table_and_figure():
     """accuracy.md and the figure, from the rows there are."""
     table, text = read(), []
+    controls = chosen(table[table.tool == "dense"])
     for model, share in product(dict.fromkeys(table.model), sorted(set(table.budget) - {1.0}, reverse=True)):
-        control = chosen(table)[those(chosen(table), model=model, tool="dense")].set_index("stage").top1
+        control = controls[controls.model == model].set_index("stage").top1
         dense = [f"{words} {mean_and_range(control[[stage]])}" for stage, words in CONTROL.items() if stage in control]
         text.append(f"**{model}, {share:g} × MACs.** Test top-1 (%); {', '.join(dense)}.\n")
         text.append(summary(table, model, share).to_markdown(index=False, disable_numparse=True) + "\n")
@@ -496,7 +498,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="(%(default)s)")
     parser.add_argument("--tools", nargs="+", default=["*"], metavar="PATTERN", help=" | ".join(TOOLS))
     parser.add_argument(
-        "--lr", type=float, nargs="+", help=f"of fine-tuning, at every seed ({RATES}, at later seeds the best of these)"
+        "--lr", type=float, nargs="+", help="of fine-tuning, at every seed (all RATES, at later seeds the best of them)"
     )
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning; 0: the cuts alone (%(default)s)")
     parser.add_argument("--images", type=int, help="for fine-tuning, for a trial (all)")

@@ -100,7 +100,7 @@ class Merging(torch_pruning.BasePruningFunc):
 
 
 class Floored:
-    """A Torch-Pruning importance, infinite for the best units of each place, so many as vitlab leaves, too.
+    """A Torch-Pruning importance, infinite for the best units of each place, so many as budget.FLOORS says.
 
     Its own max_pruning_ratio is looked at between steps, and one step of a global ranking may empty a layer, or take
     its last head. sizes: (units that may go, units) of each place seen; heads go by a ratio of their own: (0, units).
@@ -120,9 +120,7 @@ class Floored:
             return found.flatten()
         layers = {dependency.target.module for dependency, _ in group}
         weighted = {layer for layer in layers if isinstance(layer, torch.nn.Module) and list(layer.parameters())}
-        is_stream = any(isinstance(layer, torch.nn.LayerNorm) for layer in weighted)
-        kind = "filters" if weighted <= self.stem else "width" if is_stream else "neurons"
-        floor = max(budget.FLOORS[kind], math.ceil(budget.LEAST.get(kind, 0) * len(found)))
+        floor = budget.FLOORS["filters" if weighted <= self.stem else "width"]
         found[found.topk(floor).indices] = math.inf
         self.sizes.append((len(found) - floor, len(found)))
         return found
