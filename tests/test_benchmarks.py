@@ -85,10 +85,10 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(nam
     assert text.count("vitlab, pool") == 1 and "not below" in text and accuracy.folder("accuracy.png").exists()
 
 
-def test_the_first_seed_tries_all_learning_rates_and_others_take_its_best_on_val(accuracy, drawn, monkeypatch):
+def test_the_first_seed_tries_learning_rates_until_val_falls_and_others_take_its_best(accuracy, drawn, monkeypatch):
     dense = models.create("conv_vit", num_classes=10, image_size=16, **TOYS["conv_vit"]).eval()
     given_of = {"m": lambda seed: accuracy.Given("m", dense, drawn, seed)}
-    monkeypatch.setattr(accuracy, "RATES", (1e-5, 1e-4, 1e-3))
+    monkeypatch.setattr(accuracy, "RATES", (1e-5, 1e-4, 1e-3, 1e-2))
     monkeypatch.setattr(accuracy, "TOOLS", {"dense": accuracy.TOOLS["dense"], "vitlab, pool": None})
     val, now = {(0, 1e-5): 60.0, (0, 1e-4): 70.0, (1, 1e-3): 90.0, (1, 1e-4): 50.0}, [1.0]
 
