@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import pandas as pd
 import pytest
@@ -163,3 +164,18 @@ def test_a_case_writes_its_table_with_where_it_comes_from(case, tmp_path):
         assert (table.seconds.gt(0) ^ failed).all() and (table.ratio.gt(0) ^ failed).all()
     if case == "removal":
         assert (table.macs_share.between(0, 1) ^ failed).all() and table.settings.notna().all()
+
+
+def test_shares_of_parameters_and_bytes_are_met_by_what_is_handed_out(accuracy, drawn, monkeypatch):
+    import targets
+
+    torch.manual_seed(0)
+    dense = models.create("conv_vit", num_classes=10, image_size=16, **TOYS["conv_vit"]).eval()
+    monkeypatch.setattr(targets, "SHARES", (0.7,))
+    table = pd.DataFrame(targets.of_model(accuracy.Given("m", dense, drawn, 0), 1, batch=2))
+    counted = table[table.target != "latency"]
+    assert list(zip(counted.target, counted.kinds, strict=True)) == list(product(("params", "bytes"), targets.POOLS))
+    assert counted.planned.between(0.69, 0.7).all() and (counted.met / counted.planned).between(0.99, 1.01).all()
+    assert (table.target == "latency").sum() == 2
+    timed = table.reindex(columns=["met_q1", "met", "met_q3"]).dropna()  # none where time cannot be had so
+    assert timed.T.apply(pd.Series.is_monotonic_increasing).all()

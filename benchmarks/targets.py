@@ -1,0 +1,60 @@
+"""Targets other than MACs: parameters, bytes and time of the two committed CIFAR-10 models, asked for and met."""
+
+from itertools import product
+
+import torch
+from accuracy import KINDS, MODELS, given_of
+from common import publish
+
+from vitlab import bench, budget, cost, evaluate, recover
+
+TARGETS, SHARES = ("params", "bytes", "latency"), (0.75, 0.5)
+POOLS = {"pool": (*KINDS, "ranks"), "units": KINDS}
+COLUMNS = ["model", "target", "kinds", "asked", "planned", "met", "met_q1", "met_q3", "macs", "params", "top1"]
+
+
+def targets(rounds):
+    """Each share of each target, by the pool and by units alone, without training: what stays of it, and top-1.
+
+    planned: the share that budget.plan says is kept. met: of the model as it is handed out, reconstructed; of latency
+    (batches of 64) timed once more, all of a model interleaved, with quartiles.
+    """
+    rows = []
+    for make in given_of(MODELS).values():
+        rows += of_model(make(0), rounds)
+        publish("targets", rows, shown=COLUMNS)
+
+
+def of_model(given, rounds, *, batch=64):
+    dense, rows, made = given.dense, [], {}
+    most = bench.break_even(bench.rank_speed(dense, batch=batch))
+    for what, share, (word, kinds) in product(TARGETS, SHARES, POOLS.items()):
+        row = {"model": given.name, "target": what, "kinds": word, "asked": share}
+        limits = {"most": most, "batch": batch} if what == "latency" else {}
+        try:
+            plan = budget.plan(dense, **given.candidates, kinds=kinds, **limits, **{what: share})
+        except budget.Unreachable as floor:
+            rows.append(row | {"note": str(floor)})
+            continue
+        small, drops = budget.cut(dense, plan, given.calibration, grams=given.affine, compensate="least squares")
+        small = recover.reconstruct(small, dense, given.calibration, drops=drops)
+        made[len(rows)] = small
+        row |= {"planned": plan.share, "met": share_of(small, dense, what), "macs": cost.macs(small) / cost.macs(dense)}
+        row |= {"params": share_of(small, dense, "params"), "top1": evaluate.accuracy(small, given.images.test).top1}
+        rows.append(row | {"threads": torch.get_num_threads(), "batch": batch if what == "latency" else None})
+    timed = {"dense": dense} | {str(number): small for number, small in made.items()}
+    times = bench.latency(timed, batch=batch, repeats=4 * rounds, seconds=600).set_index("model")
+    for number in made:
+        if rows[number]["target"] == "latency":
+            own = times.loc[str(number)]
+            rows[number] |= {"met": 1 / own.speedup, "met_q1": 1 / own.speedup_q3, "met_q3": 1 / own.speedup_q1}
+    return rows
+
+
+def share_of(small, dense, what):
+    """What small keeps of the dense model's parameters or bytes; None of what has to be timed."""
+    counts = {"params": lambda m: sum(p.numel() for p in m.parameters()), "bytes": cost.bytes_memory}
+    return counts[what](small) / counts[what](dense) if what in counts else None
+
+
+CASES = {"targets": targets}
