@@ -11,9 +11,8 @@ seed, in a stage: `cut` (as the tool delivers it, without training), `finetuned`
 one learning rate) or `unreachable` (its floor as macs). The seed draws 2,048 calibration images, random choices, and
 the order and augmentation of fine-tuning; dense model and split stay. The first seed is fine-tuned by RATES upward,
 until val falls, others by that which is best on val there, for each tool and budget: the more a cut has lost, the
-higher it is. `--speed` times
-seed 0's models of a budget together: speed does not depend on fine-tuning. `--table` writes accuracy.md and the figure.
-Cut models are kept in data/bench.
+higher it is. `--speed` times seed 0's models of a budget together: speed does not depend on fine-tuning. `--table`
+writes accuracy.md and the figure. Cut models are kept in data/bench.
 
 Torch-Pruning cuts all it can, with the help of peers.torch_pruning_cut: heads, neurons, width and filters by one ratio,
 or heads and neurons alone; groups normalised by their mean and magnitude by L2, as is its default; Taylor by the
