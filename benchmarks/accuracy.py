@@ -473,14 +473,11 @@ def figure(table):
     for (line, model), (column, (stage, word)) in product(zip(panels, names, strict=True), enumerate(STAGES.items())):
         ax, own = line[column], table[those(table, model=model, stage=stage)]
         for family in families:
-            top1 = own[own.tool.isin(FAMILIES[family])].groupby(["budget", "tool"]).top1
-            top1 = top1.agg(["mean", "min", "max", "count"])
-            top1 = top1[top1["count"] == top1["count"].groupby("budget").transform("max")]
-            best = top1.loc[top1["mean"].groupby("budget").idxmax()].droplevel("tool")
-            best["mean"] = best["mean"].clip(best["min"], best["max"])  # of equal values it may be a rounding off
-            spread = [best["mean"] - best["min"], best["max"] - best["mean"]]
+            mine = own[own.tool.isin(FAMILIES[family])].set_index(["budget", "tool"]).top1
+            each = mine.groupby(level=["budget", "tool"]).agg(["count", "mean"]).sort_values(["count", "mean"])
+            best = mine[mine.index.isin(each.groupby("budget").tail(1).index)]
             label = family + (f" (best of {len(FAMILIES[family])})" if len(FAMILIES[family]) > 1 else "")
-            ax.errorbar(best.index, best["mean"], yerr=spread, capsize=3, label=label, **look[family])
+            plots.mean_and_range(ax, best.groupby("budget"), label=label, **look[family])
         dense = own[own.tool == "dense"].top1.mean()
         ax.axhline(dense, color="0.35", linewidth=1, zorder=0, label="dense (right: fine-tuned as much)")
         ax.xaxis.set_major_formatter("{x:.0%}")

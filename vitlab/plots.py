@@ -317,7 +317,7 @@ def training_curves(history, *, column="train_top1"):
         for target, line in history[history.method == method].groupby("target", dropna=False):
             style = look.get(target, DENSE)
             label = f"{target:.0%} cut" if pd.notna(target) else method
-            _mean_and_range(ax, line.groupby("epoch")[column], label=label, **style)
+            mean_and_range(ax, line.groupby("epoch")[column], label=label, **style)
         ax.set_title(method, fontsize=12)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -339,7 +339,7 @@ def accuracy_curve(rows, *, ax=None):
     look = looks(cut.series)
     for (name, stage), line in cut.groupby(["series", "stage"], sort=False):
         style = look[name] | LINES.get(stage, {})
-        _mean_and_range(ax, line.groupby("target").top1, **style)
+        mean_and_range(ax, line.groupby("target").top1, **style)
     marks = _marks(_sets_of_seeds(cut, "series"))
     for name in dict.fromkeys(cut.series):
         ax.plot([], [], label=name + marks[name], **look[name])
@@ -535,7 +535,7 @@ def ladder(rows, *, names=(), ax=None):
     ax = ax or plt.subplots(figsize=(max(WIDE[0], 3.5 + 1.2 * len(stages)), 4.4))[1]
     for name in order:
         own = cut[cut.series == name]
-        _mean_and_range(ax, own.groupby("step").top1, label=name + marks[name], markersize=7, **look[name])
+        mean_and_range(ax, own.groupby("step").top1, label=name + marks[name], markersize=7, **look[name])
         untrained = own[~own.stage.isin(["finetuned", "distilled"])].groupby("step").top1.mean()
         hollow = look[name] | {"markerfacecolor": "white", "markersize": 7, "linestyle": ""}
         ax.plot(untrained.index, untrained, zorder=3, **hollow)
@@ -644,8 +644,9 @@ def _dense_lines(ax, rows, sets):
                 ax.axhline(top1.mean(), color=color, linestyle=line, linewidth=1, label=label, zorder=0)
 
 
-def _mean_and_range(ax, groups, **style):
-    """Mean over a grouped Series' index, with a bar from its lowest to its highest where they differ."""
+def mean_and_range(ax, groups, **style):
+    """Draw the mean of each group of numbers over the group's name, with a bar from its lowest to its highest where any
+    differ. groups: a grouped Series, its names numbers. style: of ax.errorbar."""
     line = groups.agg(["mean", "min", "max"])
     line["mean"] = line["mean"].clip(line["min"], line["max"])  # that of three equal numbers may be an ulp beside them
     spread = [line["mean"] - line["min"], line["max"] - line["mean"]]
@@ -898,7 +899,7 @@ def class_change(frame, *, ax=None):
     change = frame.dropna(subset="change").groupby("class", sort=False).change.agg(["mean", "min", "max"])
     if change.empty:
         raise ValueError("no class has a change of its top-1 to show")
-    change["mean"] = change["mean"].clip(change["min"], change["max"])  # as in _mean_and_range
+    change["mean"] = change["mean"].clip(change["min"], change["max"])  # as in mean_and_range
     change = change.sort_values("mean", kind="stable")
     hidden = max(0, len(change) - 24) if len(change) > 30 else 0
     shown = pd.concat([change.head(12), change.tail(12)]) if hidden else change
