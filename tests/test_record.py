@@ -325,7 +325,7 @@ def test_calibration_takes_what_there_is(lab):
     assert not drawn[-1]
 
 
-def test_augmented_calibration_is_drawn_once_for_each_image(lab):
+def test_augmented_calibration_is_drawn_once_for_each_image(lab, published):
     store = np.random.default_rng(0).integers(256, size=(48, 32, 32, 3), dtype=np.uint8)
     sizes = {"image_size": 32, "window": 32, "mean": (0.5,) * 3, "std": (0.2,) * 3}
     train = data.Split(store=store, indices=np.arange(48), labels=torch.arange(48) % 3, **sizes)
