@@ -233,10 +233,37 @@ def test_a_share_out_of_reach_names_the_floor(vit, batch):
         budget.plan(vit, units, macs=0.05, kinds=["neurons"])
     with pytest.raises(ValueError, match="share to keep"):
         budget.plan(vit, units, macs=50)
-    with pytest.raises(ValueError, match=r"no scores for \['width'\]"):
+    with pytest.raises(ValueError, match="no scores for the width of stages.0"):
         budget.plan(vit, units, macs=0.5, kinds=["neurons", "width"])
+    part = {key: score for key, score in units.items() if key[0] != "blocks.1"}
+    with pytest.raises(ValueError, match=r"no scores for the \w+ of blocks.1"):
+        budget.plan(vit, part, macs=0.5, kinds=["heads", "neurons"])
+    longer = units | {("blocks.1", "neurons"): torch.ones(3)}
+    with pytest.raises(ValueError, match=r"blocks.1.*of another model"):
+        budget.plan(vit, longer, macs=0.5, kinds=["heads", "neurons"])
     with pytest.raises(ValueError, match="unknown kinds"):
         budget.plan(vit, units, macs=0.5, kinds=["blocks"])
+
+
+def test_a_stage_that_lost_its_blocks_keeps_its_width(swin, batch):
+    blocks = [block for block in models.view(swin).blocks if block.stage == 0]
+    small = shrink.remove(swin, {(block.name, "block"): [0] for block in blocks})
+    plan = budget.plan(small, **budget.candidates(small, [batch], kinds=["width"]), kinds=["width"], macs=0.95)
+    assert set(plan.drop) == {("stages.1", "width")}
+    table = budget.kept(small, budget.cut(small, plan)[0]).set_index(["where", "kind"])
+    assert table.kept["stages.0", "width"] == table.whole["stages.0", "width"]
+    assert table.kept["stages.1", "width"] < table.whole["stages.1", "width"]
+
+
+def test_grams_that_are_given_weigh_the_ranks(vit, batch):
+    plan = budget.plan(vit, **budget.candidates(vit, [batch], kinds=["ranks"]), kinds=["ranks"], macs=0.7)
+    grams = scores.grams(vit, [batch], layers=list(models.view(vit).matrices), affine=True)
+    by_batches, by_grams, plain = (
+        budget.cut(vit, plan, *given[0], **given[1])[0] for given in (([[batch]], {}), ([], {"grams": grams}), ([], {}))
+    )
+    x = batch[0]
+    torch.testing.assert_close(by_grams(x), by_batches(x))
+    assert not torch.allclose(plain(x), by_batches(x), atol=1e-4)
 
 
 def both_grams(model, batch):

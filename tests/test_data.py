@@ -261,6 +261,8 @@ def test_number_of_batches(batch_size):
         ({"crop": 4, "scale": [0.5, 1]}, "crop or scale, not both"),
         ({"erase": 25}, r"share of the images in \[0, 1\], got 25"),
         ({"scale": [1, 0.5]}, "low <= high"),
+        ({"scale": [0.5]}, "low <= high"),
+        ({"scale": 0.5}, "low <= high"),
     ],
 )
 def test_wrong_augmentation_is_an_error_before_the_first_batch(augment, message):

@@ -60,6 +60,12 @@ def test_any_float(small_pieces, dtype):
     assert masks.keep_largest(score, count=200).equal(reference(score, 200))
 
 
+def test_a_tensor_without_scores_has_an_empty_mask(small_pieces):
+    score = torch.rand(400)
+    keep = masks.keep_largest({"none": torch.rand(0), "all": score}, count=100)
+    assert keep["all"].equal(reference(score, 100)) and keep["none"].shape == (0,)
+
+
 def test_infinities_have_their_place(small_pieces):
     score = torch.rand(400)
     score[::3], score[1::3] = torch.inf, -torch.inf

@@ -277,6 +277,13 @@ def test_units_and_rows_refuse_what_is_not_there(vit):
             prune.rows_to_masks(vit, rows)
 
 
+@pytest.mark.parametrize("kind", ["heads", "qk", "v"])
+def test_a_block_whose_heads_are_gone_has_none_to_mask(vit, kind):
+    small = shrink.remove(vit, {("blocks.0", "heads"): range(4)})
+    with pytest.raises(ValueError, match="of blocks.0 are all gone"):
+        prune.units_to_masks(small, {("blocks.0", kind): [0]})
+
+
 def test_cubic_schedule():
     assert prune.cubic_schedule(0, 10, final=0.9) == 0
     assert prune.cubic_schedule(-5, 10, final=0.9, initial=0.2) == pytest.approx(0.2)

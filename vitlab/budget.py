@@ -83,9 +83,9 @@ def plan(
     layers are factored; Unreachable (a ValueError) for a target below what these kinds can reach, naming the floor.
     """
     what, share = _checked_target(target)
-    groups, losses, thin = _candidates(model, unit_scores or {}, directions or {}, kinds, multiple, rank_multiple, most)
+    given = unit_scores or {}, directions or {}
+    groups, losses, sizes, thin = _candidates(model, *given, kinds, multiple, rank_multiple, most)
     costs = _Costs(models.view(model), _layer_costs(model, what, image_size, batch), thin)
-    sizes = models.view(model).units([kind for kind in kinds if kind != "ranks"]) if groups else {}
     search = _Search(costs, groups, losses, sizes)
     floor = search.floor() / costs.total
 
@@ -138,7 +138,7 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None, damping=1e-3):
         small, drops = shrink.remove(model, plan.drop, **known, damping=damping), [plan.drop]
         grams = scores.grams(small, batches, layers=list(plan.ranks), affine=True) if plan.ranks and batches else None
     if plan.ranks:
-        seen = {name: grams[name][:-1, :-1] for name in plan.ranks} if batches else None
+        seen = {name: grams[name][:-1, :-1] for name in plan.ranks} if grams else None
         small = shrink.factorise(small, plan.ranks, grams=seen, damping=damping)
     return small, drops
 
@@ -165,8 +165,8 @@ def kept(model, small):
             where = name if block is None else block.name
             rows.append((where, f"rank of {role}", rank, min(sides[0])))
     place = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    for block in reversed(before.blocks):
-        place[before.stages[block.stage]] = place[block.name] - 0.5  # a stage stands before its first block
+    for number, stage in enumerate(before.stages):  # a stage stands before its blocks, if it has any
+        place[stage] = place[f"layers.{number}.blocks" if before.kind == "swin" else "blocks"] + 0.5
     rows.sort(key=lambda row: place[row[0]])
     return pd.DataFrame(rows, columns=["where", "kind", "kept", "whole"])
 
@@ -259,7 +259,7 @@ def ranks(model, grams, gradients, *, macs, multiple=8, most=None, damping=1e-3,
     Raises ValueError for a share outside (0, 1), no common layers, one with another shape, gradients that are all
     zero, and a target below what the lowest ranks leave, naming the floor.
     """
-    _check_share(macs)
+    _checked_target({"macs": macs})
     known = dict(model.named_modules())
     table = cost.breakdown(model, image_size=image_size).set_index("layer").macs
     choices = {}
@@ -329,27 +329,29 @@ def _priced(choices, room):
         chosen[name] = choice
 
 
-def _check_share(macs):
-    if not 0 < macs < 1:
-        raise ValueError(f"macs is the share to keep, in (0, 1); got {macs}")
-
-
 def _candidates(model, unit_scores, directions, kinds, multiple, rank_multiple, most):
-    """groups {key: [indices]} and losses {key: [each group's]} of units; thin {layer: its _Thin} of ranks."""
+    """groups {key: [indices]}, losses {key: [each group's]} and sizes of units; thin {layer: its _Thin} of ranks."""
     if unknown := set(kinds) - {*FLOORS, "ranks"}:
         raise ValueError(f"unknown kinds {sorted(unknown)}; known are {', '.join(FLOORS)}, ranks")
     view = models.view(model)
     if "qk" in kinds and any(block.normalises_queries for block in view.blocks):
         raise ValueError("queries and keys are normalised together here; leave qk out of kinds")
-    known, found = dict(model.named_modules()), view.units([kind for kind in kinds if kind != "ranks"])
+    known, sizes = dict(model.named_modules()), view.units([kind for kind in kinds if kind != "ranks"])
+    for name in set(view.stages) - {view.stages[block.stage] for block in view.blocks}:
+        sizes.pop((name, "width"), None)  # no block writes to it: there is nothing to score
     for name in view.linears():
         if not isinstance(known[name], nn.Linear):
             raise ValueError(f"{name} is a {type(known[name]).__name__}: take units first, factorise afterwards")
-    if absent := {kind for _, kind in found} - {kind for _, kind in unit_scores}:
-        raise ValueError(f"no scores for {sorted(absent)}; give scores.units of these kinds, or leave them out")
+    unit_scores = {key: score for key, score in unit_scores.items() if key[1] in kinds}
+    if absent := [key for key in sizes if key not in unit_scores]:
+        kind = absent[0][1]
+        raise ValueError(
+            f"no scores for the {kind} of {absent[0][0]}; give scores.units of all {kind}, or leave them out"
+        )
+    if other := [key for key, score in unit_scores.items() if sizes.get(key) != len(score)]:
+        raise ValueError(f"the scores of {other[0]} are of another model: take them of the one that is to be cut")
     if "ranks" in kinds and not directions:
         raise ValueError("no directions; give scores.directions of the layers that may be factored, or leave ranks out")
-    unit_scores = {key: score for key, score in unit_scores.items() if key[1] in kinds}
     groups = {key: _groups(score, key[1], multiple, _heads(view, key)) for key, score in unit_scores.items()}
     losses = {key: [unit_scores[key][group].sum().item() for group in own] for key, own in groups.items()}
     thin = {}
@@ -365,7 +367,7 @@ def _candidates(model, unit_scores, directions, kinds, multiple, rank_multiple, 
             thin[name] = _Thin(m, n, options, after[options])
     if not groups and not thin:
         raise Unreachable(f"nothing of {', '.join(kinds)} may go: most allows no layer a rank, or there is no unit")
-    return groups, losses, thin
+    return groups, losses, sizes, thin
 
 
 @dataclass(frozen=True)

@@ -199,8 +199,9 @@ def _augmentation(augment: bool | dict, side: int, window: int) -> dict | None:
         raise ValueError(f"augment's crop is a border of 0 to {side - 1} pixels, got {options['crop']}")
     if not 0 <= options["erase"] <= 1:
         raise ValueError(f"augment's erase is a share of the images in [0, 1], got {options['erase']}")
-    if options["scale"] and not 0 < options["scale"][0] <= options["scale"][1] <= 1:
-        raise ValueError(f"augment's scale is [low, high] with 0 < low <= high <= 1, got {options['scale']}")
+    scale = options["scale"] or [1.0, 1.0]
+    if not isinstance(scale, list | tuple) or len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"augment's scale is [low, high] with 0 < low <= high <= 1, got {scale}")
     return options
 
 

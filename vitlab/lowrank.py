@@ -114,12 +114,7 @@ def support_mask(score, count, *, support="entries"):
     total = sums[support](score)
     if not 0 <= count <= len(total):
         raise ValueError(f"count of {support} in a {list(score.shape)} matrix is in [0, {len(total)}]; got {count}")
-    if not count:
-        return torch.zeros_like(score, dtype=torch.bool)
-    threshold = total.kthvalue(len(total) - count + 1).values
-    keep = total > threshold
-    ties = (total == threshold).nonzero().flatten()
-    keep[ties[len(ties) - (count - int(keep.sum())) :]] = True
+    keep = masks.drop_in_rows(total[None], len(total) - count)[0]
     shape = {"entries": score.shape, "rows": (-1, 1), "columns": (1, -1)}[support]
     return keep.view(shape).expand_as(score).clone()
 

@@ -218,7 +218,7 @@ def draw(scores, total):
     for score in scores:
         flat = score.detach().flatten()
         if total > SAMPLE:
-            chosen = torch.randint(flat.numel(), (flat.numel() * SAMPLE // total,), generator=generator)
+            chosen = torch.randint(max(1, flat.numel()), (flat.numel() * SAMPLE // total,), generator=generator)
             flat = flat[chosen.to(flat.device)]
         parts.append(flat)
     return torch.cat(parts)

@@ -190,7 +190,8 @@ def load_weights(model, path):
     scales = {"adapt_layer_scale": True} if adapt is vision_transformer else {}  # DeiT-III's own names for it
     state = adapt.checkpoint_filter_fn(state, model, **scales)
     own = model.state_dict()
-    heads = {key for name in classifier_names(model) for key in (f"{name}.weight", f"{name}.bias")}
+    named = classifier_names(model) or ["head", "head.fc", "head_dist"]  # of a model without classes the file's
+    heads = {key for name in named for key in (f"{name}.weight", f"{name}.bias")}
     resized = [k for k in heads if k in state and k in own and state[k].shape != own[k].shape]
     missing = [k for k in own if k not in state and k not in heads]
     wrong = [k for k in state if k not in heads and (k not in own or own[k].shape != state[k].shape)]
@@ -200,7 +201,7 @@ def load_weights(model, path):
             f"{len(missing)} tensors are missing (first {missing[:1]}), {len(wrong)} do not fit (first {wrong[:1]})"
         )
     if resized or not heads <= set(state):
-        classes = own[next(iter(heads))].shape[0] if heads else 0
+        classes = next((own[key].shape[0] for key in heads if key in own), 0)
         warnings.warn(f"{path.name}: the head is left out and starts new with {classes} classes", stacklevel=3)
     model.load_state_dict({k: v for k, v in state.items() if k in own and k not in resized}, strict=False)
 

@@ -166,8 +166,8 @@ def units_to_masks(model, drop):
 
 def attention_kept(block, kind, indices):
     """Bool [heads * size] of the query (and key) and of the value dimensions that stay without these heads, qk or v."""
-    values = block.attn.proj.in_features
-    queries = (block.attn.qkv.out_features - values) // 2  # heads may have fewer dimensions of one than of the other
+    # heads may have fewer dimensions of queries than of values
+    queries, values = block.num_heads * block.qk_dim, block.num_heads * block.head_dim
     if kind == "heads":
         keep = kept(indices, block.num_heads, name=f"heads of {block.name}")
         return tuple(keep.repeat_interleave(size // block.num_heads) for size in (queries, values))
@@ -179,7 +179,8 @@ def kept(indices, count, *, name):
     """Bool [count], False at indices. Raises ValueError for an index out of range."""
     indices = torch.as_tensor(indices, dtype=torch.long)
     if ((indices < 0) | (indices >= count)).any():
-        raise ValueError(f"{name} are 0 to {count - 1}; got {indices.tolist()}")
+        there = f"are 0 to {count - 1}" if count else "are all gone"
+        raise ValueError(f"{name} {there}; got {indices.tolist()}")
     keep = torch.ones(count, dtype=torch.bool)
     keep[indices] = False
     return keep

@@ -215,15 +215,18 @@ def directions(model, batches, bases, *, labels="true", seed=0):
             raise ValueError(f"the basis of {name} [{m}, {n}] is u [m, R] and v [R, n]; got {[*u.shape]}, {[*v.shape]}")
     with Sweep(model) as sweep:
 
-        def add(name, layer, x, gradient):
+        def add(name, layer, seen, gradient):
             u, v = (part.to(gradient) for part in bases[name])
+            x = seen.pop()
             x = patches(x, layer) if isinstance(layer, nn.Conv2d) else x.flatten(0, -2)
-            parts = ((x @ v.T) * (channels_last(gradient, layer).flatten(0, -2) @ u)).view(sweep.size, -1, len(v))
+            parts = ((x @ v.T) * (gradient @ u)).view(sweep.size, -1, len(v))
             after = parts.sum(1).flip(1).cumsum(1).flip(1)  # [B, R]: all from r on go
             lost[name] = lost.get(name, 0) + after.double().square().sum(0) / 2
 
         for name, layer in chosen.items():
-            sweep.on_pair(layer, partial(add, name, layer))
+            seen = []  # the layer's inputs, until its gradients come
+            sweep.hook(layer, lambda x, seen=seen: seen.append(wide(x.detach())))
+            sweep.on_output_gradient(layer, partial(add, name, layer, seen))
         sweep.run(batches, labels=labels, seed=seed)
     found = {name: functional.pad(lost[name] / sweep.images, (0, 1)) for name in chosen}
     return finite({"direction": found})["direction"]
@@ -344,20 +347,6 @@ class Sweep:
         if self.is_first(place, add):
             self.backward = True
             self.hook(layer, watch, output=True)
-
-    def on_pair(self, layer, add):
-        """Have add(x, g) called for each batch with the layer's input and the gradients of each image's loss by its
-        output, both as the layer has them, and wide."""
-        self.backward, seen = True, []
-
-        def watch(y):
-            if not y.requires_grad:
-                y.requires_grad_()
-            x = seen.pop()
-            y.register_hook(lambda gradient: add(x, wide(gradient)))
-
-        self.hook(layer, lambda x: seen.append(wide(x.detach())))
-        self.hook(layer, watch, output=True)
 
     def is_first(self, place, add):
         """Put add on the list of those who are told about a place; whether the list is new."""
@@ -558,8 +547,12 @@ def plan_rows(sweep, criteria, names, *, seed):
         if "variance" in criteria:
             sweep.on_value(layer, partial(outputs.add, name), output=True)
         if "gradient" in criteria:
-            for parameter in row_parameters(name, layer):
-                sweep.on_gradient(parameter, partial(add_rows, gradients[name], row_size(layer)))
+            own = dict(layer.named_parameters(recurse=False))
+            if "weight" not in own:
+                raise ValueError(f"the rows of {name} have no weights of their own: use taylor or fisher")
+            size = sum(parameter[0].numel() for parameter in own.values())
+            for parameter in own.values():
+                sweep.on_gradient(parameter, partial(add_rows, gradients[name], size))
     return chosen, {
         "random": random_scores(sweep.model, shapes, seed),
         "magnitude": lambda name: row_squares(chosen[name]).sqrt(),
@@ -718,19 +711,6 @@ def own_linears(model, names):
             raise ValueError(f"wanda and obs are for weights of linear layers, {name} is none: name the parameters")
         found[name] = layer_name, layer
     return found
-
-
-def row_parameters(name, layer):
-    """Weight and bias of a layer whose rows have gradients; a factored layer raises ValueError."""
-    parameters = dict(layer.named_parameters(recurse=False))
-    if "weight" not in parameters:
-        raise ValueError(f"the rows of {name} have no weights of their own: use taylor or fisher")
-    return parameters.values()
-
-
-def row_size(layer):
-    """Number of weights and bias in one row."""
-    return layer.weight[0].numel() + (layer.bias is not None)
 
 
 def add_rows(total, size, gradient):

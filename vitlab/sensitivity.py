@@ -48,7 +48,7 @@ def _cut(parameters, keep):
     try:
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.masked_fill_(~keep[name], 0)
+                parameter.masked_fill_(~keep[name].to(parameter.device), 0)
         yield
     finally:
         with torch.no_grad():
