@@ -77,19 +77,6 @@ def draw_cuts(table):
         plots.save(plots.roofline(rows), folder(f"roofline-{name}"), caption=said)
 
 
-def compiled(rounds):
-    """torch.compile and bf16 on dense and removed models, in batches of 8."""
-    rows = []
-    for case in LARGE:
-        dense = model_of(case)
-        ways = [("eager", "float32"), ("compiled", "float32"), ("eager", "bf16"), ("compiled", "bf16")]
-        made = {"dense": dense, "removed": cut_in_half(dense)}
-        settings = {f"{name} {' '.join(way)}": bench.Setting(m, *way) for name, m in made.items() for way in ways}
-        table = bench.bounds(settings, bench.latency(settings, batch=8, repeats=rounds)).assign(case=case)
-        rows.append(table.assign(model=table.model.str.split().str[0]))
-    publish("compiled", pd.concat(rows), shown=COLUMNS)
-
-
 def widths(rounds):
     """Half the MACs with sizes kept to multiples of 1 to 64: does it matter to time?"""
     rows = []
@@ -169,4 +156,4 @@ def factors(rounds):
     publish("factors", pd.concat(rows), shown=COLUMNS)
 
 
-CASES = {each.__name__: each for each in (cuts, compiled, widths, small, ranks, factors)}
+CASES = {each.__name__: each for each in (cuts, widths, small, ranks, factors)}

@@ -82,20 +82,14 @@ def latency(
         raise ValueError("no models to time; give {name: model}")
     settings = _settings(models, precision)
     device = torch.device(device or next(next(iter(settings.values())).model.parameters()).device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
     tables = []
-    try:
-        with contextlib.ExitStack() as stack:
-            calls = {name: _callable(setting, device, stack) for name, setting in settings.items()}
-            for size in batch if isinstance(batch, list | tuple) else [batch]:
-                runs = {name: (calls[name], _images(s, image_size, size, device)) for name, s in settings.items()}
-                milliseconds = _rounds(runs, repeats=repeats, seconds=seconds, warmup=warmup, device=device)
-                sides = [images.shape[-1] for _, images in runs.values()]
-                tables.append(_summary(milliseconds, size).assign(batch=size, image_size=sides))
-        threads = torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+    with contextlib.ExitStack() as stack, _on_threads(threads) as threads:
+        calls = {name: _callable(setting, device, stack) for name, setting in settings.items()}
+        for size in batch if isinstance(batch, list | tuple) else [batch]:
+            runs = {name: (calls[name], _images(s, image_size, size, device)) for name, s in settings.items()}
+            milliseconds = _rounds(runs, repeats=repeats, seconds=seconds, warmup=warmup, device=device)
+            sides = [images.shape[-1] for _, images in runs.values()]
+            tables.append(_summary(milliseconds, size).assign(batch=size, image_size=sides))
     table = pd.concat(tables, ignore_index=True)
     for column in ("runtime", "precision"):
         table[column] = [getattr(settings[name], column) for name in table.model]
@@ -107,6 +101,17 @@ def latency(
 
 def _settings(models, precision="float32"):
     return {name: m if isinstance(m, Setting) else Setting(m, precision=precision) for name, m in models.items()}
+
+
+@contextlib.contextmanager
+def _on_threads(threads):
+    """torch on so many CPU threads within (None: as it is); gives their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
 
 
 def _callable(setting, device, stack):
@@ -210,11 +215,9 @@ def ceilings(device="cpu", precision="float32", threads=None):
     a tensor, for SIZES, as caches make small ones faster. threads: CPU threads, None for torch's setting.
     """
     device, dtype = torch.device(device), PRECISIONS[precision]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        sides = (2048, 4096, 8192) if device.type == "cuda" else (512, 1024, 2048)
-        macs_per_s = 0
+    sides = (2048, 4096, 8192) if device.type == "cuda" else (512, 1024, 2048)
+    macs_per_s, bytes_per_s = 0, {}
+    with _on_threads(threads):
         for side in sides:
             x, y = torch.randn(2, side, side, device=device).to(dtype)
             # 1 x 1 convolution is the same product by another library: on some processors twice as fast
@@ -222,7 +225,6 @@ def ceilings(device="cpu", precision="float32", threads=None):
             image = x.view(1, side, 32, -1).contiguous(memory_format=torch.channels_last)
             for product in (lambda x=x, y=y: x @ y, lambda conv=conv, image=image: conv(image)):
                 macs_per_s = max(macs_per_s, side**3 / _least_seconds(product, device))
-        bytes_per_s = {}
         for size in SIZES:
             x = torch.randn(size // (2 * dtype.itemsize), device=device).to(dtype)
             y, times = torch.empty_like(x), max(1, 10**7 // size)
@@ -231,8 +233,6 @@ def ceilings(device="cpu", precision="float32", threads=None):
         small = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8)).to(device, dtype)
         x = torch.randn(1, 8, device=device).to(dtype)
         launch_s = _least_seconds(lambda: _repeat(lambda: small(x), 100), device) / 300
-    finally:
-        torch.set_num_threads(before)
     return {"macs_per_s": macs_per_s, "launch_s": launch_s, "bytes_per_s": bytes_per_s}
 
 
@@ -318,21 +318,19 @@ def layer_times(model, table, *, batch=8, image_size=None, repeats=7):
     subject, images = _converted(setting, device), _images(setting, image_size, batch, device)
     names = [name for name in table.layer if name in dict(subject.named_modules())]
     outer = sorted({name.rpartition(".")[0] for name in names if name.rpartition(".")[0].endswith((".attn", ".mlp"))})
-    started, passes, hooks = {}, [], []
-    for name in [*names, *outer]:
-        module = subject.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda *_, n=name: started.update({n: _now(device)})))
-        hooks.append(module.register_forward_hook(lambda *_, n=name: passes[-1].update({n: _now(device) - started[n]})))
-    try:
-        with torch.inference_mode():
-            for _ in range(repeats + 1):
-                passes.append({})
-                begun = _now(device)
-                subject(images)
-                passes[-1][""] = _now(device) - begun
-    finally:
-        for hook in hooks:
-            hook.remove()
+    started, passes = {}, []
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for name in [*names, *outer]:
+            module = subject.get_submodule(name)
+            hook = module.register_forward_pre_hook(lambda *_, n=name: started.update({n: _now(device)}))
+            hooks.enter_context(hook)
+            hook = module.register_forward_hook(lambda *_, n=name: passes[-1].update({n: _now(device) - started[n]}))
+            hooks.enter_context(hook)
+        for _ in range(repeats + 1):
+            passes.append({})
+            begun = _now(device)
+            subject(images)
+            passes[-1][""] = _now(device) - begun
     times = 1000 * pd.DataFrame(passes[1:]).median()
     found = {name: times.get(name, 0.0) for name in table.layer}
     for name in outer:
@@ -368,27 +366,18 @@ def rank_speed(model, *, batch=64, multiple=8, steps=8, repeats=15, seconds=5, i
         raise ValueError("no linear layer or convolution of the stem is plain: there is nothing to factor")
     setting, inputs = Setting(model), {}
     device = next(model.parameters()).device
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, args[0].detach()))
-        for name, layer in known.items()
-    ]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        try:
-            with torch.no_grad():
-                _converted(setting, device)(_images(setting, image_size, batch, device))
-        finally:
-            for hook in hooks:  # or they would be timed
-                hook.remove()
-        same, tables = {}, {}
+    with contextlib.ExitStack() as hooks, torch.no_grad():  # which end here, or they would be timed
         for name, layer in known.items():
-            if name in inputs:  # SwinV2 may use a weight without a call
-                same.setdefault((repr(layer), inputs[name].shape, inputs[name].stride()), []).append(name)
+            keep = functools.partial(lambda name, _, args: inputs.setdefault(name, args[0].detach()), name)
+            hooks.enter_context(layer.register_forward_pre_hook(keep))
+        _converted(setting, device)(_images(setting, image_size, batch, device))
+    same, tables = {}, {}
+    for name, layer in known.items():
+        if name in inputs:  # SwinV2 may use a weight without a call
+            same.setdefault((repr(layer), inputs[name].shape, inputs[name].stride()), []).append(name)
+    with _on_threads(threads):
         for key, names in same.items():
             tables[key] = _rank_times(known[names[0]], inputs[names[0]], multiple, steps, repeats, seconds, device)
-    finally:
-        torch.set_num_threads(before)
     frames = [table.assign(layer=name) for key, table in tables.items() for name in same[key]]
     table = pd.concat(frames, ignore_index=True)
     return table[["layer", *table.columns.drop("layer")]]

@@ -79,17 +79,12 @@ def _matrix(ax, letters, x, y):
     m, n = letters.shape
     ax.imshow(colors, extent=(x, x + n, y + m, y), interpolation="nearest", zorder=1)
     for way, gone in ((0, (letters == "x").all(1)), (1, (letters == "x").all(0))):
-        for first, last in _runs(gone):
-            corner, size = ((x, y + first), (n, last - first)) if way == 0 else ((x + first, y), (last - first, m))
-            hatch = "xxx" if last - first > 0.04 * max(m, n) else None  # in a thin line crosses would be a thick one
+        for run in np.ma.clump_masked(np.ma.masked_array(gone, gone)):
+            first, count = run.start, run.stop - run.start
+            corner, size = ((x, y + first), (n, count)) if way == 0 else ((x + first, y), (count, m))
+            hatch = "xxx" if count > 0.04 * max(m, n) else None  # in a thin line crosses would be a thick one
             ax.add_patch(Rectangle(corner, *size, zorder=2, hatch=hatch, **GONE))
     ax.add_patch(Rectangle((x, y), n, m, fill=False, edgecolor="0.35", linewidth=0.8, zorder=3))
-
-
-def _runs(flags):
-    """[(first, after the last)] of each run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(int)))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 @styled

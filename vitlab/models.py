@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -404,17 +405,16 @@ def attention_weights(model, x):
     """
     blocks = [block for block in view(model).blocks if block.num_heads]
     training, fused = model.training, [block.attn.fused_attn for block in blocks]
-    found, hooks = {}, []
+    found = {}
     try:
-        for block in blocks:
-            block.attn.fused_attn = False  # the kernel keeps them to itself
-            keep = partial(lambda name, module, inputs, weights: found.update({name: weights}), block.name)
-            hooks.append(block.attn.attn_drop.register_forward_hook(keep))
-        model.eval()(x)
+        with ExitStack() as hooks:
+            for block in blocks:
+                block.attn.fused_attn = False  # the kernel keeps them to itself
+                keep = partial(lambda name, module, inputs, weights: found.update({name: weights}), block.name)
+                hooks.enter_context(block.attn.attn_drop.register_forward_hook(keep))
+            model.eval()(x)
     finally:
         model.train(training)
-        for hook in hooks:
-            hook.remove()
         for block, was in zip(blocks, fused, strict=True):
             block.attn.fused_attn = was
     return found

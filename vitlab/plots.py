@@ -726,7 +726,7 @@ def caption(rows, drawn=None):
 def save(drawn, path, *, caption=None):
     """Write a Figure, or the one that an Axes is in, as path + ".svg", ".pdf" and ".png", caption as ".txt".
 
-    path: without ending. The same drawing gives the same bytes. The figure is closed.
+    path: without ending. The same drawing gives the same bytes. The figure is closed, and returned for display.
     """
     figure = drawn.figure
     for ending, metadata in (("svg", {"Date": None}), ("pdf", {"CreationDate": None}), ("png", {"Software": None})):
@@ -737,6 +737,7 @@ def save(drawn, path, *, caption=None):
     if caption:
         record.write_atomic(f"{path}.txt", caption + "\n")
     plt.close(figure)
+    return figure
 
 
 def save_table(frame, path, *, formats=None, kinds=("csv", "md", "tex")):

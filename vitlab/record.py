@@ -645,17 +645,13 @@ def _append(path, rows):
 
 def _changed_models(results, before):
     """{(model, seed)} whose dense model in results is another one than in before."""
-    found = {}
-    for frame in (results, before):
-        dense = frame[frame.notebook == "1_train"] if len(frame) else frame
-        for row in dense.itertuples():
-            found.setdefault((row.model, row.seed), []).append((row.params, row.top1))
-    return {
-        key
-        for key, ((params, top1), *others) in found.items()
-        for other in others
-        if other[0] != params or not abs(other[1] - top1) < 0.05  # of percent: another processor rounds otherwise
-    }
+    if results.empty or before.empty:
+        return set()
+    now, then = (frame[frame.notebook == "1_train"] for frame in (results, before))
+    both = now.merge(then, on=["model", "seed"], suffixes=("", "_before"))
+    close = (both.top1 - both.top1_before).abs() < 0.05  # of percent: another processor rounds otherwise
+    changed = both[both.params.ne(both.params_before) | ~close]
+    return set(zip(changed.model, changed.seed, strict=True))
 
 
 def figures_folder(name, *, override=None):

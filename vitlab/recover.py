@@ -5,6 +5,7 @@ the same call as the cut. `reconstruct` comes after all cuts and looks at what t
 """
 
 import copy
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import nn
@@ -138,14 +139,11 @@ def _see(module, x, *watched):
         if part is watched[-1]:
             raise _Enough
 
-    handles = [part.register_forward_hook(look) for part in watched]
-    try:
+    with ExitStack() as hooks, suppress(_Enough):
+        for part in watched:
+            hooks.enter_context(part.register_forward_hook(look))
         module(x)
-    except _Enough:
-        return seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    return seen
 
 
 class _Place:

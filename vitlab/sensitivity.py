@@ -85,11 +85,8 @@ def _without(block, kind, unit):
         x[..., unit * width : (unit + 1) * width] = 0
         return x
 
-    hook = layer.register_forward_pre_hook(silence)
-    try:
+    with layer.register_forward_pre_hook(silence):
         yield
-    finally:
-        hook.remove()
 
 
 def agreement(unit_scores, measured):
