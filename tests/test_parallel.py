@@ -159,6 +159,7 @@ def test_the_first_tells_the_others_its_error(tmp_path):
     )
     done = torchrun(script)
     assert sorted(done.stdout.split("\n")[:2]) == ["0 of 2: of the first", "1 of 2: of the first"], done.stderr
+    assert done.returncode == 0, done.stderr  # gloo's threads have ended
 
 
 def test_models_that_differ_are_refused_and_alone_nothing_is_shared(vit, tmp_path):

@@ -6,6 +6,7 @@ computed by the first and sent to the others, and the first alone writes files. 
 but for `in_turn`.
 """
 
+import atexit
 import contextlib
 import functools
 import os
@@ -37,7 +38,17 @@ def join():
 
     # without cpu=True accelerate 1.15 takes processes without a GPU for one each, and shares no gradients
     PartialState(**({"timeout": timedelta(days=7), "cpu": not torch.accelerator.is_available()} if count() > 1 else {}))
+    _leave_at_exit()
     return torch.distributed
+
+
+@functools.cache
+def _leave_at_exit():
+    """End what `join` began before Python ends: gloo's threads that still run then abort the process, and torchrun
+    takes all of them for failed."""
+    import torch
+
+    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 
 
 def wait():
