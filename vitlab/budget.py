@@ -121,7 +121,8 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None, damping=1e-3):
     batches: a list of (x, y) of calibration images. compensate: what makes up for units that go (see shrink.remove):
     None for nothing, "mean" of what is lost on average, "least squares" by the inputs that stay, about their mean.
     Ranks are of activation-weighted SVD, on the activations of the model without the units; of plain SVD without
-    batches. grams: those of model, of scores.grams(layers=view.matrices, affine=True), if they are known already.
+    batches. grams: those of model, of scores.grams(layers=view.matrices, affine=True), if they are known already; where
+    no units go they serve for ranks without batches, too.
     Raises ValueError for another compensate or one without batches, and what shrink.remove and shrink.factorise raise.
     """
     ways = (None, "mean", "least squares")
