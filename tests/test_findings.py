@@ -79,7 +79,7 @@ PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 
 def table_of(text):
     """The frame of the one table of a text in Markdown, its first column as index."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line[:1] == "|"]
     return pd.DataFrame(lines[2:], columns=lines[0]).set_index("")
 
 
@@ -92,7 +92,7 @@ def test_pages_show_what_the_tables_say(page):
 
 def test_a_changed_number_of_a_page_is_put_right(tmp_path, capsys):
     text = PAGES[0].read_text()
-    (tmp_path / "page.md").write_text(text.replace("| dense | ", "| dense | 99.9 / "))
+    (tmp_path / "page.md").write_text(text.replace("|dense|", "|dense|99.9 / "))
     assert findings.main([str(tmp_path / "page.md")]) == 0
     made = (tmp_path / "page.md").read_text()
     assert table_of(findings.MARKS.search(made)[0]).equals(table_of(findings.MARKS.search(text)[0]))
@@ -124,6 +124,56 @@ def test_cells_are_the_means_of_their_rows(folder):
             assert bool(spread) == (own.seed.nunique() > 1)
 
 
+@pytest.mark.parametrize("name", COMMITTED)
+def test_what_was_found_is_told_from_the_rows(name):
+    told = {line.split("**")[1]: line for line in findings._found(findings.Study(FIGURES / name))}
+    assert len(told) == len(findings.FOUND)
+    rows = pd.read_csv(FIGURES / name / "results.csv")
+
+    def numbers_in(sentence):
+        return [
+            float(n)
+            for n in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", told[sentence].replace("top-1", "").replace("−", "-"))
+        ]
+
+    def means(column, query, of_dense=None):
+        """Of the ViT, then the Swin; of_dense: how a value and the dense model's of its seed are put together."""
+        cut = rows[rows.latency_ms.isna()].query(query).set_index(["model", "seed"])[column]
+        dense = rows[rows.latency_ms.isna() & (rows.stage == "dense")].set_index(["model", "seed"])[column]
+        both = of_dense(cut, dense.reindex(cut.index)) if of_dense else cut
+        return both.groupby("model").mean().sort_index(ascending=False).tolist()
+
+    def change(method, target):
+        asked = f"method == '{method}' and target == {target} and target_kind == 'macs' and stage == 'reconstructed'"
+        return means("top1", asked, lambda cut, dense: cut - dense)
+
+    near = {"abs": 0.0501}
+    assert numbers_in("Half the MACs") == pytest.approx(change("pool", 0.5) + change("pool", 0.25), **near)
+    alone = [change(method, 0.25) for method in ("ranks", "units", "random")]
+    assert numbers_in("One kind alone") == pytest.approx(sum(alone, []), **near)
+    methods = ["unstructured", "unstructured, magnitude", "unstructured, random"]
+    scores = [means("top1", f"method == '{method}' and target == 0.9 and stage == 'cut'") for method in methods]
+    assert numbers_in("Scores") == pytest.approx([90, *sum(scores, [])], **near)
+    asked = "method == 'unstructured' and target == 0.9 and stage == 'finetuned'"
+    disk = means("bytes_disk", asked, lambda cut, dense: 100 * cut / dense)
+    assert numbers_in("Zeros")[:3] == pytest.approx([90, *disk], abs=0.51)
+
+
+def test_what_was_not_run_is_not_told(invented, tmp_path):
+    study = findings.Study(shutil.copytree(invented, tmp_path / "made"))
+    assert not findings._found(study)  # its pool is of no ranks, and nothing was cut by magnitude
+    frame = pd.read_csv(study.folder / "summary.csv")
+    pools = [frame[frame.method == "pool"].assign(form="factored", target=target) for target in (0.5, 0.25)]
+    pools = pd.concat(pools).assign(dense=80.0, reconstructed=[80.04, 60, 79.94, 90])  # Swin, ViT
+    pd.concat([frame, pools]).to_csv(study.folder / "summary.csv", index=False)
+    assert findings._found(study) == [
+        "- **Half the MACs**, units and ranks cut from one pool: −20.0 and 0.0 points of top-1 without labels or "
+        "training; a quarter: +10.0 and −0.1."
+    ]
+    pools.assign(reconstructed=[1, np.nan, 1, 1]).to_csv(study.folder / "summary.csv", index=False)
+    assert not findings._found(study)
+
+
 def by_hand(folder, rows):
     """A study whose results are rows: (model, seed, method, form, target_kind, target, stage, top1)."""
     names = ["model", "seed", "method", "form", "target_kind", "target", "stage", "top1"]
@@ -148,7 +198,7 @@ def test_lines_by_hand(tmp_path):
         ("vit", 0, "unheard of", "removed", "macs", 0.5, "reconstructed", 3),
     ]
     text = findings.results([by_hand(tmp_path, rows)], page=tmp_path, front=True)
-    assert text.startswith("![Top-1 after each step of recovery](made/ladder-macs-0.25-vit.png)\n\n| ")
+    assert text.startswith("![Top-1 after each step of recovery](made/ladder-macs-0.25-vit.png)\n\n||")
     assert table_of(text)["ViT top-1 (%)"].to_dict() == {
         "dense": "80.5±0.5",
         "dense, same epochs": "80.5±0.5",

@@ -5,6 +5,7 @@ holds for any study. `python -m vitlab.findings README.md` writes tables of resu
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -687,6 +688,19 @@ FRONT = [  # cuts and stages of the front page
     "pool+ranks factored reconstructed",
     "pool factored reconstructed",
 ]
+WEIGHTS, ROWS, MIXED = "unstructured masked 0.9", "structured removed 0.9", "heads+svd+iht entries masked 0.4"
+FOUND = [  # sentences above a table; in braces: method, form and target of a cut, and what of it
+    "**Half the MACs**, units and ranks cut from one pool: {pool factored 0.5 reconstructed} points of top-1 without "
+    "labels or training; a quarter: {pool factored 0.25 reconstructed}.",
+    "**One kind alone** at a quarter: ranks {ranks factored 0.25 reconstructed}, units "
+    "{units removed 0.25 reconstructed}, random units {random removed 0.25 reconstructed}.",
+    f"**Scores**: right after a cut of 90\u00a0% of the weights sensitivity leaves {{{WEIGHTS} top1}}, magnitude "
+    f"{{{WEIGHTS.replace(' ', ', magnitude ', 1)} top1}}, chance {{{WEIGHTS.replace(' ', ', random ', 1)} top1}}.",
+    f"**Zeros**: these 90\u00a0% leave {{{WEIGHTS} bytes_disk}} of the bytes on disk and are {{{WEIGHTS} speedup}} "
+    f"times as fast as dense; 90\u00a0% of the rows removed, with {{{ROWS} macs}} of the MACs, {{{ROWS} speedup}}.",
+    f"**Heads, SVD, IHT** at 40\u00a0%, fine-tuned: {{{MIXED} finetuned}} points with {{{MIXED} macs}} of the MACs; "
+    "SVD without IHT {heads+svd factored 0.4 finetuned} with {heads+svd factored 0.4 macs}.",
+]
 MARKS = re.compile(r"(<!-- results(?: of ([\w-]+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -738,8 +752,39 @@ def _seed_note(rows):
     return [f"±: half the range over seeds{fewer}{without}."] if max(counts) > 1 else []
 
 
+def _found(study):
+    """The sentences of FOUND as lines of Markdown, with the numbers of all models, ViT first, means over the seeds of
+    each cut; changes are against the dense models of the same seeds. Without those whose cuts were not run."""
+    models = sorted(study.models, reverse=True)
+    try:
+        summary = study.read("summary")
+    except Absent:
+        return []
+    summary = summary[~summary.target_kind.isin(BUDGETS.keys() - {"macs"})]
+
+    def value(model, cut, what):
+        named = summary.method + " " + summary.form + " " + summary.target.astype(str)
+        found = summary[(summary.model == model) & (named == cut)].squeeze(axis=0)
+        if found.empty or pd.isna(found.get("cut" if what == "top1" else what)):
+            raise Absent(f"{model} has no {cut} {what}")
+        if what in plots.STAGES:
+            return _signed(found[what] - found.dense)
+        if what in ("macs", "bytes_disk"):
+            return _share(round(found[what] / study.dense.loc[model, what], 2))
+        return _two(found.speedup) if what == "speedup" else f"{_one(found.cut)}\u00a0%"
+
+    def of_all(match):
+        return " and ".join(value(model, *match[1].rsplit(" ", 1)) for model in models)
+
+    said = []
+    for sentence in FOUND:
+        with contextlib.suppress(Absent):
+            said.append("- " + re.sub(r"\{(.+?)\}", of_all, sentence))
+    return said
+
+
 def results(folders, *, page, front=False):
-    """The results of studies as a table in Markdown, and where it comes from.
+    """The results of studies as a table in Markdown, below what the first found, and where it comes from.
 
     folders: of tables, one a study. Columns: top-1 of each model; MACs and non-zero parameters of the first study's.
     page: the folder from which links go. front: the few lines of FRONT, below a picture of the deepest budget.
@@ -774,7 +819,10 @@ def results(folders, *, page, front=False):
     lines = [["", *table], ["---", *["---:"] * len(columns)], *table.reset_index().itertuples(index=False)]
     least = [f"{kind}-{target:g}-{model}" for model, kind, target in studies[0].budgets()][-1:]
     picture = "".join(f"![Top-1 after each step of recovery]({links[studies[0]]}/ladder-{name}.png)" for name in least)
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + "\n".join(said)
+    text = "\n".join(f"|{'|'.join(line)}|" for line in lines) + "\n\n" + "\n".join(said)
+    if bullets := _found(studies[0]):
+        who = " and ".join(_name(model).partition("-")[0] for model in sorted(studies[0].models, reverse=True))
+        text = f"Found on {data[studies[0]]}, {who}:\n\n" + "\n".join(bullets) + f"\n\n{text}"
     return f"{picture}\n\n{text}" if front else text
 
 
