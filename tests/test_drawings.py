@@ -143,9 +143,7 @@ def test_what_survives_is_counted_apart_and_magnitude_has_its_threshold(model):
     roles = [role for role in ("qkv", "proj", "fc1", "fc2") if role in set(by_layer.role)]
     assert [ax.get_ylabel() for ax in figure.axes] == roles
     assert [len(ax.collections) for ax in figure.axes] == [2 * len(view.blocks)] * len(roles)
-    older = drawings.weight_violins(by_layer.assign(survivors=np.nan, threshold=np.nan))
-    assert [len(ax.collections) for ax in older.axes] == [2 * len(view.blocks)] * len(roles)
-    assert not any(ax.lines for ax in older.axes)
+    assert all(len(ax.lines) == 2 for ax in figure.axes)
     lines = [line for ax in plots.weight_histograms(by_role[by_role.role == "all"]).axes for line in ax.lines]
     assert sorted({round(line.get_xdata()[0], 6) for line in lines}) == pytest.approx(
         [-by_role.threshold[0], by_role.threshold[0]], abs=1e-5

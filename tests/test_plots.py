@@ -213,23 +213,16 @@ def test_training_curves_stand_beside_each_other():
 
 def test_zeros_stand_apart_from_the_histogram():
     bins = {"left": [-1.0, -0.5, 0.0, 0.5], "right": [-0.5, 0.0, 0.5, 1.0]}
-    dense = pd.DataFrame({"stage": "unpruned", **bins, "count": [1, 20, 20, 1], "zeros": 0})
-    pruned = pd.DataFrame({"stage": "pruned", **bins, "count": [1, 0, 0, 1], "zeros": 40})
+    stays = {"survivors": [1, 0, 0, 1], "threshold": 0.4}
+    dense = pd.DataFrame({"stage": "unpruned", **bins, "count": [1, 20, 20, 1], "zeros": 0, **stays})
+    pruned = pd.DataFrame({"stage": "pruned", **bins, "count": [1, 0, 0, 1], "zeros": 40, **stays})
     left, right = plots.weight_histograms(pd.concat([dense, pruned])).axes
     assert left.get_yscale() == right.get_yscale() == "log"
     (bar,) = right.containers[0]
     assert bar.get_height() == 40 and bar.get_x() > 1  # beyond the largest weight
     assert left.get_ylim()[1] > 40
-
-
-def test_rows_without_survivors_beside_others_draw_what_they_have():
-    bins = {"stage": "pruned", "left": [-1.0, -0.5, 0.0, 0.5], "right": [-0.5, 0.0, 0.5, 1.0], "zeros": 3}
-    old = pd.DataFrame(bins).assign(method="old", count=[1, 2, 3, 4], survivors=np.nan, threshold=np.nan)
-    new = old.assign(method="new", survivors=[1, 0, 0, 4], threshold=0.4)
-    first, second = plots.weight_histograms(pd.concat([old, new])).axes
-    assert [patch.get_label() for patch in first.patches if "StepPatch" in type(patch).__name__] == ["stay"]
-    assert [patch.get_label() for patch in second.patches if "StepPatch" in type(patch).__name__] == ["will go", "stay"]
-    assert (len(first.lines), len(second.lines)) == (0, 2)
+    steps = [[p.get_label() for p in ax.patches if "StepPatch" in type(p).__name__] for ax in (left, right)]
+    assert steps == [["will go", "stay"], ["stay"]] and len(left.lines) == len(right.lines) == 2
 
 
 def test_maps_keep_the_order_of_blocks_and_leave_holes():

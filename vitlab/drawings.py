@@ -6,7 +6,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.patches import Patch, Rectangle
 
-from vitlab.plots import COLORS, STAGES, styled, whole_column
+from vitlab.plots import COLORS, STAGES, styled
 
 KEPT = plt.get_cmap("Blues")(np.linspace(0.45, 1, 9))  # by the size of the weight
 GONE = {"facecolor": "#fbe3d0", "edgecolor": COLORS[3], "linewidth": 0}
@@ -137,12 +137,12 @@ def weight_violins(frame):
             part = frame[(frame.role == role) & (frame.stage == stage)]
             for block, own in part.groupby("block", sort=False):
                 place = blocks.index(block)
-                _violin(ax, own, whole_column(own, column, own["count"]), place, side=side, color=color)
+                _violin(ax, own, own[column], place, side=side, color=color)
                 if side == "high":
                     zeros = own.zeros.iloc[0] / (own.zeros.iloc[0] + own["count"].sum())
                     words = {"ha": "center", "va": "bottom", "transform": ax.get_xaxis_transform()}
                     ax.text(place, 0.01, f"{zeros:.0%}", fontsize=8, color="0.25", **words)
-        for sign in (1, -1) if whole_column(frame, "threshold") is not None else ():
+        for sign in (1, -1):
             ax.axhline(sign * frame.threshold.iloc[0], color="0.1", linestyle=":", linewidth=1)
         own = frame[(frame.role == role) & (frame["count"] > 0)]
         reach = own[["left", "right"]].abs().to_numpy().max()
@@ -152,8 +152,7 @@ def weight_violins(frame):
     ax.set_xlabel("block; the share of zeros stands below")
     figure.supylabel("value of the weight", fontsize=12)
     handles = [Patch(color=color, label=STAGES.get(stage, stage)) for stage, _, _, color in sides]
-    if whole_column(frame, "threshold") is not None:
-        handles.append(plt.Line2D([], [], color="0.1", linestyle=":", label="where magnitude would cut as many"))
+    handles.append(plt.Line2D([], [], color="0.1", linestyle=":", label="where magnitude would cut as many"))
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure
 

@@ -251,8 +251,8 @@ def weight_histograms(frame):
 
     frame: as prune.histogram returns it, with method and target added for several. Counts are on a
     logarithmic axis; the zeros stand apart in a hatched bar at the right, where they do not hide the rest.
-    With survivors in it, what the masks let go is light; with threshold, dotted lines show the |w| up to
-    which magnitude would have cut as many. Returns a Figure.
+    What the masks will let go is light; dotted lines show the |w| up to which magnitude would have cut as many.
+    Returns a Figure.
     """
     marks = [column for column in ("method", "target") if column in frame]
     groups = list(frame.groupby(marks, sort=False)) if marks else [((), frame)]
@@ -267,11 +267,10 @@ def weight_histograms(frame):
                 ax.set_axis_off()
                 continue
             edges = [*part.left, part.right.iloc[-1]]
-            stays = whole_column(part, "survivors", part["count"])
-            if stays.sum() < part["count"].sum():
+            if part.survivors.sum() < part["count"].sum():
                 ax.stairs(part["count"], edges, fill=True, color="0.75", label="will go")
-            ax.stairs(stays, edges, fill=True, color=COLORS[0], label="stay")
-            for sign in (-1, 1) if whole_column(part, "threshold") is not None else ():
+            ax.stairs(part.survivors, edges, fill=True, color=COLORS[0], label="stay")
+            for sign in (-1, 1):
                 place = {"color": "0.1", "linestyle": ":", "linewidth": 1.2, "zorder": 3}
                 ax.axvline(sign * part.threshold.iloc[0], label="where magnitude\nwould cut as many", **place)
             zeros = part.zeros.iloc[0]
@@ -289,11 +288,6 @@ def weight_histograms(frame):
     if len(handles) > 1:
         figure.legend(handles.values(), handles, loc="outside right center")
     return figure
-
-
-def whole_column(part, column, other=None):
-    """A column of part, or other where it is missing or has gaps, as in older rows beside newer ones."""
-    return part[column] if column in part and part[column].notna().all() else other
 
 
 def _group_name(name):
