@@ -49,7 +49,6 @@ from vitlab import (
     cost,
     data,
     evaluate,
-    lowrank,
     models,
     plots,
     record,
@@ -150,41 +149,11 @@ def ranks(given, share):
 
 
 def svd(whitened, given, share):
-    """The same share of each linear layer, of the stem's convolutions, too, or of all but the first of these, which
-    sees three channels: what has the lowest loss."""
-    view, grams, found = models.view(given.dense), given.grams if whitened else None, []
-    sets = {"linear layers": view.linears(), "linear layers and stem": view.matrices}
-    first = next(name for name in view.matrices if name not in view.linears())
-    sets["all but the first convolution"] = {name: each for name, each in view.matrices.items() if name != first}
-    for note, layers in sets.items():
-        with contextlib.suppress(ValueError):
-            model = shrink.factorise(given.dense, equal_ranks(given.dense, layers, share), grams=grams)
-            found.append((scores.loss(model, given.calibration), note, model))
-    if not found:
-        equal_ranks(given.dense, view.matrices, share)  # raises
-    _, note, model = min(found, key=lambda each: each[0])
-    return model, note
-
-
-def equal_ranks(dense, layers, share):
-    """{layer: rank}, the same share of the MACs of each, with which the model keeps at most this share of its own."""
-    table = cost.breakdown(dense).set_index("layer").macs
-    sizes = {name: layer.weight.flatten(1).shape for name, layer in layers.items()}
-
-    def chosen(own):
-        return {name: max(1, lowrank.rank_for(m, n, own, multiple=1)) for name, (m, n) in sizes.items()}
-
-    def left(found):
-        saved = sum(table[n] * (1 - rank * sum(sizes[n]) / sizes[n].numel()) for n, rank in found.items())
-        return 1 - saved / table.sum()
-
-    if (floor := left(chosen(0.0))) > share:
-        raise ValueError(f"SVD cannot reach {share:g} x MACs: {floor:.3f} stays at rank 1")
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if left(chosen(middle)) > share else (middle, high)
-    return chosen(low)
+    """The same share of each layer, as budget.uniform_ranks has it."""
+    options = {"grams": given.grams if whitened else None}
+    found = budget.uniform_ranks(given.dense, given.calibration, macs=share, **options)
+    model, linears = shrink.factorise(given.dense, found, **options), models.view(given.dense).linears()
+    return model, f"convolutions of the stem: {sum(name not in linears for name in found)}"
 
 
 def peer(criterion, given, share, **options):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab import budget, cost, models, scores, shrink
+from vitlab import budget, cost, lowrank, models, scores, shrink
 
 
 def fisher(model, batch):
@@ -370,3 +370,56 @@ def test_one_price_for_all_is_as_good_as_trying_everything():
         assert sum(loss for loss, _, _ in chosen.values()) <= best + 1e-9
         every = {name: own[-1] for name, own in choices.items()}
         assert budget._priced(choices, dearest) == every
+
+
+# -- the same share of each layer
+
+
+def shares_of(model, ranks):
+    sizes = {name: model.get_submodule(name).weight.flatten(1).shape for name in ranks}
+    return {name: (rank * sum(sizes[name]) / sizes[name].numel(), sizes[name]) for name, rank in ranks.items()}
+
+
+@pytest.mark.parametrize("macs", [0.9, 0.5])
+def test_uniform_ranks_are_the_same_share_of_each_layer(any_model, batch, macs):
+    ranks = budget.uniform_ranks(any_model, [batch], macs=macs)
+    left = cost.macs(shrink.factorise(any_model, ranks)) / cost.macs(any_model)
+    found = shares_of(any_model, ranks)
+    table = cost.breakdown(any_model).set_index("layer").macs
+    step = sum(table[name] * sum(size) / size.numel() for name, (_, size) in found.items())  # of one rank of each
+    assert macs - step / table.sum() < left <= macs
+    assert set(models.view(any_model).linears()) <= ranks.keys() <= models.view(any_model).matrices.keys()
+    rounded = [(share, share + sum(size) / size.numel()) for name, (share, size) in found.items() if ranks[name] > 1]
+    assert max(low for low, _ in rounded) < min(high for _, high in rounded) + 1e-9  # one share, rounded down
+
+
+def test_uniform_ranks_take_the_layers_that_lose_least(model, batch):
+    view, table = models.view(model), cost.breakdown(model).set_index("layer").macs
+    x, _ = batch
+    batches = [(x, model(x).argmax(1))]  # labels by which the dense model loses little
+    grams = scores.grams(model, batches, layers=list(view.matrices))
+    chosen = shrink.factorise(model, budget.uniform_ranks(model, batches, macs=0.8, grams=grams), grams=grams)
+    stem = [name for name in view.matrices if name not in view.linears()]
+    for stays in ([], stem, stem[:1]):
+        sizes = {n: layer.weight.flatten(1).shape for n, layer in view.matrices.items() if n not in stays}
+        for percent in range(100, 0, -1):  # at whole percents the others keep at most as much
+            ranks = {name: max(1, lowrank.rank_for(*size, percent / 100, multiple=1)) for name, size in sizes.items()}
+            gone = sum(table[n] * (1 - rank * sum(sizes[n]) / sizes[n].numel()) for n, rank in ranks.items())
+            if gone >= 0.2 * table.sum():
+                other = shrink.factorise(model, ranks, grams=grams)
+                assert scores.loss(chosen, batches) <= scores.loss(other, batches) + 0.005
+                break
+
+
+def test_uniform_ranks_name_their_floor_and_leave_factored_layers(vit, batch):
+    everywhere = dict.fromkeys(models.view(vit).matrices, 1)
+    floor = cost.macs(shrink.factorise(vit, everywhere)) / cost.macs(vit)
+    with pytest.raises(budget.Unreachable, match=f"cannot reach 0.01 x MACs: {floor:.3f} stays at rank 1"):
+        budget.uniform_ranks(vit, [batch], macs=0.01)
+    with pytest.raises(ValueError, match=r"in \(0, 1\); got 50"):
+        budget.uniform_ranks(vit, [batch], macs=50)
+    first, *_ = models.view(vit).linears()
+    thin = shrink.factorise(vit, {first: 2})
+    ranks = budget.uniform_ranks(thin, [batch], macs=0.9)
+    assert not [name for name in ranks if name.startswith(first)]
+    assert cost.macs(shrink.factorise(thin, ranks)) / cost.macs(thin) <= 0.9

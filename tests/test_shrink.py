@@ -690,35 +690,6 @@ def test_random_directions_cost_as_svd_and_lose_more(model, batch):
     assert torch.equal(again, thin(batch[0])) and not torch.equal(other, again)
 
 
-@pytest.mark.parametrize("place", [0.9, 0.3, 1e-9])  # from the floor, 0, to all MACs
-def test_the_ratio_for_a_share_of_the_macs(model, batch, place):
-    names = models.view(model).linears()
-    table = cost.breakdown(model).set_index("layer").macs
-    smallest = max((m.in_features + m.out_features) / (m.in_features * m.out_features) for m in names.values())
-    floor = 1 - (1 - smallest) * table[[*names]].sum() / table.sum()
-    share = floor + place * (1 - floor)
-    thin, report = shrink.compress(model, ratio=shrink.ratio_for(model, share), method="svd", multiple=1)
-    step = sum(table[name] * (m.in_features + m.out_features) / m.weight.numel() for name, m in names.items())
-    left = cost.macs(thin) / cost.macs(model)
-    assert share - step / table.sum() < left <= share and report["rank"].min() >= 1
-    for below in (floor - 1e-6, 0.01):
-        with pytest.raises(
-            ValueError, match=f"same share of each linear layer leaves at least {floor:.3f} of the MACs"
-        ):
-            shrink.ratio_for(model, below)
-    for wrong in (0, 1, 50):
-        with pytest.raises(ValueError, match="not a percentage"):
-            shrink.ratio_for(model, wrong)
-
-
-def test_a_model_cut_before_has_a_ratio_too(vit):
-    small = shrink.remove(vit, some_rows(vit) | {("blocks.0", "heads"): [1]})
-    thin, _ = shrink.compress(small, ratio=0.3, method="svd", multiple=1)
-    for before in (small, thin):
-        after, _ = shrink.compress(before, ratio=shrink.ratio_for(before, 0.97), method="svd", multiple=1)
-        assert 0.9 < cost.macs(after) / cost.macs(before) <= 0.97
-
-
 def test_the_thresholded_product_is_masked_only(model):
     thin, report = shrink.compress(model, ratio=0.5, method="threshold")
     assert (report["count"] == report.macs_dense // 2).all() and (report.macs == report.macs_dense).all()

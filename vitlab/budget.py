@@ -293,6 +293,46 @@ def ranks(model, grams, gradients, *, macs, multiple=8, most=None, damping=1e-3,
     return {name: rank for name, (_, _, rank) in chosen.items() if rank is not None}
 
 
+def uniform_ranks(model, batches, *, macs, grams=None, damping=1e-3):
+    """{layer: rank} with which layers keep the same share of their MACs each, and the model at most the share `macs`.
+
+    The baseline of `ranks`, for shrink.factorise with the same grams (None: plain SVD). What shares the cut: the linear
+    layers alone, or with the stem's convolutions, or with all of these but the first, which sees three channels;
+    that of them which leaves the lowest loss on batches. Layers that are factored already stay as they are. macs: in
+    (0, 1), of the whole model's. damping: see lowrank.damped. Raises ValueError for a share outside (0, 1), and a
+    target below what rank 1 leaves everywhere, naming the floor.
+    """
+    _checked_target({"macs": macs})
+    view, table = models.view(model), cost.breakdown(model).set_index("layer").macs
+    shapes = {n: m.weight.flatten(1).shape for n, m in view.matrices.items() if isinstance(m, nn.Linear | nn.Conv2d)}
+    shapes = {name: (m, n) for name, (m, n) in shapes.items() if m * n > m + n}
+    stem = [name for name in shapes if name not in view.linears()]
+
+    def at(share, sizes):
+        return {name: max(1, lowrank.rank_for(m, n, share, multiple=1)) for name, (m, n) in sizes.items()}
+
+    def left(share, sizes):
+        saved = (table[n] * (1 - r * sum(sizes[n]) / math.prod(sizes[n])) for n, r in at(share, sizes).items())
+        return 1 - sum(saved) / table.sum()
+
+    found, floors = [], []
+    for stays in dict.fromkeys((tuple(stem), (), tuple(stem[:1]))):
+        sizes = {name: size for name, size in shapes.items() if name not in stays}
+        floors.append(left(0.0, sizes))
+        if floors[-1] <= macs:
+            low, high = 0.0, 1.0
+            for _ in range(40):
+                middle = (low + high) / 2
+                low, high = (low, middle) if left(middle, sizes) > macs else (middle, high)
+            ranks = at(low, sizes)
+            thin = shrink.factorise(model, ranks, grams=grams, damping=damping)
+            found.append((scores.loss(thin, batches), ranks))
+    if not found:
+        floor = min(floors)
+        raise Unreachable(f"the same share of each layer cannot reach {macs:g} x MACs: {floor:.3f} stays at rank 1")
+    return min(found, key=lambda each: each[0])[1]
+
+
 def _along(vectors, matrix):
     """x^T matrix x of each row x of vectors, [k]."""
     return torch.linalg.vecdot(vectors @ matrix.to(vectors), vectors)

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from . import attention, cost, layers, lowrank, models
+from . import attention, layers, lowrank, models
 
 METHODS = ("svd+iht", "svd", "iht", "threshold", "random")
 REFITS = ("least squares", "obs")
@@ -184,32 +184,6 @@ def spectra(model, grams=None, *, points=24, damping=1e-3):
             rows.append((*about, rank, sigma[rank - 1].item(), energy[rank - 1], lowrank.break_even_rank(m, n)))
     columns = ["layer", "block", "role", "m", "n", "rank", "sigma", "energy", "break_even"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def ratio_for(model, macs, *, roles=None):
-    """The ratio at which compress(method="svd", multiple=1, roles=roles) leaves at most this share of model's MACs.
-
-    macs: share of all that model executes for one image, in (0, 1); the linear layers of these roles (None: all but
-    the classifier) give up the same share of their weights, and all else stays. Raises ValueError for what is no share
-    and, with the lowest share that can be had so, for one at which a layer would have no rank left.
-    """
-    if not 0 < macs < 1:
-        raise ValueError(f"macs is the share of the MACs that stays, in (0, 1), not a percentage; got {macs}")
-    table, view = cost.breakdown(model).set_index("layer").macs, models.view(model)
-    inner = {
-        n: layer.kept if isinstance(layer, layers.RowLinear) else layer for n, layer in view.linears(roles).items()
-    }
-    sizes = {name: (layer.out_features, layer.in_features) for name, layer in inner.items()}
-    whole = sum(table[name] * m * n / layers.macs(inner[name]) for name, (m, n) in sizes.items())
-    rest = table.sum() - table[[*sizes]].sum()
-    most = 1 - max((m + n) / (m * n) for m, n in sizes.values())
-    floor = (rest + (1 - most) * whole) / table.sum()
-    if macs < floor:
-        raise ValueError(
-            f"the same share of each linear layer leaves at least {floor:.3f} of the MACs, where the smallest one is "
-            f"down to one rank; got {macs}. Ranks that differ (budget.ranks) and other kinds of cut go further"
-        )
-    return min(1 - (macs * table.sum() - rest) / whole, most)
 
 
 @torch.no_grad()
