@@ -167,8 +167,8 @@ def test_what_was_not_run_is_not_told(invented, tmp_path):
     pools = pd.concat(pools).assign(dense=80.0, reconstructed=[80.04, 60, 79.94, 90])  # Swin, ViT
     pd.concat([frame, pools]).to_csv(study.folder / "summary.csv", index=False)
     assert findings._found(study) == [
-        "- **Half the MACs**, units and ranks cut from one pool: −20.0 and 0.0 points of top-1 without labels or "
-        "training; a quarter: +10.0 and −0.1."
+        "- **Half the MACs**, units and ranks cut from one pool: −20.0 and 0.0 points of top-1 without training; "
+        "a quarter: +10.0 and −0.1."
     ]
     pools.assign(reconstructed=[1, np.nan, 1, 1]).to_csv(study.folder / "summary.csv", index=False)
     assert not findings._found(study)

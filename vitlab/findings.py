@@ -691,7 +691,7 @@ FRONT = [  # cuts and stages of the front page
 WEIGHTS, ROWS, MIXED = "unstructured masked 0.9", "structured removed 0.9", "heads+svd+iht entries masked 0.4"
 FOUND = [  # sentences above a table; in braces: method, form and target of a cut, and what of it
     "**Half the MACs**, units and ranks cut from one pool: {pool factored 0.5 reconstructed} points of top-1 without "
-    "labels or training; a quarter: {pool factored 0.25 reconstructed}.",
+    "training; a quarter: {pool factored 0.25 reconstructed}.",
     "**One kind alone** at a quarter: ranks {ranks factored 0.25 reconstructed}, units "
     "{units removed 0.25 reconstructed}, random units {random removed 0.25 reconstructed}.",
     f"**Scores**: right after a cut of 90\u00a0% of the weights sensitivity leaves {{{WEIGHTS} top1}}, magnitude "
