@@ -54,6 +54,7 @@ def test_it_learns_and_tells_its_history(model):
     history = train.fit(model, Blobs(), Blobs(seed=1), epochs=4, **RECIPE)
     assert history.epoch.tolist() == [1, 2, 3, 4]
     assert history.val_top1.iloc[-1] > 90 and history.train_loss.iloc[-1] < 0.6 * history.train_loss.iloc[0]
+    assert (history.precision == evaluate.precision_on("cpu")).all() and set(history.precision) <= {"bf16", "float32"}
     assert (history.images_per_s > 0).all() and (history.resident_mb > 50).all() and not model.training
 
 

@@ -20,9 +20,9 @@ def device_of(model):
     return next(model.parameters()).device
 
 
-def autocast(device, precision="auto"):
-    """Context for mixed precision. precision: "float32", "bf16", or "auto": bf16 where the device gains from it
-    (CUDA with bf16, CPUs with AVX512-bf16 or AMX), else float32. Raises ValueError for another word."""
+def precision_on(device, precision="auto"):
+    """ "bf16" or "float32", whichever precision means on device: "auto" is bf16 where the device gains from it (CUDA
+    with bf16, CPUs with AVX512-bf16 or AMX), else float32. Raises ValueError for another word."""
     if precision not in ("auto", "bf16", "float32"):
         raise ValueError(f"precision must be 'auto', 'bf16' or 'float32', got {precision!r}")
     device = torch.device(device)
@@ -33,7 +33,13 @@ def autocast(device, precision="auto"):
             able = torch.cpu.get_capabilities()
             gains = device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
         precision = "bf16" if gains else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    return precision
+
+
+def autocast(device, precision="auto"):
+    """Context for mixed precision. precision: as for `precision_on`."""
+    mixed = precision_on(device, precision) == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if mixed else nullcontext()
 
 
 @dataclass(frozen=True)

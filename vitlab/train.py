@@ -72,8 +72,8 @@ def fit(
     """Train model in place with AdamW, linear warm-up and cosine decay to 0; returns its history as a frame.
 
     train, val: data.Split. epochs: int >= 1. lr: peak rate. warmup_epochs: >= 0 and < epochs. images: draws that
-    many training images per epoch (None: all). augment: what train.batches accepts. precision: see
-    evaluate.autocast. ema: decay in (0, 1) of averaged weights, which are then the ones validated and kept; 0 is off.
+    many training images per epoch (None: all). augment: what train.batches accepts. precision: as for
+    evaluate.precision_on. ema: decay in (0, 1) of averaged weights, which are then validated and kept; 0 is off.
     mixup, cutmix: alpha >= 0 of the Beta distribution that says, batch by batch, how much each image gets of another
     one (Zhang et al. 2018, Yun et al. 2019), and its label likewise; 0 is off, and with both each batch gets either.
     masks: {parameter: bool}, applied before the first step and held through every one (METHODS: gradient masking
@@ -88,11 +88,12 @@ def fit(
     one process, up to rounding and to what drop-out and drop-path draw.
 
     History has one row per epoch: stage, epoch, train_loss, train_top1 (on augmented batches, in passing; of mixed
-    ones for the label of the larger share), val_loss, val_top1, lr, seconds, images_per_s, data_share (of the seconds,
-    spent waiting for batches; on a GPU that still computes also for it), sparsity, and peaks of the epoch in MB of
-    10**6 bytes: resident_mb of the whole process with all that it loaded before, device_mb that torch held on the GPU,
-    and training_mb, by how much training needed more than there was when it began, model included, on the device that
-    trains (cost.own_memory_mb): gradients, moments, activations, batches. This one compares trainings.
+    ones for the label of the larger share), val_loss, val_top1, lr, seconds, precision (bf16 or float32), images_per_s,
+    data_share (of the seconds, spent waiting for batches; on a GPU that still computes also for it), sparsity, and
+    peaks of the epoch in MB of 10**6 bytes: resident_mb of the whole process with all that it loaded before, device_mb
+    that torch held on the GPU, and training_mb, by how much training needed more than there was when it began, model
+    included, on the device that trains (cost.own_memory_mb): gradients, moments, activations, batches. This one
+    compares trainings.
     Raises ValueError for settings out of range, FloatingPointError when the loss is no longer finite, RuntimeError when
     another process trains the same stage in the same folder.
     """
@@ -211,6 +212,7 @@ def fit(
                 "val_top1": result.top1,
                 "lr": rate,
                 "seconds": seconds,
+                "precision": evaluate.precision_on(device, precision),
                 "images_per_s": seen / seconds,
                 "data_share": waited / seconds,
                 "resident_mb": cost.peak_memory_mb("cpu"),
