@@ -688,18 +688,32 @@ FRONT = [  # cuts and stages of the front page
     "pool+ranks factored reconstructed",
     "pool factored reconstructed",
 ]
-WEIGHTS, ROWS, MIXED = "unstructured masked 0.9", "structured removed 0.9", "heads+svd+iht entries masked 0.4"
+WEIGHTS, HALF_ROWS, ROWS = "unstructured masked 0.9", "structured removed 0.5", "structured removed 0.9"
+SVD, MIXED = "heads+svd factored 0.4", "heads+svd+iht entries masked 0.4"
 FOUND = [  # sentences above a table; in braces: method, form and target of a cut, and what of it
-    "**Half the MACs**, units and ranks cut from one pool: {pool factored 0.5 reconstructed} points of top-1 without "
-    "training; a quarter: {pool factored 0.25 reconstructed}.",
-    "**One kind alone** at a quarter: ranks {ranks factored 0.25 reconstructed}, units "
-    "{units removed 0.25 reconstructed}, random units {random removed 0.25 reconstructed}.",
-    f"**Scores**: right after a cut of 90\u00a0% of the weights sensitivity leaves {{{WEIGHTS} top1}}, magnitude "
-    f"{{{WEIGHTS.replace(' ', ', magnitude ', 1)} top1}}, chance {{{WEIGHTS.replace(' ', ', random ', 1)} top1}}.",
-    f"**Zeros**: these 90\u00a0% leave {{{WEIGHTS} bytes_disk}} of the bytes on disk and are {{{WEIGHTS} speedup}} "
-    f"times as fast as dense; 90\u00a0% of the rows removed, with {{{ROWS} macs}} of the MACs, {{{ROWS} speedup}}.",
-    f"**Heads, SVD, IHT** at 40\u00a0%, fine-tuned: {{{MIXED} finetuned}} points with {{{MIXED} macs}} of the MACs; "
-    "SVD without IHT {heads+svd factored 0.4 finetuned} with {heads+svd factored 0.4 macs}.",
+    "**Half the MACs**, nothing trained: units and ranks from one pool {pool factored 0.5 reconstructed} points of "
+    "top-1, ranks alone {ranks factored 0.5 reconstructed}, units (heads, neurons, filters, channels) "
+    "{units removed 0.5 reconstructed}. **A quarter**: pool {pool factored 0.25 reconstructed}, ranks "
+    "{ranks factored 0.25 reconstructed}, units {units removed 0.25 reconstructed}, as many at random "
+    "{random removed 0.25 reconstructed}.",
+    f"**Scores**: with 90\u00a0% of the layers' weights zeroed, nothing trained, top-1 is {{{WEIGHTS} top1}} by "
+    f"sensitivity, {{{WEIGHTS.replace(' ', ', magnitude ', 1)} top1}} by magnitude, "
+    f"{{{WEIGHTS.replace(' ', ', random ', 1)} top1}} at random.",
+    f"**Zeros** save disk ({{{WEIGHTS} bytes_disk}} is left), not time ({{{WEIGHTS} speedup}} times as fast as dense); "
+    f"90\u00a0% of the rows removed leave {{{ROWS} macs}} of the MACs and are {{{ROWS} speedup}} times as fast.",
+    "**40\u00a0% of the heads and of each layer's weights**, fine-tuned: SVD + IHT on single weights "
+    f"{{{MIXED} finetuned}} points at {{{MIXED} macs}} of the MACs, SVD alone {{{SVD} finetuned}} at {{{SVD} macs}}.",
+]
+MORE_FOUND = [  # not on the front page
+    "**Weights or rows**, fine-tuned: half of the weights zeroed {unstructured masked 0.5 finetuned} points, 90\u00a0% "
+    f"{{{WEIGHTS} finetuned}}; half of the rows removed {{{HALF_ROWS} finetuned}} at {{{HALF_ROWS} macs}} of the MACs, "
+    f"90\u00a0% {{{ROWS} finetuned}} at {{{ROWS} macs}}.",
+    "**Solved anew, not trained**, a quarter of the MACs has, from right after the cut: units "
+    "{units removed 0.25 top1}, then {units removed 0.25 top1, reconstructed}; the pool {pool factored 0.25 top1}, "
+    "then {pool factored 0.25 top1, reconstructed}.",
+    "**Kinds alone**, at 0.9 of the MACs and nothing made up for, raise the loss by {ranks  0.9 rise} nats (ranks), "
+    "{neurons  0.9 rise} (neurons), {heads  0.9 rise} (heads), {width  0.9 rise} (channels), {filters  0.9 rise} "
+    "(filters of the stem).",
 ]
 MARKS = re.compile(r"(<!-- results(?: of ([\w-]+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -752,32 +766,40 @@ def _seed_note(rows):
     return [f"±: half the range over seeds{fewer}{without}."] if max(counts) > 1 else []
 
 
-def _found(study):
-    """The sentences of FOUND as lines of Markdown, with the numbers of all models, ViT first, means over the seeds of
-    each cut; changes are against the dense models of the same seeds. Without those whose cuts were not run."""
+def _found(study, front):
+    """The sentences of FOUND, and of MORE_FOUND but for the front page, as lines of Markdown: with the numbers of all
+    models, ViT first. Means over the seeds of each cut, speeds their range, as they are of different machines; changes
+    are against the dense models of the same seeds. Without sentences whose cuts were not run."""
     models = sorted(study.models, reverse=True)
-    try:
-        summary = study.read("summary")
-    except Absent:
-        return []
-    summary = summary[~summary.target_kind.isin(BUDGETS.keys() - {"macs"})]
 
-    def value(model, cut, what):
-        named = summary.method + " " + summary.form + " " + summary.target.astype(str)
-        found = summary[(summary.model == model) & (named == cut)].squeeze(axis=0)
-        if found.empty or pd.isna(found.get("cut" if what == "top1" else what)):
-            raise Absent(f"{model} has no {cut} {what}")
+    def value(model, method, form, target, what):
+        """What a cut of one model has, in words: of a stage the change of top-1, of `top1` the top-1."""
+        what, _, stage = what.partition(", ")
+        table, column = {"speedup": ("efficiency", what), "rise": ("table-audit", "measured")}.get(
+            what, ("summary", what)
+        )
+        column = stage or "cut" if what == "top1" else column
+        rows = study.read(table, model)
+        rows = rows[rows.target.eq(float(target)) & ~rows.target_kind.isin(BUDGETS.keys() - {"macs"})]
+        kinds = rows.criterion.eq("fisher") & rows.kind.eq(method) if what == "rise" else rows.form.eq(form)
+        rows = rows[kinds & (rows.method.eq(method) if "method" in rows else True)]
+        found = rows[column].dropna() if column in rows else rows.target.head(0)
+        if found.empty:
+            raise Absent(f"{model} has no {column} of {method}")
         if what in plots.STAGES:
-            return _signed(found[what] - found.dense)
+            return _signed((found - rows.dense).mean())
         if what in ("macs", "bytes_disk"):
-            return _share(round(found[what] / study.dense.loc[model, what], 2))
-        return _two(found.speedup) if what == "speedup" else f"{_one(found.cut)}\u00a0%"
+            return _share(round(found.mean() / study.dense.loc[model, what], 2))
+        if what == "rise":
+            return _one(found.mean(), 3, "+")
+        return " to ".join(dict.fromkeys(map(_one, (found.min(), found.max())))) + ("\u00a0%" if what == "top1" else "")
 
     def of_all(match):
-        return " and ".join(value(model, *match[1].rsplit(" ", 1)) for model in models)
+        method, form, target, what = re.fullmatch(r"(.+) (\w*) ([\d.]+) (.+)", match[1]).groups()
+        return " and ".join(value(model, method, form, target, what) for model in models)
 
     said = []
-    for sentence in FOUND:
+    for sentence in FOUND + (MORE_FOUND if not front else []):
         with contextlib.suppress(Absent):
             said.append("- " + re.sub(r"\{(.+?)\}", of_all, sentence))
     return said
@@ -820,7 +842,7 @@ def results(folders, *, page, front=False):
     least = [f"{kind}-{target:g}-{model}" for model, kind, target in studies[0].budgets()][-1:]
     picture = "".join(f"![Top-1 after each step of recovery]({links[studies[0]]}/ladder-{name}.png)" for name in least)
     text = "\n".join(f"|{'|'.join(line)}|" for line in lines) + "\n\n" + "\n".join(said)
-    if bullets := _found(studies[0]):
+    if bullets := _found(studies[0], front):
         who = " and ".join(_name(model).partition("-")[0] for model in sorted(studies[0].models, reverse=True))
         text = f"Found on {data[studies[0]]}, {who}:\n\n" + "\n".join(bullets) + f"\n\n{text}"
     return f"{picture}\n\n{text}" if front else text
