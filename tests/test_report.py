@@ -112,5 +112,5 @@ def test_sentences_compare_like_with_like(report, monkeypatch):
     assert front.startswith("No ViT that saves MACs is within one point of dense: top-1 falls by 2.0 points at 40")
     assert "means over seeds 0, 1 (some cuts: 0), split 0" in study.source("vit")
     shown = findings.results([report[0]], page=report[0])
-    assert "| 40\u00a0%: heads, IHT, fine-tuned | 75.0 |" in shown and "| 73.0±5.0 |" in shown
+    assert "|40\u00a0%: heads, IHT, fine-tuned|75.0|" in shown and "|73.0±5.0|" in shown
     assert "±: half the range over seeds; without ±: seed 0." in shown

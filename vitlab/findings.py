@@ -780,9 +780,11 @@ def _found(study, front):
         )
         column = stage or "cut" if what == "top1" else column
         rows = study.read(table, model)
-        rows = rows[rows.target.eq(float(target)) & ~rows.target_kind.isin(BUDGETS.keys() - {"macs"})]
-        kinds = rows.criterion.eq("fisher") & rows.kind.eq(method) if what == "rise" else rows.form.eq(form)
-        rows = rows[kinds & (rows.method.eq(method) if "method" in rows else True)]
+        if what == "rise":  # by one kind alone, of the MACs
+            own = rows.criterion.eq("fisher") & rows.kind.eq(method)
+        else:
+            own = rows.method.eq(method) & rows.form.eq(form) & ~rows.target_kind.isin(BUDGETS.keys() - {"macs"})
+        rows = rows[own & rows.target.eq(float(target))]
         found = rows[column].dropna() if column in rows else rows.target.head(0)
         if found.empty:
             raise Absent(f"{model} has no {column} of {method}")
