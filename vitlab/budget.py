@@ -298,9 +298,9 @@ def uniform_ranks(model, batches, *, macs, grams=None, damping=1e-3):
 
     The baseline of `ranks`, for shrink.factorise with the same grams (None: plain SVD). What shares the cut: the linear
     layers alone, or with the stem's convolutions, or with all of these but the first, which sees three channels;
-    that of them which leaves the lowest loss on batches, by their labels. Layers that are factored already stay as they
-    are. macs: in (0, 1), of the whole model's. damping: see lowrank.damped. Raises ValueError for a share outside
-    (0, 1), and Unreachable for one below what rank 1 leaves everywhere, naming the floor.
+    that of them which leaves the lowest loss on batches, by their labels. Layers that are factored or cut already stay
+    as they are. macs: in (0, 1), of the whole model's. damping: see lowrank.damped. Raises ValueError for a share
+    outside (0, 1), and Unreachable for one below what rank 1 leaves everywhere, naming the floor.
     """
     _checked_target({"macs": macs})
     view, table = models.view(model), cost.breakdown(model).set_index("layer").macs

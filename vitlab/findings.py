@@ -699,8 +699,9 @@ FOUND = [  # sentences above a table; in braces: method, form and target of a cu
     f"**Scores**: with 90\u00a0% of the layers' weights zeroed, nothing trained, top-1 is {{{WEIGHTS} top1}} by "
     f"sensitivity, {{{WEIGHTS.replace(' ', ', magnitude ', 1)} top1}} by magnitude, "
     f"{{{WEIGHTS.replace(' ', ', random ', 1)} top1}} at random.",
-    f"**Zeros** save disk ({{{WEIGHTS} bytes_disk}} is left), not time ({{{WEIGHTS} speedup}} times as fast as dense); "
-    f"90\u00a0% of the rows removed leave {{{ROWS} macs}} of the MACs and are {{{ROWS} speedup}} times as fast.",
+    f"**Zeros** save disk ({{{WEIGHTS} bytes_disk}} are left), not time ({{{WEIGHTS} speedup}} times as fast as "
+    f"dense); 90\u00a0% of the rows removed leave {{{ROWS} macs}} of the MACs and are {{{ROWS} speedup}} times as "
+    "fast.",
     "**40\u00a0% of the heads and of each layer's weights**, fine-tuned: SVD + IHT on single weights "
     f"{{{MIXED} finetuned}} points at {{{MIXED} macs}} of the MACs, SVD alone {{{SVD} finetuned}} at {{{SVD} macs}}.",
 ]
@@ -711,9 +712,9 @@ MORE_FOUND = [  # not on the front page
     "**Solved anew, not trained**, a quarter of the MACs has, from right after the cut: units "
     "{units removed 0.25 top1}, then {units removed 0.25 top1, reconstructed}; the pool {pool factored 0.25 top1}, "
     "then {pool factored 0.25 top1, reconstructed}.",
-    "**Kinds alone**, at 0.9 of the MACs and nothing made up for, raise the loss by {ranks  0.9 rise} nats (ranks), "
-    "{neurons  0.9 rise} (neurons), {heads  0.9 rise} (heads), {width  0.9 rise} (channels), {filters  0.9 rise} "
-    "(filters of the stem).",
+    "**Kinds alone**, at 0.9 of the MACs and nothing made up for, raise the loss by {ranks alone 0.9 rise} nats "
+    "(ranks), {neurons alone 0.9 rise} (neurons), {heads alone 0.9 rise} (heads), {width alone 0.9 rise} (channels), "
+    "{filters alone 0.9 rise} (filters of the stem).",
 ]
 MARKS = re.compile(r"(<!-- results(?: of ([\w-]+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -780,7 +781,7 @@ def _found(study, front):
         )
         column = stage or "cut" if what == "top1" else column
         rows = study.read(table, model)
-        if what == "rise":  # by one kind alone, of the MACs
+        if what == "rise":
             own = rows.criterion.eq("fisher") & rows.kind.eq(method)
         else:
             own = rows.method.eq(method) & rows.form.eq(form) & ~rows.target_kind.isin(BUDGETS.keys() - {"macs"})
@@ -797,7 +798,7 @@ def _found(study, front):
         return " to ".join(dict.fromkeys(map(_one, (found.min(), found.max())))) + ("\u00a0%" if what == "top1" else "")
 
     def of_all(match):
-        method, form, target, what = re.fullmatch(r"(.+) (\w*) ([\d.]+) (.+)", match[1]).groups()
+        method, form, target, what = re.fullmatch(r"(.+) (\w+) ([\d.]+) (.+)", match[1]).groups()
         return " and ".join(value(model, method, form, target, what) for model in models)
 
     said = []
