@@ -35,7 +35,10 @@ RUN = "{sys.executable} -m vitlab.run {input.notebook} --study {config[study]} -
 RUN_MODEL = RUN + " --model {wildcards.model} --seed {wildcards.seed}"
 PROCESSES = int(config.get("processes", 1))
 EACH = f"OMP_NUM_THREADS=$(( {{threads}} > {PROCESSES} ? {{threads}} / {PROCESSES} : 1 )) "
-THREADS = max(PROCESSES, (workflow.cores or 1) // (len(MODELS) * len(SEEDS)))
+# Two small trainings on a core each are done sooner than one after the other on both: notebooks that need only the
+# first one share the cores, unless they wait for one GPU.
+BESIDE = {step: 1 if GPU else list(AFTER.values()).count(before) for step, before in AFTER.items()}
+THREADS = {step: max(PROCESSES, (workflow.cores or 1) // (len(MODELS) * len(SEEDS) * BESIDE[step])) for step in AFTER}
 
 
 def code(notebook):
@@ -84,7 +87,7 @@ for step, before in AFTER.items():
             code=lambda w, step=step: code(step),
             values=lambda w, step=step: values(step, w.model, int(w.seed)),
         # Timing wants the machine for itself. threads sets OMP_NUM_THREADS and the like for each notebook.
-        threads: workflow.cores or 1 if step == "6_efficiency" else THREADS
+        threads: workflow.cores or 1 if step == "6_efficiency" else THREADS[step]
         resources:
             # One at a time on a GPU (profiles/default allows one); --config gpu=1 asks SLURM for it.
             gpu=GPU * (1 if step == "6_efficiency" else PROCESSES),

@@ -250,7 +250,7 @@ def snakemake(tmp_path, monkeypatch):
     monkeypatch.delenv("VITLAB_DATA")
     monkeypatch.setenv("PYTHONPATH", str(tree))
 
-    def steps(*arguments):
+    def steps(*arguments, pattern=r"^(\w+) +\d+$"):
         command = [
             Path(sys.executable).with_name("snakemake"),
             *arguments,
@@ -260,8 +260,7 @@ def snakemake(tmp_path, monkeypatch):
         ]
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        table = re.findall(r"^(\w+) +\d+$", done.stdout + done.stderr, re.MULTILINE)
-        return set(table) - {"all", "total"}
+        return set(re.findall(pattern, done.stdout + done.stderr, re.MULTILINE)) - {"all", "total"}
 
     assert steps() == {name.partition("_")[2] for name in [*record.USES, "7_report"]}
     return tree, steps
@@ -298,6 +297,15 @@ def test_a_changed_report_reruns_itself_alone_and_a_failure_keeps_the_others_goi
     with pytest.raises(AssertionError, match="no budget"):
         steps()
     assert steps("-n") == {"budget", "efficiency", "report"}, "what did not need the budget has run"
+
+
+def test_notebooks_that_need_only_the_first_share_the_cores(snakemake):
+    _, steps = snakemake
+    all_steps = ("-n", "--forceall", "--quiet", "host", "--cores", "8")
+    found = dict(steps(*all_steps, pattern=r"^rule (\w+):\n(?:    .+\n)*?    threads: (\d+)$"))
+    gpu = shutil.which("nvidia-smi")  # where each waits for the one before
+    four = dict.fromkeys(["sensitivity", "global_pruning", "heads_svd_iht", "budget"], "8" if gpu else "2")
+    assert found == {"train": "8", "efficiency": "8", **four}
 
 
 # -- make
