@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -116,6 +117,21 @@ def test_every_image_is_counted_once_and_the_first_alone_writes_and_speaks(runs)
     states = sorted(path.name for path in runs["folder"].glob("*.state*"))
     assert states == ["swin.state.before.pt", "swin.state.pt", "vit.state.before.pt", "vit.state.pt"]
     assert runs["out"].count("vit epoch 1/2") == 1
+
+
+def test_a_killed_training_goes_on_in_every_process(runs, tmp_path):
+    for name in MODELS:  # as it was after the first epoch
+        shutil.copy(runs["folder"] / f"{name}.state.before.pt", tmp_path / f"{name}.state.pt")
+    script = tmp_path / "work.py"
+    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path)))
+    done = torchrun(script)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be read" not in done.stdout and "epoch 1/2" not in done.stdout and "epoch 2/2" in done.stdout
+    for rank in (0, 1):
+        again = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for name in MODELS:
+            close(runs[rank][name]["weights"], again[name]["weights"], 1e-12)
+            assert again[name]["history"]["val_loss"] == pytest.approx(runs[rank][name]["history"]["val_loss"])
 
 
 def test_a_whole_batch_norm_is_torchs_own():

@@ -54,8 +54,13 @@ def test_it_learns_and_tells_its_history(model):
     history = train.fit(model, Blobs(), Blobs(seed=1), epochs=4, **RECIPE)
     assert history.epoch.tolist() == [1, 2, 3, 4]
     assert history.val_top1.iloc[-1] > 90 and history.train_loss.iloc[-1] < 0.6 * history.train_loss.iloc[0]
-    assert (history.precision == evaluate.precision_on("cpu")).all() and set(history.precision) <= {"bf16", "float32"}
     assert (history.images_per_s > 0).all() and (history.resident_mb > 50).all() and not model.training
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "auto"])
+def test_its_history_tells_the_precision(vit, precision):
+    history = train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, **RECIPE | {"precision": precision})
+    assert history.precision.tolist() == [evaluate.precision_on("cpu") if precision == "auto" else precision]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

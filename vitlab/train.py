@@ -147,7 +147,7 @@ def fit(
     count = min(images or len(train), len(train))
     steps = max(1, count // batch_size)
     history, best, start = [], {"top1": -1.0}, 0
-    saved = _load_state(state_file, key, device)
+    saved = _load_state(state_file, key)
     if len(set(parallel.gather(len(saved["history"]) if saved else 0))) > 1:
         raise RuntimeError(f"not every process can see {state_file}: give all of them one data root (VITLAB_DATA)")
     if saved:
@@ -393,11 +393,12 @@ def _before(file):
     return file.with_suffix(".before.pt")
 
 
-def _load_state(file, key, device):
-    """The newest whole state of this very run in file, or of the epoch before beside it, else None."""
+def _load_state(file, key):
+    """The newest whole state of this very run in file, or of the epoch before beside it, on the CPU, else None."""
     for path in [file, _before(file)] if file else []:
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
+            # not onto accelerate's device: among several CPU processes that is "cpu:0", which torch.load refuses
+            state = torch.load(path, map_location="cpu", weights_only=True)
             if state["key"] == key:
                 return state
         except FileNotFoundError:
