@@ -70,16 +70,20 @@ def torchrun(script, *arguments, processes=2, **environment):
     )
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """{"one": what one process finds, 0 and 1: what each of two together find, "folder": where they wrote}."""
-    alone, folder = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+def work_in_two(folder):
+    """{0 and 1: what each of two processes finds at `work` in folder, "out": what they print}."""
     script = folder / "work.py"
     script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder)))
     done = torchrun(script)
     assert done.returncode == 0, done.stderr
-    two = {rank: torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)}
-    return {"one": work(alone), "folder": folder, "out": done.stdout, **two}
+    return {"out": done.stdout} | {r: torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{"one": what one process finds, 0 and 1: what each of two together find, "folder": where they wrote}."""
+    alone, folder = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    return {"one": work(alone), "folder": folder, **work_in_two(folder)}
 
 
 def close(one, other, tolerance):
@@ -122,16 +126,13 @@ def test_every_image_is_counted_once_and_the_first_alone_writes_and_speaks(runs)
 def test_a_killed_training_goes_on_in_every_process(runs, tmp_path):
     for name in MODELS:  # as it was after the first epoch
         shutil.copy(runs["folder"] / f"{name}.state.before.pt", tmp_path / f"{name}.state.pt")
-    script = tmp_path / "work.py"
-    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path)))
-    done = torchrun(script)
-    assert done.returncode == 0, done.stderr
-    assert "cannot be read" not in done.stdout and "epoch 1/2" not in done.stdout and "epoch 2/2" in done.stdout
+    again = work_in_two(tmp_path)
+    assert "cannot be read" not in again["out"] and "epoch 1/2" not in again["out"] and "epoch 2/2" in again["out"]
     for rank in (0, 1):
-        again = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for name in MODELS:
-            close(runs[rank][name]["weights"], again[name]["weights"], 1e-12)
-            assert again[name]["history"]["val_loss"] == pytest.approx(runs[rank][name]["history"]["val_loss"])
+            one, two = runs[rank][name], again[rank][name]
+            close(one["weights"], two["weights"], 1e-12)
+            assert two["history"]["val_loss"] == pytest.approx(one["history"]["val_loss"])
 
 
 def test_a_whole_batch_norm_is_torchs_own():
