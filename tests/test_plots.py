@@ -469,18 +469,19 @@ def test_the_audit_has_the_rank_correlation_of_pandas(count):
             assert row.spearman == pytest.approx(known)
         else:
             assert np.isnan(row.spearman)
-        ratios = (part.measured / part.predicted)[part.predicted > 0]
+        ratios = (part.measured / part.predicted)[part.predicted > 0]  # from 1 nat on
         assert row.ratio == pytest.approx(ratios.median(), nan_ok=True)
 
 
 def test_the_audit_by_hand_and_its_ends():
-    frame = pd.DataFrame({"kind": ["heads"] * 4 + ["ranks"] * 2 + ["none"] * 3})
-    frame["predicted"] = [1.0, 2, 3, np.nan, 1, 2, 0, 0, 0]
-    frame["measured"] = [2.0, 8, 3, 1, 1, 1, 1, 2, 3]
+    frame = pd.DataFrame({"kind": ["heads"] * 4 + ["ranks"] * 2 + ["none"] * 3 + ["tiny"] * 3})
+    frame["predicted"] = [1.0, 2, 3, np.nan, 1, 2, 0, 0, 0, 1e-11, 1e-9, 1e-6]
+    frame["measured"] = [2.0, 8, 3, 1, 1, 1, 1, 2, 3, -1e-6, 9e-4, 2e-3]
     table = plots.audit_table(frame, by=["kind"]).set_index("kind")
     assert table.loc["heads"].tolist() == pytest.approx([3, 0.5, 2])  # ranks 1 2 3 against 1 3 2; ratios 2, 4, 1
     assert table.loc["ranks"].tolist() == pytest.approx([2, np.nan, 0.75], nan_ok=True)
     assert table.loc["none"].tolist() == pytest.approx([3, np.nan, np.nan], nan_ok=True)
+    assert table.loc["tiny"].tolist() == pytest.approx([3, 1, 2000])  # those below a millinat have no ratio
     assert plots.audit_table(frame.head(0), by=["kind"]).empty
     with pytest.raises(ValueError, match="unknown column 'criterion'"):
         plots.audit_table(frame)

@@ -201,8 +201,8 @@ def audit_table(frame, by=("criterion", "kind")):
 
     frame: columns predicted and measured (nats) and those of `by`. Columns: those of `by`, cuts (how many), spearman
     (rank correlation of both, in [-1, 1]; nan for fewer than three cuts or equal ones: do they come in the right
-    order?) and ratio (the median of measured / predicted where a rise is predicted; nan where none is: are they of
-    the right size?). Raises ValueError for a missing column.
+    order?) and ratio (the median of measured / predicted where a rise is predicted and one of both is a millinat or
+    more; nan where none is: are they of the right size?). Raises ValueError for a missing column.
     """
     for column in (*by, "predicted", "measured"):
         if column not in frame:
@@ -211,7 +211,8 @@ def audit_table(frame, by=("criterion", "kind")):
     for name, part in frame.dropna(subset=["predicted", "measured"]).groupby(list(by), sort=False, dropna=False):
         ranks = part[["predicted", "measured"]].rank()
         varied = len(part) > 2 and (ranks.nunique() > 1).all()
-        rises = part[part.predicted > 0]
+        # what is left of smaller ones is rounding, and its ratios run to 100,000
+        rises = part[(part.predicted > 0) & (part[["predicted", "measured"]].abs().max(axis=1) >= 1e-3)]
         spearman = ranks.predicted.corr(ranks.measured) if varied else np.nan  # Pearson of ranks
         found.append((*name, len(part), spearman, (rises.measured / rises.predicted).median()))
     return pd.DataFrame(found, columns=[*by, "cuts", "spearman", "ratio"])
