@@ -87,18 +87,5 @@ lint: install
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
-	@command -v $(PY) >/dev/null || { echo "There is no $(PY). Install Python 3.11 or newer, or name yours: make PY=python3.12"; exit 1; }
-	@$(PY) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "vitlab needs Python 3.11 or newer, and $(PY) is %d.%d. Name another: make PY=python3.12" % sys.version_info[:2])'
-	@[ -e $@ ] || $(PY) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(0 if free >= 8 else "vitlab needs 8 GB of disk for .venv (torch alone 5), and here are %.1f GB free." % free)'
-	@echo "Installing vitlab and what it needs into .venv: 6 GB, a few minutes. pyproject.toml lists it."
-	@if command -v uv >/dev/null; then uv venv -q --allow-existing --python $(PY) .venv; \
-	    else [ -x $(BIN)/python ] && [ -x $(BIN)/pip ] || $(PY) -m venv .venv; fi
-	@if command -v uv >/dev/null; then uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[all]"; \
-	    else $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]"; \
-	    fi >.venv/install.log 2>&1 || { tail -n 12 .venv/install.log; echo; \
-	    if grep -qiE "no space left|disk quota" .venv/install.log; then echo "The disk is full."; \
-	    elif grep -qiE "connection|resolve host|name resolution|timed out|unreachable|dns error|from versions: none" \
-	    .venv/install.log; then echo "The package index cannot be reached: no network, or it needs a proxy or a mirror."; fi; \
-	    echo "Installation failed (all of it: .venv/install.log). The same command goes on from here."; exit 1; }
-	@touch $@
+.venv/.installed: pyproject.toml constraints.txt install.sh
+	@PY=$(PY) ./install.sh

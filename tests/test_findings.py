@@ -327,7 +327,7 @@ def test_the_front_page_is_short_and_its_numbers_stand_elsewhere():
     text = PAGES[0].read_text()
     assert len(text.split()) < 900  # as wc -w counts
     python = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
-    size = re.search(r"into \.venv: (\d+) GB", (ROOT / "Makefile").read_text())[1]
+    size = re.search(r"into \.venv: (\d+) GB", (ROOT / "install.sh").read_text())[1]
     assert numbers_told(text) == {python, size}
     assert numbers_told("`1` [2](3) ViT-4 5.5 CIFAR-10\n```\n6\n```\n<!-- results -->\n7\n<!-- /results -->") == {
         "2",

@@ -323,7 +323,7 @@ def test_notebooks_that_need_only_the_first_share_the_cores(snakemake):
 )
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_make_says_why_it_cannot_install(tmp_path, pretend, words):
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "install.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(record.repository() / name, tmp_path)
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; {pretend}; exec(sys.argv[1])" "$2"\n')
@@ -335,7 +335,7 @@ def test_make_says_why_it_cannot_install(tmp_path, pretend, words):
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_make_names_a_python_that_is_not_there(tmp_path):
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "install.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(record.repository() / name, tmp_path)
     done = subprocess.run(["make", "test", "PY=no-python"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and "There is no no-python. Install Python 3.11" in done.stdout
