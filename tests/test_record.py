@@ -84,8 +84,9 @@ def test_an_override_changes_its_value_and_no_other(dotted, value):
         ({"global_pruning.sparsities": [0, "0.5"]}, TypeError, "sparsities.1 is a share .*got str"),
         ({"seeds": [0, True]}, TypeError, "seeds.1 should be a valid integer, got bool"),
         ({"seeds": []}, ValueError, "seeds should have at least 1 item"),
-        ({"train": 2}, TypeError, "train should be a valid dictionary"),
-        ({"train": {"epochs": 2}}, TypeError, "train is a section.*train.epochs"),
+        ({"train": 2}, TypeError, "train is a section.*epochs"),
+        ({"train": {}}, TypeError, "train is a section.*epochs"),
+        ({"train.epochs": {"a": 2}}, TypeError, "train.epochs should be a valid integer, got dict"),
         ({"models.vit.depth": "deep"}, TypeError, "models.vit.depth should be a valid integer"),
         ({"models.vit.dept": 3}, ValueError, "did you mean 'models.vit.depth'"),
         ({"train.epochs": 0}, ValueError, "train.epochs should be greater than 0, got int 0"),
@@ -150,6 +151,7 @@ def demo_with(tmp_path):
     "changes, error, words",
     [
         ({"train.epochss": 3}, ValueError, "unknown value 'train.epochss', did you mean 'train.epochs'"),
+        ({"other_seed": {}}, ValueError, "did you mean 'other_seeds'"),
         ({"data.image_sze": 3}, ValueError, "unknown value 'data.image_sze', did you mean 'data.image_size'"),
         ({"data.augment.scal": [0.5, 1.0]}, ValueError, "did you mean 'data.augment.scale'"),
         ({"train.epochs": "three"}, TypeError, "train.epochs should be a valid integer, got str 'three'"),
@@ -270,7 +272,7 @@ def test_arguments_for_the_calls_that_a_notebook_makes(lab):
     assert settings["augment"] == {"crop": 4, "flip": True} and "criterion" not in settings
     assert lab.training()["epochs"] == lab.params.train.epochs
     where = {"stage": "a", "folder": lab.path("training")}
-    assert lab.training("global_pruning", stage="a") == settings | where
+    assert lab.training("global_pruning", stage="a") == {"recipe": settings} | where
 
 
 def test_local_weights_are_found_from_anywhere():

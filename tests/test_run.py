@@ -80,7 +80,7 @@ def test_a_wrong_parameter_is_refused_before_the_start(tmp_path, data_root, give
 
 def test_right_parameters_pass_and_the_others_keep_their_values(tmp_path):
     given = {"model": "swin", "override": {"train.lr": 1}}
-    values = run.check(notebook(tmp_path / "a.ipynb"), given)
+    values = run._check(notebook(tmp_path / "a.ipynb"), given)
     assert values == {"study": "demo", "seed": 0, **given}
 
 
@@ -96,7 +96,7 @@ def test_right_parameters_pass_and_the_others_keep_their_values(tmp_path):
     ],
 )
 def test_values_on_the_command_line_are_json_or_text(text, value):
-    assert run.parse_value(text) == ("a", value)
+    assert run._parse_value(text) == ("a", value)
 
 
 def test_the_command_line_says_what_is_wrong_and_starts_nothing(tmp_path, capsys, data_root):

@@ -17,7 +17,6 @@ import copy
 import difflib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -277,7 +276,7 @@ class _Train(_Section):
     weight_decay: NonNegativeFloat  # of AdamW
     warmup_epochs: NonNegativeFloat  # epochs in which the rate rises
     label_smoothing: _Share  # of the label, spread over all classes
-    clip_norm: NonNegativeFloat  # largest norm of the gradient
+    clip_norm: NonNegativeFloat  # highest norm of the gradient; 0 is off
     precision: _Precision
     ema: _Share  # decay of averaged weights; 0 is off
     mixup: NonNegativeFloat = 0.0  # alpha of its Beta distribution; 0 is off, 0.8 is usual
@@ -404,7 +403,8 @@ def study(name, *, seed=None, override=None):
     other_seeds = values.pop("other_seeds", {})
     for section in SECTIONS:
         if isinstance(values.get(section), dict):
-            values[section] = Values(_later(section) | values[section])
+            for value, default in _later(section).items():
+                values[section].setdefault(value, default)
     try:
         _check(values)
         values_of_others = _replaced(values, other_seeds, "other_seeds")
@@ -444,17 +444,14 @@ def _replaced(values, changes, source):
             above = str(dotted).partition(".")[0]
             near = [name for name in sections if name.startswith(f"{above}.")]
             raise ValueError(unknown("value", dotted, near or sections))
-        if isinstance(value, dict):
-            raise TypeError(
-                f"{dotted} is a section; name its values, such as {dotted}.{[*value][0]}"
-            )
         section = sections[dotted]
         name = dotted.rpartition(".")[2]
-        if isinstance(value, tuple):
-            value = list(value)
+        if isinstance(section[name], dict):
+            inside = ", ".join(section[name])
+            raise TypeError(f"{dotted} is a section; override its values one by one: {inside}")
         if dotted.startswith("models.") and name not in _Model.model_fields:
             checked(dotted, section[name], value)  # an option that Settings does not declare
-        section[name] = value
+        section[name] = list(value) if isinstance(value, tuple) else value
     _check(values)
     return values
 
@@ -497,7 +494,8 @@ def _names_beside(place):
     *parents, _ = place
     for name in parents:
         section = section.__annotations__[name]
-    return [".".join([*parents, name]) for name in section.model_fields]
+    names = [".".join([*parents, name]) for name in section.model_fields]
+    return names if parents else [*names, "other_seeds"]
 
 
 def checked(name, example, value):
@@ -626,22 +624,23 @@ class Run:
         return options
 
     def training(self, section="train", *, stage=None):
-        """Return the arguments of train.fit.
+        """Return the recipe of a training, or all arguments of train.fit that a study knows.
 
         section: str; its epochs, lr, images and warmup_epochs replace those of `train`.
-        stage: str, the name of the training. With it the result holds `stage` and `folder`, too:
+        stage: str, the name of the training. With it the result is {"recipe", "stage", "folder"}:
         `train.fit(model, images.train, images.val, **lab.training("budget", stage=label))`.
+        Without it the result is the recipe alone, a flat dict, as checkpoints keep it.
         """
         replacing = self.params[section]
-        settings = {
+        recipe = {
             **self.params.train,
             **{name: replacing[name] for name in SETTINGS if name in replacing},
             "augment": dict(self.params.data.augment),
             "seed": self.seed,
         }
-        if stage is not None:
-            settings |= {"stage": stage, "folder": self.path("training")}
-        return settings
+        if stage is None:
+            return recipe
+        return {"recipe": recipe, "stage": stage, "folder": self.path("training")}
 
     def calibration(self, split, *, images=None, augment=None, device="cpu"):
         """Return a list of (x, y) batches for scores, in evaluation transforms.
@@ -649,8 +648,9 @@ class Run:
         split: data.Split, of which a stratified part is taken.
         images: int, how many; None for as many as the study's `calibration` says. A smaller split
         gives all it has.
-        augment: whether each image is augmented as in training, by a draw from the run's seed. None
-        leaves that to the study's `calibration`; False is for what it is compared with, such as val.
+        augment: whether each image is augmented as in training, by a draw from the run's seed.
+        None leaves that to the study's `calibration`. False is for the images that are compared
+        with the calibration images, such as those of val.
         device: where the batches lie.
         """
         values = self.params.calibration
@@ -703,7 +703,7 @@ class Run:
         """Return the folder of the dense checkpoint that the repository ships for this run.
 
         That is checkpoints/STUDY/MODEL, or MODEL-seed1 for another seed than 0.
-        settings: those of `training`.
+        settings: the recipe of `training`, a flat dict.
         images: data.Dataset.
         Returns None if there is none, or one of other settings, another model or other data.
         """
@@ -1076,17 +1076,18 @@ def _merged(stem, saved, published, changed):
     model of that run is not another one here. Timings are compared by method, too, as 6_efficiency
     times what several notebooks left.
     """
-    keys = _keys(published)
     taken = set(_keys(saved))
-    missing = [key not in taken and key[:2] not in changed for key in keys]
-    names = [
-        f"{model} seed {seed} {notebook or stem}"
-        for model, seed, notebook, _ in itertools.compress(keys, missing)
-    ]
-    parts = [rows for rows in (saved, published[missing]) if len(rows)]
+    missing = [key not in taken and key[:2] not in changed for key in _keys(published)]
+    published = published[missing]
+    names = []
+    for model, seed, notebook, _ in _keys(published):
+        names.append(f"{model} seed {seed} {notebook or stem}")
+    parts = [rows for rows in (saved, published) if len(rows)]
     rows = pd.concat(parts or [saved], ignore_index=True)
     order = [column for column in _PLACE if column in rows]
-    return rows.sort_values(order, kind="stable", ignore_index=True) if order else rows, names
+    if order:
+        rows = rows.sort_values(order, kind="stable", ignore_index=True)
+    return rows, names
 
 
 def _keys(rows):
@@ -1163,11 +1164,11 @@ def compare(again, kept):
 
     again, kept: rows as `read_study` gives them, or those of figures/<study>/results.csv. Those of
     6_efficiency are left out, as timings belong to their machine.
-    Returns one line for each row of the models and seeds that both have, with the columns seed, KEY,
+    Returns one line for each row of the models and seeds that both have. Its columns are seed, KEY,
     top1 and macs, top1_kept and macs_kept (missing where only one table has such a row),
-    spread: points of top-1 that the kept row's seeds span, and
-    agrees: both rows are there, top-1 is within the spread, and MACs are within 1 %, which is what
-    budgets promise.
+    spread: points of top-1 that the kept row's seeds span, at least 1, and
+    agrees: both rows are there, top-1 is within the spread, and MACs are within 1 %.
+    Budgets promise that 1 %.
     Raises ValueError where no row is in both.
     """
     key = ["seed", *(name for name in KEY if name in again and name in kept)]
