@@ -7,8 +7,9 @@ Notebooks open a run with `open_run` and never name a path.
 Every file is written whole or not at all.
 
 Public: repository, root, unknown, write_atomic, alone, make_folder, headless, say, USES, SECTIONS,
-SETTINGS, Settings, Values, study, in_force, checked, METER, LOG, ROW, open_run, Run, Results, Cut,
-of_shipped, figures_folder, provenance, KEY, read_study, gather, compare, main.
+SETTINGS, Settings, Values, study, in_force, checked, IDENTITY, LOG, ROW, open_run, Run, Results,
+Cut, study_label, with_first_columns, of_shipped, figures_folder, provenance, KEY, WORDS,
+read_study, gather, compare, main.
 """
 
 import argparse
@@ -545,11 +546,11 @@ def _read_yaml(path):
 
 # -- runs: the folder of one model and seed, and what it writes
 
-METER = "closed form (vitlab.cost)"  # of params, MACs and FLOPs; other meters have own columns
+_METER = "closed form (vitlab.cost)"  # of params, MACs and FLOPs; other meters have own columns
 LOG = "results.jsonl"  # of a run: every row that was ever saved
 IDENTITY = ["study", "model", "seed"]
 _CUT = ["method", "criterion", "form", "target_kind", "target", "stage"]
-HISTORY = [*IDENTITY, *_CUT, "epoch"]
+_HISTORY = [*IDENTITY, *_CUT, "epoch"]
 _MEASURED = """
     correct total top1 mean_per_class loss ece
     params nonzero macs macs_ideal flops meter macs_torchprofile macs_thop
@@ -597,7 +598,7 @@ class Run:
         self.override = override
         self._given = given  # name of the study, or path of its file
         inner = Path(model_name, f"seed{seed}") if model_name else Path()
-        self.folder = root() / "runs" / _label(self.study, override) / inner
+        self.folder = root() / "runs" / study_label(self.study, override) / inner
         self._base = root() / "runs" / self.study / inner
         make_folder(self.folder)
         self._commit = _commit()  # of the code as imported, not as it is when rows are saved
@@ -761,7 +762,7 @@ class Run:
         for column, value in self._provenance().items():
             if column not in frame:
                 frame[column] = value
-        frame = _ordered(frame, ROW, fill=True)
+        frame = with_first_columns(frame, ROW, fill=True)
         self._save(f"results-{notebook}.csv", frame)
         values = {section: in_force(section, self.params[section]) for section in sections}
         if self.model_name and "models" in values:
@@ -785,7 +786,7 @@ class Run:
         """
         frame = pd.concat(history, ignore_index=True) if isinstance(history, list) else history
         frame = frame.assign(**self._identity())
-        return self._save(f"history-{notebook}.csv", _ordered(frame, HISTORY))
+        return self._save(f"history-{notebook}.csv", with_first_columns(frame, _HISTORY))
 
     def save_table(self, name, frame):
         """Write any other frame as table-<name>.csv, marked with study, model and seed."""
@@ -813,7 +814,7 @@ class Run:
             "split_seed": self.params.data.split_seed,
             **provenance(),
             "commit": self._commit,
-            "meter": METER,
+            "meter": _METER,
             "override": json.dumps(self.override) if self.override else None,
         }
 
@@ -898,8 +899,13 @@ def _sections_of(notebook):
     return USES[notebook]
 
 
-def _ordered(frame, columns, *, fill=False):
-    """Return a frame with these columns first. fill: add, empty, those that it does not have."""
+def with_first_columns(frame, columns, *, fill=False):
+    """Return a frame with some columns before all others.
+
+    frame: any frame.
+    columns: names, in the order that is wanted.
+    fill: bool, whether names that the frame does not have become empty columns.
+    """
     first = [column for column in columns if fill or column in frame]
     rest = [column for column in frame if column not in columns]
     return frame.reindex(columns=[*first, *rest])
@@ -920,8 +926,13 @@ def _append(path, rows):
         os.fsync(file.fileno())
 
 
-def _label(name, override):
-    """Return the name of a study's folder; an overridden study never replaces the study itself."""
+def study_label(name, override):
+    """Return the name of a study's folder, another one for each override.
+
+    name: str, of the study.
+    override: {"section.value": new value}, or None. So an overridden study never replaces the
+    study itself.
+    """
     if not override:
         return name
     changes = [f"{dotted}={json.dumps(value)}" for dotted, value in sorted(override.items())]
@@ -942,7 +953,7 @@ def figures_folder(name, *, override=None):
 
     That is figures/<study> of the repository; for an overridden study `figures` in its runs.
     """
-    label = _label(study(name, override=override).name, override)
+    label = study_label(study(name, override=override).name, override)
     folder = repository() / "figures" / label
     if override:
         folder = root() / "runs" / label / "figures"
@@ -1015,7 +1026,7 @@ def read_study(name, *, override=None):
     Raises FileNotFoundError if there are no results yet.
     """
     values = study(name, override=override)
-    label = _label(values.name, override)
+    label = study_label(values.name, override)
     runs = root() / "runs" / label
     figures = repository() / "figures" / label  # an overridden study is never published
     tables = {path.stem for path in [*_saved(runs, "table-*"), *figures.glob("table-*.csv")]}
@@ -1072,9 +1083,9 @@ def _from_figures(figures, stem, values):
 def _merged(stem, saved, published, changed):
     """Return all saved rows with the published rows for which nothing was saved, and their names.
 
-    A published row wins only where its model, seed and notebook saved nothing here, and the dense
-    model of that run is not another one here. Timings are compared by method, too, as 6_efficiency
-    times what several notebooks left.
+    A published row wins only where its model, seed and notebook saved nothing here. It is left out
+    where the dense model of its run is another one here. Timings are compared by method, too, as
+    6_efficiency times what several notebooks left.
     """
     taken = set(_keys(saved))
     missing = [key not in taken and key[:2] not in changed for key in _keys(published)]
@@ -1142,7 +1153,9 @@ def gather(name=None, *, every=False):
         last = frame.groupby(["folder", "notebook"]).save.transform("last")
         frame = frame[frame.save == last].reset_index(drop=True)
     parameters = frame.pop("parameters")
-    return _ordered(frame, ["folder", "notebook", "save", *ROW]).assign(parameters=parameters)
+    return with_first_columns(frame, ["folder", "notebook", "save", *ROW]).assign(
+        parameters=parameters
+    )
 
 
 def _read_log(path):
