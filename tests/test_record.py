@@ -71,18 +71,26 @@ def test_an_override_changes_its_value_and_no_other(dotted, value):
         ({"train.epoch": 2}, ValueError, "unknown value 'train.epoch', did you mean 'train.epochs'"),
         ({"tarin.epochs": 2}, ValueError, "did you mean 'train.epochs'"),
         ({"train.epochs.more": 2}, ValueError, "unknown value"),
-        ({"train.epochs": "2"}, TypeError, "train.epochs must be int .*got str '2'"),
-        ({"train.epochs": 2.5}, TypeError, "must be int .*got float"),
-        ({"train.epochs": True}, TypeError, "must be int .*got bool"),
-        ({"data.augment.flip": 1}, TypeError, "must be bool .*got int 1"),
+        ({"train.epochs": "2"}, TypeError, "train.epochs should be a valid integer, got str '2'"),
+        ({"train.epochs": 2.5}, TypeError, "should be a valid integer, got float"),
+        ({"train.epochs": True}, TypeError, "should be a valid integer, got bool"),
+        ({"train.lr": True}, TypeError, "should be a valid number, got bool"),
+        ({"data.augment.flip": 1}, TypeError, "should be a valid boolean, got int 1"),
         ({"train.epochs": None}, TypeError, "got NoneType"),
-        ({"global_pruning.images": "all"}, TypeError, "int or null"),
-        ({"data.skip_broken": 1}, TypeError, "data.skip_broken must be bool or null"),
-        ({"global_pruning.sparsities": 0.5}, TypeError, "must be list"),
-        ({"global_pruning.sparsities": ["0.5"]}, TypeError, "list of float"),
-        ({"seeds": [0, True]}, TypeError, "list of int"),
-        ({"seeds": []}, ValueError, "seeds is empty"),
-        ({"train": 2}, TypeError, "train is a section.*train.epochs"),
+        ({"global_pruning.images": "all"}, TypeError, "integer of at least 1, or null, got str"),
+        ({"data.skip_broken": 1}, TypeError, "data.skip_broken should be true, false or null"),
+        ({"data.normalise": 1}, TypeError, "should be train, imagenet, or"),
+        ({"global_pruning.sparsities": 0.5}, TypeError, "should be a valid list"),
+        ({"global_pruning.sparsities": [0, "0.5"]}, TypeError, "sparsities.1 is a share .*got str"),
+        ({"seeds": [0, True]}, TypeError, "seeds.1 should be a valid integer, got bool"),
+        ({"seeds": []}, ValueError, "seeds should have at least 1 item"),
+        ({"train": 2}, TypeError, "train is a section.*epochs"),
+        ({"train": {}}, TypeError, "train is a section.*epochs"),
+        ({"train.epochs": {"a": 2}}, TypeError, "train.epochs should be a valid integer, got dict"),
+        ({"models.vit.depth": "deep"}, TypeError, "models.vit.depth should be a valid integer"),
+        ({"models.vit.dept": 3}, ValueError, "did you mean 'models.vit.depth'"),
+        ({"train.epochs": 0}, ValueError, "train.epochs should be greater than 0, got int 0"),
+        ({"train.precision": "bf61"}, ValueError, "'auto', 'bf16' or 'float32', got str 'bf61'"),
         (["train.epochs", 2], TypeError, "override is a dict"),
     ],
 )
@@ -105,13 +113,13 @@ def test_a_study_of_ones_own_is_a_path(tmp_path):
     assert record.study(own) == record.study("demo") | {"name": "own"}
 
     own.write_text(yaml.safe_dump({**plain, "gloal_pruning": {}}))
-    with pytest.raises(ValueError, match="unknown section 'gloal_pruning', did you mean 'global_pruning'"):
+    with pytest.raises(ValueError, match="unknown value 'gloal_pruning', did you mean 'global_pruning'"):
         record.study(own)
     own.write_text(yaml.safe_dump({key: value for key, value in plain.items() if key != "train"}))
-    with pytest.raises(ValueError, match="own.yaml lacks train"):
+    with pytest.raises(ValueError, match="own.yaml: train is missing"):
         record.study(own)
     own.write_text(own.read_text() + "train: {lr: 2e-3}\n")  # text to YAML, which wants 2.0e-3
-    with pytest.raises(ValueError, match="own.yaml: train: lr is '2e-3'.*write 0.002"):
+    with pytest.raises(ValueError, match="own.yaml .* line .*'2e-3' as text; write 0.002"):
         record.study(own)
 
     own.write_text("train: [1")
@@ -143,21 +151,23 @@ def demo_with(tmp_path):
     "changes, error, words",
     [
         ({"train.epochss": 3}, ValueError, "unknown value 'train.epochss', did you mean 'train.epochs'"),
+        ({"other_seed": {}}, ValueError, "did you mean 'other_seeds'"),
         ({"data.image_sze": 3}, ValueError, "unknown value 'data.image_sze', did you mean 'data.image_size'"),
         ({"data.augment.scal": [0.5, 1.0]}, ValueError, "did you mean 'data.augment.scale'"),
-        ({"train.epochs": "three"}, TypeError, "train.epochs must be int .*got str 'three'"),
-        ({"train.epochs": 2.5}, TypeError, "train.epochs must be int .*got float"),
-        ({"calibration.images": None}, ValueError, "calibration.images missing"),
-        ({"train.lr": None}, ValueError, "train.lr missing"),
-        ({"train": 3}, TypeError, "train is a section with epochs, .*got int 3"),
-        ({"seeds": 0}, TypeError, "seeds must be list"),
-        ({"seeds": []}, ValueError, "seeds is empty"),
-        ({"global_pruning.images": "all"}, TypeError, "int or null"),
-        ({"models": {}}, ValueError, "models.vit missing"),
-        ({"models": ["vit"]}, TypeError, "models is a section"),
-        ({"models.vit": "conv_vit"}, TypeError, "models.vit is a section with name"),
-        ({"models.vit.name": None}, ValueError, "models.vit.name missing"),
-        ({"models.vit.pretrained": "yes"}, TypeError, "models.vit.pretrained must be bool"),
+        ({"train.epochs": "three"}, TypeError, "train.epochs should be a valid integer, got str 'three'"),
+        ({"train.epochs": 2.5}, TypeError, "train.epochs should be a valid integer, got float"),
+        ({"calibration.images": None}, ValueError, "calibration.images is missing"),
+        ({"train.lr": None}, ValueError, "train.lr is missing"),
+        ({"train.lr": None, "budget.kinds": None}, ValueError, "train.lr is .*budget.kinds is missing"),
+        ({"train": 3}, TypeError, "train should be a valid dictionary, got int 3"),
+        ({"seeds": 0}, TypeError, "seeds should be a valid list"),
+        ({"seeds": []}, ValueError, "seeds should have at least 1 item"),
+        ({"global_pruning.images": "all"}, TypeError, "integer of at least 1, or null"),
+        ({"models": {}}, ValueError, "models should have at least 1 item"),
+        ({"models": ["vit"]}, TypeError, "models should be a valid dictionary"),
+        ({"models.vit": "conv_vit"}, TypeError, "models.vit should be a valid dictionary"),
+        ({"models.vit.name": None}, ValueError, "models.vit.name is missing"),
+        ({"models.vit.pretrained": "yes"}, TypeError, "models.vit.pretrained should be a valid boolean"),
     ],
 )
 def test_a_wrong_value_in_a_file_of_ones_own_is_named(demo_with, changes, error, words):
@@ -190,7 +200,7 @@ def test_a_file_of_ones_own_may_have_other_options_and_what_came_later_is_off(de
 def test_a_share_is_no_percentage(demo_with, dotted, wrong):
     for value in wrong:
         for arguments in [("demo", {dotted: value}), (demo_with({dotted: value}), None)]:
-            with pytest.raises(ValueError, match=rf"{dotted} is a share in [\[(]0, 1\), not a percentage; got"):
+            with pytest.raises(ValueError, match=rf"{dotted}(\.\d)? is a share in [\[(]0, 1\), not a percentage, got"):
                 record.study(arguments[0], override=arguments[1])
 
 
@@ -209,9 +219,9 @@ def test_other_seeds_have_values_of_their_own(demo_with):
     "others, error, words",
     [
         ({"train.epoch": 2}, ValueError, "unknown value 'train.epoch', did you mean 'train.epochs'"),
-        ({"train.epochs": "many"}, TypeError, "must be int"),
+        ({"train.epochs": "many"}, TypeError, "should be a valid integer"),
         ({"train": {"epochs": 2}}, TypeError, "train is a section"),
-        ({"budget.shares": [50.0]}, ValueError, "budget.shares is a share in"),
+        ({"budget.shares": [50.0]}, ValueError, "budget.shares.0 is a share in"),
         ([2], TypeError, "other_seeds is a dict"),
     ],
 )
@@ -234,8 +244,8 @@ def test_a_run_has_a_folder_of_its_own(data_root, lab):
     "arguments, error, words",
     [
         (("demo", "vitt"), ValueError, "unknown model of study demo: 'vitt', did you mean 'vit'"),
-        (("demo", "vit", "0"), TypeError, "seed must be an int"),
-        (("demo", "vit", True), TypeError, "seed must be an int"),
+        (("demo", "vit", "0"), TypeError, "seed should be a valid integer"),
+        (("demo", "vit", True), TypeError, "seed should be a valid integer"),
         (("demo", "vit", -1), TypeError, "at least 0"),
     ],
 )
@@ -261,6 +271,8 @@ def test_arguments_for_the_calls_that_a_notebook_makes(lab):
     assert settings["batch_size"] == lab.params.train.batch_size and settings["seed"] == 0
     assert settings["augment"] == {"crop": 4, "flip": True} and "criterion" not in settings
     assert lab.training()["epochs"] == lab.params.train.epochs
+    where = {"stage": "a", "folder": lab.path("training")}
+    assert lab.training("global_pruning", stage="a") == {"recipe": settings} | where
 
 
 def test_local_weights_are_found_from_anywhere():
@@ -341,7 +353,7 @@ def test_augmented_calibration_is_drawn_once_for_each_image(lab, published):
         **{"augment": False, "calibration_loss": 0.5, "val_loss": 1.0},
     }
     lab.save_rows("2_sensitivity", [ROW])
-    assert lab.read().tables.calibration.labels.tolist() == ["true"], "a word, not a bool"
+    assert record.read_study("demo").tables.calibration.labels.tolist() == ["true"], "a word, not a bool"
 
 
 def test_a_missing_step_is_named_with_its_command(lab):
@@ -398,6 +410,46 @@ def test_a_target_is_a_number(lab):
         lab.save_rows("1_train", [ROW | {"target": "50 percent"}])
 
 
+def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(lab):
+    images = SimpleNamespace(description="drawn shapes", test=[1, 0, 1, 1])
+    history = pd.DataFrame({"epoch": [1, 2], "val_top1": [50.0, 60.0], "seconds": [3.0, 4.5]})
+
+    def measure(model, split):
+        return {"top1": model * sum(split), "total": len(split), "top5": 100.0}
+
+    log = lab.results("3_global_pruning", images, measure)
+    cut = log.cut(method="units", criterion="fisher", target_kind="macs", target=0.5)
+    cut.columns["form"] = "removed"
+    cut.add("cut", 10, val_top1=40.0)
+    row = cut.add("finetuned", 20, history=history, checkpoint="units-0.5")
+    log.cut(method="ranks", target=0.1).add("unreachable", note="the floor is 0.2")
+    dense = log.cut(method="dense")
+    dense.add("dense+epochs", 30, history=history.assign(target=0.0), form="masked")
+    assert row["top1"] == 60 and row["seconds"] == 7.5
+    table, histories = log.save()
+
+    about = dict(method="units", criterion="fisher", form="removed", target_kind="macs", target=0.5)
+    spent = dict(stage="finetuned", checkpoint="units-0.5", epochs=2, seconds=7.5)
+    rows = [
+        about | dict(stage="cut", val_top1=40.0) | measure(10, images.test),
+        about | spent | measure(20, images.test),
+        dict(method="ranks", target=0.1, stage="unreachable", note="the floor is 0.2"),
+        dict(method="dense", form="masked", stage="dense+epochs", epochs=2, seconds=7.5) | measure(30, images.test),
+    ]
+    by_hand = lab.save_rows("3_global_pruning", rows, data="drawn shapes").drop(columns="date")
+    pd.testing.assert_frame_equal(table.drop(columns="date"), by_hand)
+    by_hand = [history.assign(**about), history.assign(method="dense", target=0.0)]
+    by_hand = lab.save_history("3_global_pruning", by_hand)
+    pd.testing.assert_frame_equal(histories, by_hand)
+
+    other = lab.results("5_budget", images, measure)
+    other.cut(method="ranks", target=0.1).add("unreachable", note="the floor is 0.2")
+    table, history = other.save()
+    assert len(table) == 1 and history is None
+    with pytest.raises(ValueError, match="lack method and stage"):
+        lab.results("5_budget", images, measure).save()
+
+
 @pytest.fixture
 def published(data_root, monkeypatch, tmp_path):
     """Folder of the figures of the study demo, in a repository that has nothing else."""
@@ -409,7 +461,7 @@ def published(data_root, monkeypatch, tmp_path):
 
 def test_a_study_is_read_over_models_and_seeds(lab, published):
     with pytest.raises(FileNotFoundError, match="make study STUDY=demo"):
-        lab.read()
+        record.read_study("demo")
     for model, seed in [("vit", 0), ("vit", 1), ("swin", 0)]:
         one = record.open_run("demo", model, seed)
         one.save_rows("1_train", [ROW])
@@ -419,7 +471,7 @@ def test_a_study_is_read_over_models_and_seeds(lab, published):
         one.save_table("heads", pd.DataFrame({"head": [0, 1]}, index=[5, 9]))
     record.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
     record.open_run("demo", "vit", 0, {"train.epochs": 1}).save_rows("1_train", [ROW])  # not of the study
-    found = record.open_run("demo").read()
+    found = record.read_study("demo")
     assert len(found.results) == 9 and found.results.override.isna().all()
     assert found.results.groupby(["model", "seed"]).size().to_dict() == {
         ("swin", 0): 3,
@@ -462,7 +514,7 @@ def test_timings_of_other_methods_stay(run, published):
     run.save_rows("5_budget", [ROW | {"method": "pool"}])
     timed = ("svd", "pool", "dense", "of an older protocol")
     run.save_rows("6_efficiency", [ROW | {"method": word, "latency_ms": 1.0} for word in timed])
-    publish(published, run.read())
+    publish(published, record.read_study("demo"))
     run.save_rows("6_efficiency", [ROW | {"method": word, "latency_ms": 2.0} for word in ("pool", "dense")])
     found = record.read_study("demo").results
     found = found[(found.model == "vit") & (found.notebook == "6_efficiency")]
@@ -471,7 +523,7 @@ def test_timings_of_other_methods_stay(run, published):
 
 def test_what_was_not_run_here_comes_from_the_figures(run, published):
     """Rows of another notebook, seed or model stay; those measured anew, and unknown models and seeds, do not."""
-    publish(published, run.read())
+    publish(published, record.read_study("demo"))
     for name in ("history-3_global_pruning.csv", "results-3_global_pruning.csv", "table-heads.csv"):
         run.path(name).unlink()
     run.save_rows("1_train", [ROW | {"top1": 50.01, "params": 7}])
@@ -493,7 +545,7 @@ def test_what_was_not_run_here_comes_from_the_figures(run, published):
 
 
 def test_figures_of_another_dense_model_or_of_old_times_do_not_count(run, published):
-    publish(published, run.read())
+    publish(published, record.read_study("demo"))
     run.path("results-3_global_pruning.csv").unlink()
     run.save_rows("1_train", [ROW | {"top1": 60, "params": 7}])
     found = record.read_study("demo")
@@ -654,6 +706,33 @@ def test_a_full_disk_says_what_to_do_and_leaves_the_old_file(tmp_path, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
     with pytest.raises(OSError, match="is full: make room"):
         record.write_atomic(path, fails)
+
+
+HOLDING = """
+import sys, time
+from vitlab import record
+with record.alone(sys.argv[1], "the work"):
+    print("holds", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_file_that_a_killed_process_left_blocks_nobody(tmp_path):
+    command = [sys.executable, "-c", HOLDING, str(tmp_path / "lock")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "holds\n"
+    with pytest.raises(RuntimeError, match="the work is under way in another process: wait for it"):
+        record.alone(tmp_path / "lock", "the work").__enter__()
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "lock").exists()
+    with record.alone(tmp_path / "lock", "the work"):
+        pass
+
+
+def test_studies_are_read_without_torch():
+    code = "import sys, vitlab.record; vitlab.record.study('demo'); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_one_at_a_time(tmp_path):

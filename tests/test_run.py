@@ -63,11 +63,11 @@ def test_one_parameters_cell_is_needed(tmp_path):
     "given, error, words",
     [
         ({"sed": 1}, ValueError, "unknown parameter of a.ipynb: 'sed', did you mean 'seed'"),
-        ({"seed": "1"}, TypeError, "seed must be int .*got str"),
+        ({"seed": "1"}, TypeError, "seed should be a valid integer, got str"),
         ({"study": "dmeo"}, ValueError, "unknown study 'dmeo', did you mean 'demo'"),
         ({"model": "swim"}, ValueError, "unknown model of study demo: 'swim', did you mean 'swin'"),
         ({"override": {"train.epcohs": 1}}, ValueError, "did you mean 'train.epochs'"),
-        ({"override": {"train.epochs": 0.5}}, TypeError, "train.epochs must be int"),
+        ({"override": {"train.epochs": 0.5}}, TypeError, "train.epochs should be a valid integer"),
         ({"override": 3}, TypeError, "override is a dict"),
     ],
 )
@@ -80,7 +80,7 @@ def test_a_wrong_parameter_is_refused_before_the_start(tmp_path, data_root, give
 
 def test_right_parameters_pass_and_the_others_keep_their_values(tmp_path):
     given = {"model": "swin", "override": {"train.lr": 1}}
-    values = run.check(notebook(tmp_path / "a.ipynb"), given)
+    values = run._check(notebook(tmp_path / "a.ipynb"), given)
     assert values == {"study": "demo", "seed": 0, **given}
 
 
@@ -96,13 +96,13 @@ def test_right_parameters_pass_and_the_others_keep_their_values(tmp_path):
     ],
 )
 def test_values_on_the_command_line_are_json_or_text(text, value):
-    assert run.parse_value(text) == ("a", value)
+    assert run._parse_value(text) == ("a", value)
 
 
 def test_the_command_line_says_what_is_wrong_and_starts_nothing(tmp_path, capsys, data_root):
     path = str(notebook(tmp_path / "a.ipynb"))
     for arguments, words in [
-        ([path, "--set", "train.epochs=x"], "train.epochs must be int"),
+        ([path, "--set", "train.epochs=x"], "train.epochs should be a valid integer"),
         ([path, "--set", "train.epochs"], "expected name=value"),
         ([path, "--study", "x.yaml"], "unknown study 'x.yaml'"),
         (["99"], "unknown notebook '99'"),

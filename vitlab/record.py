@@ -1,7 +1,15 @@
-"""Records: the values of a study, the folder of a run, its rows with provenance; files are written whole.
+"""Keep the values of a study, the folder of a run, and the rows of results with their provenance.
 
-A study is one YAML file in notebooks/params with all its values; a run is one model and seed of it, in
-`<data root>/runs/<study>/<model>/seed<seed>/`. Notebooks open one with `open_run` and never name a path.
+A study is one YAML file in notebooks/params that holds all its values.
+A run is one model and one seed of a study.
+It writes to `<data root>/runs/<study>/<model>/seed<seed>/`.
+Notebooks open a run with `open_run` and never name a path.
+Every file is written whole or not at all.
+
+Public: repository, root, unknown, write_atomic, alone, make_folder, headless, say, USES, SECTIONS,
+SETTINGS, Settings, Values, study, in_force, checked, IDENTITY, LOG, ROW, open_run, Run, Results,
+Cut, study_label, with_first_columns, of_shipped, figures_folder, provenance, KEY, WORDS,
+read_study, gather, compare, main.
 """
 
 import argparse
@@ -20,103 +28,354 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Literal, TypeVar
 
 import pandas as pd
 import yaml
+from filelock import FileLock, Timeout
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 from tqdm.auto import tqdm
 
 from vitlab import parallel
 
-# What each notebook reads of a study, itself or through the notebooks before it.
-USES = {
-    "0_data": ("data",),
-    "1_train": ("data", "models", "train"),
-    "2_sensitivity": ("data", "models", "train", "calibration", "sensitivity"),
-    "3_global_pruning": ("data", "models", "train", "calibration", "global_pruning"),
-    "4_heads_svd_iht": ("data", "models", "train", "calibration", "heads_svd_iht"),
-    "5_budget": ("data", "models", "train", "calibration", "budget"),
-    "6_efficiency": (
-        *("data", "models", "train", "calibration", "global_pruning", "heads_svd_iht", "budget"),
-        "efficiency",
-    ),
-}
-SECTIONS = ("about", "seeds", *dict.fromkeys(section for uses in USES.values() for section in uses))
-SETTINGS = ("epochs", "lr", "images", "warmup_epochs")  # of train.fit, that a section has of its own
-# Values that came later: what stands for them in studies, checkpoints and training states that do not have them.
-OFF = {
-    "data": {"skip_broken": None},
-    "train": {"mixup": 0.0, "cutmix": 0.0},
-    "calibration": {"labels": "true", "augment": False},
-    "global_pruning": {"controls": False, "schedules": ["one-shot"], "steps": 1, "distil": False},
-    "heads_svd_iht": {"controls": False},
-}
-# Examples of what else than the study's a value may be, by its name.
-ALSO = {"images": (0, None), "faster_at": (0, None), "skip_broken": (False, None), "weights": ("", None)}
-ALSO |= {"normalise": ("", []), "calibration.images": (), "sensitivity.images": ()}
-# Examples of what models and augmentation may have where demo.yaml has not; of models `models.create` knows the rest.
-MODEL = {"name": "", "pretrained": False, "weights": ""}
-AUGMENT = {"crop": 0, "flip": True, "scale": [0.0, 1.0], "erase": 0.0}
-OPTIONAL = {"pretrained", "weights", *AUGMENT}
-SHARES = {  # which 0 may be one of, and 1 may not
-    "train.label_smoothing": True,
-    "train.ema": True,
-    "sensitivity.ratios": False,
-    "global_pruning.sparsities": True,
-    "heads_svd_iht.ratios": True,
-    "heads_svd_iht.kappa": False,
-    "budget.shares": False,
-    "budget.audit": False,
-}
+# -- ground: files, locks, progress
 
-IDENTITY = ["study", "model", "seed"]
-KEY = ["model", "notebook", "method", "criterion", "form", "schedule", "target_kind", "target", "stage"]  # with seed
-METER = "closed form (vitlab.cost)"  # of params, MACs and FLOPs; other meters have columns of their own
-LOG = "results.jsonl"  # of a run: every row that was ever saved
-ROW = [
-    *IDENTITY,
-    *("method", "criterion", "form", "target_kind", "target", "stage"),
-    *("correct", "total", "top1", "mean_per_class", "loss", "ece"),
-    *("params", "nonzero", "macs", "macs_ideal", "flops", "meter", "macs_torchprofile", "macs_thop"),
-    *("bytes_memory", "bytes_disk"),
-    *("latency_ms", "latency_q1", "latency_q3", "images_per_s", "memory_mb"),
-    *("batch", "threads", "precision", "image_size"),
-    *("epochs", "seconds"),
-    *("checkpoint", "data", "split_seed", "commit", "torch", "timm", "device", "date"),
-]
-WORDS = {"labels": str}  # columns that read_csv would take for something else: true, there, is a word
-HISTORY = [*IDENTITY, "method", "criterion", "form", "target_kind", "target", "stage", "epoch"]
+_ELSEWHERE = "set VITLAB_DATA to a folder that can be written"
+_ROOM = (
+    "make room, or set VITLAB_DATA to a folder elsewhere, and run the same again; "
+    "what was finished is kept"
+)
 
 
 def repository():
-    """The folder of the repository that vitlab is imported from; the working folder where it has none."""
+    """Return the folder of the repository of this package, or the working folder outside of one."""
     folder = Path(__file__).parents[1]
     return folder if (folder / "pyproject.toml").exists() else Path.cwd()
 
 
-def of_shipped(folder):
-    """(study, model, seed) of a folder of checkpoints/."""
-    model, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", folder.name).groups()
-    return folder.parent.name, model, int(seed or 0)
-
-
 def root():
-    """The data root: the environment's VITLAB_DATA, else `data` of the repository."""
-    given = os.environ.get("VITLAB_DATA")
-    return Path(given).expanduser().absolute() if given else repository() / "data"
+    """Return the data root: the environment's VITLAB_DATA, else the repository's folder `data`."""
+    chosen = os.environ.get("VITLAB_DATA")
+    return Path(chosen).expanduser().absolute() if chosen else repository() / "data"
 
 
 def unknown(kind, name, known):
-    """Words for an error: which name is not known, the nearest that is, and all that are."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    hint = f", did you mean {close[0]!r}?" if close else "."
-    return f"unknown {kind} {name!r}{hint} Known are {', '.join(str(k) for k in known)}."
+    """Return the words of an error about a name that is not known.
+
+    kind: str, what the name is of, such as "study".
+    name: the name that is not known.
+    known: the names that are.
+    Returns a sentence with the nearest known name, if one is near, and all known names.
+    """
+    known = [str(option) for option in known]
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    hint = f", did you mean {nearest[0]!r}?" if nearest else "."
+    return f"unknown {kind} {name!r}{hint} Known are {', '.join(known)}."
+
+
+def write_atomic(path, content, *, keep=None):
+    """Write a file whole or not at all: under another name in its folder, which is then renamed.
+
+    path: where to write; its folder is made if need be.
+    content: text, bytes, or a function that is called with the path to write to.
+    keep: a path to which the file that stood there before is moved; None replaces that file.
+    Of several processes (see `parallel`) only the first writes.
+    Raises PermissionError, with what to do, where the file cannot be written.
+    Raises OSError, with what to do, where the disk is full.
+    """
+    path = Path(path)
+    if not parallel.is_first():
+        return
+    make_folder(path.parent)
+    part = path.with_name(f".{os.getpid()}-{path.name}")  # the same ending: savers look at it
+    try:
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+        if keep and path.exists():
+            path.replace(keep)
+        part.replace(path)
+        _remove_abandoned(path)
+    except PermissionError as error:
+        raise PermissionError(f"cannot write {path} ({error.strerror}); {_ELSEWHERE}") from error
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        if _is_full(error, path.parent):
+            words = f"the disk of {path.parent} is full: {_ROOM}"
+            raise OSError(errno.ENOSPC, words) from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path):
+    """Remove the unfinished parts of a file that killed processes left an hour ago or earlier."""
+    for part in path.parent.glob(f".*-{path.name}"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed its part
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
+
+
+def _is_full(error, folder):
+    """Return whether an error comes from a full disk, a quota or a limit of file sizes."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return shutil.disk_usage(folder).free < 1_000_000  # some libraries do not say so
+
+
+@contextlib.contextmanager
+def alone(lock, what):
+    """Hold a lock file, which the system frees whatever happens to this process.
+
+    lock: path of the lock file. The file itself stays and blocks nobody.
+    what: str, the work that is done meanwhile, in words.
+    Raises RuntimeError if another process holds the lock.
+    """
+    try:
+        held = FileLock(lock).acquire(blocking=False)
+    except Timeout:
+        words = f"{what} is under way in another process: wait for it, or stop it"
+        raise RuntimeError(words) from None
+    with held:
+        yield
+
+
+def make_folder(folder):
+    """Make a folder with its parents, and try whether files can be written there.
+
+    Raises PermissionError, with what to do, where they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # permissions do not tell on every file system
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to {folder} ({error.strerror}); {_ELSEWHERE}"
+        ) from error
+
+
+def headless():
+    """Return whether nobody watches a progress bar; `vitlab.run` sets VITLAB_HEADLESS to say so."""
+    return os.environ.get("VITLAB_HEADLESS", "0") not in ("", "0")
+
+
+def say(text):
+    """Print one line at once, without breaking a progress bar.
+
+    Of several processes only the first prints.
+    """
+    if not parallel.is_first():
+        return
+    if headless():
+        print(text, flush=True)
+    else:
+        tqdm.write(str(text))
+
+
+# -- settings: the values of a study
+
+_DENSE = ("data", "models", "train")
+_SCORED = (*_DENSE, "calibration")
+_CUTS = ("global_pruning", "heads_svd_iht", "budget")
+# The sections of a study that each notebook reads, itself or through the notebooks before it.
+USES = {
+    "0_data": ("data",),
+    "1_train": _DENSE,
+    "2_sensitivity": (*_SCORED, "sensitivity"),
+    "3_global_pruning": (*_SCORED, "global_pruning"),
+    "4_heads_svd_iht": (*_SCORED, "heads_svd_iht"),
+    "5_budget": (*_SCORED, "budget"),
+    "6_efficiency": (*_SCORED, *_CUTS, "efficiency"),
+}
+
+
+def _worded(annotation, words):
+    """Return an annotation whose errors say in these words what is allowed."""
+
+    def validate(value, handler):
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise PydanticCustomError(error.errors()[0]["type"], words) from None
+
+    return Annotated[annotation, WrapValidator(validate)]
+
+
+_Item = TypeVar("_Item")
+_Some = Annotated[list[_Item], Field(min_length=1)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+_Share = _worded(_Share, "is a share in [0, 1), not a percentage")
+_PositiveShare = Annotated[float, Field(gt=0, lt=1)]
+_PositiveShare = _worded(_PositiveShare, "is a share in (0, 1), not a percentage")
+_CountOrNull = _worded(PositiveInt | None, "should be an integer of at least 1, or null")
+_BoolOrNull = _worded(bool | None, "should be true, false or null")
+_Moments = _worded(str | list, "should be train, imagenet, or [means, deviations]")
+_Precision = Literal["auto", "bf16", "float32"]  # auto: bf16 where the device gains from it
+_ABSENT = None  # of a value that may be missing: data.load or models.create then choose it
+
+
+class _Section(BaseModel, extra="forbid", strict=True):
+    """Refuse unknown values and other types. An int may stand for a float, a bool for nothing else.
+
+    A default is the value of studies, checkpoints and training states from before there was one.
+    """
+
+
+class _Augment(_Section):
+    """Declare what is drawn anew for every training image."""
+
+    crop: NonNegativeInt = _ABSENT  # pixels of border that a crop may reach into
+    flip: bool = _ABSENT  # whether half of the images are mirrored
+    scale: _Some[float] = _ABSENT  # shares of the area that a random crop takes: [least, most]
+    erase: NonNegativeFloat = _ABSENT  # share of the images that lose a rectangle
+
+
+class _Data(_Section):
+    """Declare the images."""
+
+    name: str  # cifar10, caltech101, shapes, or the path of an ImageFolder
+    image_size: PositiveInt  # pixels, side of what the model sees
+    split_seed: int  # of train, val and test; results of two splits cannot be compared
+    images: _CountOrNull  # of each split, for a trial; null: all
+    normalise: _Moments  # by mean and deviation of train, of imagenet, or by these
+    skip_broken: _BoolOrNull = None  # true: leave out image files that cannot be decoded
+    augment: _Augment
+
+
+class _Model(_Section, extra="allow"):
+    """Declare the options of models.create, which checks those that are not declared here."""
+
+    name: str  # conv_vit, conv_swin, or a model of timm
+    pretrained: bool = _ABSENT  # whether timm downloads weights
+    weights: str | None = _ABSENT  # folder of a checkpoint to start from; null: none
+
+
+class _Train(_Section):
+    """Declare how the dense model is trained."""
+
+    epochs: PositiveInt  # passes over the training images
+    batch_size: PositiveInt  # images
+    lr: PositiveFloat  # peak rate, after the warm-up; then cosine to 0
+    weight_decay: NonNegativeFloat  # of AdamW
+    warmup_epochs: NonNegativeFloat  # epochs in which the rate rises
+    label_smoothing: _Share  # of the label, spread over all classes
+    clip_norm: NonNegativeFloat  # highest norm of the gradient; 0 is off
+    precision: _Precision
+    ema: _Share  # decay of averaged weights; 0 is off
+    mixup: NonNegativeFloat = 0.0  # alpha of its Beta distribution; 0 is off, 0.8 is usual
+    cutmix: NonNegativeFloat = 0.0  # alpha, too; with both, each batch gets one of them
+
+
+class _Tuning(_Section):
+    """Declare the training after a cut; what is not declared here is that of `train`."""
+
+    epochs: PositiveInt  # after each cut
+    lr: PositiveFloat  # peak rate
+    warmup_epochs: NonNegativeFloat
+    images: _CountOrNull  # drawn per epoch; null: all training images
+
+
+class _Calibration(_Section):
+    """Declare the training images from which scores and activations are taken."""
+
+    images: PositiveInt
+    batch_size: PositiveInt  # images
+    labels: Literal["true", "model"] = "true"  # of gradients; model: drawn from its prediction
+    augment: bool = False  # true: each image once, augmented as in training
+
+
+class _Sensitivity(_Section):
+    """Declare 2_sensitivity: the loss when one layer alone is cut."""
+
+    units_per_block: NonNegativeInt  # neurons that are silenced one by one; heads all are
+    images: PositiveInt  # validation images
+    ratios: _Some[_PositiveShare]  # shares cut
+
+
+class _GlobalPruning(_Tuning):
+    """Declare 3_global_pruning: weights and rows go, over all layers at once."""
+
+    sparsities: _Some[_Share]  # shares of the prunable weights, or of the rows, cut
+    criterion: str  # of weights
+    row_criterion: str  # of rows and neurons
+    controls: bool = False  # fine-tune random cuts, too, and show those by magnitude
+    schedules: _Some[str] = ["one-shot"]  # to the highest sparsity: one-shot, iterative, cubic
+    steps: PositiveInt = 1  # cuts of a schedule, which share its epochs
+    distil: bool = False  # each schedule once more, with the dense model as the teacher
+
+
+class _HeadsSvdIht(_Tuning):
+    """Declare 4_heads_svd_iht: heads go, and layers become low rank or sparse."""
+
+    ratios: _Some[_Share]  # shares cut, one after the other with fine-tuning between
+    head_criterion: str
+    kappa: _PositiveShare  # of a layer's kept parameters, for the low-rank part
+    forms: _Some[str]  # svd, iht, threshold, svd+iht entries, svd+iht columns
+    controls: bool = False  # random heads and directions, too, and dense with as many epochs
+
+
+class _Budget(_Tuning):
+    """Declare 5_budget: all kinds of units compete for one budget."""
+
+    target: Literal["macs", "params", "bytes", "latency"]  # of which a share is kept
+    shares: _Some[_PositiveShare]  # kept
+    kinds: _Some[str]  # heads, neurons, filters, width, ranks; there are qk, v and block, too
+    audit: _Some[_PositiveShare]  # shares of the MACs kept, at which predictions are checked
+    audit_images: PositiveInt  # validation images
+    distilled: _Some[str]  # methods that are fine-tuned once more, with the dense teacher
+    faster_at: _CountOrNull  # batch with which a factored layer must be faster; null: any
+
+
+class _Efficiency(_Section):
+    """Declare 6_efficiency: timings."""
+
+    batches: _Some[PositiveInt]  # images in one forward pass
+    gpu_batches: _Some[PositiveInt]  # these as well where there is a GPU
+    rounds: PositiveInt  # timed passes of each model, interleaved
+    precision: _Precision
+    runtimes: _Some[str]  # such as eager float32, compiled bf16, onnxruntime float32
+
+
+class Settings(_Section):
+    """Declare all values of a study: the sections of its file."""
+
+    about: str  # the command that runs it, and what to expect
+    seeds: _Some[NonNegativeInt]  # of initial weights, order and augmentation
+    data: _Data
+    models: Annotated[dict[str, _Model], Field(min_length=1)]
+    train: _Train
+    calibration: _Calibration
+    sensitivity: _Sensitivity
+    global_pruning: _GlobalPruning
+    heads_svd_iht: _HeadsSvdIht
+    budget: _Budget
+    efficiency: _Efficiency
+
+
+SECTIONS = tuple(Settings.model_fields)
+SETTINGS = tuple(_Tuning.model_fields)  # of train.fit, that a section may have of its own
 
 
 class Values(dict):
-    """A dict that reads as attributes too: values.train.epochs."""
+    """Read a dict by attributes, too: values.train.epochs."""
 
     def __getattr__(self, name):
         if name in self:
@@ -124,235 +383,232 @@ class Values(dict):
         raise AttributeError(unknown("value", name, self))
 
 
-# -- studies
-
-
 def study(name, *, seed=None, override=None):
-    """All values of a study as nested Values; `name` in it is the study's name.
+    """Return all values of a study as nested Values; `name` among them is the study's name.
 
     name: a file of notebooks/params without its ending, or the path of a .yaml file of your own.
-    seed: of the run (None: the study's first). What a study says under `other_seeds` holds for all but the first.
-    override: {"section.value": new value}, for instance {"train.epochs": 2}; `other_seeds` is written so, too.
-    Raises ValueError for an unknown study, section or value (with the nearest known name), a missing one, an empty
-    list or a share out of range, TypeError for a value of another type than the demo's or, of override, the study's.
+    seed: int, the seed of the run; None stands for the study's first. The values that a study
+    gives under `other_seeds` hold for all seeds but the first.
+    override: {"section.value": new value}, such as {"train.epochs": 2}, as in `other_seeds`.
+    Raises ValueError for an unknown study, section or value, with the nearest known name.
+    Raises ValueError for a missing value, an empty list, and a value out of its range.
+    Raises TypeError for a value of another type than `Settings` declares.
     """
     folder = repository() / "notebooks" / "params"
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    is_path = str(name).endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else folder / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise ValueError(unknown("study", name, known) + " Your own is given by the path of its .yaml file.")
+        words = unknown("study", name, sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ValueError(f"{words} Your own is given by the path of its .yaml file.")
     values = _read_yaml(path)
-    others = values.pop("other_seeds", {})
-    for section in values:
-        if section not in SECTIONS:
-            raise ValueError(f"{path.name}: {unknown('section', section, (*SECTIONS, 'other_seeds'))}")
-    if missing := [section for section in SECTIONS if section not in values]:
-        raise ValueError(f"{path.name} lacks {', '.join(missing)}; demo.yaml has every section")
-    for section, later in OFF.items():
-        if isinstance(values[section], dict):
-            values[section].update({key: value for key, value in later.items() if key not in values[section]})
+    other_seeds = values.pop("other_seeds", {})
+    for section in SECTIONS:
+        if isinstance(values.get(section), dict):
+            for value, default in _later(section).items():
+                values[section].setdefault(value, default)
     try:
-        demo = yaml.safe_load((folder / "demo.yaml").read_text())
-        _check_file(values, {section: demo[section] for section in SECTIONS})
-        later = _replaced(values, others, "other_seeds")
-        for each in (values, later):
-            _check_shares(each)
+        _check(values)
+        values_of_others = _replaced(values, other_seeds, "other_seeds")
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path.name}: {error}") from None
-    values = _replaced(later if seed not in (None, values["seeds"][0]) else values, override or {}, "override")
-    _check_shares(values)
-    return Values(name=path.stem, **values)
+    if seed not in (None, values.seeds[0]):
+        values = values_of_others
+    return Values(_replaced(values, override or {}, "override"), name=path.stem)
 
 
-def _replaced(values, changes, name):
-    """A copy of values with changes, a dict called name of {"section.value": new value}, in their places."""
-    if not isinstance(changes, dict):
-        raise TypeError(f'{name} is a dict like {{"train.epochs": 2}}, got {changes!r}')
-    values = copy.deepcopy(values)
-    for dotted, given in changes.items():
-        place = values
-        *parents, last = dotted.split(".")
-        for parent in parents:
-            place = place.get(parent) if isinstance(place, dict) else None
-        if not isinstance(place, dict) or last not in place:
-            names = _dotted(values)
-            near = [known for known in names if known.split(".")[0] in parents[:1]]
-            raise ValueError(unknown("value", dotted, near or names))
-        place[last] = checked(dotted, place[last], given)
-    return values
-
-
-def _check_shares(values):
-    """Raise ValueError for a value of SHARES that is out of its range."""
-    for dotted, zero in SHARES.items():
-        section, name = dotted.split(".")
-        found = values[section][name]
-        for share in found if isinstance(found, list) else [found]:
-            if not 0 <= share < 1 or share == 0 and not zero:
-                bounds = "[0, 1)" if zero else "(0, 1)"
-                raise ValueError(f"{dotted} is a share in {bounds}, not a percentage; got {share}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads plain values alone: no aliases, by which a few lines can stand for gigabytes, and no key twice."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"write out what *{self.peek_event().anchor} stands for")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        found = super().construct_mapping(node, deep)
-        if len(found) < len(node.value):
-            raise yaml.YAMLError(f"a name stands twice in the section that begins at line {node.start_mark.line + 1}")
-        return found
-
-
-def _read_yaml(path):
-    """The content of a study file as Values. Raises ValueError that names it for anything else."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, no such date or number
-        raise ValueError(f"{path.name} is not written as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} has no sections; demo.yaml has every section")
-    return _values(content, path.name)
+def _later(section):
+    """Return {name: default} of the values that a section got after studies were published."""
+    declared = Settings.__annotations__.get(section)
+    # Without values a section has its defaults alone; what is no section has none.
+    return getattr(declared, "model_construct", _Section)().model_dump()
 
 
 def in_force(section, values):
-    """values of a section without those of OFF that are off, to be compared with older ones that do not have them."""
-    off = OFF.get(section, {})
-    return {name: value for name, value in values.items() if name not in off or value != off[name]}
+    """Return values of a section without those that came later and are off.
 
-
-def _check_file(values, demo):
-    """Raise for a value of a study that the demo does not have, for one that is missing, and for another type."""
-    models = values["models"] if isinstance(values["models"], dict) and values["models"] else {"vit": {}}
-    models = {name: {**(options if isinstance(options, dict) else {}), **MODEL} for name, options in models.items()}
-    data = {**demo["data"], "augment": AUGMENT}
-
-    def compare(name, known, given):
-        if not isinstance(known, dict):
-            return checked(name, known, given)
-        if not isinstance(given, dict):
-            raise TypeError(f"{name} is a section with {', '.join(known)}, got {type(given).__name__} {given!r}")
-        names = [f"{name}.{key}" for key in known]
-        for key in given:
-            if key not in known:
-                raise ValueError(unknown("value", f"{name}.{key}", names))
-        if missing := [f"{name}.{key}" for key in known if key not in OPTIONAL | given.keys()]:
-            raise ValueError(f"{', '.join(missing)} missing; demo.yaml has every value")
-        for key in given:
-            compare(f"{name}.{key}", known[key], given[key])
-
-    for section, known in {**demo, "data": data, "models": models}.items():
-        compare(section, known, values[section])
-
-
-def checked(name, now, given):
-    """given, if it may take the place of the value `now` called name.
-
-    It must be of the same type; an int may stand for a float, and what ALSO names may be what it says. Lists are
-    checked by element. Raises TypeError, or ValueError for an empty list.
+    What is left can be compared with the values of older checkpoints and training states.
     """
-
-    def fits(old, new):
-        if isinstance(old, bool) or isinstance(new, bool):
-            return isinstance(old, bool) and isinstance(new, bool)
-        return isinstance(new, (int, float) if isinstance(old, float) else type(old))
-
-    also = ALSO.get(name, ALSO.get(name.rpartition(".")[2]))
-    if isinstance(now, dict):
-        raise TypeError(f"{name} is a section; override its values: {', '.join(_dotted(now, name))}")
-    wanted = type(now).__name__
-    if also:
-        fine = any(fits(example, given) for example in also)
-        wanted = " or ".join("null" if example is None else type(example).__name__ for example in also)
-    elif isinstance(now, list) and isinstance(given, list | tuple):
-        if not given:
-            raise ValueError(f"{name} is empty; it needs at least one element")
-        old = next((v for v in now if isinstance(v, float)), now[0] if now else given[0])
-        wanted, given = f"list of {type(old).__name__}", list(given)
-        fine = all(fits(old, new) for new in given)
-    else:
-        fine = fits(now, given)
-    if not fine:
-        raise TypeError(f"{name} must be {wanted} (such as {now!r}), got {type(given).__name__} {given!r}")
-    return given
+    later = _later(section)
+    return {
+        name: value for name, value in values.items() if name not in later or value != later[name]
+    }
 
 
-def _values(content, where):
-    """content with every dict as Values. Raises ValueError for a number that YAML took for text."""
-    if isinstance(content, dict):
-        return Values({str(key): _values(value, f"{where}: {key}") for key, value in content.items()})
-    if isinstance(content, list):
-        return [_values(value, where) for value in content]
-    if isinstance(content, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", content, re.IGNORECASE):
-        raise ValueError(f"{where} is {content!r}, which YAML reads as text; write {float(content)!r}")
+def _replaced(values, changes, source):
+    """Return a checked copy of values, with {"section.value": new value} in their places."""
+    if not isinstance(changes, dict):
+        raise TypeError(f'{source} is a dict like {{"train.epochs": 2}}, got {changes!r}')
+    values = copy.deepcopy(values)
+    sections = _sections_by_name(values)
+    for dotted, value in changes.items():
+        if dotted not in sections:
+            above = str(dotted).partition(".")[0]
+            near = [name for name in sections if name.startswith(f"{above}.")]
+            raise ValueError(unknown("value", dotted, near or sections))
+        section = sections[dotted]
+        name = dotted.rpartition(".")[2]
+        if isinstance(section[name], dict):
+            inside = ", ".join(section[name])
+            raise TypeError(f"{dotted} is a section; override its values one by one: {inside}")
+        if dotted.startswith("models.") and name not in _Model.model_fields:
+            checked(dotted, section[name], value)  # an option that Settings does not declare
+        section[name] = list(value) if isinstance(value, tuple) else value
+    _check(values)
+    return values
+
+
+def _sections_by_name(values, above=""):
+    """Return {dotted name: the dict that holds it} of all sections and values."""
+    sections = {}
+    for name, value in values.items():
+        sections[above + name] = values
+        if isinstance(value, dict):
+            sections |= _sections_by_name(value, f"{above}{name}.")
+    return sections
+
+
+def _check(values, declared=Settings, name=""):
+    """Raise TypeError or ValueError, in words, for values that are not as declared."""
+    try:
+        TypeAdapter(declared).validate_python(values, strict=True)
+    except ValidationError as error:
+        errors = error.errors()
+        kind = TypeError if errors[0]["type"].endswith("_type") else ValueError
+        raise kind("; ".join(_sentence(details, name) for details in errors)) from None
+
+
+def _sentence(error, name):
+    """Return in words what one of pydantic's errors says about the value of a name."""
+    place = [name, *map(str, error["loc"])] if name else [str(step) for step in error["loc"]]
+    dotted = ".".join(place)
+    if error["type"] == "missing":
+        return f"{dotted} is missing; demo.yaml has every value"
+    if error["type"] == "extra_forbidden":
+        return unknown("value", dotted, _names_beside(place))
+    words = re.sub(r"^(Input|List|Dictionary) | or instance of \w+", "", error["msg"])
+    return f"{dotted} {words}, got {type(error['input']).__name__} {error['input']!r}"
+
+
+def _names_beside(place):
+    """Return the dotted names that a section declares, from the place of an unknown one in it."""
+    section = Settings
+    *parents, _ = place
+    for name in parents:
+        section = section.__annotations__[name]
+    names = [".".join([*parents, name]) for name in section.model_fields]
+    return names if parents else [*names, "other_seeds"]
+
+
+def checked(name, example, value):
+    """Return a value that has the type of an example; an int may stand for a float.
+
+    name: str, what the value is called.
+    example: the value whose type is wanted.
+    Raises TypeError for another type.
+    """
+    _check(value, type(example), name)
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Read plain values: no aliases, no key twice, no number that YAML takes for text."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for gigabytes
+            raise yaml.YAMLError(f"write out what *{self.peek_event().anchor} stands for")
+        node = super().compose_node(parent, index)
+        number = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+        if node.tag.endswith(":str") and re.fullmatch(number, node.value):
+            words = f"YAML reads {node.value!r} as text; write {float(node.value)!r}"
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {words}")
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        section = super().construct_mapping(node, deep)
+        if len(section) < len(node.value):
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"a name stands twice in the section that begins at line {line}")
+        return section
+
+
+def _read_yaml(path):
+    """Return the content of a study file as nested Values. Raises ValueError with its name."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = json.loads(json.dumps(content), object_hook=Values)
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        # TypeError, ValueError: it holds a date, or a number that cannot be, or is no text
+        raise ValueError(f"{path.name} is not written as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} has no sections; demo.yaml has every section")
     return content
 
 
-def _dotted(values, above=""):
-    """Names of all values as "section.value"."""
-    names = []
-    for key, value in values.items():
-        name = f"{above}.{key}" if above else key
-        names += _dotted(value, name) if isinstance(value, dict) else [name]
-    return names
+# -- runs: the folder of one model and seed, and what it writes
 
-
-def _label(name, override):
-    """Name of the folder of a study: apart when overridden, so that the study's own is never replaced."""
-    if not override:
-        return name
-    text = ",".join(f"{key}={json.dumps(value)}" for key, value in sorted(override.items()))
-    plain = len(text) <= 60 and re.fullmatch(r"[\w.,=-]+", text)
-    return f"{name}+{text if plain else hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-
-# -- runs
+_METER = "closed form (vitlab.cost)"  # of params, MACs and FLOPs; other meters have own columns
+LOG = "results.jsonl"  # of a run: every row that was ever saved
+IDENTITY = ["study", "model", "seed"]
+_CUT = ["method", "criterion", "form", "target_kind", "target", "stage"]
+_HISTORY = [*IDENTITY, *_CUT, "epoch"]
+_MEASURED = """
+    correct total top1 mean_per_class loss ece
+    params nonzero macs macs_ideal flops meter macs_torchprofile macs_thop
+    bytes_memory bytes_disk
+    latency_ms latency_q1 latency_q3 images_per_s memory_mb
+    batch threads precision image_size
+    epochs seconds
+    checkpoint data split_seed commit torch timm device date
+"""
+ROW = [*IDENTITY, *_CUT, *_MEASURED.split()]
 
 
 def open_run(study_name, model=None, seed=0, override=None):
-    """The Run of one model and seed of a study; without a model that of the study as a whole (data, report).
+    """Return the Run of one model and seed of a study.
 
-    study_name, override: as in `study`. An overridden run has a folder of its own, and reads from the study's
-    own what those notebooks wrote that the override does not concern.
-    Raises what `study` raises, ValueError for an unknown model, TypeError for a seed that is not an int >= 0,
-    PermissionError where the folder cannot be written.
+    study_name, override: as in `study`. An overridden run has its own folder. Where the override
+    does not concern a notebook, the run reads what that notebook wrote for the study itself.
+    model: one of the study's models; None for the study as a whole (data, report).
+    seed: int >= 0.
+    Raises what `study` raises, and ValueError for an unknown model.
+    Raises TypeError for another seed, PermissionError where the folder cannot be written.
     """
     values = study(study_name, seed=seed if model else None, override=override)
     if model is not None and model not in values.models:
         raise ValueError(unknown(f"model of study {values.name}:", model, values.models))
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise TypeError(f"seed must be an int of at least 0, got {type(seed).__name__} {seed!r}")
+    if checked("seed", 0, seed) < 0:
+        raise TypeError(f"seed should be an integer of at least 0, got {seed}")
     return Run(study_name, values, model, seed, dict(override or {}))
 
 
 class Run:
-    """One model and seed of a study: its values, its folder, its rows. Made by `open_run`.
+    """Hold one model and seed of a study: its values, its folder, its rows. `open_run` makes it.
 
-    .study and .model_name are names, .seed an int, .params the study's Values, .folder where this run writes.
+    study, model_name: names.
+    seed: int.
+    params: the study's Values.
+    folder: path of the folder where this run writes.
     """
 
     def __init__(self, given, params, model_name, seed, override):
-        self.study, self.params, self.model_name, self.seed = params.name, params, model_name, seed
+        self.study = params.name
+        self.params = params
+        self.model_name = model_name
+        self.seed = seed
         self.override = override
-        self._given = given  # name or path that was asked for
+        self._given = given  # name of the study, or path of its file
         inner = Path(model_name, f"seed{seed}") if model_name else Path()
-        self.folder = root() / "runs" / _label(self.study, override) / inner
+        self.folder = root() / "runs" / study_label(self.study, override) / inner
         self._base = root() / "runs" / self.study / inner
         make_folder(self.folder)
         self._commit = _commit()  # of the code as imported, not as it is when rows are saved
 
-    def __repr__(self):
-        parts = [self.study, self.model_name, f"seed {self.seed}" if self.model_name else None]
-        changed = [f"{name}={value}" for name, value in self.override.items()]
-        return "Run(" + ", ".join([part for part in parts if part] + changed) + ")"
-
     @property
     def model(self):
-        """Arguments of models.create: `models.create(**lab.model, num_classes=…, image_size=…)`."""
+        """Return the arguments of models.create.
+
+        `models.create(**lab.model, num_classes=..., image_size=...)`
+        """
         options = dict(self.params.models[self.model_name])
         if options.get("weights"):
             options["weights"] = str(repository() / options["weights"])
@@ -360,78 +616,120 @@ class Run:
 
     @property
     def data(self):
-        """Arguments of data.load: `data.load(**lab.data)`."""
-        options = {key: value for key, value in self.params.data.items() if key != "augment"}
-        inside = repository() / str(options["name"])  # a relative path is meant from the repository, as `weights` is
-        return options | ({"name": str(inside)} if inside.is_dir() and "/" in str(options["name"]) else {})
+        """Return the arguments of data.load: `data.load(**lab.data)`."""
+        options = {name: value for name, value in self.params.data.items() if name != "augment"}
+        # A relative path is meant from the repository, as that of `weights` is.
+        inside = repository() / options["name"]
+        if "/" in options["name"] and inside.is_dir():
+            options["name"] = str(inside)
+        return options
 
-    def training(self, section="train"):
-        """Settings of train.fit: those of `train`, under any epochs, lr, images, warmup_epochs of section."""
-        own = {key: value for key, value in self.params[section].items() if key in SETTINGS}
-        return {**self.params.train, **own, "augment": dict(self.params.data.augment), "seed": self.seed}
+    def training(self, section="train", *, stage=None):
+        """Return the recipe of a training, or all arguments of train.fit that a study knows.
+
+        section: str; its epochs, lr, images and warmup_epochs replace those of `train`.
+        stage: str, the name of the training. With it the result is {"recipe", "stage", "folder"}:
+        `train.fit(model, images.train, images.val, **lab.training("budget", stage=label))`.
+        Without it the result is the recipe alone, a flat dict, as checkpoints keep it.
+        """
+        replacing = self.params[section]
+        recipe = {
+            **self.params.train,
+            **{name: replacing[name] for name in SETTINGS if name in replacing},
+            "augment": dict(self.params.data.augment),
+            "seed": self.seed,
+        }
+        if stage is None:
+            return recipe
+        return {"recipe": recipe, "stage": stage, "folder": self.path("training")}
 
     def calibration(self, split, *, images=None, augment=None, device="cpu"):
-        """List of (x, y) batches for scores: a stratified part of split, a data.Split, in evaluation transforms.
+        """Return a list of (x, y) batches for scores, in evaluation transforms.
 
-        As many images as the study's `calibration` says, or `images`; all of a smaller split. augment: whether each is
-        augmented as in training, by a draw from the run's seed (None: as the study's `calibration` says; False for
-        what is to be compared with it, such as val).
+        split: data.Split, of which a stratified part is taken.
+        images: int, how many; None for as many as the study's `calibration` says. A smaller split
+        gives all it has.
+        augment: whether each image is augmented as in training, by a draw from the run's seed.
+        None leaves that to the study's `calibration`. False is for the images that are compared
+        with the calibration images, such as those of val.
+        device: where the batches lie.
         """
         values = self.params.calibration
-        chosen = split.subset(min(images or values.images, len(split)), seed=self.seed)
+        part = split.subset(min(images or values.images, len(split)), seed=self.seed)
         augment = values.augment if augment is None else augment
-        options = {"augment": dict(self.params.data.augment), "seed": self.seed} if augment else {}
-        return list(chosen.batches(values.batch_size, device=device, **options))
+        options = {}
+        if augment:
+            options = {"augment": dict(self.params.data.augment), "seed": self.seed}
+        return list(part.batches(values.batch_size, device=device, **options))
 
     def save_calibration(self, batches, losses):
-        """Write the table `calibration`, which says what scores were taken from: images, batch_size, labels, augment,
-        calibration_loss and val_loss. batches: of `calibration`. losses: both, of scores.check_calibration."""
-        row = {**self.params.calibration, "images": sum(len(y) for _, y in batches)}
-        row |= dict(zip(("calibration_loss", "val_loss"), losses, strict=True))
+        """Write the table `calibration`, which says from what scores were taken.
+
+        Columns: images, batch_size, labels, augment, calibration_loss, val_loss.
+        batches: those of `calibration`.
+        losses: (calibration loss, val loss) in nats, of scores.check_calibration.
+        """
+        calibration_loss, val_loss = losses
+        row = {
+            **self.params.calibration,
+            "images": sum(len(y) for _, y in batches),
+            "calibration_loss": calibration_loss,
+            "val_loss": val_loss,
+        }
         return self.save_table("calibration", pd.DataFrame([row]))
 
     def path(self, name):
-        """Where this run writes the file or folder called name."""
+        """Return where this run writes the file or folder of a name."""
         return self.folder / name
 
     def need(self, name, notebook):
-        """Path of what an earlier notebook wrote. Raises FileNotFoundError that says which one to run first.
+        """Return the path of what an earlier notebook wrote.
 
-        An overridden run takes it from the study's own where that notebook does not use what changed.
+        An overridden run takes the study's own where that notebook does not use what changed.
+        Raises FileNotFoundError that says which notebook to run first.
         """
-        if notebook not in USES:
-            raise ValueError(unknown("notebook", notebook, USES))
-        concerned = any(dotted.split(".")[0] in USES[notebook] for dotted in self.override)
-        for folder in [self.folder] if concerned else [self.folder, self._base]:
+        sections = _sections_of(notebook)
+        folders = [self.folder, self._base]
+        if any(dotted.split(".")[0] in sections for dotted in self.override):
+            folders = [self.folder]
+        for folder in folders:
             if (folder / name).exists():
                 return folder / name
         raise FileNotFoundError(
-            f"{self.path(name)} is missing: run notebooks/{notebook}.ipynb first, in JupyterLab or with\n"
-            f"  {self.command(notebook)}"
+            f"{self.path(name)} is missing: run notebooks/{notebook}.ipynb first, in JupyterLab "
+            f"or with\n  {self.command(notebook)}"
         )
 
     def shipped(self, settings, images):
-        """Folder of the dense checkpoint that the repository ships for this study, model and seed (checkpoints/STUDY/
-        MODEL, or MODEL-seed1); None if there is none, or it was trained by other settings (as `training` gives them)
-        or on other data than images, the data.Dataset."""
+        """Return the folder of the dense checkpoint that the repository ships for this run.
+
+        That is checkpoints/STUDY/MODEL, or MODEL-seed1 for another seed than 0.
+        settings: the recipe of `training`, a flat dict.
+        images: data.Dataset.
+        Returns None if there is none, or one of other settings, another model or other data.
+        """
         name = f"{self.model_name}-seed{self.seed}" if self.seed else str(self.model_name)
         folder = repository() / "checkpoints" / self.study / name
         if not (folder / "model.json").is_file():
             return None
-        kept = json.loads((folder / "model.json").read_text())["extra"]
-        same = in_force("train", kept.get("settings", {})) == in_force("train", settings)
-        same = same and kept.get("values") == self.origin
-        same = same and kept.get("data") == images.description  # CIFAR-10 is not CIFAR-10 (JPEG)
+        extra = json.loads((folder / "model.json").read_text())["extra"]
+        extra["settings"] = in_force("train", extra.get("settings", {}))
+        wanted = {
+            "settings": in_force("train", settings),
+            "values": self.origin,
+            "data": images.description,  # CIFAR-10 is not CIFAR-10 (JPEG)
+        }
+        same = wanted.items() <= extra.items()
         return folder if same else None
 
     @property
     def origin(self):
-        """What a dense checkpoint of this run depends on beside training settings: values of data and model."""
-        data = {key: value for key, value in self.data.items() if value is not None}
+        """Return the values of data and model, on which a dense checkpoint depends, too."""
+        data = {name: value for name, value in self.data.items() if value is not None}
         return json.loads(json.dumps({"data": data, "model": self.params.models[self.model_name]}))
 
     def command(self, notebook):
-        """The command that runs notebook for this run."""
+        """Return the command that runs a notebook for this run."""
         words = ["python -m vitlab.run", notebook, "--study", str(self._given)]
         if self.model_name and notebook not in ("0_data", "7_report"):
             words += ["--model", self.model_name, "--seed", str(self.seed)]
@@ -439,56 +737,66 @@ class Run:
             words += ["--set", f"'{name}={json.dumps(value)}'"]
         return " ".join(words)
 
-    def save_rows(self, notebook, rows, *, data=None):
-        """Write the results of notebook, all of them, and return them as a frame with provenance.
+    def results(self, notebook, images, measure):
+        """Return a collector of the rows and histories of a notebook. See `Results`."""
+        return Results(self, notebook, images, measure)
 
-        rows: frame or list of dicts, one per model measured; at least `method` and `stage`, and a number as
-        `target` where something was cut. data: what the images are called, such as "CIFAR-10 (JPEG)". Columns become
-        those of ROW in that order, then any others.
+    def save_rows(self, notebook, rows, *, data=None):
+        """Write all results of a notebook, and return them as a frame with provenance.
+
+        rows: frame or list of dicts, one for each model that was measured. Each has at least
+        `method` and `stage`, and a number as `target` where something was cut.
+        data: str, what the images are called, such as "CIFAR-10 (JPEG)".
+        The frame has the columns of ROW in that order, then all others.
+        Raises ValueError for rows without method or stage, and for a target that is no number.
         """
+        sections = _sections_of(notebook)
         frame = pd.DataFrame(rows)
-        if missing := [column for column in ("method", "stage") if column not in frame]:
+        missing = [column for column in ("method", "stage") if column not in frame]
+        if missing:
             raise ValueError(f"rows of {notebook} lack {' and '.join(missing)}")
         if data:
             frame["data"] = data
         if "target" in frame:
             frame["target"] = pd.to_numeric(frame["target"])
-        frame = frame.assign(**{key: value for key, value in self._provenance().items() if key not in frame})
-        frame = frame.reindex(columns=[*ROW, *(c for c in frame if c not in ROW)])
+        for column, value in self._provenance().items():
+            if column not in frame:
+                frame[column] = value
+        frame = with_first_columns(frame, ROW, fill=True)
         self._save(f"results-{notebook}.csv", frame)
-        used = USES.get(notebook, tuple(self.params))
-        values = {section: in_force(section, self.params[section]) for section in used if section in self.params}
+        values = {section: in_force(section, self.params[section]) for section in sections}
         if self.model_name and "models" in values:
             values["models"] = self.params.models[self.model_name]
         about = {"notebook": notebook, "save": uuid.uuid4().hex, "parameters": values}
-        _append(self.path(LOG), [about | row for row in json.loads(frame.to_json(orient="records"))])
+        lines = json.loads(frame.to_json(orient="records"))
+        _append(self.path(LOG), [about | line for line in lines])
         return frame
 
     def load_rows(self, notebook):
-        """The rows that notebook saved for this run. Raises FileNotFoundError as `need` does."""
+        """Return the rows that a notebook saved for this run.
+
+        Raises FileNotFoundError as `need` does.
+        """
         return pd.read_csv(self.need(f"results-{notebook}.csv", notebook))
 
     def save_history(self, notebook, history):
-        """Write histories of notebook: train.fit's frame, or a list of them, marked by method, target, …"""
+        """Write the histories of a notebook, and return them as one frame.
+
+        history: the frame of train.fit, or a list of such frames, marked by method, target, ...
+        """
         frame = pd.concat(history, ignore_index=True) if isinstance(history, list) else history
-        frame = frame.assign(study=self.study, model=self.model_name, seed=self.seed)
-        first = [column for column in HISTORY if column in frame]
-        rest = [column for column in frame if column not in first]
-        return self._save(f"history-{notebook}.csv", frame[first + rest])
+        frame = frame.assign(**self._identity())
+        return self._save(f"history-{notebook}.csv", with_first_columns(frame, _HISTORY))
 
     def save_table(self, name, frame):
         """Write any other frame as table-<name>.csv, marked with study, model and seed."""
-        identity = {"study": self.study, "model": self.model_name, "seed": self.seed}
         rest = frame.drop(columns=IDENTITY, errors="ignore")
-        return self._save(f"table-{name}.csv", pd.concat([pd.DataFrame(identity, rest.index), rest], axis=1))
-
-    def read(self):
-        """All rows, histories and tables of the study so far. See `read_study`."""
-        return read_study(self._given, override=self.override)
+        identity = pd.DataFrame(self._identity(), rest.index)
+        return self._save(f"table-{name}.csv", pd.concat([identity, rest], axis=1))
 
     @property
     def figures(self):
-        """Folder of the study's figures and tables. See `figures_folder`."""
+        """Return the folder of the study's figures and tables. See `figures_folder`."""
         return figures_folder(self._given, override=self.override)
 
     def _save(self, name, frame):
@@ -497,174 +805,168 @@ class Run:
         write_atomic(self.path(name), frame.to_csv(index=False))
         return frame
 
+    def _identity(self):
+        return {"study": self.study, "model": self.model_name, "seed": self.seed}
+
     def _provenance(self):
-        own = {"study": self.study, "model": self.model_name, "seed": self.seed}
-        own |= {"split_seed": self.params.data.split_seed} | provenance() | {"commit": self._commit}
-        own |= {"meter": METER}
-        return own | {"override": json.dumps(self.override) if self.override else None}
+        return {
+            **self._identity(),
+            "split_seed": self.params.data.split_seed,
+            **provenance(),
+            "commit": self._commit,
+            "meter": _METER,
+            "override": json.dumps(self.override) if self.override else None,
+        }
 
 
-def read_study(name, *, override=None):
-    """All that the runs of a study have saved, over models and seeds.
+@dataclass
+class Results:
+    """Collect the results of a notebook: one row for each model that is measured on test.
 
-    What a run has not saved here but the study's folder of figures holds, as in a fresh clone, is taken from there:
-    results and histories by model, seed and notebook (timings of 6_efficiency by method, too, as they are of what
-    several notebooks left, and only of methods of which there are other rows), other tables by model and seed, unless
-    the dense model of that run is another one here. Returns Values with the frames `results` and `history`, and
-    `tables`, frames by name; `kept` names what came from the figures. Raises FileNotFoundError if there
-    are no results yet.
+    `Run.results` makes it. Each cut of the study is opened with the columns that describe it, and
+    each stage of it adds a row:
+
+        log = lab.results("3_global_pruning", images, evaluate.measure)
+        cut = log.cut(method="unstructured", criterion="taylor", form="masked",
+                      target_kind="sparsity", target=0.9)
+        cut.add("cut", model, val_top1=val_top1)
+        history = train.fit(model, images.train, images.val,
+                            **lab.training("global_pruning", stage=label))
+        cut.add("finetuned", model, history=history, checkpoint=label)
+        table, history = log.save()
+
+    run: Run.
+    notebook: str, its name, such as "3_global_pruning".
+    images: data.Dataset, whose test split is measured.
+    measure: function of (model, split) that returns {column: value}, such as evaluate.measure.
+    rows, histories: lists of dicts and of frames, what was collected so far.
     """
-    values = study(name, override=override)
-    folder = root() / "runs" / _label(values.name, override)
-    published = None if override else repository() / "figures" / values.name
-    here = {path.stem for path in [*folder.glob("*.csv"), *folder.glob("*/seed*/*.csv")]}
-    there = {path.stem for path in published.glob("table-*.csv")} if published else set()
 
-    def read(stem):
-        frames = []
-        for path in sorted([*folder.glob(f"{stem}.csv"), *folder.glob(f"*/seed*/{stem}.csv")]):
-            frames.append(pd.read_csv(path, dtype=WORDS))
-            if stem.endswith("-*"):
-                frames[-1].insert(len(IDENTITY), "notebook", path.stem.partition("-")[2])
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    run: Run
+    notebook: str
+    images: object
+    measure: Callable
+    rows: list = field(default_factory=list)
+    histories: list = field(default_factory=list)
 
-    def read_published(stem):
-        file = published and published / f"{stem.removesuffix('-*')}.csv"
-        frame = pd.read_csv(file, dtype=WORDS) if file and file.is_file() else pd.DataFrame()
-        if frame.empty or stem.endswith("-*") and "notebook" not in frame:
-            return pd.DataFrame()
-        known = frame.model.isna() | (frame.model.isin(values.models) & frame.seed.isin(values.seeds))
-        return frame[known & frame.notebook.isin(USES) if "notebook" in frame else known]
+    def cut(self, **columns):
+        """Return a Cut, whose rows and histories all have these columns."""
+        return Cut(self, columns)
 
-    results, before = read("results-*"), read_published("results-*")
-    changed = _changed_models(results, before)
-    kept = []
-
-    def merged(stem, frame, before):
-        by = ["model", "seed", "notebook"] if stem.endswith("-*") else ["model", "seed"]
-
-        def keys_of(rows):
-            timed = rows.reindex(columns=["notebook"]).notebook == "6_efficiency"
-            rows = rows.reindex(columns=[*by, "method"]).astype(object)
-            rows["method"] = rows.method.where(timed)
-            return list(rows.where(rows.notna(), "").itertuples(index=False, name=None))
-
-        if len(before):
-            have, keys = set(keys_of(frame)), keys_of(before)
-            missing = [key not in have and key[:2] not in changed for key in keys]
-            for key in dict.fromkeys(key for key, gone in zip(keys, missing, strict=True) if gone):
-                kept.append(f"{key[0]} seed {key[1]} {key[2] if len(by) == 3 else stem}")
-            frame = pd.concat([part for part in (frame, before[missing]) if len(part)] or [frame], ignore_index=True)
-        return frame.sort_values(by, kind="stable", ignore_index=True) if len(frame) else frame
-
-    results = merged("results-*", results, before)
-    if len(results):  # published timings of what no notebook makes any more would outlive its rows
-        runs = results.set_index(["model", "seed", "method"]).index
-        timed = results.notebook == "6_efficiency"
-        results = results[~timed | runs.isin(runs[~timed])].reset_index(drop=True)
-    if results.empty:
-        raise FileNotFoundError(f"no results in {folder}; run the study: make study STUDY={name}")
-    history = merged("history-*", read("history-*"), read_published("history-*"))
-    tables = {stem for stem in here | there if stem.startswith("table-")}
-    tables = {stem: merged(stem, read(stem), read_published(stem)) for stem in sorted(tables)}
-    tables = {stem.removeprefix("table-"): frame for stem, frame in tables.items() if len(frame)}
-    return Values(results=results, history=history, tables=Values(tables), kept=list(dict.fromkeys(kept)))
+    def save(self):
+        """Write rows and histories, and return both frames; of no histories the second is None."""
+        table = self.run.save_rows(self.notebook, self.rows, data=self.images.description)
+        if not self.histories:
+            return table, None
+        return table, self.run.save_history(self.notebook, self.histories)
 
 
-def gather(name=None, *, every=False):
-    """Rows of all runs of this data root as one frame, or of one study, overridden ones too.
+@dataclass
+class Cut:
+    """Add the results of one cut, stage by stage, to the results of a notebook.
 
-    Each run keeps a log, to which every save of rows adds them with their notebook and all the values of the study
-    that it uses. every: the whole log, with rows that later saves of the same notebook have replaced; `save` tells one
-    from another. Columns: folder, notebook, save, those of ROW, any others, and parameters (JSON). A line that was cut
-    short, by a full disk say, is left out, with a word. Raises FileNotFoundError if there are no rows.
+    `Results.cut` makes it. The columns may grow: `cut.columns["form"] = "removed"`.
+    Other tables of the same cut take them, too: `table.assign(**cut.columns)`.
     """
-    runs = root() / "runs"
-    rows = []
-    for path in sorted(runs.rglob(LOG)):
-        folder = path.parent.relative_to(runs)
-        if name is not None and folder.parts[0].partition("+")[0] != name:
-            continue
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                row = json.loads(line)
-                row["parameters"] = json.dumps(row["parameters"])
-            except (ValueError, KeyError, TypeError):
-                say(f"line {number} of {path} is no row, perhaps cut short; left out")
-                continue
-            rows.append({"folder": folder.as_posix()} | row)
-    if not rows:
-        raise FileNotFoundError(f"no rows of {name or 'any study'} under {runs}; run a study: make study STUDY=demo")
-    frame = pd.DataFrame(rows)
-    if not every:
-        last = frame.groupby(["folder", "notebook"]).save.transform("last")
-        frame = frame[frame.save == last].reset_index(drop=True)
-    first = [column for column in ["folder", "notebook", "save", *ROW] if column in frame]
-    rest = [column for column in frame if column not in [*first, "parameters"]]
-    return frame[[*first, *rest, "parameters"]]
+
+    results: Results
+    columns: dict
+
+    def add(self, stage, model=None, *, history=None, **columns):
+        """Add a row, and return it as a dict.
+
+        stage: str, such as "cut", "finetuned", or "unreachable".
+        model: the model to be measured on test; None for a row without a measurement, such as
+        `cut.add("unreachable", note=str(error))`.
+        history: frame of train.fit. The row gets its epochs and seconds, and the frame is saved
+        with the columns of the cut. `history.assign(target=0.0)` gives it a column of its own.
+        columns: columns of this row alone, such as checkpoint=label or val_top1=91.5.
+        """
+        row = {**self.columns, "stage": stage, **columns}
+        if history is not None:
+            self.results.histories.append(history.assign(**self.columns))
+            row |= {"epochs": len(history), "seconds": history.seconds.sum()}
+        if model is not None:
+            row |= self.results.measure(model, self.results.images.test)
+        self.results.rows.append(row)
+        return row
 
 
-def compare(again, kept, *, least=1.0):
-    """What came out again, beside what was kept: one line for each row of the models and seeds that both have.
+def _sections_of(notebook):
+    """Return the sections of a study that a notebook reads. Raises ValueError if unknown."""
+    if notebook not in USES:
+        raise ValueError(unknown("notebook", notebook, USES))
+    return USES[notebook]
 
-    again, kept: rows as `read_study` gives them, or of figures/<study>/results.csv; those of 6_efficiency are left
-    out, as timings are of their machine. Columns: seed, KEY, top1 and macs of both (`_kept`; of a row that only one
-    table has the other's are missing), `spread` (points that the kept row's seeds span, `least` at least, as other
-    threads and processors round otherwise) and `agrees`: both are there, top-1 is within the spread, and MACs within
-    1 %, which is what budgets promise.
-    Raises ValueError where no row is in both.
+
+def with_first_columns(frame, columns, *, fill=False):
+    """Return a frame with some columns before all others.
+
+    frame: any frame.
+    columns: names, in the order that is wanted.
+    fill: bool, whether names that the frame does not have become empty columns.
     """
-    key = ["seed", *(name for name in KEY if name in again and name in kept)]
-    again, kept = (rows[rows.top1.notna() & (rows.notebook != "6_efficiency")] for rows in (again, kept))
-    again, kept = (rows.assign(target=pd.to_numeric(rows.target)) for rows in (again, kept))
-    texts = dict.fromkeys([*key[1:]], object) | {"target": float}  # an empty column would be of numbers
-    again, kept = (rows.astype({name: texts[name] for name in key[1:]}) for rows in (again, kept))
-    spans = kept.groupby(key[1:], dropna=False).top1.transform(lambda top1: top1.max() - top1.min())
-    kept = kept.assign(spread=spans.clip(lower=least))[[*key, "top1", "macs", "spread"]]
-    kept = kept.merge(again[["model", "seed"]].drop_duplicates())
-    both = again[[*key, "top1", "macs"]].merge(kept, on=key, suffixes=("", "_kept"), how="outer")
-    if both.dropna(subset=["top1", "top1_kept"]).empty:
-        raise ValueError("no row stands in both tables: they are of other models, seeds or values of the study")
-    near = (both.top1 - both.top1_kept).abs() <= both.spread
-    return both.assign(agrees=near & ((both.macs / both.macs_kept - 1).abs() <= 0.01))
+    first = [column for column in columns if fill or column in frame]
+    rest = [column for column in frame if column not in columns]
+    return frame.reindex(columns=[*first, *rest])
 
 
 def _append(path, rows):
-    """Add rows to a file of JSON lines, whole and in one piece even if others add at the same time."""
+    """Add rows to a file of JSON lines, in one piece even if others add at the same time."""
     if not parallel.is_first():
         return
     text = "".join(json.dumps(row) + "\n" for row in rows)
     with open(path, "ab+") as file, parallel.in_turn(file):
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
-            text = text if file.read(1) == b"\n" else "\n" + text  # after a line that was cut short
+            if file.read(1) != b"\n":  # the last line was cut short
+                text = "\n" + text
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def _changed_models(results, before):
-    """{(model, seed)} whose dense model in results is another one than in before."""
-    if results.empty or before.empty:
-        return set()
-    now, then = (frame[frame.notebook == "1_train"] for frame in (results, before))
-    both = now.merge(then, on=["model", "seed"], suffixes=("", "_before"))
-    close = (both.top1 - both.top1_before).abs() < 0.05  # of percent: another processor rounds otherwise
-    changed = both[both.params.ne(both.params_before) | ~close]
-    return set(zip(changed.model, changed.seed, strict=True))
+def study_label(name, override):
+    """Return the name of a study's folder, another one for each override.
+
+    name: str, of the study.
+    override: {"section.value": new value}, or None. So an overridden study never replaces the
+    study itself.
+    """
+    if not override:
+        return name
+    changes = [f"{dotted}={json.dumps(value)}" for dotted, value in sorted(override.items())]
+    text = ",".join(changes)
+    if len(text) > 60 or not re.fullmatch(r"[\w.,=-]+", text):
+        text = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return f"{name}+{text}"
+
+
+def of_shipped(folder):
+    """Return (study, model, seed) of a folder of checkpoints/."""
+    model, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", folder.name).groups()
+    return folder.parent.name, model, int(seed or 0)
 
 
 def figures_folder(name, *, override=None):
-    """figures/<study> of the repository, made if need be; of an overridden study `figures` in its runs."""
-    label = _label(study(name, override=override).name, override)
-    folder = root() / "runs" / label / "figures" if override else repository() / "figures" / label
+    """Return the folder of a study's figures, which is made if need be.
+
+    That is figures/<study> of the repository; for an overridden study `figures` in its runs.
+    """
+    label = study_label(study(name, override=override).name, override)
+    folder = repository() / "figures" / label
+    if override:
+        folder = root() / "runs" / label / "figures"
     make_folder(folder)
     return folder
 
 
 def provenance():
-    """Where numbers of this process come from: threads, commit of the code, torch, timm, device, date."""
-    import torch  # here: the command line reads studies without waiting for it
+    """Return where numbers of this process come from.
+
+    Columns: threads, commit of the code, torch, timm, device, date.
+    """
+    import torch  # here, as the command line reads studies without waiting for it
 
     return {
         "threads": torch.get_num_threads(),
@@ -677,141 +979,277 @@ def provenance():
 
 
 def _commit():
-    """Short hash of the commit of the code, with "+dirty" if it was changed since; "unknown" without git."""
-    git = ["git", "-C", str(repository())]
-    try:
-        found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
-        if found.returncode:
-            return "unknown"
-        same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks"])
-    except FileNotFoundError:
+    """Return the short hash of the commit of the code, "unknown" without git.
+
+    The hash ends with "+dirty" if the code was changed since.
+    """
+    if not shutil.which("git"):
         return "unknown"
-    return found.stdout.strip() + ("+dirty" if same.returncode else "")
+    head = _git("rev-parse", "--short=10", "HEAD")
+    changed = _git("diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks")
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip() + ("+dirty" if changed.returncode else "")
+
+
+def _git(*words):
+    """Run git in the repository, and return its end with what it printed."""
+    command = ["git", "-C", str(repository()), *words]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def _processor():
-    """Name of the processor, as Linux knows it, else its architecture."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+    """Return the name of the processor, as Linux gives it, else its architecture."""
+    name = None
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()
 
 
-# -- files and progress
+# -- results: the rows of all runs
+
+# What tells one row of a seed from another.
+KEY = ["model", "notebook", "method", "criterion", "form", "schedule", "target_kind", "target"]
+KEY += ["stage"]
+WORDS = {"labels": str}  # columns that read_csv would misread: `true` is a word there
+_PLACE = ["model", "seed", "notebook"]  # what tells by which notebook of which run a row was saved
 
 
-def write_atomic(path, content, *, keep=None):
-    """Write a file whole or not at all: under another name in its folder, then renamed.
+def read_study(name, *, override=None):
+    """Return all that the runs of a study have saved, over models and seeds.
 
-    content: text, bytes, or a function that is called with the path to write to. keep: a path that what was there
-    before is moved to. Makes the folder if need be. Of several processes (see `parallel`) the first alone writes.
-    Raises PermissionError with what to do where it cannot be written, OSError likewise where the disk is full.
+    name, override: as in `study`.
+    Returns Values with the frames `results` and `history`; `tables`, frames by name; and `kept`,
+    a list of what was not saved here and comes from the study's folder of figures, as in a fresh
+    clone.
+    Raises FileNotFoundError if there are no results yet.
     """
-    path = Path(path)
-    if not parallel.is_first():
-        return
-    make_folder(path.parent)
-    part = path.with_name(f".{os.getpid()}-{path.name}")  # ends like path: savers look at the ending
-    try:
-        if callable(content):
-            content(part)
+    values = study(name, override=override)
+    label = study_label(values.name, override)
+    runs = root() / "runs" / label
+    figures = repository() / "figures" / label  # an overridden study is never published
+    tables = {path.stem for path in [*_saved(runs, "table-*"), *figures.glob("table-*.csv")]}
+    stems = ["results-*", "history-*", *sorted(tables)]
+    saved = {stem: _from_runs(runs, stem) for stem in stems}
+    published = {stem: _from_figures(figures, stem, values) for stem in stems}
+    changed = _changed_models(saved["results-*"], published["results-*"])
+    frames, names = {}, []
+    for stem in stems:
+        frame, names_of_published = _merged(stem, saved[stem], published[stem], changed)
+        frames[stem.removeprefix("table-")] = frame
+        names += names_of_published
+    results = frames.pop("results-*")
+    history = frames.pop("history-*")
+    if results.empty:
+        raise FileNotFoundError(f"no results in {runs}; run the study: make study STUDY={name}")
+    return Values(
+        results=_without_stale_timings(results),
+        history=history,
+        tables=Values((name, frame) for name, frame in frames.items() if len(frame)),
+        kept=list(dict.fromkeys(names)),
+    )
+
+
+def _saved(runs, stem):
+    """Return the CSV files of this stem in a study's folder of runs, sorted by path."""
+    return sorted([*runs.glob(f"{stem}.csv"), *runs.glob(f"*/seed*/{stem}.csv")])
+
+
+def _from_runs(runs, stem):
+    """Return the rows that the runs of this data root saved: all of them count."""
+    frames = []
+    for path in _saved(runs, stem):
+        frame = pd.read_csv(path, dtype=WORDS)
+        if stem.endswith("-*"):
+            frame.insert(len(IDENTITY), "notebook", path.stem.partition("-")[2])
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _from_figures(figures, stem, values):
+    """Return the published rows that count: those of today's models, seeds and notebooks."""
+    file = figures / f"{stem.removesuffix('-*')}.csv"
+    if not file.is_file():
+        return pd.DataFrame()
+    rows = pd.read_csv(file, dtype=WORDS)
+    counts = rows.model.isin(values.models) & rows.seed.isin(values.seeds)
+    counts |= rows.model.isna()  # tables of the study as a whole
+    if stem.endswith("-*"):
+        counts &= rows.reindex(columns=["notebook"]).notebook.isin(USES)
+    return rows[counts]
+
+
+def _merged(stem, saved, published, changed):
+    """Return all saved rows with the published rows for which nothing was saved, and their names.
+
+    A published row wins only where its model, seed and notebook saved nothing here. It is left out
+    where the dense model of its run is another one here. Timings are compared by method, too, as
+    6_efficiency times what several notebooks left.
+    """
+    taken = set(_keys(saved))
+    missing = [key not in taken and key[:2] not in changed for key in _keys(published)]
+    published = published[missing]
+    names = []
+    for model, seed, notebook, _ in _keys(published):
+        names.append(f"{model} seed {seed} {notebook or stem}")
+    parts = [rows for rows in (saved, published) if len(rows)]
+    rows = pd.concat(parts or [saved], ignore_index=True)
+    order = [column for column in _PLACE if column in rows]
+    if order:
+        rows = rows.sort_values(order, kind="stable", ignore_index=True)
+    return rows, names
+
+
+def _keys(rows):
+    """Return (model, seed, notebook, method of a timing) of each row, "" for what it has not."""
+    keys = rows.reindex(columns=[*_PLACE, "method"]).astype(object)
+    keys["method"] = keys.method.where(keys.notebook == "6_efficiency")
+    return list(keys.where(keys.notna(), "").itertuples(index=False, name=None))
+
+
+def _without_stale_timings(results):
+    """Return results without timings of methods that no other notebook makes any more."""
+    methods = results.set_index(["model", "seed", "method"]).index
+    timed = results.notebook == "6_efficiency"
+    return results[~timed | methods.isin(methods[~timed])].reset_index(drop=True)
+
+
+def _changed_models(saved, published):
+    """Return {(model, seed)} whose dense model was saved here as another one than published."""
+    if saved.empty or published.empty:
+        return set()
+    dense = saved[saved.notebook == "1_train"]
+    both = dense.merge(published, on=_PLACE, suffixes=("", "_before"))
+    # 0.05 % of top-1: another processor rounds otherwise
+    same_top1 = (both.top1 - both.top1_before).abs() < 0.05
+    changed = both[both.params.ne(both.params_before) | ~same_top1]
+    return set(zip(changed.model, changed.seed, strict=True))
+
+
+def gather(name=None, *, every=False):
+    """Return rows of all runs of this data root as one frame, overridden ones too.
+
+    Each run keeps a log. Every save of rows adds them to it, with their notebook and all values of
+    the study that the notebook uses.
+    name: str, a study; None for all.
+    every: bool, whether to return rows, too, that later saves of the same notebook replaced;
+    `save` tells one save from another.
+    Columns: folder, notebook, save, those of ROW, all others, and parameters (JSON).
+    A line that was cut short, by a full disk for instance, is left out, and a message says so.
+    Raises FileNotFoundError if there are no rows.
+    """
+    runs = root() / "runs"
+    rows = []
+    for path in sorted(runs.rglob(LOG)):
+        folder = path.parent.relative_to(runs)
+        if name in (None, folder.parts[0].partition("+")[0]):
+            rows += [{"folder": folder.as_posix(), **row} for row in _read_log(path)]
+    if not rows:
+        words = f"no rows of {name or 'any study'} under {runs}"
+        raise FileNotFoundError(f"{words}; run a study: make study STUDY=demo")
+    frame = pd.DataFrame(rows)
+    if not every:
+        last = frame.groupby(["folder", "notebook"]).save.transform("last")
+        frame = frame[frame.save == last].reset_index(drop=True)
+    parameters = frame.pop("parameters")
+    return with_first_columns(frame, ["folder", "notebook", "save", *ROW]).assign(
+        parameters=parameters
+    )
+
+
+def _read_log(path):
+    """Return the rows of a run's log, and say which lines are none."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["parameters"] = json.dumps(row["parameters"])
+        except (ValueError, KeyError, TypeError):
+            say(f"line {number} of {path} is no row, perhaps cut short; left out")
         else:
-            part.write_bytes(content.encode() if isinstance(content, str) else content)
-        if keep and path.exists():
-            path.replace(keep)
-        part.replace(path)
-        for left in path.parent.glob(f".*-{path.name}"):  # by killed processes
-            with contextlib.suppress(FileNotFoundError):  # one of a process that has just finished
-                if time.time() - left.stat().st_mtime > 3600:
-                    left.unlink()
-    except PermissionError as error:
-        raise PermissionError(f"cannot write {path} ({error.strerror}); {_ELSEWHERE}") from error
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
-        if _is_full(error, path.parent):
-            raise OSError(errno.ENOSPC, f"the disk of {path.parent} is full: {_ROOM}") from error
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            rows.append(row)
+    return rows
 
 
-_ELSEWHERE = "set VITLAB_DATA to a folder that can be written"
-_ROOM = "make room, or set VITLAB_DATA to a folder elsewhere, and run the same again; what was finished is kept"
+def compare(again, kept):
+    """Return rows that were made again beside the published ones.
 
-
-def _is_full(error, folder):
-    """Whether error is of a full disk, a quota or a limit of file sizes; libraries do not always say so."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return shutil.disk_usage(folder).free < 1_000_000
-
-
-@contextlib.contextmanager
-def alone(lock, what):
-    """Hold the file lock, which the system frees whatever happens to this process.
-
-    what: what is done meanwhile, in words. Raises RuntimeError if another one holds it.
+    again, kept: rows as `read_study` gives them, or those of figures/<study>/results.csv. Those of
+    6_efficiency are left out, as timings belong to their machine.
+    Returns one line for each row of the models and seeds that both have. Its columns are seed, KEY,
+    top1 and macs, top1_kept and macs_kept (missing where only one table has such a row),
+    spread: points of top-1 that the kept row's seeds span, at least 1, and
+    agrees: both rows are there, top-1 is within the spread, and MACs are within 1 %.
+    Budgets promise that 1 %.
+    Raises ValueError where no row is in both.
     """
-    with open(lock, "w") as file:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RuntimeError(f"{what} is under way in another process: wait for it, or stop it") from None
-        yield
-
-
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # not all file systems mean what they say of permissions
-            pass
-    except OSError as error:
-        raise PermissionError(f"cannot write to {folder} ({error.strerror}); {_ELSEWHERE}") from error
+    key = ["seed", *(name for name in KEY if name in again and name in kept)]
+    again = _comparable(again, key)
+    kept = _comparable(kept, key)
+    top1_by_cut = kept.groupby(key[1:], dropna=False).top1
+    spans = top1_by_cut.transform("max") - top1_by_cut.transform("min")
+    # at least a point: other threads and processors round otherwise
+    kept = kept.assign(spread=spans.clip(lower=1))
+    kept = kept.merge(again[["model", "seed"]].drop_duplicates())
+    both = again.merge(kept, on=key, suffixes=("", "_kept"), how="outer")
+    if both.dropna(subset=["top1", "top1_kept"]).empty:
+        raise ValueError(
+            "no row stands in both tables: they are of other models, seeds or values of the study"
+        )
+    near_top1 = (both.top1 - both.top1_kept).abs() <= both.spread
+    near_macs = (both.macs / both.macs_kept - 1).abs() <= 0.01
+    return both.assign(agrees=near_top1 & near_macs)
 
 
-def headless():
-    """Whether nobody watches a progress bar (vitlab.run sets VITLAB_HEADLESS)."""
-    return os.environ.get("VITLAB_HEADLESS", "0") not in ("", "0")
-
-
-def say(text):
-    """Print one line now, without breaking a progress bar; of several processes the first alone does."""
-    if not parallel.is_first():
-        return
-    print(text, flush=True) if headless() else tqdm.write(str(text))
+def _comparable(rows, key):
+    """Return the measured rows with key, top1 and macs, in types that both tables share."""
+    rows = rows[rows.top1.notna() & (rows.notebook != "6_efficiency")]
+    # A column without entries would be one of numbers, and match no column of text.
+    types = dict.fromkeys(key[1:], object) | {"target": float}
+    return rows.astype(types)[[*key, "top1", "macs"]]
 
 
 def main(arguments=None):
-    """python -m vitlab.record [STUDY] [--every | --compare]: the rows of `gather` as CSV, or whether those of a study
-    agree with the published ones. Returns the exit status: 0, or 1 without rows or where some do not agree."""
-    parser = argparse.ArgumentParser("python -m vitlab.record", description="Rows of all runs as one CSV table.")
+    """Print rows of `gather` as CSV, or whether those of a study agree with the published ones.
+
+    `python -m vitlab.record [STUDY] [--every | --compare]`
+    Returns the exit status: 0, or 1 without rows or where some do not agree.
+    """
+    description = "Rows of all runs as one CSV table."
+    parser = argparse.ArgumentParser("python -m vitlab.record", description=description)
     parser.add_argument("study", nargs="?", help="of this study alone")
     parser.add_argument("--every", action="store_true", help="rows, too, that were replaced since")
-    parser.add_argument("--compare", action="store_true", help="set them beside figures/STUDY/results.csv instead")
-    asked = parser.parse_args(arguments)
-    if asked.compare and not asked.study:
+    parser.add_argument(
+        "--compare", action="store_true", help="set them beside figures/STUDY/results.csv instead"
+    )
+    options = parser.parse_args(arguments)
+    if options.compare and not options.study:
         parser.error("--compare needs a study")
     try:
-        if not asked.compare:
-            print(gather(asked.study, every=asked.every).to_csv(index=False), end="")
-            return 0
-        values = study(asked.study)
-        rows = gather(values.name)
-        kept = pd.read_csv(repository() / "figures" / values.name / "results.csv")
-        found = compare(rows[rows.override.isna()], kept)
+        if options.compare:
+            return _print_comparison(study(options.study).name)
+        print(gather(options.study, every=options.every).to_csv(index=False), end="")
     except (FileNotFoundError, ValueError) as error:
         print(f"vitlab.record: {error}", file=sys.stderr)
         return 1
-    shown = ["model", "seed", "method", "form", "target", "stage", "top1", "top1_kept", "spread", "agrees"]
-    print(found[shown].to_string(index=False, float_format="{:.2f}".format, na_rep=""))
-    lacking = {"were not made again": found.top1, "are not published": found.top1_kept}
-    words = [f"{column.isna().sum()} {what}" for what, column in lacking.items() if column.isna().any()]
-    print(f"Of {len(found)} rows {', '.join([f'{found.agrees.sum()} agree', *words])} (figures/{values.name}).")
-    return int(not found.agrees.all())
+    return 0
+
+
+def _print_comparison(name):
+    """Print the rows of a study beside the published ones. Return 0 if all agree, else 1."""
+    rows = gather(name)
+    kept = pd.read_csv(repository() / "figures" / name / "results.csv")
+    compared = compare(rows[rows.override.isna()], kept)
+    columns = ["model", "seed", "method", "form", "target", "stage", "top1", "top1_kept"]
+    columns += ["spread", "agrees"]
+    print(compared[columns].to_string(index=False, float_format="{:.2f}".format, na_rep=""))
+    print(
+        f"Of {len(compared)} rows {compared.agrees.sum()} agree, "
+        f"{compared.top1.isna().sum()} were not made again, "
+        f"{compared.top1_kept.isna().sum()} are not published (figures/{name})."
+    )
+    return int(not compared.agrees.all())
 
 
 if __name__ == "__main__":

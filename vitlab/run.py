@@ -1,9 +1,14 @@
-"""Run a notebook without a screen: `python -m vitlab.run 1_train --study demo --model vit --seed 0`.
+"""Run a notebook without a screen.
 
-Checks names and types of all parameters first, then executes a copy through papermill, with the interpreter
-that runs this, and keeps that copy in the folder of the run, also when it fails. People, the Makefile and the
-Snakefile all come through this door. With --processes 2, or started by torchrun, several processes execute it
-together and train data-parallel; from a notebook, `run.main(["1_train", "--processes", "2", …])` does the same.
+`python -m vitlab.run 1_train --study demo --model vit --seed 0` checks names and types of all
+parameters first. Then it executes a copy through papermill, with the interpreter that runs this.
+It keeps that copy in the folder of the run, also when the notebook fails.
+People, the Makefile and the Snakefile all come through this door.
+
+With --processes 2, or started by torchrun, several processes execute the notebook together and
+train data-parallel. From a notebook, `run.main(["1_train", "--processes", "2", ...])` does so.
+
+Public: find_notebook, parameters_of, execute, main.
 """
 
 import argparse
@@ -20,97 +25,113 @@ from pathlib import Path
 
 from vitlab import parallel, record
 
-ALONE = ("6_efficiency", "7_report")  # which several processes would only disturb
+_ONE_PROCESS = ("6_efficiency", "7_report")  # several processes would only disturb these
 
 
 def find_notebook(name):
-    """Path of a notebook given by number ("3"), name or path. Raises ValueError for an unknown one."""
+    """Return the path of a notebook.
+
+    name: its number ("3"), its name, or its path.
+    Raises ValueError, with all known names, for an unknown one.
+    """
     if str(name).endswith(".ipynb") and Path(name).is_file():
         return Path(name).resolve()
     folder = record.repository() / "notebooks"
     known = sorted(path.stem for path in folder.glob("*.ipynb"))
     wanted = Path(name).name.removesuffix(".ipynb")
-    found = [stem for stem in known if stem == wanted or stem.split("_")[0] == wanted]
-    if len(found) != 1:
+    matching = [stem for stem in known if wanted in (stem, stem.split("_")[0])]
+    if len(matching) != 1:
         raise ValueError(record.unknown("notebook", name, known))
-    return folder / f"{found[0]}.ipynb"
+    return folder / f"{matching[0]}.ipynb"
 
 
 def parameters_of(path):
-    """{name: default} of a notebook's parameters cell.
+    """Return {name: default} of a notebook's cell of parameters.
 
-    Raises ValueError if there is not exactly one such cell or if it holds more than literals, which papermill
-    would not compute again.
+    path: of the notebook.
+    Raises ValueError if there is not exactly one such cell.
+    Raises ValueError if it holds more than literals, which papermill would not compute again.
     """
+    name = Path(path).name
     cells = json.loads(Path(path).read_text())["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
-        raise ValueError(f"{Path(path).name} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
+        raise ValueError(
+            f"{name} has {len(tagged)} cells tagged `parameters`; it needs exactly one"
+        )
     defaults = {}
     for line in ast.parse("".join(tagged[0]["source"])).body:
         try:
             (target,) = line.targets
             defaults[target.id] = ast.literal_eval(line.value)
         except (AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{Path(path).name}: a parameters cell holds literals only, not `{ast.unparse(line)}`"
-            ) from error
+            words = f"{name}: a parameters cell holds literals only, not `{ast.unparse(line)}`"
+            raise ValueError(words) from error
     return defaults
 
 
-def check(path, given):
-    """given with every parameter known to the notebook, of its type, and fit to open a run.
+def _check(path, parameters):
+    """Return all parameters of a notebook: the given ones, and the defaults of the others.
 
-    Raises ValueError for an unknown parameter, study, model or overridden value, TypeError for a type.
+    Raises ValueError for an unknown parameter, study, model or overridden value.
+    Raises TypeError for a value of another type than the notebook's.
     """
     defaults = parameters_of(path)
-    for name, value in given.items():
+    for name, value in parameters.items():
         if name not in defaults:
             raise ValueError(record.unknown(f"parameter of {Path(path).name}:", name, defaults))
-        if name == "override":
-            continue  # a dict of any names, which record.study looks at
-        record.checked(name, defaults[name], value)
-    values = {**defaults, **given}
+        if name != "override":  # record.study checks what a study overrides
+            record.checked(name, defaults[name], value)
+    values = {**defaults, **parameters}
     if "study" in values:
         study = record.study(values["study"], override=values.get("override"))
-        if "model" in values and values["model"] not in study.models:
-            raise ValueError(record.unknown(f"model of study {study.name}:", values["model"], study.models))
+        model = values.get("model")
+        if model is not None and model not in study.models:
+            raise ValueError(record.unknown(f"model of study {study.name}:", model, study.models))
     return values
 
 
-def execute(path, given, *, out=None, log=False):
-    """Execute a copy of the notebook at path with the parameters given, and return the path of that copy.
+def execute(path, parameters, *, out=None, log=False):
+    """Execute a copy of a notebook, and return the path of that copy.
 
-    out: where to keep it; by default `notebooks/` in the folder of the run. It is there only when the
-    notebook has run to its end: before, it is called <name>.running.ipynb, and after an error, which is then
-    raised (papermill's PapermillExecutionError or nbclient's DeadKernelError), <name>.failed.ipynb.
-    log: whether trainings write TensorBoard files.
-    Of several processes (see `parallel`) each executes its own copy, and those of all but the first are deleted at
-    the end. Raises what `check` raises, RuntimeError if the same notebook of the same run is being executed already.
+    path: of the notebook.
+    parameters: {name: value}; the others keep the notebook's values.
+    out: where to keep the copy; by default in `notebooks/` in the folder of the run. It is there
+    only when the notebook has run to its end. Before, it is called <name>.running.ipynb, and after
+    an error <name>.failed.ipynb.
+    log: bool, whether trainings write TensorBoard files.
+    Of several processes (see `parallel`) each executes its own copy. At the end those of all but
+    the first are deleted.
+    Raises ValueError and TypeError for wrong parameters, before anything starts.
+    Raises RuntimeError if the same notebook of the same run is being executed already.
+    Raises the notebook's error: papermill's PapermillExecutionError or nbclient's DeadKernelError.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    values = check(path, given)
-    if str(values.get("study", "")).endswith((".yaml", ".yml")):  # the kernel has another working folder
-        given = {**given, "study": str(Path(values["study"]).resolve())}
+    values = _check(path, parameters)
+    if str(values.get("study")).endswith((".yaml", ".yml")):  # the kernel works in another folder
+        parameters = {**parameters, "study": str(Path(values["study"]).resolve())}
     out = Path(out).resolve() if out else _folder(values) / "notebooks" / Path(path).name
     if not parallel.is_first():
         out = out.with_suffix(f".rank{parallel.rank()}.ipynb")
-    running, failed = (out.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
+    running = out.with_suffix(".running.ipynb")
+    failed = out.with_suffix(".failed.ipynb")
     record.make_folder(out.parent)
-    lock, what = out.with_name(f".{out.stem}.lock"), f"{out.stem} of this run"
-    with record.alone(lock, what), _kernel(log) as options:
+    lock = out.with_name(f".{out.stem}.lock")
+    with record.alone(lock, f"{out.stem} of this run"), _kernel(log) as config:
         try:
             papermill.execute_notebook(
-                *(path, running, given),
+                path,
+                running,
+                parameters,
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
                 stdout_file=sys.stdout if parallel.is_first() else None,
                 stderr_file=sys.stderr,
                 cwd=Path(path).parent,
-                **options,
+                config=config,
             )
         except BaseException as error:
             if running.exists():
@@ -128,132 +149,178 @@ def execute(path, given, *, out=None, log=False):
 
 
 def _folder(values):
+    """Return the folder of the run that the parameters of a notebook name."""
     if "study" not in values:
-        raise ValueError("the notebook has no parameter `study`, so say where its copy goes: --out PATH")
-    model, seed, override = values.get("model"), values.get("seed", 0), values.get("override")
-    return record.open_run(values["study"], model, seed, override).folder
+        raise ValueError(
+            "the notebook has no parameter `study`, so say where its copy goes: --out PATH"
+        )
+    seed = values.get("seed", 0)
+    run = record.open_run(values["study"], values.get("model"), seed, values.get("override"))
+    return run.folder
 
 
 @contextlib.contextmanager
 def _kernel(log):
-    """Options of papermill for a quiet kernel of this very interpreter, beside which others may start.
-
-    Kernels find free TCP ports by trying and race for them, so each gets sockets in a folder of its own;
-    where the system has none, or the path is too long for one, it stays at TCP. A kernel spec in the same
-    folder comes before any that the user has installed for another Python.
-    """
+    """Yield the configuration of a quiet kernel of this interpreter; others may start beside it."""
     from traitlets.config import Config
 
     with tempfile.TemporaryDirectory(prefix="nb", ignore_cleanup_errors=True) as folder:
+        # A kernel spec in this folder comes before any that the user installed for another Python.
         spec = Path(folder, "kernels", "python3", "kernel.json")
         spec.parent.mkdir(parents=True)
-        # Level 50: jupyter_client ends a kernel with an interrupt, which the kernel now and then logs as an error.
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"]
-        spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
-        paths = [folder, *filter(None, [os.environ.get("JUPYTER_PATH")])]
-        environment = {
-            "JUPYTER_PATH": os.pathsep.join(paths),
-            "JUPYTER_RUNTIME_DIR": folder,
-            "VITLAB_HEADLESS": "1",
-            "VITLAB_DATA": str(record.root()),  # a relative one is meant from here, not from the kernel's folder
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # two notebooks on two cores
-            # glibc gives the activations of each step back to the system and asks for them again, a part of each
-            # training step on CPUs; these let it keep them.
-            "MALLOC_TRIM_THRESHOLD_": os.environ.get("MALLOC_TRIM_THRESHOLD_", str(10**9)),
-            "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(10**9)),
-        }
-        environment |= {"VITLAB_LOG": "1"} if log else {}
-        sockets = os.name == "posix" and len(folder) < 80
-        manager = {"transport": "ipc", "ip": f"{folder}/k"} if sockets else {}
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
+        # Level 50: jupyter_client ends a kernel with an interrupt, which the kernel may log as an
+        # error.
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv.append("--log-level=50")
+        kernel = {"argv": argv, "display_name": "Python 3", "language": "python"}
+        spec.write_text(json.dumps(kernel))
+        # Kernels find free TCP ports by trying, and race for them. Sockets in a folder of its own
+        # spare each that, but not every system has them, nor for a long path.
+        config = Config()
+        if os.name == "posix" and len(folder) < 80:
+            config.KernelManager = Config(transport="ipc", ip=f"{folder}/k")
+        before = dict(os.environ)
+        os.environ.update(_environment(folder, log))
         try:
-            yield {"config": Config({"KernelManager": manager})}
+            yield config
         finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+            os.environ.clear()
+            os.environ.update(before)
 
 
-def parse_value(text):
-    """(name, value) of "name=value"; the value is JSON, else text. Raises ValueError without `=`."""
+def _environment(folder, log):
+    """Return the environment variables of a kernel whose specification lies in a folder."""
+    paths = [folder, os.environ.get("JUPYTER_PATH")]
+    environment = {
+        "JUPYTER_PATH": os.pathsep.join(filter(None, paths)),
+        "JUPYTER_RUNTIME_DIR": folder,
+        "VITLAB_HEADLESS": "1",
+        # A relative data root is meant from here, not from the kernel's folder.
+        "VITLAB_DATA": str(record.root()),
+    }
+    if log:
+        environment["VITLAB_LOG"] = "1"
+    defaults = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # two notebooks on two cores
+        # glibc gives the activations of each step back to the system and asks for them again.
+        # On CPUs that is a part of each training step. These let it keep them.
+        "MALLOC_TRIM_THRESHOLD_": str(10**9),
+        "MALLOC_MMAP_THRESHOLD_": str(10**9),
+    }
+    return defaults | os.environ | environment
+
+
+def _parse_value(text):
+    """Return (name, value) of "name=value", whose value is JSON, else text.
+
+    Raises ValueError without `=`.
+    """
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"expected name=value, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+    with contextlib.suppress(json.JSONDecodeError):
+        value = json.loads(value)
+    return name, value
 
 
 def main(arguments=None):
-    """The command line. Returns its exit status: 0, 1 for a notebook that failed, 2 for wrong arguments."""
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("python -m vitlab.run", description=about, allow_abbrev=False)
-    parser.add_argument("notebook", help="number, name or path, such as 3 or 3_global_pruning")
-    parser.add_argument("--study", help="name in notebooks/params, or path of your own .yaml file")
-    parser.add_argument("--model", help="a name in the study's `models`")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.VALUE=…", dest="override")
-    parser.add_argument("-p", action="append", default=[], metavar="NAME=…", dest="parameters")
-    parser.add_argument("--out", help="where the executed copy goes (default: the folder of the run)")
-    parser.add_argument("--processes", type=int, default=1, help="how many train together, by torchrun (%(default)s)")
-    parser.add_argument("--log", action="store_true", help="write TensorBoard files of trainings into the run's folder")
-    asked = parser.parse_args(arguments)
-    if asked.processes != 1 and "WORLD_SIZE" not in os.environ:
-        return _together(asked.processes, sys.argv[1:] if arguments is None else arguments)
+    """Run the command line.
+
+    arguments: list of str; None for those of this process.
+    Returns its exit status: 0, 1 for a notebook that failed, 2 for wrong arguments.
+    """
+    options = _parser().parse_args(arguments)
+    if options.processes != 1 and "WORLD_SIZE" not in os.environ:
+        return _together(options.processes, sys.argv[1:] if arguments is None else arguments)
     begun = time.perf_counter()
     try:
-        path = find_notebook(asked.notebook)
-        given = {name: getattr(asked, name) for name in ("study", "model", "seed")}
-        given = {name: value for name, value in given.items() if value is not None}
-        given |= dict(map(parse_value, asked.parameters))
-        if asked.override:
-            given["override"] = dict(map(parse_value, asked.override))
-        check(path, given)
-        if parallel.count() > 1 and path.stem in ALONE:
-            raise ValueError(f"{path.stem} measures one process or writes figures: run it without --processes")
+        path = find_notebook(options.notebook)
+        parameters = _parameters(options)
+        _check(path, parameters)
+        if parallel.count() > 1 and path.stem in _ONE_PROCESS:
+            words = "measures one process or writes figures: run it without --processes"
+            raise ValueError(f"{path.stem} {words}")
     except (ValueError, TypeError) as error:
         print(f"vitlab.run: {error}", file=sys.stderr)
         return 2
-    words = " ".join(str(given[name]) for name in ("study", "model", "seed") if name in given)
-    record.say(f"{path.stem} {words}: running")
+    run = [parameters[name] for name in ("study", "model", "seed") if name in parameters]
+    name = " ".join(map(str, [path.stem, *run]))
+    record.say(f"{name}: running")
     try:
-        out = execute(path, given, out=asked.out, log=asked.log)
+        out = execute(path, parameters, out=options.out, log=options.log)
     except Exception as error:
-        print(f"vitlab.run: {path.stem} {words} failed. {_reason(error)}", file=sys.stderr)
+        print(f"vitlab.run: {name} failed. {_reason(error)}", file=sys.stderr)
         return 1
-    record.say(f"{path.stem} {words}: done in {time.perf_counter() - begun:.0f} s, {out}")
+    record.say(f"{name}: done in {time.perf_counter() - begun:.0f} s, {out}")
     return 0
 
 
+def _parser():
+    """Return the parser of the command line."""
+    about = __doc__.split("\n")[0]
+    # Without abbreviations, as --mod could come to mean another option.
+    parser = argparse.ArgumentParser("python -m vitlab.run", description=about, allow_abbrev=False)
+    add = parser.add_argument
+    add("notebook", help="number, name or path, such as 3 or 3_global_pruning")
+    add("--study", help="name in notebooks/params, or path of your own .yaml file")
+    add("--model", help="a name in the study's `models`")
+    add("--seed", type=int)
+    add("--set", action="append", metavar="SECTION.VALUE=…", dest="override")
+    add("-p", action="append", default=[], metavar="NAME=…", dest="parameters")
+    add("--out", help="where the executed copy goes (default: the folder of the run)")
+    add(
+        "--processes",
+        type=int,
+        default=1,
+        help="how many train together, by torchrun (%(default)s)",
+    )
+    add(
+        "--log",
+        action="store_true",
+        help="write TensorBoard files of trainings into the run's folder",
+    )
+    return parser
+
+
+def _parameters(options):
+    """Return the parameters of the notebook that stand on the command line."""
+    parameters = {"study": options.study, "model": options.model, "seed": options.seed}
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    parameters |= dict(map(_parse_value, options.parameters))
+    if options.override:
+        parameters["override"] = dict(map(_parse_value, options.override))
+    return parameters
+
+
 def _together(processes, arguments):
-    """Run this command line in so many processes on this machine, each with its share of the cores."""
+    """Run this command line in several processes of this machine, which share its cores."""
     if processes < 1:
         print(f"vitlab.run: --processes is at least 1, got {processes}", file=sys.stderr)
         return 2
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    own = subprocess.Popen(
-        [*torchrun, "-m", "vitlab.run", *map(str, arguments)], env=os.environ | {"OMP_NUM_THREADS": threads}
-    )
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += [f"--nproc-per-node={processes}", "-m", "vitlab.run"]
+    process = subprocess.Popen([*torchrun, *map(str, arguments)], env=environment)
     try:
-        return own.wait()
+        return process.wait()
     except BaseException:
-        own.terminate()  # torchrun ends its processes, which end their kernels
-        own.wait()
+        process.terminate()  # torchrun ends its processes, which end their kernels
+        process.wait()
         raise
 
 
 def _reason(error):
-    """What went wrong in which cell, for people; the executed copy has the whole traceback."""
+    """Return what went wrong in which cell; the executed copy has the whole traceback."""
+    reason = f"{type(error).__name__}: {error}"
     if hasattr(error, "ename"):
-        first = next((line for line in error.source.splitlines() if line.strip()), "")
-        reason = f"Cell [{error.exec_count}] `{first}` raised\n  {error.ename}: {error.evalue}"
-    else:
-        reason = f"{type(error).__name__}: {error}"
+        lines = [line for line in error.source.splitlines() if line.strip()]
+        cell = f"Cell [{error.exec_count}] `{(lines or [''])[0]}`"
+        reason = f"{cell} raised\n  {error.ename}: {error.evalue}"
     return "\n  ".join([reason, *getattr(error, "__notes__", [])])
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that no kernel stays behind
+    # Unwind when terminated, so that no kernel stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
