@@ -1,39 +1,40 @@
 """Turn scores into boolean masks by exact counts. Works on tensors alone and knows no model.
 
-Scores are ranked over all tensors together, by layer, by group or by row; as whole tiles; or as N:M.
-Everywhere True means that a weight stays, and the smallest scores go. Of equal scores the first in
-memory goes first. Counts are therefore exact; a comparison with a threshold alone cannot give that.
+Scores are ranked over all tensors together, by layer, by group or by row; as whole tiles; or as
+N:M. Everywhere True means that a weight stays, and the smallest scores go. Of equal scores the
+first in memory goes first. Counts are therefore exact; a comparison with a threshold alone cannot
+give that.
 
 Public: keep_largest, n_of_m, dropped, remaining, drop_in_rows, in_tiles, whole_tiles.
 """
 
 import torch
 
-_SAMPLE = (
-    1 << 18
-)  # scores drawn to bracket the threshold; up to so many are ranked without a sample
+_SAMPLE = 1 << 18  # about how many scores are drawn to bracket the threshold
 _CHUNK = 1 << 18  # scores looked at together: a piece and its comparisons stay in the cache
 
 
 def keep_largest(scores, *, sparsity=None, count=None, per="global", floor=0, tile=None):
     """Return masks that drop an exact number of the smallest scores.
 
-    scores: a float tensor, or {name: float tensor}. Only their order matters; infinities are allowed.
+    scores: a float tensor, or {name: float tensor}. Only their order matters; infinities are
+        allowed.
     sparsity: share to drop, in [0, 1); of n scores round(sparsity * n) go. Give this or `count`.
     count: number of scores to drop.
     per: the sets that are ranked, each of which loses that share or number. "global" ranks all
         tensors together, "layer" each tensor, "row" each row along the last dimension. A dict
         {name: label}, such as the role of each layer, ranks all tensors of one label together.
-    floor: how many scores at least stay in each tensor, or in each row with per="row". A tensor with
-        fewer keeps all of them. Other tensors of the set then lose more: the total remains exact.
+    floor: how many scores at least stay in each tensor, or in each row with per="row". A tensor
+        with fewer keeps all of them. Other tensors of the set then lose more: the total remains
+        exact.
     tile: drops whole tiles, by the sums of their scores. sparsity, count, floor and rows then count
         tiles. A number b cuts the last two dimensions into squares of b x b. A pair (height, width)
         cuts them into rectangles, where None is all of a dimension: (1, None) is whole rows.
 
     Returns bool tensors in the structure of scores.
-    Raises ValueError for scores with NaN (naming them), for a sparsity outside [0, 1), for a cut that
-    leaves nothing at all of a set, for a floor that the count does not allow, for names without a
-    label, and for tiles that do not fill a tensor.
+    Raises ValueError for scores with NaN (naming them), for a sparsity outside [0, 1), for a cut
+    that leaves nothing at all of a set, for a floor that the count does not allow, for names
+    without a label, and for tiles that do not fill a tensor.
     """
     named = scores if isinstance(scores, dict) else {"scores": scores}
     if tile is not None:
@@ -76,7 +77,8 @@ def remaining(alive, drop):
     """Return what is left of `alive` after one more cut: {key: list of indices into the whole}.
 
     alive: {key: list of indices into the whole}, what was left before this cut.
-    drop: {key: positions in that list}, as shrink.remove takes them for a model that was cut before.
+    drop: {key: positions in that list}, as shrink.remove takes them for a model that was cut
+        before.
     """
     left = {}
     for key, indices in alive.items():
@@ -176,7 +178,7 @@ def _number_to_drop(total, sparsity, count):
 
 
 def _drop(scores, sparsity, count, floor, *, by_row):
-    """Return {name: mask} for the scores that are ranked together; by_row: for one tensor's rows."""
+    """Return {name: mask} for scores that are ranked together, or for the rows of one tensor."""
     sizes = {name: score.shape[-1] if by_row else score.numel() for name, score in scores.items()}
     floors = {name: min(floor, size) for name, size in sizes.items()}
     total = sum(sizes.values())
@@ -214,7 +216,7 @@ def _drop_above_floors(scores, count, floors):
 
 
 def _drop_smallest(scores, count):
-    """Return {name: mask} that drops exactly count of the smallest scores, without a copy of them."""
+    """Return {name: mask} that drops exactly count of the smallest scores, without copying them."""
     threshold, ties = _find_threshold(list(scores.values()), count)
     masks = {}
     for name, score in scores.items():

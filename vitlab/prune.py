@@ -1,11 +1,11 @@
 """Put masks on a model, keep them through training, and make them from rows, units and schedules.
 
-A mask is a bool tensor of its parameter's shape, True where the weight stays. Masks are kept in a dict
-under the names of their parameters. Models are never wrapped: their parameters keep their names, and
-dead weights are plain zeros.
+A mask is a bool tensor of its parameter's shape, True where the weight stays. Masks are kept in a
+dict under the names of their parameters. Models are never wrapped: their parameters keep their
+names, and dead weights are plain zeros.
 
-Public: masked, apply, sparsity, Holder, parameters_of, rows_to_masks, units_to_masks, shares, further,
-further_rows, histogram, unit_table.
+Public: masked, apply, sparsity, Holder, parameters_of, rows_to_masks, units_to_masks, shares,
+further, further_rows, histogram, unit_table.
 """
 
 import copy
@@ -26,7 +26,8 @@ def masked(model, keep):
     model: any module; it stays as it is.
     keep: {parameter name: bool tensor of the parameter's shape}, True stays.
 
-    Raises ValueError for an unknown name, a wrong shape, and for masks that drop nothing or everything.
+    Raises ValueError for an unknown name, a wrong shape, and for masks that drop nothing or
+    everything.
     """
     model = copy.deepcopy(model)
     apply(model, keep)
@@ -39,7 +40,8 @@ def apply(model, keep):
 
     keep: {parameter name: bool tensor of the parameter's shape}, True stays.
 
-    Raises ValueError for an unknown name, a wrong shape, and for masks that drop nothing or everything.
+    Raises ValueError for an unknown name, a wrong shape, and for masks that drop nothing or
+    everything.
     """
     parameters = parameters_of(model, keep)
     total = sum(mask.numel() for mask in keep.values())
@@ -69,13 +71,13 @@ class Holder:
     """Hold dead weights at zero through training, with any optimizer, momentum and weight decay.
 
     Masking gradients is not enough: moments from before the cut move dead weights for many steps.
-    Creating a Holder zeroes the dead weights and their optimizer moments. Call `step` after each step
-    of the optimizer and `check` at the end of an epoch.
+    Creating a Holder zeroes the dead weights and their optimizer moments. Call `step` after each
+    step of the optimizer and `check` at the end of an epoch.
 
     model: the model to train, on the device it trains on.
     keep: masks as for `apply`.
-    optimizer: any of torch.optim, or accelerate's wrapper of one. The moments of a parameter are those
-        tensors of its state that have its shape.
+    optimizer: any of torch.optim, or accelerate's wrapper of one. The moments of a parameter are
+        those tensors of its state that have its shape.
 
     Raises ValueError as `apply` does.
     """
@@ -100,7 +102,10 @@ class Holder:
             torch._foreach_mul_(list(parameters.values()), self.factors)
 
     def check(self, *copies):
-        """Raise RuntimeError for a dead weight of the model or a copy that is not zero, by its name."""
+        """Raise RuntimeError, naming the parameter, for a dead weight that is not zero.
+
+        copies: copies of the model (an EMA with its names) that are checked, too.
+        """
         for model in (self.model, *copies):
             for name, parameter in parameters_of(model, self.keep).items():
                 dead = ~self.keep[name].to(parameter.device)
@@ -137,7 +142,8 @@ def rows_to_masks(model, rows):
     """Return the parameter masks of whole rows (output features, filters), biases included.
 
     A masked fc1 row that kept its bias would still emit GELU(b). The same holds for a filter whose
-    batch norm kept its shift: where a batch norm follows a convolution inside the same nn.Sequential,
+    batch norm kept its shift: where a batch norm follows a convolution inside the same
+        nn.Sequential,
     its weight and bias are masked, too. In other places no batch norm is looked for.
 
     rows: {layer name: bool [rows], True stays} of linear layers and convolutions.
@@ -170,10 +176,10 @@ def units_to_masks(model, drop):
       heads    a head's rows and biases of q, k and v, and its columns of proj
       neurons  a neuron's row and bias of fc1, and its column of fc2
       qk       dimension d of the queries and keys of head h: its row and bias of q, and its row and
-               bias of k. Its index is h * size + d, where size is the number of such dimensions of a
-               head.
-      v        dimension d of the values of head h: its row and bias of v, and its column of proj. Its
-               index is h * size + d, where size is the number of value dimensions of a head.
+               bias of k. Its index is h * size + d, where size is the number of such dimensions of
+               a head.
+      v        dimension d of the values of head h: its row and bias of v, and its column of proj.
+               Its index is h * size + d, where size is the number of value dimensions of a head.
 
     Returns {parameter name: bool tensor}.
     Raises ValueError for unknown units or indices out of range.
@@ -221,7 +227,7 @@ def _lines_left(view, name, kind, indices):
 
 
 def _own_parameters(model, layer):
-    """Return {"weight": ..., "bias": ...} of a plain layer; ValueError if there is no such layer."""
+    """Return {"weight": ..., "bias": ...} of a plain layer; ValueError if there is none."""
     modules = dict(model.named_modules())
     if layer not in modules:
         raise ValueError(f"no layer {layer!r} in this model{models.nearest(layer, modules)}")
@@ -235,7 +241,7 @@ def _own_parameters(model, layer):
 
 
 def _all_but(indices, count, what):
-    """Return bool [count], False at indices; ValueError for an index out of range, calling it what."""
+    """Return bool [count], False at indices; ValueError, naming what, for an index out of range."""
     indices = [int(index) for index in indices]
     if not set(indices) <= set(range(count)):
         there = f"are 0 to {count - 1}" if count else "are all gone"
@@ -249,8 +255,9 @@ def shares(kind, steps, *, final, initial=0.0):
     """Return the shares to have cut after each step, a rising list that ends with final exactly.
 
     kind: one of
-      cubic      final + (initial - final) * (1 - step / steps)**3 after `step` of `steps` steps: fast
-                 while many weights are superfluous, slow near the end (Zhu and Gupta 2017, equation 1)
+      cubic      final + (initial - final) * (1 - step / steps)**3 after `step` of `steps` steps:
+                 fast while many weights are superfluous, slow near the end (Zhu and Gupta 2017,
+                 equation 1)
       iterative  each step cuts the same share of what the step before left (Han et al. 2015)
       one-shot   all at once, whatever the number of steps
     steps: number of steps, at least 1.
@@ -287,8 +294,8 @@ def further(model, scores, **options):
         tile, it counts the tiles that are zero throughout.
 
     Returns {parameter name: bool tensor}.
-    Raises ValueError for scores that do not fit the model, for a budget that would bring dead weights
-    back, and what masks.keep_largest raises.
+    Raises ValueError for scores that do not fit the model, for a budget that would bring dead
+    weights back, and what masks.keep_largest raises.
     """
     shapes = {name: score.bool() for name, score in scores.items()}
     tile = options.get("tile")
@@ -311,15 +318,15 @@ def further(model, scores, **options):
 
 
 def further_rows(model, scores, *, left, floor=1):
-    """Return the rows of the lowest scores to remove, {(layer, "rows"): indices}, for shrink.remove.
+    """Return the rows of the lowest scores, {(layer, "rows"): indices}, for shrink.remove.
 
     model: linear layers may have lost rows before. Those count as gone: zeros stand in their place.
     scores: {layer: float tensor [rows]}, as from scores.rows of this very model.
     left: how many rows are computed afterwards, over all these layers.
     floor: how many rows at least stay in each layer.
 
-    Raises ValueError for a `left` that leaves nothing to remove, for scores that do not fit, and what
-    masks.keep_largest raises.
+    Raises ValueError for a `left` that leaves nothing to remove, for scores that do not fit, and
+    what masks.keep_largest raises.
     """
     living = {}
     alive = {}
@@ -355,8 +362,8 @@ def histogram(stages, keep, *, by="role", bins=81):
       count        weights in the bin that are not zero
       survivors    those of them that keep says stay
       zeros        exact zeros of that stage and role or layer
-      threshold    the |w| up to which magnitude, over all of these weights together, would cut as many
-                   of the first stage as keep does
+      threshold    the |w| up to which magnitude, over all of these weights together, would cut as
+                   many of the first stage as keep does
 
     Raises ValueError for another `by`.
     """
@@ -401,7 +408,7 @@ def histogram(stages, keep, *, by="role", bins=81):
 
 
 def _magnitude_threshold(parameters, keep, names):
-    """Return the largest |w| that goes if magnitude alone cuts as many weights as keep; 0 for none."""
+    """Return the largest |w| that goes if magnitude alone cuts as many as keep; 0 for none."""
     count = sum(int((~keep[name]).count_nonzero()) for name in names)
     if not count:
         return 0.0
