@@ -112,7 +112,7 @@ def whole_tiles(mask, tiled):
 
     tiled: view of the weights or scores as from `in_tiles`.
     """
-    whole = mask[..., :, None, :, None].expand_as(tiled)
+    whole = mask[..., None, :, None].expand_as(tiled)
     return whole.flatten(-4, -3).flatten(-2)
 
 
@@ -135,7 +135,8 @@ def _check(scores):
             f"{ {name: score.dtype for name, score in scores.items()} }"
         )
     for name, score in scores.items():
-        if any(piece.isnan().any() for piece in _pieces(score)):
+        # A sum shows NaN in one read. Infinities can make NaN, too: then look closer.
+        if any(piece.sum().isnan() and piece.isnan().any() for piece in _pieces(score)):
             raise ValueError(
                 f"scores of {name} contain NaN, which has no rank: look for it in the loss, "
                 "the weights or the images, or for an overflow in low precision"
@@ -177,7 +178,7 @@ def _number_to_drop(total, sparsity, count):
     return count
 
 
-def _drop(scores, sparsity, count, floor, *, by_row):
+def _drop(scores, sparsity, count, floor, by_row):
     """Return {name: mask} for scores that are ranked together, or for the rows of one tensor."""
     sizes = {name: score.shape[-1] if by_row else score.numel() for name, score in scores.items()}
     floors = {name: min(floor, size) for name, size in sizes.items()}
@@ -217,11 +218,10 @@ def _drop_above_floors(scores, count, floors):
 
 def _drop_smallest(scores, count):
     """Return {name: mask} that drops exactly count of the smallest scores, without copying them."""
-    threshold, ties = _find_threshold(list(scores.values()), count)
+    threshold, ties = _find_threshold(scores.values(), count)
     masks = {}
     for name, score in scores.items():
-        mask = (score.detach() >= threshold).contiguous()
-        masks[name] = mask
+        mask = masks[name] = (score.detach() >= threshold).contiguous()
         for piece, keep in zip(_pieces(score), _pieces(mask), strict=True):
             if ties:  # of the scores equal to the threshold, the first ones go
                 first = (piece == threshold).nonzero()[:ties]

@@ -127,8 +127,8 @@ def parameters_of(model, keep):
     parameters = dict(model.named_parameters())
     for name, mask in keep.items():
         if name not in parameters:
-            nearest = models.nearest(name, parameters)
-            raise ValueError(f"no parameter {name!r} in this model{nearest}")
+            hint = models.nearest(name, parameters)
+            raise ValueError(f"no parameter {name!r} in this model{hint}")
         shape = parameters[name].shape
         if mask.dtype != torch.bool or mask.shape != shape:
             raise ValueError(
@@ -205,25 +205,26 @@ def _lines_left(view, name, kind, indices):
     if kind not in _UNITS:
         raise ValueError(f"unknown kind of unit {kind!r}{models.nearest(kind, _UNITS)}")
     block = view.block(name)
+    if kind == "qk" and block.normalises_queries:
+        raise ValueError(
+            f"{name}: queries and keys are normalised together; mask v, or whole heads"
+        )
     count = view.units([kind]).get((name, kind), 0)
     keep = _all_but(indices, count, f"{kind} of {name}")
     if kind == "neurons":
         return {f"{name}.mlp.fc1": keep}, {f"{name}.mlp.fc2": keep}
     # a head may have fewer dimensions of queries than of values
-    queries = keep.new_ones(block.num_heads * block.qk_dim)
-    values = keep.new_ones(block.num_heads * block.head_dim)
-    if kind == "qk":
-        if block.normalises_queries:
-            raise ValueError(
-                f"{name}: queries and keys are normalised together; mask v, or whole heads"
-            )
-        return {f"{name}.attn.qkv": torch.cat([keep, keep, values])}, {}
-    values = keep
+    queries = values = keep
     if kind == "heads":
         queries = keep.repeat_interleave(block.qk_dim)
         values = keep.repeat_interleave(block.head_dim)
+    elif kind == "qk":
+        values = keep.new_ones(block.num_heads * block.head_dim)
+    else:
+        queries = keep.new_ones(block.num_heads * block.qk_dim)
     rows = {f"{name}.attn.qkv": torch.cat([queries, queries, values])}
-    return rows, {f"{name}.attn.proj": values}
+    columns = {} if kind == "qk" else {f"{name}.attn.proj": values}
+    return rows, columns
 
 
 def _own_parameters(model, layer):
@@ -373,10 +374,9 @@ def histogram(stages, keep, *, by="role", bins=81):
     first = next(iter(stages))
     view = models.view(stages[first])
     weights = {stage: parameters_of(model, keep) for stage, model in stages.items()}
-    sizes = [
-        weight.abs().max() for parameters in weights.values() for weight in parameters.values()
-    ]
-    limit = float(max(sizes))
+    limit = 0.0
+    for parameters in weights.values():
+        limit = max(limit, *(float(weight.abs().max()) for weight in parameters.values()))
     edges = torch.linspace(-limit, limit, bins + 1)
     frames = []
     for name in names:
@@ -397,13 +397,11 @@ def histogram(stages, keep, *, by="role", bins=81):
                 "zeros": int((~alive).sum()),
             }
             frames.append(pd.DataFrame(columns))
-    table = pd.concat(frames)
-    if by == "role":
-        whole = table.assign(role="all")
-        table = pd.concat([table, whole]).drop(columns=["layer", "block"])
-    # What is no count is a key. Layers of one role, or all of them, add up.
-    keys = list(table.columns[:-3])
-    table = table.groupby(keys, sort=False, dropna=False).sum().reset_index()
+    table = pd.concat(frames, ignore_index=True)
+    if by == "role":  # the layers of one role, and all layers, add up
+        every = pd.concat([table, table.assign(role="all")]).drop(columns=["layer", "block"])
+        keys = ["stage", "role", "left", "right"]
+        table = every.groupby(keys, sort=False, as_index=False).sum()
     return table.assign(threshold=_magnitude_threshold(weights[first], keep, names))
 
 
