@@ -29,8 +29,8 @@ def fixed_seed():
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Force toys through the path of millions of scores: a sample, a bracket, many pieces."""
-    monkeypatch.setattr(masks, "SAMPLE", 32)
-    monkeypatch.setattr(masks, "CHUNK", 50)
+    monkeypatch.setattr(masks, "_SAMPLE", 32)
+    monkeypatch.setattr(masks, "_CHUNK", 50)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (5, 8), (2, 3, 4)])
@@ -86,8 +86,8 @@ def test_dict_is_ranked_as_if_concatenated(sizes, levels, share, seed):
     joined = torch.cat(list(scores.values()))
     count = min(int(share * joined.numel()), joined.numel() - 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks, "SAMPLE", 16)
-        patch.setattr(masks, "CHUNK", 20)
+        patch.setattr(masks, "_SAMPLE", 16)
+        patch.setattr(masks, "_CHUNK", 20)
         keep = masks.keep_largest(scores, count=count)
     assert torch.cat(list(keep.values())).equal(reference(joined, count))
     assert list(keep) == list(scores)
@@ -201,9 +201,9 @@ def test_floor_by_hand():
     assert keep["weak"].tolist() == [False, True, False]
     assert keep["strong"].tolist() == [False, True, False, True]
     assert not masks.keep_largest(scores, count=4)["weak"].any()  # without a floor the weak layer is emptied
-    with pytest.raises(ValueError, match="floor of 3 in each of 2 tensors keeps 6"):
+    with pytest.raises(ValueError, match="dropping 2 of 7 leaves 5, but a floor of 3 keeps 6 in weak, strong"):
         masks.keep_largest(scores, count=2, floor=3)
-    with pytest.raises(ValueError, match="rows of weak keep 1 of 3, below the floor of 2"):
+    with pytest.raises(ValueError, match="dropping 2 of 3 leaves 1, but a floor of 2 keeps 2 in weak"):
         masks.keep_largest(scores, count=2, per="row", floor=2)
 
 

@@ -39,6 +39,19 @@ def test_sparsity_counts_zeros_by_hand():
     assert prune.sparsity(layer, keep) == 0.25
 
 
+def test_a_masked_model_is_a_copy_with_zeros(model):
+    keep = masks.keep_largest(magnitudes(model), sparsity=0.5)
+    before = copy.deepcopy(model.state_dict())
+    cut = prune.masked(model, keep)
+    assert all(before[name].equal(value) for name, value in model.state_dict().items())
+    prune.apply(model, keep)
+    assert all(value.equal(model.state_dict()[name]) for name, value in cut.state_dict().items())
+    assert prune.sparsity(cut, keep) == prune.sparsity(model, keep) > 0.49
+    assert cut.recipe == model.recipe
+    with pytest.raises(ValueError, match="a cut of nothing"):
+        prune.masked(model, {name: mask | True for name, mask in keep.items()})
+
+
 def test_apply_refuses_what_does_not_fit(vit):
     name = "blocks.0.mlp.fc1.weight"
     shape = vit.get_parameter(name).shape
@@ -140,11 +153,9 @@ def scaled(model, layer, factors, x, *, output=False):
     return logits
 
 
-def masked(model, keep, x):
-    model = copy.deepcopy(model)
-    prune.apply(model, keep)
+def masked_logits(model, keep, x):
     with torch.no_grad():
-        return model(x)
+        return prune.masked(model, keep)(x)
 
 
 def test_masked_rows_are_rows_times_zero(model, batch):
@@ -154,7 +165,7 @@ def test_masked_rows_are_rows_times_zero(model, batch):
         mask = prune.rows_to_masks(model, {name: keep})
         assert set(mask) == {f"{name}.{part}" for part, _ in layer.named_parameters()}
         expected = scaled(model, layer, keep, batch[0], output=True)
-        torch.testing.assert_close(masked(model, mask, batch[0]), expected)
+        torch.testing.assert_close(masked_logits(model, mask, batch[0]), expected)
         assert not torch.allclose(expected, model(batch[0]))
 
 
@@ -166,7 +177,7 @@ def test_masked_filters_take_their_batch_norm_with_them(model, batch, convolutio
     keep = torch.arange(norm.num_features) % 3 > 0
     mask = prune.rows_to_masks(model, {f"patch_embed.steps.{convolution}": keep})
     expected = scaled(model, norm, keep[:, None, None], batch[0], output=True)
-    torch.testing.assert_close(masked(model, mask, batch[0]), expected)
+    torch.testing.assert_close(masked_logits(model, mask, batch[0]), expected)
 
 
 @pytest.mark.parametrize("dropped", [[0], [2], [0, 1]])
@@ -176,11 +187,11 @@ def test_masked_units_are_units_times_zero(model, batch, dropped):
         kept[dropped] = 0
         mask = prune.units_to_masks(model, {(block.name, "heads"): dropped})
         expected = scaled(model, block.attn.proj, kept.repeat_interleave(block.head_dim), batch[0])
-        torch.testing.assert_close(masked(model, mask, batch[0]), expected)
+        torch.testing.assert_close(masked_logits(model, mask, batch[0]), expected)
         kept = torch.ones(block.neurons)
         kept[dropped] = 0
         mask = prune.units_to_masks(model, {(block.name, "neurons"): torch.tensor(dropped)})
-        torch.testing.assert_close(masked(model, mask, batch[0]), scaled(model, block.mlp.fc2, kept, batch[0]))
+        torch.testing.assert_close(masked_logits(model, mask, batch[0]), scaled(model, block.mlp.fc2, kept, batch[0]))
 
 
 @pytest.mark.parametrize("dropped", [[0], [2, 5], [1, 8, 9, 17]])
@@ -191,12 +202,12 @@ def test_masked_head_dimensions_are_dimensions_times_zero(model, batch, dropped)
         kept[2, dropped] = 0
         mask = prune.units_to_masks(model, {(block.name, "v"): dropped})
         assert set(mask) == {f"{block.name}.attn.{part}" for part in ("qkv.weight", "qkv.bias", "proj.weight")}
-        found = masked(model, mask, batch[0])
+        found = masked_logits(model, mask, batch[0])
         torch.testing.assert_close(found, scaled(model, block.attn.proj, kept[2], batch[0]))
         torch.testing.assert_close(found, scaled(model, block.attn.qkv, kept.flatten(), batch[0], output=True))
         mask = prune.units_to_masks(model, {(block.name, "qk"): torch.tensor(dropped)})
         assert set(mask) == {f"{block.name}.attn.{part}" for part in ("qkv.weight", "qkv.bias")}
-        found = masked(model, mask, batch[0])
+        found = masked_logits(model, mask, batch[0])
         for gone in ([0], [1], [0, 1]):  # of a product, one factor's zero is enough
             kept = torch.ones(3, size)
             kept[torch.tensor(gone)[:, None], dropped] = 0
@@ -227,7 +238,7 @@ def test_queries_and_values_may_differ_in_size(vit):
 def test_all_units_of_a_block_can_go_beside_others(model, batch):
     first, second = models.view(model).blocks[:2]
     drop = {(first.name, "heads"): range(first.num_heads), (second.name, "heads"): [0]}
-    found = masked(model, prune.units_to_masks(model, drop), batch[0])
+    found = masked_logits(model, prune.units_to_masks(model, drop), batch[0])
     handle = first.attn.proj.register_forward_pre_hook(lambda _, arguments: arguments[0] * 0)
     kept = torch.ones(second.num_heads)
     kept[0] = 0
@@ -262,8 +273,8 @@ def test_units_and_rows_refuse_what_is_not_there(vit):
         ({("blocks.0", "head"): [0]}, "unknown kind of unit 'head', did you mean 'heads'"),
         ({("blocks.0", "heads"): [4]}, r"heads of blocks.0 are 0 to 3; got \[4\]"),
         ({("blocks.0", "neurons"): [-1]}, "neurons of blocks.0 are 0 to 63"),
-        ({("blocks.0", "qk"): [32]}, "qk dimensions of blocks.0 are 0 to 31"),
-        ({("blocks.1", "v"): [-1]}, "v dimensions of blocks.1 are 0 to 31"),
+        ({("blocks.0", "qk"): [32]}, "qk of blocks.0 are 0 to 31"),
+        ({("blocks.1", "v"): [-1]}, "v of blocks.1 are 0 to 31"),
         ({("blocks.0.mlp.fc3", "rows"): [0]}, "no layer 'blocks.0.mlp.fc3'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -285,17 +296,16 @@ def test_a_block_whose_heads_are_gone_has_none_to_mask(vit, kind):
 
 
 def test_cubic_schedule():
-    assert prune.cubic_schedule(0, 10, final=0.9) == 0
-    assert prune.cubic_schedule(-5, 10, final=0.9, initial=0.2) == pytest.approx(0.2)
-    assert prune.cubic_schedule(10, 10, final=0.9) == prune.cubic_schedule(99, 10, final=0.9) == 0.9
-    assert prune.cubic_schedule(5, 10, final=0.8, initial=0.4) == pytest.approx(0.8 - 0.4 / 8)  # by hand
-    path = [prune.cubic_schedule(step, 20, final=0.9, initial=0.1) for step in range(21)]
+    path = prune.shares("cubic", 10, final=0.8, initial=0.4)
+    assert path[4] == pytest.approx(0.8 - 0.4 / 8)  # half way, by hand
+    assert path[-1] == 0.8
+    path = [0.1, *prune.shares("cubic", 20, final=0.9, initial=0.1)]
     steps = [b - a for a, b in zip(path, path[1:], strict=False)]
     assert all(a > b > 0 for a, b in zip(steps, steps[1:], strict=False))  # rises ever more slowly
     with pytest.raises(ValueError, match="shares .* not percentages; got 0.0 and 90"):
-        prune.cubic_schedule(0, 10, final=90)
+        prune.shares("cubic", 10, final=90)
     with pytest.raises(ValueError, match="at least one step"):
-        prune.cubic_schedule(0, 0, final=0.9)
+        prune.shares("cubic", 0, final=0.9)
 
 
 def test_shares_of_a_schedule():
@@ -306,8 +316,11 @@ def test_shares_of_a_schedule():
         assert prune.shares(kind, 1, final=0.7) == [0.7]  # one-shot
         path = prune.shares(kind, 9, final=0.7, initial=0.1)
         assert path == sorted(set(path)) and path[0] > 0.1 and path[-1] == 0.7 and len(path) == 9
-        for wrong, said in ((dict(steps=0, final=0.5), "at least one step"), (dict(steps=2, final=50), "percentages")):
-            with pytest.raises(ValueError, match=said):
+        for wrong, message in (
+            (dict(steps=0, final=0.5), "at least one step"),
+            (dict(steps=2, final=50), "percentages"),
+        ):
+            with pytest.raises(ValueError, match=message):
                 prune.shares(kind, **wrong)
     with pytest.raises(ValueError, match="'cubed', did you mean 'cubic'"):
         prune.shares("cubed", 3, final=0.5)
@@ -329,7 +342,7 @@ def test_going_further_keeps_the_dead_dead(model, per):
             assert not any((mask & dead[name]).any() for name, mask in keep.items())
         prune.apply(model, keep)
         dead = {name: parameters[name] == 0 for name in keep}
-    with pytest.raises(ValueError, match="would come back, first in .* ask for a higher sparsity than before"):
+    with pytest.raises(ValueError, match="would come back, most of them in .* ask for a higher sparsity than before"):
         prune.further(model, saliency, sparsity=0.5, per=per)
 
 

@@ -217,7 +217,7 @@ def test_a_convolutions_rows_are_its_filters(vit, batch):
 
 
 def test_gate_and_forward_scores_do_not_depend_on_batches(model, batch):
-    wanted = dict(weights=["wanda", "obs"], rows=["taylor", "fisher", "variance"], kinds=scores.KINDS)
+    wanted = dict(weights=["wanda", "obs"], rows=["taylor", "fisher", "variance"], kinds=models.UNITS)
     wanted["units"] = ["taylor", "michel", "fisher", "variance"]
     whole, *others = (scores.measure(model, b, **wanted) for b in ([batch], split(batch, 1), split(batch, 4)[::-1]))
     for other in others:
@@ -297,7 +297,7 @@ def test_obs_is_half_of_what_the_output_loses_when_one_weight_goes(model, batch)
 
 def test_variances_equal_their_definition(model, batch):
     view = models.view(model)
-    found = scores.measure(model, split(batch, 4), rows=["variance"], units=["variance"], kinds=scores.KINDS)
+    found = scores.measure(model, split(batch, 4), rows=["variance"], units=["variance"], kinds=models.UNITS)
     places = {name: (layer, True) for name, layer in view.linears().items()}
     for block in view.blocks:
         places |= {
@@ -345,13 +345,13 @@ def test_one_pass_measures_all_and_each_as_if_alone(model, batch):
     batches, passes = split(batch, 4), []
     handle = model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     found = scores.measure(
-        model, batches, weights=scores.WEIGHTS, rows=scores.ROWS, units=scores.UNITS, kinds=scores.KINDS[:4]
+        model, batches, weights=scores.WEIGHTS, rows=scores.ROWS, units=scores.UNITS, kinds=models.UNITS[:4]
     )
     assert passes == [True, True]
     alone = {
         "weights": {c: scores.weights(model, batches, criteria=c)[c] for c in scores.WEIGHTS},
         "rows": {c: scores.rows(model, batches, criteria=c)[c] for c in scores.ROWS},
-        "units": {c: scores.units(model, batches, criteria=c, kinds=scores.KINDS[:4])[c] for c in scores.UNITS},
+        "units": {c: scores.units(model, batches, criteria=c, kinds=models.UNITS[:4])[c] for c in scores.UNITS},
     }
     handle.remove()
     assert list(found) == list(alone)
@@ -366,7 +366,7 @@ def test_without_gradients_there_is_no_graph(model, batch):
     passes = []
     model.register_forward_hook(lambda _, x, y: passes.append((torch.is_grad_enabled(), y.requires_grad)))
     wanted = dict(weights=["magnitude", "wanda", "obs"], rows="variance", units=["random", "variance"])
-    found = scores.measure(model, split(batch, 4), kinds=scores.KINDS, **wanted)
+    found = scores.measure(model, split(batch, 4), kinds=models.UNITS, **wanted)
     assert passes == [(False, False)] * 2
     assert [list(criteria) for criteria in found.values()] == [
         ["magnitude", "wanda", "obs"],
@@ -548,7 +548,7 @@ def test_the_model_is_left_as_it_was(model, batch):
         scores.weights(model, [batch], criteria=scores.WEIGHTS)
         scores.rows(model, [batch], criteria=scores.ROWS)
         scores.units(model, [batch], criteria=scores.UNITS)
-        scores.units(model, [batch], criteria=["taylor", "variance"], kinds=scores.KINDS)
+        scores.units(model, [batch], criteria=["taylor", "variance"], kinds=models.UNITS)
     scores.grams(model, [batch])
     scores.loss(model, [batch])
     unchanged()
@@ -622,7 +622,8 @@ def test_bf16_sums_many_small_parts(vit):
     """A bf16 sum stops growing at 256 equal terms; ours must not."""
     gates = scores.Gates(vit.to(torch.bfloat16), {"a": (1,)})
     for _ in range(3000):
-        gates.add("a", torch.ones(1, 1))
+        gates.add("a", None, torch.ones(1, 1))
+        gates.finish()
     assert gates.absolute["a"] == gates.square["a"] == 3000
 
 
@@ -639,7 +640,7 @@ def test_errors_name_what_is_wrong(vit, batch):
         scores.grams(vit, [])
     with pytest.raises(ValueError, match="'blocks.0.attn.qvk.weight' in this model, did you mean"):
         scores.weights(vit, criteria="magnitude", parameters=["blocks.0.attn.qvk.weight"])
-    with pytest.raises(ValueError, match="'blocks.0.mlp.fc3', did you mean 'blocks.0.mlp.fc"):
+    with pytest.raises(ValueError, match="'blocks.0.mlp.fc3' in this model, did you mean 'blocks.0.mlp.fc"):
         scores.rows(vit, criteria="magnitude", layers=["blocks.0.mlp.fc3"])
     vit.blocks[1].mlp.fc1.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="magnitude scores of blocks.1.mlp.fc1.weight are not finite"):

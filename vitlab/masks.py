@@ -1,80 +1,176 @@
-"""Scores to boolean masks by exact count: global, per layer, group or row, whole tiles, N:M. Tensors only.
+"""Turn scores into boolean masks by exact counts. Works on tensors alone and knows no model.
 
-Everywhere True stays, the smallest scores go, and of equal scores the first in memory goes first, so that
-counts are exact (comparing with a threshold is not).
+Scores are ranked over all tensors together, by layer, by group or by row; as whole tiles; or as
+N:M. Everywhere True means that a weight stays, and the smallest scores go. Of equal scores the
+first in memory goes first. Counts are therefore exact; a comparison with a threshold alone cannot
+give that.
+
+Public: keep_largest, n_of_m, dropped, remaining, drop_in_rows, in_tiles, whole_tiles.
 """
 
 import torch
 
-SAMPLE = 1 << 18  # scores drawn to bracket the threshold; up to so many are ranked without a bracket
-CHUNK = 1 << 18  # scores looked at together: a piece and its comparisons stay in the cache
+_SAMPLE = 1 << 18  # about how many scores are drawn to bracket the threshold
+_CHUNK = 1 << 18  # scores looked at together: a piece and its comparisons stay in the cache
 
 
 def keep_largest(scores, *, sparsity=None, count=None, per="global", floor=0, tile=None):
-    """Masks that drop an exact number of the smallest scores.
+    """Return masks that drop an exact number of the smallest scores.
 
-    scores: a tensor or {name: tensor}; only their order matters, infinities are allowed. Either sparsity, the
-    share to drop in [0, 1), of which round(sparsity * n) is taken, or count, the number to drop. per: over
-    what both are meant and scores are ranked: "global" (all tensors together), "layer" (each tensor), "row"
-    (each row along the last dimension), or {name: label}, such as the role of each layer, for all tensors of
-    one label together. floor: how many at least stay in each tensor (in each row with per="row"; all of a
-    smaller one); the others of its group then lose more, so that the total remains exact. tile: whole tiles go,
-    by the sums of their scores, and sparsity, count, floor and rows are of tiles. b cuts the last two
-    dimensions into squares of b x b; (height, width) into rectangles, where None is all of that dimension:
-    (1, None) is whole rows.
+    scores: a float tensor, or {name: float tensor}. Only their order matters; infinities are
+        allowed.
+    sparsity: share to drop, in [0, 1); of n scores round(sparsity * n) go. Give this or `count`.
+    count: number of scores to drop.
+    per: the sets that are ranked, each of which loses that share or number. "global" ranks all
+        tensors together, "layer" each tensor, "row" each row along the last dimension. A dict
+        {name: label}, such as the role of each layer, ranks all tensors of one label together.
+    floor: how many scores at least stay in each tensor, or in each row with per="row". A tensor
+        with fewer keeps all of them. Other tensors of the set then lose more: the total remains
+        exact.
+    tile: drops whole tiles, by the sums of their scores. sparsity, count, floor and rows then count
+        tiles. A number b cuts the last two dimensions into squares of b x b. A pair (height, width)
+        cuts them into rectangles, where None is all of a dimension: (1, None) is whole rows.
 
-    Returns bool tensors in the structure of scores. Raises ValueError for NaN scores (named), a sparsity
-    outside [0, 1), a cut that leaves nothing at all (of one layer or group), a floor that the count does not
-    allow, names without a label, and tiles that do not fill a tensor.
+    Returns bool tensors in the structure of scores.
+    Raises ValueError for scores with NaN (naming them), for a sparsity outside [0, 1), for a cut
+    that leaves nothing at all of a set, for a floor that the count does not allow, for names
+    without a label, and for tiles that do not fill a tensor.
     """
     named = scores if isinstance(scores, dict) else {"scores": scores}
     if tile is not None:
-        sizes = {name: tile_size(name, score, tile) for name, score in named.items()}
-        named = {name: tile_sums(score, *sizes[name]) for name, score in named.items()}
-    check(named)
-    masks = {}
-    for group in grouped(named, per):
-        if per == "row":
-            masks |= drop_rowwise(group, sparsity, count, floor)
-        else:
-            total = sum(score.numel() for score in group.values())
-            masks |= drop_globally(group, to_drop(total, sparsity, count), floor)
-    masks = {name: masks[name] if tile is None else whole_tiles(masks[name], *sizes[name]) for name in named}
+        tiles = {name: in_tiles(name, score, tile) for name, score in named.items()}
+        named = {name: tiled.sum((-3, -1)) for name, tiled in tiles.items()}
+    _check(named)
+    masks = dict.fromkeys(named)  # in the order of scores
+    for group in _grouped(named, per):
+        masks |= _drop(group, sparsity, count, floor, by_row=per == "row")
+    if tile is not None:
+        masks = {name: whole_tiles(mask, tiles[name]) for name, mask in masks.items()}
     return masks if isinstance(scores, dict) else masks["scores"]
 
 
 def n_of_m(score, n, m):
-    """Mask that keeps the n largest of each m neighbours along the last dimension (2:4 is n=2, m=4).
+    """Return the mask that keeps the n largest of each m neighbours along the last dimension.
 
+    score: float tensor. For 2:4 sparsity n is 2 and m is 4.
+
+    Returns a bool tensor of the shape of score.
     Raises ValueError unless 0 < n < m and m divides the last dimension.
     """
     if not 0 < n < m or score.shape[-1] % m:
         raise ValueError(f"need 0 < n < m and m to divide {score.shape[-1]}; got n={n}, m={m}")
-    check({"scores": score})
+    _check({"scores": score})
     return drop_in_rows(score.reshape(-1, m), m - n).view(score.shape)
 
 
 def dropped(keep):
-    """{key: list of indices that go} from {key: bool [units]}, without the keys that lose nothing."""
-    return {key: (~mask).nonzero().flatten().tolist() for key, mask in keep.items() if not mask.all()}
+    """Return the indices that go, {key: list}, without the keys that lose nothing.
+
+    keep: {key: bool tensor [units]}, True stays.
+    """
+    return {
+        key: (~mask).nonzero().flatten().tolist() for key, mask in keep.items() if not mask.all()
+    }
 
 
 def remaining(alive, drop):
-    """{key: list of indices into the whole} of what is left of alive after one more cut.
+    """Return what is left of `alive` after one more cut: {key: list of indices into the whole}.
 
-    alive: {key: list}. drop: {key: positions in that list}, as shrink.remove takes them of a model that was cut before.
+    alive: {key: list of indices into the whole}, what was left before this cut.
+    drop: {key: positions in that list}, as shrink.remove takes them for a model that was cut
+        before.
     """
-    return {key: [i for place, i in enumerate(own) if place not in drop.get(key, ())] for key, own in alive.items()}
+    left = {}
+    for key, indices in alive.items():
+        left[key] = [index for place, index in enumerate(indices) if place not in drop.get(key, ())]
+    return left
 
 
-def to_drop(total, sparsity, count):
-    """How many of total go: by a share in [0, 1) or by a count in [0, total), else ValueError."""
+def in_tiles(name, score, tile):
+    """Return a view [..., m / height, height, n / width, width] of a tensor [..., m, n].
+
+    name: the tensor's name, for the error.
+    score: tensor [..., m, n].
+    tile: as for `keep_largest`.
+
+    Raises ValueError for tiles that do not fill the last two dimensions.
+    """
+    try:
+        height, width = (tile, tile) if isinstance(tile, int) else tile
+        m, n = score.shape[-2:]
+        strips = score.detach().unflatten(-1, (-1, n if width is None else width))
+        return strips.unflatten(-3, (-1, m if height is None else height))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"tiles of {tile} do not fill {name} of shape {tuple(score.shape)}: "
+            "give divisors of its sides"
+        ) from error
+
+
+def whole_tiles(mask, tiled):
+    """Return the mask [..., m, n] of weights for a mask [..., m / height, n / width] of tiles.
+
+    tiled: view of the weights or scores as from `in_tiles`.
+    """
+    whole = mask[..., None, :, None].expand_as(tiled)
+    return whole.flatten(-4, -3).flatten(-2)
+
+
+def drop_in_rows(score, count):
+    """Return the mask that drops the count smallest of each row along the last dimension.
+
+    score: float tensor [..., size]. count: 0 to size. Of equal scores the first ones go.
+    """
+    smallest = score.detach().argsort(dim=-1, stable=True)[..., :count]
+    mask = torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    return mask.scatter_(-1, smallest, False)
+
+
+def _check(scores):
+    """Raise ValueError for {name: scores} with NaN, without floats or of several precisions."""
+    dtypes = {score.dtype for score in scores.values()}
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(
+            "scores must be floats of one dtype; got "
+            f"{ {name: score.dtype for name, score in scores.items()} }"
+        )
+    for name, score in scores.items():
+        # A sum shows NaN in one read. Infinities can make NaN, too: then look closer.
+        if any(piece.sum().isnan() and piece.isnan().any() for piece in _pieces(score)):
+            raise ValueError(
+                f"scores of {name} contain NaN, which has no rank: look for it in the loss, "
+                "the weights or the images, or for an overflow in low precision"
+            )
+
+
+def _grouped(scores, per):
+    """Return a list of {name: score}, one for each set that is ranked together."""
+    if per == "global":
+        per = dict.fromkeys(scores)
+    elif per in ("layer", "row"):
+        per = {name: name for name in scores}
+    elif not isinstance(per, dict):
+        raise ValueError(f'per must be "global", "layer", "row" or {{name: label}}; got {per!r}')
+    missing = [name for name in scores if name not in per]
+    if missing:
+        raise ValueError(
+            f"per has no label for {missing[0]!r} ({len(missing)} of {len(scores)} names lack one)"
+        )
+    groups = {}
+    for name, score in scores.items():
+        groups.setdefault(per[name], {})[name] = score
+    return groups.values()
+
+
+def _number_to_drop(total, sparsity, count):
+    """Return how many of total scores go, in [0, total)."""
     if (sparsity is None) == (count is None):
         raise ValueError(f"give either sparsity or count; got {sparsity} and {count}")
     if count is None:
         if not 0 <= sparsity < 1:
             raise ValueError(
-                f"sparsity is a share in [0, 1), not a percentage, and 1 removes everything; got {sparsity}"
+                "sparsity is a share in [0, 1), not a percentage, and 1 removes everything; "
+                f"got {sparsity}"
             )
         count = round(sparsity * total)
     if not 0 <= count < total:
@@ -82,194 +178,104 @@ def to_drop(total, sparsity, count):
     return count
 
 
-def grouped(scores, per):
-    """{name: score} as a list of such, one for each set that is ranked together (see keep_largest)."""
-    if per == "global":
-        return [scores]
-    if per in ("layer", "row"):
-        return [{name: score} for name, score in scores.items()]
-    if not isinstance(per, dict):
-        raise ValueError(f'per must be "global", "layer", "row" or {{name: label}}; got {per!r}')
-    missing = [name for name in scores if name not in per]
-    if missing:
-        raise ValueError(f"per has no label for {missing[0]!r} ({len(missing)} of {len(scores)} names lack one)")
-    labels = dict.fromkeys(per[name] for name in scores)
-    return [{name: score for name, score in scores.items() if per[name] == label} for label in labels]
-
-
-def tile_size(name, score, tile):
-    """(height, width) of the tiles of a tensor; ValueError if they do not fill its last two dimensions."""
-    shape = tuple(score.shape[-2:])
-    size = tuple(tile) if isinstance(tile, (tuple, list)) else (tile, tile)
-    if len(size) == len(shape) == 2:
-        size = tuple(own if side is None else side for side, own in zip(size, shape, strict=True))
-        if all(side >= 1 and own % side == 0 for side, own in zip(size, shape, strict=True)):
-            return size
-    raise ValueError(f"tiles of {tile} do not fill {name} of shape {tuple(score.shape)}: give divisors of its sides")
-
-
-def tile_sums(score, height, width):
-    """[..., m / height, n / width] sums of the scores [..., m, n] in each tile."""
-    return score.detach().unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).sum((-3, -1))
-
-
-def whole_tiles(mask, height, width):
-    """The mask [..., m, n] of weights from the one [..., m / height, n / width] of tiles."""
-    return mask.repeat_interleave(height, -2).repeat_interleave(width, -1)
-
-
-def pieces(score):
-    """Flat views of score that fit into the cache."""
-    return score.detach().flatten().split(CHUNK)
-
-
-def check(scores):
-    """Raise ValueError for {name: scores} that hold NaN, no floats, or floats of several precisions."""
-    if len({score.dtype for score in scores.values()}) > 1 or not all(map(torch.is_floating_point, scores.values())):
-        raise ValueError(f"scores must be floats of one dtype; got { {n: s.dtype for n, s in scores.items()} }")
-    for name, score in scores.items():
-        for piece in pieces(score):
-            # A sum finds out in one read; only if it is not finite, look closer.
-            if not piece.sum().isfinite() and piece.isnan().any():
-                raise ValueError(
-                    f"scores of {name} contain NaN, which has no rank: look for it in the loss, the weights "
-                    "or the images, or for an overflow in low precision"
-                )
-
-
-def drop_globally(scores, count, floor):
-    """{name: mask} that drops count of all scores and keeps floor in each tensor (see keep_largest).
-
-    Tensors that would fall below the floor get exactly the floor and leave the competition. The others lose
-    more then, which can only push further ones to their floor: the end is the best choice, and nothing is
-    copied.
-    """
-    floors = {name: min(floor, score.numel()) for name, score in scores.items()}
-    total = sum(score.numel() for score in scores.values())
-    if total - count < sum(floors.values()):
+def _drop(scores, sparsity, count, floor, by_row):
+    """Return {name: mask} for scores that are ranked together, or for the rows of one tensor."""
+    sizes = {name: score.shape[-1] if by_row else score.numel() for name, score in scores.items()}
+    floors = {name: min(floor, size) for name, size in sizes.items()}
+    total = sum(sizes.values())
+    protected = sum(floors.values())
+    count = _number_to_drop(total, sparsity, count)
+    if total - count < protected:
         raise ValueError(
-            f"dropping {count} of {total} leaves {total - count}, but a floor of {floor} in each of "
-            f"{len(scores)} tensors keeps {sum(floors.values())}: lower the sparsity or the floor"
+            f"dropping {count} of {total} leaves {total - count}, but a floor of {floor} keeps "
+            f"{protected} in {', '.join(scores)}: lower the sparsity or the floor"
         )
-    fixed, free = {}, dict(scores)
+    if by_row:
+        return {name: drop_in_rows(score, count) for name, score in scores.items()}
+    return _drop_above_floors(scores, count, floors)
+
+
+def _drop_above_floors(scores, count, floors):
+    """Return {name: mask} that drops count of all scores and keeps floors[name] of each tensor.
+
+    A tensor that would fall below its floor gets exactly the floor and leaves the competition. The
+    others lose more then, which can only push further ones to their floor. The result is therefore
+    the best choice, and no score is copied.
+    """
+    at_floor = {}
+    free = dict(scores)
     while True:
-        keep = None  # frees the masks of the round before, a byte for each score
-        gone = sum(scores[name].numel() - floors[name] for name in fixed)
-        keep = dict(zip(free, drop_smallest(list(free.values()), count - gone), strict=True))
-        short = [name for name in free if floor and int(keep[name].count_nonzero()) < floors[name]]
+        keep = _drop_smallest(free, count)
+        short = [name for name in free if keep[name].count_nonzero() < floors[name]]
         if not short:
-            return {name: fixed[name] if name in fixed else keep[name] for name in scores}
+            return at_floor | keep
+        del keep  # frees a byte for each score
         for name in short:
-            fixed[name] = drop_smallest([free.pop(name)], scores[name].numel() - floors[name])[0]
+            number = scores[name].numel() - floors[name]
+            at_floor |= _drop_smallest({name: free.pop(name)}, number)
+            count -= number
 
 
-def drop_smallest(scores, count):
-    """Masks over a list of tensors that drop exactly count of the smallest, without a copy of them."""
-    if count == 0:
-        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
-    threshold, ties, equal = find_threshold(scores, count)
-    compare, ties = (torch.gt, 0) if ties == equal else (torch.ge, ties)
-    masks = []
-    for score in scores:
-        mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
-        for piece, out in zip(pieces(score), mask.flatten().split(CHUNK), strict=True):
-            compare(piece, threshold, out=out)
+def _drop_smallest(scores, count):
+    """Return {name: mask} that drops exactly count of the smallest scores, without copying them."""
+    threshold, ties = _find_threshold(scores.values(), count)
+    masks = {}
+    for name, score in scores.items():
+        mask = masks[name] = (score.detach() >= threshold).contiguous()
+        for piece, keep in zip(_pieces(score), _pieces(mask), strict=True):
             if ties:  # of the scores equal to the threshold, the first ones go
-                tied = piece == threshold
-                if tied.any():
-                    first = tied.nonzero().flatten()[:ties]
-                    out[first] = False
-                    ties -= len(first)
-        masks.append(mask)
+                first = (piece == threshold).nonzero()[:ties]
+                keep[first] = False
+                ties -= len(first)
     return masks
 
 
-def find_threshold(scores, count):
-    """The count-th smallest score, how many equal to it are among the count smallest, and how many are equal.
+def _find_threshold(scores, count):
+    """Return the value below which scores go, and how many of those equal to it go, too.
 
-    A sorted random sample brackets the threshold; one pass counts what lies below the bracket and collects
-    what lies strictly inside, where kthvalue is exact. Ends of the bracket are only counted, so that any
-    number of ties costs no memory. Luck decides about the time, never about the result: a bracket that missed
-    is widened.
+    A sorted sample brackets the threshold. One pass counts what lies below the bracket and collects
+    what lies strictly inside, where kthvalue is exact. The ends of the bracket are only counted, so
+    that any number of ties costs no memory. Luck decides about the time, never about the result: a
+    bracket that missed is widened.
     """
     total = sum(score.numel() for score in scores)
-    sample = draw(scores, total).sort().values
-    place, slack = count / total * len(sample), 5 * (len(sample) * count * (total - count)) ** 0.5 / total + 1
+    step = total // _SAMPLE | 1  # odd: shares no factor of two with a layer's width
+    samples = [score.detach().flatten()[::step] for score in scores]
+    samples.append(samples[0].new_tensor([-torch.inf, torch.inf]))
+    sample = torch.cat(samples).sort().values
+    place = count / total * len(sample)
+    slack = 3 * len(sample) ** 0.5  # six standard deviations of a random sample's median
     while True:
-        low, high = place - slack, place + slack
-        low = sample[int(low)] if low >= 0 else sample.new_tensor(-torch.inf)
-        high = sample[int(high)] if high < len(sample) else sample.new_tensor(torch.inf)
-        below, inside = collect(scores, low, high)  # scores <= low, and those in (low, high)
+        low = sample[max(0, int(place - slack))]
+        high = sample[min(len(sample) - 1, int(place + slack))]
+        below, inside = _collect(scores, low, high)
         if below < count <= below + len(inside):
             threshold = inside.kthvalue(count - below).values
-            under, equal = tally([inside], threshold)
-            return threshold, count - below - under, equal
+            return threshold, count - below - _count(torch.lt, [inside], threshold)
         threshold = low if count <= below else high
-        under, equal = tally(scores, threshold)
-        if under < count <= under + equal:
-            return threshold, count - under, equal
+        smaller = _count(torch.lt, scores, threshold)
+        if smaller <= count <= _count(torch.le, scores, threshold):
+            return threshold, count - smaller
         slack *= 4
 
 
-def draw(scores, total):
-    """A sample of up to SAMPLE scores in proportion to the sizes of tensors; all if there are no more."""
-    generator = torch.Generator().manual_seed(0)
-    parts = []
-    for score in scores:
-        flat = score.detach().flatten()
-        if total > SAMPLE:
-            chosen = torch.randint(max(1, flat.numel()), (flat.numel() * SAMPLE // total,), generator=generator)
-            flat = flat[chosen.to(flat.device)]
-        parts.append(flat)
-    return torch.cat(parts)
+def _collect(scores, low, high):
+    """Return how many scores are <= low, and a tensor of those strictly between low and high."""
+    below = 0
+    inside = []
+    for piece in _pieces(*scores):
+        above = piece > low
+        below += piece.numel() - int(above.count_nonzero())
+        inside.append(piece[above.logical_and_(piece < high)])
+    return below, torch.cat(inside)
 
 
-def collect(scores, low, high):
-    """How many scores are <= low, and a tensor of those strictly between low and high."""
-    # One growing buffer: small tensors kept between large freed ones leave holes in the heap.
-    below, used, store = 0, 0, low.new_empty(SAMPLE)
-    for score in scores:
-        for piece in pieces(score):
-            above = piece > low
-            below += piece.numel() - int(above.count_nonzero())
-            found = piece[above.logical_and_(piece < high)]
-            if used + len(found) > len(store):
-                store = torch.cat([store, store.new_empty(max(len(store), len(found)))])
-            store[used : used + len(found)] = found
-            used += len(found)
-    return below, store[:used]
+def _count(compare, scores, value):
+    """Return how many scores compare with the value."""
+    return sum(int(compare(piece, value).count_nonzero()) for piece in _pieces(*scores))
 
 
-def tally(scores, value):
-    """How many scores are below value, and how many are equal to it."""
-    below = equal = 0
-    for score in scores:
-        for piece in pieces(score):
-            below += int((piece < value).count_nonzero())
-            equal += int((piece == value).count_nonzero())
-    return below, equal
-
-
-def drop_rowwise(scores, sparsity, count, floor):
-    """{name: mask} that drops the same number in each row along the last dimension (see keep_largest)."""
-    masks = {}
-    for name, score in scores.items():
-        size = score.shape[-1]
-        dropped = to_drop(size, sparsity, count)
-        if size - dropped < min(floor, size):
-            raise ValueError(f"rows of {name} keep {size - dropped} of {size}, below the floor of {floor}")
-        masks[name] = drop_in_rows(score, dropped)
-    return masks
-
-
-def drop_in_rows(score, count):
-    """Mask that drops the count smallest of each row along the last dimension; of equal ones the first go."""
-    mask = torch.ones(score.shape, dtype=torch.bool, device=score.device)
-    size, rows = score.shape[-1], max(1, CHUNK // score.shape[-1])
-    parts = zip(score.detach().reshape(-1, size).split(rows), mask.view(-1, size).split(rows), strict=True)
-    for part, out in parts if count else ():
-        threshold = part.kthvalue(count, dim=-1, keepdim=True).values
-        above, equal = part > threshold, part == threshold
-        spare = size - above.sum(-1, keepdim=True) - equal.sum(-1, keepdim=True)  # smaller than it
-        torch.logical_or(above, equal & (equal.cumsum(-1) > count - spare), out=out)
-    return mask
+def _pieces(*tensors):
+    """Yield flat views of the tensors' elements that fit into the cache."""
+    for tensor in tensors:
+        yield from tensor.detach().flatten().split(_CHUNK)
