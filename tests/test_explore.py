@@ -96,7 +96,7 @@ def test_each_bar_counts_the_weights_of_its_bin(explorer):
     assert line.get_visible() and line.get_xdata()[0] == dropped.max() <= kept.min()
 
 
-@pytest.mark.parametrize("criterion", explore.UNITS)
+@pytest.mark.parametrize("criterion", explore._UNITS)
 def test_struck_out_heads_and_missing_neurons_are_those_of_the_plan(explorer, criterion):
     explorer.unit_criterion.value = criterion
     subject = explorer.subject
@@ -140,7 +140,7 @@ def test_costs_are_those_of_the_model_that_is_really_smaller(explorer):
         "bytes in memory": cost.bytes_memory(small),
         "bytes on disk": cost.bytes_disk(small),
     }
-    assert explore.costs(explorer.cut.model) == expected
+    assert explore._costs(explorer.cut.model) == expected
     dense = cost.macs(explorer.subject.model)
     for number in (*expected.values(), dense):
         assert f"{number:,}<" in explorer.table.value
@@ -209,11 +209,11 @@ def test_missing_images_are_told_below_the_button(explorer, monkeypatch):
 def test_scores_are_saved_once_and_come_back_bit_equal(lab, model, monkeypatch):
     checkpoint.save(model, lab.path("dense"))
     batches = lab.calibration(toy_images().train)
-    options = {"weights": explore.WEIGHTS, "units": explore.UNITS, "labels": lab.params.calibration.labels}
+    options = {"weights": explore._WEIGHTS, "units": explore._UNITS, "labels": lab.params.calibration.labels}
     fresh = scores.measure(model, batches, **options)
-    explore.Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
+    explore._Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
     monkeypatch.setattr(explore.scores, "measure", None)  # calling it again would be an error
-    again = explore.Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
+    again = explore._Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
     for group, found in (("weights", again.weights), ("units", again.units)):
         assert list(found) == list(fresh[group])
         for criterion, own in fresh[group].items():
@@ -223,7 +223,7 @@ def test_scores_are_saved_once_and_come_back_bit_equal(lab, model, monkeypatch):
 
 def test_another_checkpoint_or_calibration_is_another_key(lab, vit):
     def keys():
-        explore.Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
+        explore._Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
         return {path.name for path in lab.path("explore").iterdir()}
 
     checkpoint.save(vit, lab.path("dense"))
@@ -243,27 +243,27 @@ def test_what_can_be_explored_is_listed_own_and_dense_ones_first(lab, vit):
     checkpoint.save(vit, lab.path("dense"))
     checkpoint.save(shrink.compress(vit, ratio=0.5, method="svd", multiple=1)[0], lab.path("thin"))
     checkpoint.save(vit, record.open_run("demo", "swin", 3).path("dense"))
-    found = explore.checkpoints(lab)
+    found = explore._checkpoints(lab)
     assert list(found)[:3] == ["smoke/vit/seed0/dense", "smoke/vit/seed0/another", "demo/swin/seed3/dense"]
     assert list(found)[3].endswith("/seed0/shipped") and not [label for label in found if "thin" in label]
-    own = explore.checkpoints(record.open_run("caltech101-small", "swin-transfer"))
+    own = explore._checkpoints(record.open_run("caltech101-small", "swin-transfer"))
     assert next(iter(own)) == "caltech101-small/swin-transfer/seed0/shipped"
 
 
 def test_each_checkpoint_is_seen_with_the_images_of_its_own_run(lab, vit, tmp_path):
     checkpoint.save(vit, lab.path("dense"))
     checkpoint.save(vit, record.open_run("demo", "swin", 3).path("dense"))
-    found = explore.checkpoints(lab)
-    assert explore.Subject("smoke/vit/seed0/dense", found["smoke/vit/seed0/dense"], lab).lab is lab
-    other = explore.Subject("demo/swin/seed3/dense", found["demo/swin/seed3/dense"], lab).lab
+    found = explore._checkpoints(lab)
+    assert explore._Subject("smoke/vit/seed0/dense", found["smoke/vit/seed0/dense"], lab).lab is lab
+    other = explore._Subject("demo/swin/seed3/dense", found["demo/swin/seed3/dense"], lab).lab
     assert (other.study, other.model_name, other.seed) == ("demo", "swin", 3)
 
     path = tmp_path / "own.yaml"
     path.write_text((record.repository() / "notebooks" / "params" / "smoke.yaml").read_text())
     checkpoint.save(vit, record.open_run(path, "vit", 0).path("dense"))
     own = record.open_run(path, "vit", 1)  # of a study that is known by its path alone
-    folder = explore.checkpoints(own)["own/vit/seed0/dense"]
-    assert explore.Subject("own/vit/seed0/dense", folder, own).lab.folder == folder.parent
+    folder = explore._checkpoints(own)["own/vit/seed0/dense"]
+    assert explore._Subject("own/vit/seed0/dense", folder, own).lab.folder == folder.parent
 
 
 def test_without_any_checkpoint_the_commands_that_make_one_are_named(lab, tmp_path, monkeypatch):
