@@ -170,7 +170,8 @@ def _converted(setting, device):
     model = setting.model
     dtype = PRECISIONS[setting.precision]
     first = next(model.parameters())
-    if model.training or (first.device, first.dtype) != (device, dtype):
+    is_ready = (first.device, first.dtype) == (device, dtype)
+    if model.training or not is_ready:
         model = copy.deepcopy(model).to(device, dtype).eval()
     return model
 
@@ -178,8 +179,16 @@ def _converted(setting, device):
 def _images(setting, image_size, batch, device):
     """Return a batch of random images, the same ones for all models of a size."""
     shape = cost.input_shape(setting.model, image_size)
-    images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *shape, generator=generator)
     return images.to(device, PRECISIONS[setting.precision])
+
+
+def _ready(setting, image_size, batch, device=None):
+    """Return the model as `_converted` and a batch of images, on a device (None: its own)."""
+    device = device or next(setting.model.parameters()).device
+    images = _images(setting, image_size, batch, device)
+    return _converted(setting, device), images
 
 
 @torch.inference_mode()
@@ -269,43 +278,41 @@ def ceilings(device="cpu", precision="float32", threads=None):
         bytes_per_s: {bytes read and written: rate} of scaling a tensor, for SIZES, as caches make
             small ones faster
     """
-    device = torch.device(device)
-    dtype = PRECISIONS[precision]
-    sides = (2048, 4096, 8192) if device.type == "cuda" else (512, 1024, 2048)
+    like = {"device": torch.device(device), "dtype": PRECISIONS[precision]}
+    sides = (2048, 4096, 8192) if device == "cuda" else (512, 1024, 2048)
     with _on_threads(threads):
         return {
-            "macs_per_s": max(_macs_per_s(side, device, dtype) for side in sides),
-            "bytes_per_s": {size: _bytes_per_s(size, device, dtype) for size in SIZES},
-            "launch_s": _launch_s(device, dtype),
+            "macs_per_s": max(_macs_per_s(side, **like) for side in sides),
+            "bytes_per_s": {size: _bytes_per_s(size, **like) for size in SIZES},
+            "launch_s": _launch_s(**like),
         }
 
 
-def _macs_per_s(side, device, dtype):
-    x, y = torch.randn(2, side, side, device=device).to(dtype)
+def _macs_per_s(side, **like):
+    x = torch.randn(side, side, **like)
+    y = torch.randn(side, side, **like)
     # 1 x 1 convolution is the same product by another library: on some processors twice as fast
-    conv = nn.Conv2d(side, side, 1, device=device, dtype=dtype)
-    conv = conv.to(memory_format=torch.channels_last)
+    conv = nn.Conv2d(side, side, 1, **like).to(memory_format=torch.channels_last)
     image = x.view(1, side, 32, -1).contiguous(memory_format=torch.channels_last)
     seconds = [
-        _least_seconds(functools.partial(torch.matmul, x, y), device),
-        _least_seconds(functools.partial(conv, image), device),
+        _least_seconds(torch.matmul, x, y),
+        _least_seconds(conv, image),
     ]
     return side**3 / min(seconds)
 
 
-def _bytes_per_s(size, device, dtype):
-    x = torch.randn(size // (2 * dtype.itemsize), device=device).to(dtype)  # half is read
+def _bytes_per_s(size, **like):
+    x = torch.randn(size // (2 * like["dtype"].itemsize), **like)  # half is read
     y = torch.empty_like(x)  # half is written
     times = max(1, 10**7 // size)
-    scale = functools.partial(torch.mul, x, 2, out=y)
-    return size / _least_seconds(scale, device, times)
+    return size / _least_seconds(torch.mul, x, 2, out=y, times=times)
 
 
-def _launch_s(device, dtype):
+def _launch_s(**like):
     modules = [nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8)]
-    small = nn.Sequential(*modules).to(device, dtype)
-    x = torch.randn(1, 8, device=device).to(dtype)
-    return _least_seconds(functools.partial(small, x), device, 100) / len(modules)
+    small = nn.Sequential(*modules).to(**like)
+    x = torch.randn(1, 8, **like)
+    return _least_seconds(small, x, times=100) / len(modules)
 
 
 def _repeat(call, times):
@@ -314,11 +321,13 @@ def _repeat(call, times):
 
 
 @torch.inference_mode()
-def _least_seconds(call, device, times=1):
-    """Return the seconds of a call in the fastest of eight rounds of so many calls."""
+def _least_seconds(function, x, *arguments, times=1, **options):
+    """Return the seconds of a call on x, ..., in the fastest of eight rounds of so many calls."""
+    call = functools.partial(function, x, *arguments, **options)
     call()
-    round_of_calls = functools.partial(_repeat, call, times)
-    return min(_milliseconds(round_of_calls, device) for _ in range(8)) / 1000 / times
+    calls = functools.partial(_repeat, call, times)
+    least = min(_milliseconds(calls, x.device) for _ in range(8))
+    return least / 1000 / times
 
 
 def bounds(models, table, *, image_size=None):
@@ -392,9 +401,7 @@ def _measured(settings, table, image_size):
         run = model, row.precision, row.batch
         if run not in traffics:  # rows of several runtimes share it
             setting = Setting(model, precision=row.precision)
-            device = torch.device(kind)
-            converted = _converted(setting, device)
-            images = _images(setting, image_size, row.batch, device)
+            converted, images = _ready(setting, image_size, row.batch, torch.device(kind))
             with torch.no_grad(), Traffic() as traffics[run]:
                 converted(images)
         traffic = traffics[run]
@@ -402,15 +409,8 @@ def _measured(settings, table, image_size):
         distances = [abs(math.log(size / mean_bytes)) for size in SIZES]
         nearest = SIZES[np.argmin(distances)]
         best = ceilings(kind, row.precision, row.threads)
-        rows.append(
-            {
-                "batch_bytes": traffic.bytes,
-                "operations": traffic.operations,
-                "macs_per_s": best["macs_per_s"],
-                "bytes_per_s": best["bytes_per_s"][nearest],
-                "launch_s": best["launch_s"],
-            }
-        )
+        counts = {"batch_bytes": traffic.bytes, "operations": traffic.operations}
+        rows.append(counts | best | {"bytes_per_s": best["bytes_per_s"][nearest]})
     return pd.DataFrame(rows, index=table.index)
 
 
@@ -422,10 +422,11 @@ def _note(model):
     zeros = in_lines = 0
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            alive = parameter.detach().flatten(1) != 0
-            zeros += int((~alive).sum())
-            rows, columns = alive.any(1).sum(), alive.any(0).sum()
-            in_lines += alive.numel() - int(rows * columns)
+            is_zero = parameter.flatten(1) == 0
+            alive_rows = (~is_zero).any(1).sum()
+            alive_columns = (~is_zero).any(0).sum()
+            zeros += int(is_zero.sum())
+            in_lines += is_zero.numel() - int(alive_rows * alive_columns)
     return ROWS if in_lines >= 0.99 * zeros else ZEROS
 
 
@@ -447,25 +448,25 @@ def layer_times(model, table, *, batch=8, image_size=None, repeats=7):
     repeats: passes to take the median of
     Returns an array with a value for each line of table.
     """
-    setting = Setting(model)
-    device = next(model.parameters()).device
-    model = _converted(setting, device)
-    images = _images(setting, image_size, batch, device)
+    model, images = _ready(Setting(model), image_size, batch)
     modules = dict(model.named_modules())
     names = [name for name in table.layer if name in modules]
     parents = {name.rpartition(".")[0] for name in names}
     outer = sorted(name for name in parents if name.endswith((".attn", ".mlp")))
-    passes = [_module_times(model, images, [*names, *outer, ""]) for _ in range(repeats + 1)]
-    medians = pd.DataFrame(passes[1:]).median()
-    times = {name: medians.get(name, 0.0) for name in table.layer}
+    measured = [*names, *outer, ""]
+    _module_times(model, images, measured)  # warms up
+    passes = [_module_times(model, images, measured) for _ in range(repeats)]
+    medians = pd.DataFrame(passes).median()
+    times = medians.reindex(table.layer, fill_value=0.0)
     for name in outer:
         inside = [layer for layer in names if layer.startswith(f"{name}.")]
-        left = max(0.0, medians[name] - sum(times[layer] for layer in inside))
-        receivers = ["qk", "av"] if name.endswith("attn") else ["fc1"]
-        for receiver in receivers:
-            times[f"{name}.{receiver}"] += left / len(receivers)
-    times["rest"] = max(0.0, medians[""] - sum(times.values()))
-    return np.array([times[name] for name in table.layer])
+        left = max(0.0, medians[name] - times[inside].sum())
+        receivers = [f"{name}.fc1"]
+        if name.endswith("attn"):
+            receivers = [f"{name}.qk", f"{name}.av"]
+        times[receivers] += left / len(receivers)
+    times["rest"] = max(0.0, medians[""] - times.sum())
+    return times.to_numpy()
 
 
 @torch.inference_mode()
@@ -526,27 +527,25 @@ def rank_speed(model, *, batch=64, multiple=8, steps=8, repeats=15, seconds=5):
     for name, x in inputs.items():
         shape = repr(plain[name]), x.shape, x.stride()
         names_by_shape.setdefault(shape, []).append(name)
-    frames = []
+    tables = {}
     for names in names_by_shape.values():
         layer = plain[names[0]]
         ranks = _ranks_to_time(layer, multiple, steps)
         table = _rank_times(layer, inputs[names[0]], ranks, repeats, seconds)
-        for name in names:
-            frame = table.copy()
-            frame.insert(0, "layer", name)
-            frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+        tables |= dict.fromkeys(names, table)
+    table = pd.concat(tables, names=["layer"])
+    return table.reset_index("layer").reset_index(drop=True)
 
 
 def _is_plain(layer):
-    return type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1)
+    if type(layer) is nn.Conv2d:
+        return layer.groups == 1
+    return type(layer) is nn.Linear
 
 
 def _inputs(model, layer_by_name, batch):
     """Return {name: input} of layers in one pass of a batch, in the order of the layers."""
     inputs = {}
-    setting = Setting(model)
-    device = next(model.parameters()).device
 
     def keep(name, _, arguments):
         inputs.setdefault(name, arguments[0].detach())
@@ -555,19 +554,19 @@ def _inputs(model, layer_by_name, batch):
         for name, layer in layer_by_name.items():
             hook = layer.register_forward_pre_hook(functools.partial(keep, name))
             hooks.enter_context(hook)
-        _converted(setting, device)(_images(setting, None, batch, device))
+        model, images = _ready(Setting(model), None, batch)
+        model(images)
     return {name: inputs[name] for name in layer_by_name if name in inputs}  # SwinV2 calls not all
 
 
 def _ranks_to_time(layer, multiple, steps):
     """Return up to so many ranks below the break-even one, multiples where there is room."""
-    m, n = layer.weight.flatten(1).shape
-    break_even_rank = lowrank.break_even_rank(m, n)
+    break_even_rank = lowrank.break_even_rank(*layer.weight.flatten(1).shape)
     most = max(1, math.ceil(break_even_rank) - 1)
     multiple = multiple if most >= multiple else 1
-    spread = [most * i / steps for i in range(1, steps + 1)]
-    ranks = {max(multiple, round(rank / multiple) * multiple) for rank in spread}
-    return sorted(rank for rank in ranks if rank < break_even_rank) or [1]
+    spread = most * np.arange(1, steps + 1) / steps
+    ranks = multiple * (spread / multiple).round().clip(1).astype(int)
+    return np.unique(ranks[ranks < break_even_rank]).tolist() or [1]
 
 
 def _rank_times(layer, x, ranks, repeats, seconds):
@@ -577,7 +576,10 @@ def _rank_times(layer, x, ranks, repeats, seconds):
     m, n = layer.weight.flatten(1).shape
     calls = {"dense": functools.partial(layer, x)}
     for rank in ranks:
-        calls[rank] = functools.partial(_factored(layer, rank).to(x), x)
+        factored = _factored(layer, rank).to(x)
+        calls[rank] = functools.partial(factored, x)
+    milliseconds = _rounds(calls, repeats, seconds, warmup=2, device=x.device)
+    speed = _summary(milliseconds, batch=1)
     table = pd.DataFrame(
         {
             "kind": "convolution" if is_conv else "linear",
@@ -588,9 +590,8 @@ def _rank_times(layer, x, ranks, repeats, seconds):
             "break_even": lowrank.break_even_rank(m, n),
         }
     )
-    milliseconds = _rounds(calls, repeats, seconds, warmup=2, device=x.device)
-    factored = _summary(milliseconds, batch=1).iloc[1:].reset_index()
-    table = table.join(factored[["speedup", "speedup_q1", "speedup_q3"]])
+    columns = ["speedup", "speedup_q1", "speedup_q3"]
+    table[columns] = speed.loc[1:, columns].to_numpy()  # without the dense one
     table["promised"] = table.break_even / table["rank"]
     table["achieved"] = table.speedup / table.promised
     return table
@@ -638,8 +639,13 @@ def memory_mb(model, *, image_size=None, batch=64, precision="float32", device="
     fails.
     """
     models = model if isinstance(model, dict) else {"": model}
-    options = {"image-size": image_size, "batch": batch, "precision": precision}
-    options |= {"device": device, "threads": threads}
+    options = {
+        "image-size": image_size,
+        "batch": batch,
+        "precision": precision,
+        "device": device,
+        "threads": threads,
+    }
     command = [sys.executable, "-m", "vitlab.bench"]
     command += [f"--{name}={value}" for name, value in options.items() if value is not None]
     with tempfile.TemporaryDirectory() as scratch:
@@ -670,8 +676,7 @@ def _memory_here(folder, *, image_size, batch, precision, device, threads):
     before = psutil.Process().memory_info().rss
     device = torch.device(device)
     setting = Setting(checkpoint.load(folder), precision=precision)
-    model = _converted(setting, device)
-    images = _images(setting, image_size, batch, device)
+    model, images = _ready(setting, image_size, batch, device)
     del setting  # and with it the weights as they were loaded, where they were converted
     cost.release_memory()  # or what they took stays resident in some processes and not in others
     cost.reset_peak_memory()  # forget the peak of loading, which holds the weights twice
