@@ -88,7 +88,7 @@ def test_the_mask_shown_is_that_of_the_exact_count(explorer, criterion, sparsity
 def test_each_bar_counts_the_weights_of_its_bin(explorer):
     explorer.sparsity.value = 0.6
     shown = states(explorer)
-    for least, bar in enumerate(explorer.layer_picture.bars):
+    for least, bar in enumerate(explorer.layer_picture.stairs):
         assert bar.get_data().values.sum() == (shown >= least).sum()
     found, line = explorer.subject.weights["taylor"], explorer.layer_picture.line
     dropped = torch.cat([score[~explorer.cut.keep[name]] for name, score in found.items()])

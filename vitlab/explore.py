@@ -121,10 +121,9 @@ class _Subject:
         self.lab = lab
         self.model = checkpoint.load(folder, device=device)
         self.weights, self.units = self._scores(folder)
-        self.plan = cache(self._plan)
-
-    def _plan(self, criterion, macs):
-        return budget.plan(self.model, self.units[criterion], macs=macs)
+        self.plan = cache(
+            lambda criterion, macs: budget.plan(self.model, self.units[criterion], macs=macs)
+        )
 
     @cached_property
     def images(self):
@@ -310,29 +309,38 @@ class _LayerPicture:
     """Draw one layer: its mask, and a histogram of its weights by score, with a line at the cut.
 
     The figure stands beside pyplot, which would show and keep it. Artists are made once and then
-    moved. Those in `moving` are drawn anew over the others, which take longer and are drawn only
-    when `background` is None.
+    moved. Those in `moving` are drawn anew over the others, which take most of the time and are
+    drawn only when `background` is None.
     """
 
     @plots.styled
     def __init__(self):
         self.figure = Figure((9, 3.4), layout="none")
         self.canvas = FigureCanvasAgg(self.figure)
-        margins = {"left": 0.08, "right": 0.985, "bottom": 0.18, "top": 0.81, "wspace": 0.18}
-        self.mask, self.panel = self.figure.subplots(1, 2, gridspec_kw=margins)
+        self.figure.subplots_adjust(left=0.08, right=0.985, bottom=0.18, top=0.81, wspace=0.18)
+        self.mask, self.panel = self.figure.subplots(1, 2)
         colors = list(_STATES.values())
         self.image = self.mask.imshow(
-            np.zeros((1, 1)), cmap=ListedColormap(colors), vmin=0, vmax=2, aspect="auto"
+            np.zeros((1, 1)),
+            cmap=ListedColormap(colors),
+            vmin=0,
+            vmax=len(colors) - 1,
+            aspect="auto",
         )
         self.mask.grid(False)
+        self.mask.set_ylabel("row (output)")
         self.title = self.mask.set_title("", fontsize=11)
-        self.bars = [self.panel.stairs([0], [1, 2], fill=True, color=color) for color in colors]
+        self.stairs = [self.panel.stairs([0], [1, 2], fill=True, color=color) for color in colors]
         self.line = self.panel.axvline(1, color="0.1", linewidth=1.5)
         self.panel.set_xscale("log")
         self.panel.set_title("weights by score", fontsize=11)
-        labels = [*_STATES, "threshold"]
-        self.figure.legend([*self.bars, self.line], labels, loc="upper right", ncols=4)
-        self.moving = [self.image, self.title, *self.bars, self.line]
+        self.figure.legend(
+            [*self.stairs, self.line],
+            [*_STATES, "threshold"],
+            loc="upper right",
+            ncols=len(_STATES) + 1,
+        )
+        self.moving = [self.image, self.title, *self.stairs, self.line]
         plt.setp(self.moving, animated=True)  # left out where all is drawn
 
     def show(self, name, criterion, scores):
@@ -345,15 +353,17 @@ class _LayerPicture:
         """
         rows, columns = scores[name].shape
         self.image.set_extent((0, columns, rows, 0))
-        self.mask.set(xlabel=f"input of {name.removesuffix('.weight')}", ylabel="row (output)")
+        self.mask.set_xlabel(f"input of {name.removesuffix('.weight')}")
         positive = [score[score > 0].numpy() for score in scores.values()]
         positive = np.concatenate([[1e-12], *positive])
         first = len(positive) // 1000
-        low = np.partition(positive, first)[first]
-        self.edges = np.geomspace(low, 1.001 * positive.max(), _BINS + 1)
-        self.places = np.digitize(scores[name].numpy(), self.edges[1:-1])  # the bin of each weight
-        highest = np.bincount(self.places.ravel()).max()
-        self.panel.set(xlim=self.edges[[0, -1]], ylim=(0, 1.05 * highest))
+        lowest = np.partition(positive, first)[first]
+        highest = 1.001 * positive.max()
+        self.edges = np.geomspace(lowest, highest, _BINS + 1)
+        self.bin_of_weight = np.digitize(scores[name].numpy(), self.edges[1:-1])  # of each weight
+        most = np.bincount(self.bin_of_weight.ravel()).max()
+        self.panel.set_xlim(lowest, highest)
+        self.panel.set_ylim(0, 1.05 * most)
         self.panel.set_xlabel(f"{criterion} score")
         self.background = None
 
@@ -366,10 +376,10 @@ class _LayerPicture:
         state = torch.where(stay, 2 * keep, 1).numpy()
         self.image.set_data(state)
         self.title.set_text(f"kept {(state == 2).sum():,} of {state.size:,}")
-        for least, bar in enumerate(self.bars):  # each over the ones before
-            counts = np.bincount(self.places[state >= least], minlength=_BINS)
+        for least, bar in enumerate(self.stairs):  # each over the ones before
+            counts = np.bincount(self.bin_of_weight[state >= least], minlength=_BINS)
             bar.set_data(counts, self.edges)
-        x = np.clip(threshold, *self.edges[[0, -1]])
+        x = np.clip(threshold, self.edges[0], self.edges[-1])
         self.line.set_xdata([x, x])
         self.line.set_visible(np.isfinite(threshold))
 
@@ -412,14 +422,7 @@ class Explorer:
         self._make_widgets()
         self._open(self.checkpoint.value)
         self.checkpoint.observe(self._reopen, "value")
-        for widget in (
-            self.block,
-            self.layer,
-            self.criterion,
-            self.unit_criterion,
-            self.sparsity,
-            self.macs,
-        ):
+        for widget in self.choices:
             widget.observe(self._move, "value")
         self.button.on_click(self._test)
 
@@ -427,32 +430,34 @@ class Explorer:
         wide = {"width": "400px", "max_width": "100%"}
         narrow = {"max_width": "100%", "overflow": "auto"}
         wrapped = {"flex_flow": "row wrap", "align_items": "center"}
-        dropdown, share = (
-            ipywidgets.Dropdown,
-            partial(
-                ipywidgets.FloatSlider,
-                step=0.01,
-                readout_format=".0%",
-                layout=wide,
-                style={"description_width": "110px"},
-            ),
+        dropdown = ipywidgets.Dropdown
+        output = partial(ipywidgets.HTML, layout=narrow)
+        picture = partial(ipywidgets.Image, layout=narrow)
+        slider = partial(
+            ipywidgets.FloatSlider,
+            step=0.01,
+            readout_format=".0%",
+            layout=wide,
+            style={"description_width": "110px"},
         )
         self.checkpoint = dropdown(description="checkpoint", options=[*self.folders], layout=wide)
         self.block = dropdown(description="block")
         self.layer = dropdown(description="layer")
-        self.sparsity = share(0.5, description="weights masked", max=0.99)
+        self.sparsity = slider(0.5, description="weights masked", max=0.99)
         self.criterion = dropdown(description="weights by", options=_WEIGHTS)
-        self.macs = share(0.8, description="MACs kept", max=1)
+        self.macs = slider(0.8, description="MACs kept", max=1)
         self.unit_criterion = dropdown(description="units by", options=_UNITS)
         self.button = ipywidgets.Button(description="test on images")
-        for name in ("layer_image", "test_image"):
-            setattr(self, name, ipywidgets.Image(layout=narrow))
-        for name in ("status", "heads", "table", "answer"):
-            setattr(self, name, ipywidgets.HTML(layout=narrow))
+        self.status, self.heads, self.table, self.answer = output(), output(), output(), output()
+        self.layer_image, self.test_image = picture(), picture()
+        layer = [self.block, self.layer]
+        weights = [self.sparsity, self.criterion]
+        units = [self.macs, self.unit_criterion]
+        self.choices = [*layer, *weights, *units]
         rows = [
-            [self.checkpoint, self.block, self.layer],
-            [self.sparsity, self.criterion],
-            [self.macs, self.unit_criterion],
+            [self.checkpoint, *layer],
+            weights,
+            units,
             [self.status],
             [self.layer_image],
             [self.heads, self.table],
