@@ -225,9 +225,11 @@ def attention(before, after, images, places):
         raise ValueError(
             f"need the places of images in a split of {len(images)}, got {list(places)}"
         )
-    x, _ = next(images.take(np.asarray(places)).batches(len(places), device=device_of(before)))
+    looked_at = images.take(np.asarray(places))
+    x, _ = next(looked_at.batches(len(places), device=device_of(before)))
     maps_before = models.attention_maps(before, x)
-    maps_after = models.attention_maps(after, x.to(device_of(after)))
+    x = x.to(device_of(after))
+    maps_after = models.attention_maps(after, x)
     last_blocks = {}  # by stage: a later block takes the place of an earlier one
     for block in models.view(before).blocks:
         if block.name in maps_before and block.name in maps_after:

@@ -223,9 +223,11 @@ class _Subject:
         threshold, masked = -np.inf, 0
         for name, mask in keep.items():
             if not mask.all():
-                gone = ~mask
-                threshold = max(threshold, weights[name][gone].max().item())
-                counted = gone & stay.get(name, gone)  # a unit's own score has its weights
+                is_masked = ~mask
+                threshold = max(threshold, weights[name][is_masked].max().item())
+                counted = is_masked & stay.get(
+                    name, is_masked
+                )  # a unit's own score has its weights
                 masked += self.weights["obd"][name][counted].sum().item()
         fisher = self.units["fisher"]
         removed = sum(fisher[key][indices].sum().item() for key, indices in drop.items())
@@ -297,9 +299,9 @@ def _units_table(units, drop):
         bar = f'<progress value="{left}" max="{count}" style="width:80px"></progress>'
         line = [block, f"{bar} {left} of {count}"]
         for i, score in enumerate(units.get((block, "heads"), ())):
-            is_gone = i in drop.get((block, "heads"), ())
+            is_removed = i in drop.get((block, "heads"), ())
             line.append(
-                f'<s style="background:{color}">{score:.2g}</s>' if is_gone else f"{score:.2g}"
+                f'<s style="background:{color}">{score:.2g}</s>' if is_removed else f"{score:.2g}"
             )
         lines.append(line)
     return _table(lines)

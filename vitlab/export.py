@@ -172,13 +172,13 @@ def semi_structured(model, *, precision="bf16"):
             'support="2:4"'
         )
     device = next(model.parameters()).device
-    here = device
+    place = device
     if device.type == "cuda":
-        here = torch.cuda.get_device_properties(device)  # its name and compute capability
-    if getattr(here, "major", 0) < 8:
+        place = torch.cuda.get_device_properties(device)  # its name and compute capability
+    if getattr(place, "major", 0) < 8:
         raise RuntimeError(
             "2:4 weights are faster only on NVIDIA GPUs of compute capability 8.0 or newer, and "
-            f"the model is on {here}: there its masked layers run as dense ones"
+            f"the model is on {place}: there its masked layers run as dense ones"
         )
     return _semi_structured(copy.deepcopy(model).to(dtypes[precision]).eval(), names)
 
