@@ -279,7 +279,8 @@ def ceilings(device="cpu", precision="float32", threads=None):
             small ones faster
     """
     like = {"device": torch.device(device), "dtype": PRECISIONS[precision]}
-    sides = (2048, 4096, 8192) if device == "cuda" else (512, 1024, 2048)
+    is_gpu = like["device"].type == "cuda"
+    sides = (2048, 4096, 8192) if is_gpu else (512, 1024, 2048)
     with _on_threads(threads):
         return {
             "macs_per_s": max(_macs_per_s(side, **like) for side in sides),
