@@ -1,6 +1,7 @@
-"""Benchmarks: structure, pairing and a process of its own. Times themselves are never asserted."""
+"""Tests of bench: structure, pairing, a process of its own. No time decides a test."""
 
 import copy
+import functools
 import subprocess
 
 import pandas as pd
@@ -46,14 +47,13 @@ def test_speedups_are_paired_within_rounds():
     assert table.images_per_s.to_dict() == {"dense": 400, "small": 800}
 
 
-def test_models_take_turns_in_changing_order(vit, monkeypatch):
-    seen, milliseconds = [], bench._milliseconds
-    monkeypatch.setattr(bench, "_milliseconds", lambda m, x, d: seen.append(m) or milliseconds(m, x, d))
-    runs = {name: (torch.nn.Identity(), torch.zeros(1)) for name in "abc"}
-    bench._rounds(runs, repeats=12, seconds=60, warmup=0, device=torch.device("cpu"))
-    names = {id(model): name for name, (model, _) in runs.items()}
-    rounds = ["".join(names[id(model)] for model in seen[i : i + 3]) for i in range(0, 36, 3)]
-    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+def test_models_take_turns_in_changing_order():
+    order = []
+    calls = {name: functools.partial(order.append, name) for name in "abc"}
+    table = bench._rounds(calls, repeats=12, seconds=60, warmup=0, device=torch.device("cpu"))
+    assert table.shape == (12, 3) and list(table) == ["a", "b", "c"] and len(order) == 36
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 36, 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len(set(rounds)) > 3
 
 
@@ -112,7 +112,7 @@ def test_a_compiled_model(vit):
 
 
 def cut(model, kind):
-    """A model of each kind that a cut leaves."""
+    """Return a model of each kind that a cut leaves."""
     view = models.view(model)
     first, last, stem = view.blocks[0].name, view.blocks[-1].name, [name for name, _ in view.stem]
     if kind == "units":
@@ -134,8 +134,8 @@ def test_cut_models_in_bf16(model, batch, kind):
     small = cut(model, kind)
     table = bench.latency({"dense": model, kind: bench.Setting(small, precision="bf16")}, batch=2, repeats=1, warmup=0)
     assert table.precision.tolist() == ["float32", "bf16"]
-    expected, found = small(batch[0]), copy.deepcopy(small).bfloat16()(batch[0].bfloat16())
-    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+    expected, logits = small(batch[0]), copy.deepcopy(small).bfloat16()(batch[0].bfloat16())
+    torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
 
 
 @pytest.mark.long
@@ -182,11 +182,11 @@ def whole_numbers(model, images):
 
 def test_bounds_in_bf16_count_the_batch_and_not_its_conversion(model, batch, monkeypatch):
     rates = {"float32": 1e9, "bf16": 4e9}
-    found = {
+    ceilings = {
         precision: {"macs_per_s": rate, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, rate)}
         for precision, rate in rates.items()
     }
-    monkeypatch.setattr(bench, "ceilings", lambda device, precision, threads: found[precision])
+    monkeypatch.setattr(bench, "ceilings", lambda device, precision, threads: ceilings[precision])
     half = shrink.remove(model, {(models.view(model).blocks[0].name, "neurons"): range(20)})
     named, rows = {}, []
     for name, each in {"dense": model, "half": half}.items():
@@ -207,8 +207,8 @@ def test_bounds_in_bf16_count_the_batch_and_not_its_conversion(model, batch, mon
 
 
 def test_nothing_is_achieved_beside_a_dense_model_that_was_not_timed_so(vit, monkeypatch):
-    found = {"macs_per_s": 1e9, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, 2e9)}
-    monkeypatch.setattr(bench, "ceilings", lambda *_: found)
+    ceilings = {"macs_per_s": 1e9, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, 2e9)}
+    monkeypatch.setattr(bench, "ceilings", lambda *_: ceilings)
     half = shrink.remove(vit, {("blocks.0", "neurons"): range(20)})
     named = {"dense": vit, "exported": bench.Setting(half, "onnxruntime")}
     times = pd.DataFrame({"model": list(named), "latency_ms": 4.0, "speedup": [1, 1.5], "batch": 2, "threads": 1})
@@ -239,8 +239,8 @@ def test_bounds_by_hand(vit, monkeypatch):
     keep = masks.keep_largest({name: weight.detach().abs() for name, weight in weights.items()}, sparsity=0.5)
     masked = copy.deepcopy(vit)
     prune.apply(masked, keep)
-    found = {"macs_per_s": 1e9, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, 2e9)}
-    monkeypatch.setattr(bench, "ceilings", lambda *_: found)
+    ceilings = {"macs_per_s": 1e9, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, 2e9)}
+    monkeypatch.setattr(bench, "ceilings", lambda *_: ceilings)
     named = {"dense": vit, "masked": masked, "half": half}
     times = pd.DataFrame({"model": list(named), "latency_ms": 4.0, "speedup": [1, 1, 1.5], "batch": 2})
     times = times.assign(threads=1, runtime="eager", precision="float32", device="cpu")
@@ -260,25 +260,26 @@ def test_bounds_by_hand(vit, monkeypatch):
 
 
 def test_ceilings_are_measured_once():
-    found = bench.ceilings("cpu", "float32", 1)
-    assert found["macs_per_s"] > 0 and found["launch_s"] > 0 and list(found["bytes_per_s"]) == list(bench.SIZES)
-    assert bench.ceilings("cpu", "float32", 1) is found
+    ceilings = bench.ceilings("cpu", "float32", 1)
+    assert ceilings["macs_per_s"] > 0 and ceilings["launch_s"] > 0
+    assert list(ceilings["bytes_per_s"]) == list(bench.SIZES)
+    assert bench.ceilings("cpu", "float32", 1) is ceilings
 
 
 def test_rank_speed_covers_every_layer(any_model):
     table = bench.rank_speed(any_model, batch=2, multiple=4, steps=2, repeats=1, seconds=0)
     assert set(table.layer) <= set(models.view(any_model).matrices)
     assert (table["rank"] < table.break_even).all() and (table.speedup > 0).all()
-    for name, own in table.groupby("layer"):
+    for name, rows in table.groupby("layer"):
         m, n = any_model.get_submodule(name).weight.flatten(1).shape
-        assert (own.break_even == m * n / (m + n)).all()
-        assert own.promised.tolist() == pytest.approx((m * n / (own["rank"] * (m + n))).tolist())
+        assert (rows.break_even == m * n / (m + n)).all()
+        assert rows.promised.tolist() == pytest.approx((m * n / (rows["rank"] * (m + n))).tolist())
     assert not any(layer._forward_pre_hooks for layer in any_model.modules())
 
 
 def test_rank_speed_of_a_model_without_plain_layers(vit):
     thin = shrink.factorise(vit, dict.fromkeys(models.view(vit).matrices, 2))
-    with pytest.raises(ValueError, match="there is nothing to factor"):
+    with pytest.raises(ValueError, match="nothing to factor"):
         bench.rank_speed(thin)
 
 

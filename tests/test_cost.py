@@ -1,4 +1,4 @@
-"""Costs: the closed form against torch's own counter, against counts by hand, and beside the other meters."""
+"""Tests of cost: the closed form against torch's own counter, counts by hand, and other meters."""
 
 import sys
 
@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitlab import checkpoint, cost, layers, models, record, shrink
 
 
-def counted(model, image_size):
-    """MACs by torch's counter; attention is already unfused (see conftest.py)."""
+def macs_by_torch(model, image_size):
+    """Count MACs by torch; attention is not fused (see conftest.py)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, 3, image_size, image_size))
     return counter.get_total_flops() // 2
@@ -29,7 +29,7 @@ def counted(model, image_size):
 )
 def test_macs_of_the_reference_models(name, classes, expected):
     model = models.create(name, num_classes=classes)
-    assert cost.macs(model) == cost.macs(model, image_size=224) == counted(model, 224) == expected
+    assert cost.macs(model) == cost.macs(model, image_size=224) == macs_by_torch(model, 224) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,12 @@ def test_macs_of_the_reference_models(name, classes, expected):
 )
 def test_macs_equal_torchs_own_counter(name, image_size, options):
     model = models.create(name, num_classes=10, image_size=image_size, **options)
-    assert cost.macs(model) == counted(model, image_size)
+    assert cost.macs(model) == macs_by_torch(model, image_size)
 
 
 def test_macs_at_another_size_where_the_model_allows_it():
     model = models.create("vit_tiny_patch16_224", num_classes=10, depth=1, dynamic_img_size=True)
-    assert cost.macs(model, image_size=64) == counted(model, 64) < cost.macs(model)
+    assert cost.macs(model, image_size=64) == macs_by_torch(model, 64) < cost.macs(model)
 
 
 KINDS = [
@@ -67,7 +67,7 @@ KINDS = [
 
 
 def cut(layer, kind):
-    """A layer of the kind that a cut leaves, in the shape of layer."""
+    """Return a layer of the kind that a cut leaves, in the shape of layer."""
     shape = {"in_features": layer.in_features, "out_features": layer.out_features}
     return layers.build(shape | {"bias": layer.bias is not None} | kind)
 
@@ -79,7 +79,7 @@ def test_macs_of_models_with_cut_layers(model, kind):
         for name, layer in models.view(model).linears([role]).items():
             model.set_submodule(name, cut(layer, kind))
             assert cost.breakdown(model).set_index("layer").macs[name] % cut(layer, kind).macs == 0
-        assert cost.macs(model) == counted(model, 16)
+        assert cost.macs(model) == macs_by_torch(model, 16)
         if kind.get("support") == "entries" and models.view(model).linears([role]):
             assert cost.macs(model) > before  # a sparse part that is stored dense costs more than the dense layer
 
@@ -103,7 +103,7 @@ def test_breakdown_sums_to_the_model(model):
     table = cost.breakdown(model)
     assert table.macs.sum() == cost.macs(model)
     assert table.macs_ideal.sum() == cost.macs(model, ideal=True)
-    assert table.params.sum() == sum(p.numel() for p in model.parameters())
+    assert table.params.sum() == cost.params(model) == sum(p.numel() for p in model.parameters())
     assert table.nonzero.sum() == sum(int(p.count_nonzero()) for p in model.parameters())
     assert table.layer.is_unique
 
@@ -211,6 +211,11 @@ def test_a_meter_that_fails_says_why_and_the_others_go_on(vit, monkeypatch):
     row = cost.meters(vit)
     assert row["macs_thop"] is None and row["macs_torch"] == cost.macs(vit)
     assert row["meter_note"] == "thop: RuntimeError: no such operator"
+
+
+def test_parameters_by_hand():
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))  # buffers are no parameters
+    assert cost.params(module) == cost.params(module.requires_grad_(False)) == 3 * 4 + 4 + 4 + 4
 
 
 def test_bytes_in_memory_by_hand():

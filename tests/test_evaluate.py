@@ -1,4 +1,4 @@
-"""evaluate: counts by hand, ends, errors."""
+"""Tests of evaluate: counts by hand, extreme cases, errors."""
 
 import math
 
@@ -10,7 +10,7 @@ from vitlab import evaluate, record
 
 
 class Images:
-    """A split whose 'images' are the logits themselves: the model under test is the identity."""
+    """Stand for a split whose images are the logits themselves, for the identity as model."""
 
     def __init__(self, logits, labels):
         self.logits, self.labels = torch.tensor(logits), torch.tensor(labels)
@@ -23,14 +23,15 @@ class Images:
 
 
 class Identity(torch.nn.Module):
-    """Gives back what it sees, times a factor, the classes in another order; counts the images it has seen."""
+    """Return the input times a factor, its classes in another order, and count the images."""
 
     def __init__(self, factor=1.0, order=slice(None)):
         super().__init__()
-        self.weight, self.order, self.seen = torch.nn.Parameter(torch.tensor(factor)), order, 0
+        self.weight, self.order = torch.nn.Parameter(torch.tensor(factor)), order
+        self.images_run = 0
 
     def forward(self, x):
-        self.seen += len(x)
+        self.images_run += len(x)
         return (x * self.weight)[:, self.order]
 
 
@@ -63,16 +64,16 @@ def test_bad_input_is_an_error():
 # -- calibration
 
 
-def error_by_bins(probabilities, labels, bins):
-    """Equation 3 of Guo et al. 2017, bin by bin."""
+def calibration_error_by_bins(probabilities, labels, bins):
+    """Compute equation 3 of Guo et al. 2017 bin by bin."""
     total = 0.0
     for i in range(bins):
-        own = [
+        in_bin = [
             (max(row), row.index(max(row)) == label)
             for row, label in zip(probabilities.tolist(), labels.tolist(), strict=True)
             if i / bins < max(row) <= (i + 1) / bins
         ]
-        total += abs(sum(right for _, right in own) - sum(confidence for confidence, _ in own))
+        total += abs(sum(right for _, right in in_bin) - sum(confidence for confidence, _ in in_bin))
     return total / len(labels)
 
 
@@ -83,27 +84,27 @@ def test_calibration_error_is_that_of_its_definition(count, classes, bins):
     generator = torch.Generator().manual_seed(count)
     probabilities = (4 * torch.randn(count, classes, generator=generator, dtype=torch.float64)).softmax(1)
     labels = torch.randint(classes, (count,), generator=generator)
-    found = evaluate.expected_calibration_error(probabilities, labels, bins=bins)
-    assert found == pytest.approx(error_by_bins(probabilities, labels, bins), abs=1e-12) and 0 <= found <= 1
+    error = evaluate._expected_calibration_error(probabilities, labels, bins=bins)
+    assert error == pytest.approx(calibration_error_by_bins(probabilities, labels, bins), abs=1e-12) and 0 <= error <= 1
 
 
 def test_calibration_error_by_hand():
     # two of three at 0.9 are right, the one at 0.6 is wrong: (|2 - 2.7| + |0 - 0.6|) / 4
     probabilities = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.4, 0.6]])
     labels = torch.tensor([0, 1, 1, 0])
-    assert evaluate.expected_calibration_error(probabilities, labels) == pytest.approx(1.3 / 4)
+    assert evaluate._expected_calibration_error(probabilities, labels) == pytest.approx(1.3 / 4)
     labels = torch.tensor([0, 1, 1, 1])  # the one at 0.6 is right: too sure here, not sure enough there
-    assert evaluate.expected_calibration_error(probabilities, labels) == pytest.approx((0.7 + 0.4) / 4)
+    assert evaluate._expected_calibration_error(probabilities, labels) == pytest.approx((0.7 + 0.4) / 4)
     # in one bin both make up for each other in part: |3 - 3.3| / 4
-    assert evaluate.expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(0.3 / 4)
+    assert evaluate._expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(0.3 / 4)
 
 
 def test_calibration_error_ends():
     sure = torch.eye(3)
-    assert evaluate.expected_calibration_error(sure, torch.arange(3)) == 0
-    assert evaluate.expected_calibration_error(sure, torch.tensor([1, 2, 0])) == 1
+    assert evaluate._expected_calibration_error(sure, torch.arange(3)) == 0
+    assert evaluate._expected_calibration_error(sure, torch.tensor([1, 2, 0])) == 1
     undecided = torch.full((4, 4), 0.25)  # says a quarter, and is right in a quarter
-    assert evaluate.expected_calibration_error(undecided, torch.arange(4)) == 0
+    assert evaluate._expected_calibration_error(undecided, torch.arange(4)) == 0
     result = evaluate.accuracy(Identity(), Images([[100.0, 0.0], [100.0, 0.0]], [0, 1]))
     assert result.ece == pytest.approx(0.5)
 
@@ -119,12 +120,12 @@ def test_calibration_error_ends():
 )
 def test_calibration_error_of_what_are_no_probabilities(probabilities, labels, words):
     with pytest.raises(ValueError, match=words):
-        evaluate.expected_calibration_error(probabilities, labels)
+        evaluate._expected_calibration_error(probabilities, labels)
 
 
 def test_columns_of_a_result_are_columns_of_a_row():
-    columns = evaluate.accuracy(Identity(), Images([[1.0, 0.0]], [0])).columns()
-    assert set(columns) - {"top5"} <= set(record.ROW) and "ece" in columns
+    columns = evaluate.accuracy(Identity(), Images([[1.0, 0.0]], [0]))._asdict()
+    assert set(columns) - {"top5", "per_class"} <= set(record.ROW) and "ece" in columns
     assert record.ROW.index("ece") == record.ROW.index("loss") + 1
 
 
@@ -141,8 +142,8 @@ def random_images(count, classes=4):
 @pytest.mark.parametrize("most", [1, 7, 1000])
 def test_changes_are_those_of_two_accuracies(count, most):
     images, before, after = random_images(count), Identity(), Identity(0.5, [1, 0, 2, 3])
-    changes = evaluate.compare(before, after, images, most=most, batch_size=64)
-    assert before.seen == after.seen == count  # one pass of each
+    changes = evaluate.compare(before, after, images, most=most)
+    assert before.images_run == after.images_run == count  # one pass of each
     first, second = evaluate.accuracy(before, images), evaluate.accuracy(after, images)
     table = changes.classes
     assert table["class"].tolist() == [0, 1, 2, 3] and table.images.sum() == count
@@ -184,9 +185,9 @@ def test_nothing_changes_between_a_model_and_itself():
 
 def test_what_cannot_be_compared_is_an_error():
     images = random_images(3)
-    with pytest.raises(ValueError, match="models of 4 and 2 classes"):
+    with pytest.raises(ValueError, match=r"models of \[4, 2\] classes by 4 names"):
         evaluate.compare(Identity(), Identity(order=[0, 1]), images)
-    with pytest.raises(ValueError, match="4 and 4 classes and 1 names"):
+    with pytest.raises(ValueError, match=r"models of \[4, 4\] classes by 1 names"):
         evaluate.compare(Identity(), Identity(), images, classes=["ant"])
     with pytest.raises(ValueError, match="at least 1; got 0"):
         evaluate.compare(Identity(), Identity(), images, most=0)

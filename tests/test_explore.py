@@ -1,4 +1,4 @@
-"""explore: what the widgets show is what the package's own calls give, from scores that are saved once."""
+"""Tests of explore: the widgets show what the package's own calls give, from scores saved once."""
 
 import contextlib
 import copy
@@ -74,9 +74,10 @@ def states(explorer):
 @pytest.mark.parametrize("criterion, sparsity", [("taylor", 0), ("taylor", 0.5), ("magnitude", 0.9), ("random", 0.99)])
 def test_the_mask_shown_is_that_of_the_exact_count(explorer, criterion, sparsity):
     explorer.macs.value, explorer.criterion.value, explorer.sparsity.value = 1, criterion, sparsity
-    found = explorer.subject.weights[criterion]
-    keep = masks.keep_largest(found, sparsity=sparsity)
-    assert sum(int((~mask).sum()) for mask in keep.values()) == round(sparsity * sum(s.numel() for s in found.values()))
+    weights = explorer.subject.weights[criterion]
+    keep = masks.keep_largest(weights, sparsity=sparsity)
+    total = sum(score.numel() for score in weights.values())
+    assert sum(int((~mask).sum()) for mask in keep.values()) == round(sparsity * total)
     explorer.block.value = explorer.block.options[-1]
     for role, name in explorer.subject.layers[explorer.block.value].items():
         explorer.layer.value = role
@@ -88,15 +89,15 @@ def test_the_mask_shown_is_that_of_the_exact_count(explorer, criterion, sparsity
 def test_each_bar_counts_the_weights_of_its_bin(explorer):
     explorer.sparsity.value = 0.6
     shown = states(explorer)
-    for least, bar in enumerate(explorer.layer_picture.bars):
+    for least, bar in enumerate(explorer.layer_picture.stairs):
         assert bar.get_data().values.sum() == (shown >= least).sum()
-    found, line = explorer.subject.weights["taylor"], explorer.layer_picture.line
-    dropped = torch.cat([score[~explorer.cut.keep[name]] for name, score in found.items()])
-    kept = torch.cat([score[explorer.cut.keep[name]] for name, score in found.items()])
+    weights, line = explorer.subject.weights["taylor"], explorer.layer_picture.line
+    dropped = torch.cat([score[~explorer.cut.keep[name]] for name, score in weights.items()])
+    kept = torch.cat([score[explorer.cut.keep[name]] for name, score in weights.items()])
     assert line.get_visible() and line.get_xdata()[0] == dropped.max() <= kept.min()
 
 
-@pytest.mark.parametrize("criterion", explore.UNITS)
+@pytest.mark.parametrize("criterion", explore._UNITS)
 def test_struck_out_heads_and_missing_neurons_are_those_of_the_plan(explorer, criterion):
     explorer.unit_criterion.value = criterion
     subject = explorer.subject
@@ -128,8 +129,8 @@ def test_the_slider_ends_at_the_least_share_that_a_plan_can_keep(explorer):
 def test_costs_are_those_of_the_model_that_is_really_smaller(explorer):
     explorer.sparsity.value, explorer.macs.value, explorer.criterion.value = 0.7, 0.9, "magnitude"
     model = copy.deepcopy(explorer.subject.model)
-    found = {name: model.get_parameter(name).detach().abs() for name in explorer.subject.weights["magnitude"]}
-    for name, mask in masks.keep_largest(found, sparsity=0.7).items():
+    magnitudes = {name: model.get_parameter(name).detach().abs() for name in explorer.subject.weights["magnitude"]}
+    for name, mask in masks.keep_largest(magnitudes, sparsity=0.7).items():
         model.get_parameter(name).data *= mask
     small = shrink.remove(model, budget.plan(model, explorer.subject.units["fisher"], macs=0.9).drop)
     expected = {
@@ -140,7 +141,7 @@ def test_costs_are_those_of_the_model_that_is_really_smaller(explorer):
         "bytes in memory": cost.bytes_memory(small),
         "bytes on disk": cost.bytes_disk(small),
     }
-    assert explore.costs(explorer.cut.model) == expected
+    assert explore._costs(explorer.cut.model) == expected
     dense = cost.macs(explorer.subject.model)
     for number in (*expected.values(), dense):
         assert f"{number:,}<" in explorer.table.value
@@ -173,8 +174,8 @@ def test_validation_images_are_tested_on_the_model_that_is_shown(explorer):
     explorer.button.click()
     val = toy_images().val  # not test, which is reported on once, and not by what is chosen here
     for model in (explorer.subject.model, explorer.cut.model):
-        found = evaluate.accuracy(model, val)
-        assert f"<b>{found.correct} ({found.correct / 12:.1%})</b>" in explorer.answer.value
+        correct = evaluate.accuracy(model, val).correct
+        assert f"<b>{correct} ({correct / 12:.1%})</b>" in explorer.answer.value
     assert "Of 12 validation images" in explorer.answer.value
     assert "95% of the weights" in explorer.answer.value and explorer.test_image.value[1:4] == b"PNG"
 
@@ -193,7 +194,7 @@ def test_the_measured_rise_stands_beside_the_one_predicted_of_the_same_images(ex
     assert "off by more than 3 times" in explorer.answer.value
 
 
-def test_missing_images_are_told_below_the_button(explorer, monkeypatch):
+def test_missing_images_are_reported_below_the_button(explorer, monkeypatch):
     def nothing(**_):
         raise RuntimeError("no images here")
 
@@ -209,21 +210,21 @@ def test_missing_images_are_told_below_the_button(explorer, monkeypatch):
 def test_scores_are_saved_once_and_come_back_bit_equal(lab, model, monkeypatch):
     checkpoint.save(model, lab.path("dense"))
     batches = lab.calibration(toy_images().train)
-    options = {"weights": explore.WEIGHTS, "units": explore.UNITS, "labels": lab.params.calibration.labels}
+    options = {"weights": explore._WEIGHTS, "units": explore._UNITS, "labels": lab.params.calibration.labels}
     fresh = scores.measure(model, batches, **options)
-    explore.Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
+    explore._Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
     monkeypatch.setattr(explore.scores, "measure", None)  # calling it again would be an error
-    again = explore.Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
-    for group, found in (("weights", again.weights), ("units", again.units)):
-        assert list(found) == list(fresh[group])
-        for criterion, own in fresh[group].items():
-            assert list(found[criterion]) == list(own), "in the model's order, by which ties are decided"
-            assert all(torch.equal(found[criterion][key], score) for key, score in own.items())
+    again = explore._Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
+    for group, saved in (("weights", again.weights), ("units", again.units)):
+        assert list(saved) == list(fresh[group])
+        for criterion, measured in fresh[group].items():
+            assert list(saved[criterion]) == list(measured), "in the model's order, by which ties are decided"
+            assert all(torch.equal(saved[criterion][key], score) for key, score in measured.items())
 
 
 def test_another_checkpoint_or_calibration_is_another_key(lab, vit):
     def keys():
-        explore.Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
+        explore._Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
         return {path.name for path in lab.path("explore").iterdir()}
 
     checkpoint.save(vit, lab.path("dense"))
@@ -243,27 +244,27 @@ def test_what_can_be_explored_is_listed_own_and_dense_ones_first(lab, vit):
     checkpoint.save(vit, lab.path("dense"))
     checkpoint.save(shrink.compress(vit, ratio=0.5, method="svd", multiple=1)[0], lab.path("thin"))
     checkpoint.save(vit, record.open_run("demo", "swin", 3).path("dense"))
-    found = explore.checkpoints(lab)
-    assert list(found)[:3] == ["smoke/vit/seed0/dense", "smoke/vit/seed0/another", "demo/swin/seed3/dense"]
-    assert list(found)[3].endswith("/seed0/shipped") and not [label for label in found if "thin" in label]
-    own = explore.checkpoints(record.open_run("caltech101-small", "swin-transfer"))
-    assert next(iter(own)) == "caltech101-small/swin-transfer/seed0/shipped"
+    folders = explore._checkpoints(lab)
+    assert list(folders)[:3] == ["smoke/vit/seed0/dense", "smoke/vit/seed0/another", "demo/swin/seed3/dense"]
+    assert list(folders)[3].endswith("/seed0/shipped") and not [label for label in folders if "thin" in label]
+    transferred = explore._checkpoints(record.open_run("caltech101-small", "swin-transfer"))
+    assert next(iter(transferred)) == "caltech101-small/swin-transfer/seed0/shipped"
 
 
-def test_each_checkpoint_is_seen_with_the_images_of_its_own_run(lab, vit, tmp_path):
+def test_each_checkpoint_comes_with_the_images_of_its_own_run(lab, vit, tmp_path):
     checkpoint.save(vit, lab.path("dense"))
     checkpoint.save(vit, record.open_run("demo", "swin", 3).path("dense"))
-    found = explore.checkpoints(lab)
-    assert explore.Subject("smoke/vit/seed0/dense", found["smoke/vit/seed0/dense"], lab).lab is lab
-    other = explore.Subject("demo/swin/seed3/dense", found["demo/swin/seed3/dense"], lab).lab
+    folders = explore._checkpoints(lab)
+    assert explore._Subject("smoke/vit/seed0/dense", folders["smoke/vit/seed0/dense"], lab).lab is lab
+    other = explore._Subject("demo/swin/seed3/dense", folders["demo/swin/seed3/dense"], lab).lab
     assert (other.study, other.model_name, other.seed) == ("demo", "swin", 3)
 
     path = tmp_path / "own.yaml"
     path.write_text((record.repository() / "notebooks" / "params" / "smoke.yaml").read_text())
     checkpoint.save(vit, record.open_run(path, "vit", 0).path("dense"))
     own = record.open_run(path, "vit", 1)  # of a study that is known by its path alone
-    folder = explore.checkpoints(own)["own/vit/seed0/dense"]
-    assert explore.Subject("own/vit/seed0/dense", folder, own).lab.folder == folder.parent
+    folder = explore._checkpoints(own)["own/vit/seed0/dense"]
+    assert explore._Subject("own/vit/seed0/dense", folder, own).lab.folder == folder.parent
 
 
 def test_without_any_checkpoint_the_commands_that_make_one_are_named(lab, tmp_path, monkeypatch):
@@ -309,9 +310,13 @@ def jupyterlab(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    token, own = secrets.token_hex(16), str(tmp_path / "jupyter")
+    token, settings = secrets.token_hex(16), str(tmp_path / "jupyter")
     environment = {name: value for name, value in os.environ.items() if name != "VITLAB_HEADLESS"}
-    environment |= {"JUPYTER_CONFIG_DIR": own, "JUPYTER_DATA_DIR": own, "JUPYTER_RUNTIME_DIR": own}
+    environment |= {
+        "JUPYTER_CONFIG_DIR": settings,
+        "JUPYTER_DATA_DIR": settings,
+        "JUPYTER_RUNTIME_DIR": settings,
+    }
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
     command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--notebook-dir={tmp_path}"]
     with open(tmp_path / "server.log", "w") as log:
@@ -356,13 +361,13 @@ def test_sliders_and_the_button_answer_in_jupyterlab(chromium, lab, jupyterlab):
     shown = [pictures.nth(0), page.locator(".widget-html table").nth(0)]  # the mask; heads and neurons
     shown[1].wait_for()
     look = "each => each.src || each.innerText"
-    found = "[document.querySelector('img.widget-image'), document.querySelector('.widget-html table')]"
+    queries = "[document.querySelector('img.widget-image'), document.querySelector('.widget-html table')]"
     for number in (0, 1):  # the sparsity moves the mask alone, the budget heads and neurons
         before, state = [each.screenshot() for each in shown], shown[number].evaluate(look)
         sliders.nth(number).focus()
         for _ in range(10):
             page.keyboard.press("ArrowLeft")
-        page.wait_for_function(f"([n, state]) => ({look})({found}[n]) != state", arg=[number, state])
+        page.wait_for_function(f"([n, state]) => ({look})({queries}[n]) != state", arg=[number, state])
         page.wait_for_timeout(3000)  # until the last of the moves is drawn
         after = [each.screenshot() for each in shown]
         assert before[number] != after[number] and (number == 1 or before[1] == after[1])

@@ -1,4 +1,4 @@
-"""Exports: what other runtimes compute is what torch computes, for any number of images; a bad file is never left."""
+"""Tests of export: other runtimes compute what torch computes, and no bad file is ever left."""
 
 import copy
 import subprocess
@@ -26,14 +26,14 @@ def units(model):
 
 
 def thinner(model):
-    """Without a whole block, some channels and, where the stem has them, filters."""
+    """Return the model without a whole block, some channels and, where the stem has them, filters."""
     view = models.view(model)
     places = [*view.units(["width"]), *list(view.units(["filters"]))[:1]]
     return shrink.remove(model, {(view.blocks[-1].name, "block"): [0], **{place: [0, 2] for place in places}})
 
 
 def sparse(model, support):
-    """fc1 low rank and sparse, qkv sparse alone."""
+    """Return the model with fc1 low rank and sparse, and qkv sparse alone."""
     thin = model
     for role, method in (("fc1", "svd+iht"), ("qkv", "iht")):
         grams = {name: torch.eye(layer.in_features) for name, layer in models.view(model).linears([role]).items()}
@@ -99,11 +99,11 @@ def two_of_four(model):
     prune.apply(model, {name: masks.n_of_m(weight.detach().abs(), 2, 4) for name, weight in weights.items()})
 
 
-def test_two_of_four_is_told_from_other_zeros():
+def test_two_of_four_differs_from_other_zeros():
     weight = torch.tensor([[1.0, 2, 0, 0, 0, 0, 3, 4], [0, 0, 0, 0, 5, 0, 0, 0]])
-    assert export.is_two_of_four(weight)
-    assert not export.is_two_of_four(torch.ones(2, 8)) and not export.is_two_of_four(torch.zeros(2, 8))
-    assert not export.is_two_of_four(weight[:, :6]) and not export.is_two_of_four(weight.roll(1, 1))
+    assert export._is_two_of_four(weight)
+    assert not export._is_two_of_four(torch.ones(2, 8)) and not export._is_two_of_four(torch.zeros(2, 8))
+    assert not export._is_two_of_four(weight[:, :6]) and not export._is_two_of_four(weight.roll(1, 1))
 
 
 def compressed(model, **options):
@@ -115,10 +115,10 @@ def compressed(model, **options):
 @pytest.mark.parametrize("ratio, method", [(0.5, "iht"), (0.25, "svd+iht")])
 def test_what_would_be_semi_structured_of_a_compressed_model(model, batch, ratio, method, monkeypatch):
     thin, linears = compressed(model, ratio=ratio, method=method)
-    names = export.two_of_four(thin)
+    names = export._two_of_four(thin)
     assert names == [f"{name}.sparse" for name in linears]
-    assert export.two_of_four(model) == []
-    with pytest.raises(RuntimeError, match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on a cpu"):
+    assert export._two_of_four(model) == []
+    with pytest.raises(RuntimeError, match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on cpu"):
         export.semi_structured(thin)
 
     def converted(weight):
@@ -143,7 +143,7 @@ def test_semi_structured_off_such_a_gpu(vit):
     two_of_four(vit)
     with pytest.raises(ValueError, match="precision is bf16 or float16; got 'float32'"):
         export.semi_structured(vit, precision="float32")
-    with pytest.raises(RuntimeError, match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on a cpu"):
+    with pytest.raises(RuntimeError, match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on cpu"):
         export.semi_structured(vit)
 
 
@@ -162,7 +162,7 @@ def test_semi_structured_computes_the_same(made):
     model = model.cuda()
     sparse, images = export.semi_structured(model), torch.randn(64, 3, 224, 224, device="cuda")
     with torch.inference_mode():
-        expected, found = model.bfloat16()(images.bfloat16()), sparse(images.bfloat16())
+        expected, logits = model.bfloat16()(images.bfloat16()), sparse(images.bfloat16())
     first = sparse.get_parameter(f"blocks.0.mlp.fc1.{'weight' if made == 'masked' else 'sparse'}")
     assert type(first.data).__name__.startswith("SparseSemiStructured")
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)

@@ -1,179 +1,238 @@
-"""Costs: parameters, non-zeros, bytes, multiply-accumulates in closed form, and named meters beside it.
+"""Count what a model costs: parameters, non-zeros, bytes, and multiply-accumulates in closed form.
 
+Other people's counters of multiply-accumulates stand beside the closed form, with their names.
 One MAC is one multiply-accumulate, two FLOPs. All counts are for one forward pass of one image.
+
+Public: params, macs, breakdown, input_shape, meters, bytes_memory, bytes_disk, summary,
+reset_peak_memory, release_memory, own_memory_mb, peak_memory_mb.
 """
 
-import contextlib
 import copy
 import ctypes
 import math
 import re
 import sys
 import warnings
+from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.functional import max_pool2d
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import layers, models, packed
 
-ROLES = ("qkv", "proj", "fc1", "fc2", "merge", "head")
+_ROLES = ("qkv", "proj", "fc1", "fc2", "merge", "head")
+
+
+def params(model):
+    """Return the number of parameters of a model or a layer, zeros included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _nonzero(tensors):
+    return sum(int(tensor.count_nonzero()) for tensor in tensors)
 
 
 def macs(model, *, image_size=None, ideal=False):
-    """Multiply-accumulates of one image, an int, in closed form from the architecture as it is now.
+    """Count the multiply-accumulates of one image in closed form, from the architecture as it is.
 
-    Convolutions, linear layers (as executed: masked zeros cost as much as any weight), query x key and
-    attention x value count; biases, norms, softmax and pooling do not. ideal: zeros in convolution and linear
-    weights are free, as a perfect sparse engine would have it; the two attention products stay as they are.
-    See `breakdown` for image_size and errors.
+    Convolutions, linear layers, query x key and attention x value count. Biases, norms, softmax and
+    pooling do not. A linear layer counts as it is executed: masked zeros cost as much as other
+    weights.
+
+    image_size: side in pixels, None for the size that the model was built for
+    ideal: whether zeros in the weights of convolutions and linear layers are free, as in a perfect
+        sparse engine; the two products of attention stay as they are
+    Returns an int. Raises what `breakdown` raises.
     """
     table = breakdown(model, image_size=image_size)
     return int(table["macs_ideal" if ideal else "macs"].sum())
 
 
-def breakdown(model, *, image_size=None):
-    """Costs by layer in forward order: a frame of layer, block, role, macs, macs_ideal, params, nonzero.
+_COLUMNS = ["layer", "block", "role", "macs", "macs_ideal", "params", "nonzero"]
+_Row = namedtuple("Row", _COLUMNS, defaults=[0, 0, 0, 0])
 
-    role: stem, qkv, qk (query x key), av (attention x value), position, proj, fc1, fc2, merge, head, and one last row
-    "rest" for parameters without MACs (norms, position tables, tokens), so that every column sums to the
-    model's. image_size: side in pixels, None for the size that the model was built for.
-    Raises ValueError for a size that the model cannot run at, TypeError for a model with layers that the
-    closed form does not know.
+
+def breakdown(model, *, image_size=None):
+    """Return the costs of each layer in forward order, as a frame whose columns sum to the model's.
+
+    image_size: side in pixels, None for the size that the model was built for
+
+    Columns:
+        layer: name of the layer
+        block: name of its block, None outside of blocks
+        role: stem, qkv, qk (query x key), av (attention x value), position, proj, fc1, fc2, merge,
+            head; "rest" in the last row, of the parameters without MACs (norms, position tables,
+            tokens)
+        macs, macs_ideal: multiply-accumulates as executed, and as if zeros were free
+        params, nonzero: parameters, and those that are not zero
+    Raises ValueError for a size that the model cannot run at, and TypeError for a model with layers
+    that the closed form does not know.
     """
     view = models.view(model)
     _, *grid = input_shape(model, image_size)
-    table = []
-    for name, conv, size in _stem(model.patch_embed, grid):
+    rows = []
+    for name, layer, size in _stem(model.patch_embed, grid):
         grid = size
-        if conv is not None:
-            table.append(_row(f"patch_embed.{name}", conv, None, "stem", positions=math.prod(grid)))
-    for name, layer in view.linears(ROLES).items():
-        role, block = view.role(name), view.block_of(name)
+        if isinstance(layer, nn.Conv2d):
+            rows.append(_row(f"patch_embed.{name}", layer, None, "stem", math.prod(grid)))
+    for name, layer in view.linears(_ROLES).items():
+        role = view.role(name)
+        block = view.block_of(name)
         if role == "merge":
             grid = [math.ceil(side / 2) for side in grid]
         tokens, padded, keys = _tokens(view, block, grid)
         positions = {"head": 1, "qkv": padded, "proj": padded}.get(role, tokens)
-        table.append(_row(name, layer, block and block.name, role, positions=positions))
+        rows.append(_row(name, layer, block, role, positions))
         if role == "qkv":
-            values = block.attn.proj.in_features  # all heads together; queries and keys share the rest of qkv
-            for product, width in (("qk", (layer.out_features - values) // 2), ("av", values)):
-                layer_name = name.removesuffix("qkv") + product
-                cost = padded * keys * width
-                table.append((layer_name, block.name, product, cost, cost, 0, 0))
-            table += _position_mlp(block)
-    _refuse_unknown(model, [row[0] for row in table])
-    columns = ["layer", "block", "role", "macs", "macs_ideal", "params", "nonzero"]
-    rest = [total - sum(row[i] for row in table) for i, total in ((5, _params(model)), (6, _nonzero(model)))]
-    return pd.DataFrame([*table, ("rest", None, "rest", 0, 0, *rest)], columns=columns)
+            rows += _attention_rows(block, layer, padded * keys)
+    _refuse_unknown(model, rows)
+    rest_params = params(model) - sum(row.params for row in rows)
+    rest_nonzero = _nonzero(model.parameters()) - sum(row.nonzero for row in rows)
+    rows.append(_Row("rest", None, "rest", params=rest_params, nonzero=rest_nonzero))
+    return pd.DataFrame(rows)
 
 
-def _row(name, layer, block, role, *, positions):
-    """One line of the breakdown: a layer applied at so many positions (output pixels, tokens)."""
-    dense = layer.weight.numel() if isinstance(layer, nn.Conv2d) else layers.macs(layer)
-    ideal = sum(int(p.count_nonzero()) for p in layer.parameters() if p.ndim > 1)  # factors' zeros, too
-    return name, block, role, positions * dense, positions * ideal, _params(layer), _nonzero(layer)
+def _row(name, layer, block, role, positions):
+    """Return the line of a layer that is applied at so many positions (output pixels, tokens)."""
+    dense = layer.macs if hasattr(layer, "macs") else layer.weight.numel()
+    matrices = [parameter for parameter in layer.parameters() if parameter.ndim > 1]
+    return _Row(
+        name,
+        block and block.name,
+        role,
+        macs=positions * dense,
+        macs_ideal=positions * _nonzero(matrices),  # the zeros of factors are free, too
+        params=params(layer),
+        nonzero=_nonzero(layer.parameters()),
+    )
 
 
-def _position_mlp(block):
-    """Lines of SwinV2's position bias: an MLP over the distances in a window, once for all its images."""
-    if not hasattr(block.attn, "cpb_mlp"):
-        return []
-    distances = math.prod(2 * side - 1 for side in block.attn.window_size)
-    named = [(f"{block.name}.attn.cpb_mlp.{i}", block.attn.cpb_mlp[i]) for i in (0, 2)]
-    return [_row(name, layer, block.name, "position", positions=distances) for name, layer in named]
+def _attention_rows(block, qkv, pairs):
+    """Return the lines of an attention's products, for so many pairs of a query and a key."""
+    attention = block.attn
+    values = attention.proj.in_features  # of all heads together
+    queries = (qkv.out_features - values) // 2  # queries and keys share what else qkv gives
+    rows = []
+    for product, width in (("qk", queries), ("av", values)):
+        name = f"{block.name}.attn.{product}"
+        rows.append(_Row(name, block.name, product, pairs * width, pairs * width))
+    # SwinV2's position bias: an MLP over the distances in a window, once for all windows
+    for i, layer in enumerate(getattr(attention, "cpb_mlp", ())):
+        if isinstance(layer, nn.Linear):
+            distances = math.prod(2 * side - 1 for side in attention.window_size)
+            name = f"{block.name}.attn.cpb_mlp.{i}"
+            rows.append(_row(name, layer, block, "position", distances))
+    return rows
 
 
 def _tokens(view, block, grid):
-    """Tokens after the stem, tokens that attention runs on, and keys that each query sees."""
+    """Return how many tokens there are, how many attention runs on, and keys that a query sees."""
     tokens = math.prod(grid) + getattr(view.model, "num_prefix_tokens", 0)
-    if view.kind == "vit" or block is None:
-        return tokens, tokens, tokens
-    window = getattr(block.attn, "window_size", None)
-    if window is None:  # attention without heads
+    # neither a ViT's attention nor one without heads has windows
+    window = getattr(block and block.attn, "window_size", None)
+    if view.kind == "vit" or window is None:
         return tokens, tokens, tokens
     # Swin pads to whole windows, for qkv and proj too, but not for the MLP
-    padded = math.prod(math.ceil(side / w) * w for side, w in zip(grid, window, strict=True))
+    padded = math.prod(_rounded_up(grid, window))
     return tokens, padded, math.prod(window)
 
 
+def _rounded_up(sides, steps):
+    """Return each side rounded up to a multiple of its step."""
+    return [math.ceil(side / step) * step for side, step in zip(sides, steps, strict=True)]
+
+
 def _stem(embed, size):
-    """Yields (name, convolution or None for pooling, [height, width] after it) along the patch embedding."""
-    if getattr(embed, "dynamic_img_pad", False):
-        size = [math.ceil(side / patch) * patch for side, patch in zip(size, embed.patch_size, strict=True)]
+    """Yield (name, layer, [height, width] after it) of the patch embedding, in forward order.
+
+    embed: the patch embedding, a chain of convolutions and max pooling
+    size: [height, width] of the image
+    Raises TypeError where the sizes do not end at that of the model's tokens.
+    """
     image = size
-    for name, module in embed.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
-            kernel, stride, padding, dilation = (
-                value if isinstance(value, tuple) else (value, value)
-                for value in (module.kernel_size, module.stride, module.padding, module.dilation)
-            )
-            size = [
-                (side + 2 * p - d * (k - 1) - 1) // s + 1
-                for side, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-            ]
-            yield name, module if isinstance(module, nn.Conv2d) else None, size
+    if getattr(embed, "dynamic_img_pad", False):
+        size = _rounded_up(size, embed.patch_size)
+    for name, layer in embed.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
+            size = _output_size(layer, size)
+            yield name, layer, size
     if tuple(size) != tuple(embed.dynamic_feat_size(image)):
-        raise TypeError(f"no closed form for the stem {type(embed).__name__}: it is no chain of convolutions")
+        raise TypeError(
+            f"no closed form for the stem {type(embed).__name__}: it is no chain of convolutions"
+        )
 
 
-def _refuse_unknown(model, known):
-    """Raise TypeError if a layer that multiplies is in none of the known ones."""
+def _output_size(layer, size):
+    """Return [height, width] after a convolution or pooling."""
+    image = torch.empty(1, *size, device="meta")  # has a shape, but no values
+    options = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    return max_pool2d(image, *options).shape[1:]  # a convolution has the same formula
+
+
+def _refuse_unknown(model, rows):
+    """Raise TypeError if a layer that multiplies lies in none of the layers that rows count."""
+    counted = tuple(f"{row.layer}." for row in rows)
     for name, module in model.named_modules():
-        multiplies = hasattr(module, "macs") or isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-        if multiplies and not any(f"{name}.".startswith(f"{layer}.") for layer in known):
-            raise TypeError(f"no closed form for {name} ({type(module).__name__}) of {type(model).__name__}")
-
-
-def _params(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def _nonzero(module):
-    return sum(int(p.count_nonzero()) for p in module.parameters())
+        is_plain = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+        multiplies = is_plain or hasattr(module, "macs")
+        if multiplies and not f"{name}.".startswith(counted):
+            raise TypeError(
+                f"no closed form for {name} ({type(module).__name__}) of {type(model).__name__}"
+            )
 
 
 def input_shape(model, image_size=None):
-    """(channels, height, width) of one image. image_size: side in pixels, None for the model's own.
+    """Return (channels, height, width) of one image that the model takes.
 
-    Raises ValueError for a size that the model was not built for (unless it was built with dynamic_img_size).
+    image_size: side in pixels, None for the size that the model was built for
+    Raises ValueError for another size than that one, unless the model was built with
+    dynamic_img_size.
     """
-    own = model.patch_embed.img_size
-    size = tuple(own) if image_size is None else (image_size, image_size)
-    if size != tuple(own) and not getattr(model, "dynamic_img_size", False):
+    built_for = tuple(model.patch_embed.img_size)
+    size = built_for if image_size is None else (image_size, image_size)
+    if size != built_for and not getattr(model, "dynamic_img_size", False):
         raise ValueError(
-            f"the model was built for {own[0]} x {own[1]} pixels and cannot run at {image_size}: leave "
-            f"image_size out, or build it with models.create(..., image_size={image_size})"
+            f"the model was built for {built_for[0]} x {built_for[1]} pixels and cannot run at "
+            f"{image_size}: leave image_size out, or build it with "
+            f"models.create(..., image_size={image_size})"
         )
     return model.in_chans, *size
 
 
 def meters(model, *, image_size=None):
-    """MACs of one image by three public counters: {macs_torch, macs_torchprofile, macs_thop, meter_note}.
+    """Count the MACs of one image by three public counters.
 
-    All run on a copy in eval mode with fused attention off: torch's counter cannot see inside the fused
-    kernel on a CPU. torch (FlopCounterMode / 2) counts convolutions and matrix products, as `macs` does.
-    torchprofile adds norms and elementwise products: 0.2 % of a model at 224 px; norms do not shrink with ranks, so of
-    the committed small models with a quarter of their MACs by ranks it is 1.01 %. thop adds norms and leaves out
-    attention's two products. A meter that fails gives None, and meter_note, otherwise "", says why.
+    macs_torch: torch's FlopCounterMode / 2, which counts convolutions and matrix products, as
+        `macs` does
+    macs_torchprofile: torchprofile adds norms and elementwise products. These are 0.2 % of a model
+        at 224 px. Norms do not shrink with ranks: of the committed small models with a quarter of
+        their MACs by ranks it is 1.01 %.
+    macs_thop: thop adds norms and leaves out the two products of attention
+
+    image_size: side in pixels, None for the size that the model was built for
+    Returns a dict of these three and meter_note. A meter that fails gives None, and meter_note,
+    otherwise "", says why.
     """
-    shape = input_shape(model, image_size)
-    subject = copy.deepcopy(model).cpu().float().eval()
+    x = torch.zeros(1, *input_shape(model, image_size))
+    subject = copy.deepcopy(model).cpu().float().eval()  # the meters leave traces in a model
     for module in subject.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    results, reasons = {}, []
+            module.fused_attn = False  # torch's counter cannot see inside the kernel on a CPU
+    counts, reasons = {}, []
     for name, meter in (("torch", _torch), ("torchprofile", _torchprofile), ("thop", _thop)):
         try:
             with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-                results[f"macs_{name}"] = int(meter(subject, torch.zeros(1, *shape)))
+                counts[f"macs_{name}"] = int(meter(subject, x))
         except Exception as error:  # other people's tracers may raise anything
-            results[f"macs_{name}"] = None
+            counts[f"macs_{name}"] = None
             reasons.append(f"{name}: {type(error).__name__}: {error}")
-    return results | {"meter_note": "; ".join(reasons)}
+    return counts | {"meter_note": "; ".join(reasons)}
 
 
 def _torch(model, x):
@@ -200,72 +259,106 @@ def _thop(model, x):
 
 
 def bytes_memory(model):
-    """Bytes of the parameters and buffers as they are held."""
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    """Return the bytes of the parameters and buffers of a model as they are stored in memory."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def bytes_disk(model, *, folder=None):
-    """Bytes of the weights on disk: of the checkpoint in folder, or of model as checkpoint.save writes it in float32,
-    zeros left out where that is smaller."""
+    """Return the bytes of the weights on disk.
+
+    model: counted as checkpoint.save writes it, in float32 and without zeros where that is smaller
+    folder: the model's checkpoint, whose file is counted instead
+    """
     if folder is not None:
         return (Path(folder) / "model.safetensors").stat().st_size
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return len(safetensors.torch.save(packed.pack(tensors)[0]))
+    state = model.state_dict()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    without_zeros, _ = packed.pack(tensors)
+    return len(safetensors.torch.save(without_zeros))
 
 
 def summary(model, *, image_size=None, folder=None):
-    """What a model costs: the cost columns of a results row, as a dict.
+    """Return what a model costs: the cost columns of a results row, as a dict.
 
-    params, nonzero; macs and macs_ideal in closed form, flops = 2 * macs; macs_torch, macs_torchprofile,
-    macs_thop and meter_note (see `meters`); bytes_memory and bytes_disk. folder: the model's checkpoint, if
-    it has one.
+    image_size: side in pixels, None for the size that the model was built for
+    folder: the model's checkpoint, if it has one
+    Keys: params, nonzero; macs and macs_ideal in closed form, flops = 2 * macs; macs_torch,
+    macs_torchprofile, macs_thop and meter_note (see `meters`); bytes_memory and bytes_disk.
     """
-    totals = breakdown(model, image_size=image_size)[["params", "nonzero", "macs", "macs_ideal"]].sum()
-    counts = {name: int(value) for name, value in totals.items()}
-    return (
-        counts
-        | {"flops": 2 * counts["macs"]}
-        | meters(model, image_size=image_size)
-        | {"bytes_memory": bytes_memory(model), "bytes_disk": bytes_disk(model, folder=folder)}
-    )
+    table = breakdown(model, image_size=image_size)
+    columns = ["params", "nonzero", "macs", "macs_ideal"]
+    counts = {column: int(table[column].sum()) for column in columns}
+    counts["flops"] = 2 * counts["macs"]
+    counts |= meters(model, image_size=image_size)
+    counts["bytes_memory"] = bytes_memory(model)
+    counts["bytes_disk"] = bytes_disk(model, folder=folder)
+    return counts
+
+
+# -- memory of this process
 
 
 def reset_peak_memory():
-    """Forget the peaks so far, that `peak_memory_mb` is of what follows (Linux and CUDA; elsewhere of all before)."""
-    with contextlib.suppress(OSError):
+    """Forget the peaks of memory so far, so that `peak_memory_mb` tells only what follows.
+
+    This works on Linux and on GPUs; elsewhere a peak includes all that came before.
+    """
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def release_memory():
-    """With glibc, give memory that was freed back to the system, which it may keep otherwise."""
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries
+    """Give freed memory back to the system, which glibc may keep otherwise."""
+    with suppress(OSError, AttributeError):  # other C libraries
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def own_memory_mb(device, *, peak=False):
-    """Memory in MB (10^6 bytes) that is held now, or at most since `reset_peak_memory`: on a GPU by torch's tensors, on
-    a CPU by this process but for files mapped into it (libraries, decoded images), which come in as they are touched.
+    """Return memory in use in MB (10^6 bytes), without files that are mapped into the process.
 
-    The files are those mapped by now, so that a peak is at least this much. nan on a CPU without Linux's /proc.
+    On a GPU it is the memory of torch's tensors, on a CPU that of this process. Mapped files are
+    libraries and decoded images, which come in as they are touched. The files that count are those
+    mapped at the time of the call, so that a true peak is at least what is returned.
+
+    device: a torch.device or its name
+    peak: whether to return the most since `reset_peak_memory` instead of what is in use now
+    Returns nan on a CPU without Linux's /proc.
     """
     if torch.device(device).type == "cuda":
-        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 1e6
-    with contextlib.suppress(OSError, KeyError):
-        status = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
-        return 1024 * (int(status["VmHWM" if peak else "VmRSS"]) - int(status["RssFile"])) / 1e6
-    return math.nan
+        allocated = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return allocated(device) / 1e6
+    status = _process_status()
+    if "RssFile" not in status:
+        return math.nan
+    resident = status["VmHWM" if peak else "VmRSS"]
+    return (resident - status["RssFile"]) / 1e6
 
 
 def peak_memory_mb(device):
-    """Highest memory since `reset_peak_memory`, in MB (10^6 bytes): on a GPU what torch held there, on a CPU the
-    resident memory of this whole process, with all that was imported and loaded."""
+    """Return the highest memory since `reset_peak_memory`, in MB (10^6 bytes).
+
+    On a GPU it is what torch's tensors took. On a CPU it is the resident memory of this whole
+    process, with all that was imported and loaded.
+
+    device: a torch.device or its name
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    status = Path("/proc/self/status")  # ru_maxrss would start from the peak of the process that started this one
-    if status.exists() and (line := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return 1024 * int(line[1]) / 1e6
-    import resource
+    # ru_maxrss would start from the peak of the process that started this one
+    status = _process_status()
+    if "VmHWM" in status:
+        return status["VmHWM"] / 1e6
+    import resource  # here, as Windows has none
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _process_status():
+    """Return {name: bytes} of /proc/self/status, {} on systems without it."""
+    with suppress(OSError):
+        text = Path("/proc/self/status").read_text()
+        return {name: 1024 * int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", text)}
+    return {}
