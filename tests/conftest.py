@@ -1,14 +1,16 @@
 """Toy models and data that every test file shares."""
 
 import os
+import sys
 
 import pytest
 import torch
 from invented import COMMITTED, FIGURES, invent
 from timm.layers import set_fused_attn
 
-from vitlab import findings, models
+from vitlab import models, record
 
+sys.path.insert(0, str(record.repository() / "slides"))  # as `python slides` does
 os.environ["VITLAB_HEADLESS"] = "1"
 torch.set_num_threads(1)
 set_fused_attn(False)  # on a CPU torch's counter cannot see inside the fused kernel
@@ -72,5 +74,7 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(folder):
+def slides(folder):
+    import findings
+
     return findings.slides(folder)

@@ -1,0 +1,391 @@
+"""Write results of studies into README.md and other pages, between their marks. No torch.
+
+`python -m vitlab pages README.md` writes what the tables of figures/ say after `<!-- results -->` and
+`<!-- results of STUDY -->`, up to `<!-- /results -->`.
+
+Public: fill, main, results.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vitlab import plots, published, record
+
+STUDIES = ("cifar10-small", "caltech101-small")  # of the front page
+LABELS = {  # method and form: what was done, in the order of a table
+    "dense": "",
+    "unstructured masked": "{share} of the weights masked",
+    "unstructured, one-shot masked": "{share} of the weights masked at once",
+    "unstructured, iterative masked": "{share} of the weights masked in equal steps",
+    "unstructured, cubic masked": "{share} of the weights masked in smaller and smaller steps",
+    "unstructured, magnitude masked": "{share} of the weights masked by magnitude",
+    "unstructured, random masked": "{share} of the weights masked at random",
+    "structured masked": "{share} of the rows masked",
+    "structured removed": "{share} of the rows removed",
+    "structured, iterative removed": "{share} of the rows removed in equal steps",
+    "structured, cubic removed": "{share} of the rows removed in smaller and smaller steps",
+    "structured, magnitude masked": "{share} of the rows masked by magnitude",
+    "structured, random masked": "{share} of the rows masked at random",
+    "heads+svd factored": "{share}: heads, SVD",
+    "heads+svd, random factored": "{share}: random heads and directions",
+    "heads+iht masked": "{share}: heads, IHT",
+    "heads+threshold masked": "{share}: heads, SVD, small entries to zero",
+    "heads+svd+iht entries masked": "{share}: heads, SVD + IHT on entries",
+    "heads+svd+iht columns factored": "{share}: heads, SVD + IHT on columns",
+    "units removed": "{part}: heads, neurons, filters, width",
+    "pool removed": "{part}: heads, neurons, filters, width in one pool",  # where no rank was cut
+    "heads+neurons removed": "{part}: heads, neurons",
+    "width removed": "{part}: width",
+    "random removed": "{part}: as many random units of each place",
+    "svd factored": "{part}: SVD, the same share of each layer",
+    "ranks factored": "{part}: ranks by loss per MAC",
+    "pool+ranks factored": "{part}: units, then ranks",
+    "pool factored": "{part}: units and ranks in one pool",
+}
+FRONT = [  # cuts and stages of the front page
+    "dense dense",
+    "dense dense+epochs",
+    "unstructured masked finetuned",
+    "structured removed finetuned",
+    "heads+svd+iht entries masked finetuned",
+    "heads+svd+iht columns factored finetuned",
+    "svd factored reconstructed",
+    "pool+ranks factored reconstructed",
+    "pool factored reconstructed",
+]
+# Sentences above a table. In braces: method, form and target of a cut, and which of its numbers, of every model.
+FRONT_CLAIMS = [
+    "**Half of the MACs**, nothing trained: {pool factored 0.5 reconstructed} points of top-1, "
+    "when units and ranks leave from one pool.",
+    "**A quarter of the MACs**, nothing trained: {pool factored 0.25 reconstructed} points.",
+    "**A quarter by random units**, for comparison: {random removed 0.25 reconstructed} points.",
+    "**90\u00a0% of the weights zeroed** by sensitivity, nothing trained: {unstructured masked 0.9 top1} "
+    "top-1 is left.",
+    "**90\u00a0% by magnitude**, for comparison: {unstructured, magnitude masked 0.9 top1}.",
+    "**Zeros save no time**: {unstructured masked 0.9 speedup} times as fast as dense.",
+    "**90\u00a0% of the rows removed** save some: {structured removed 0.9 speedup} times as fast.",
+    "**40\u00a0% of heads and of each layer's weights** by SVD + IHT, fine-tuned: "
+    "{heads+svd+iht entries masked 0.4 finetuned} points.",
+]
+MORE_CLAIMS = [
+    "**Half of the MACs, ranks alone**: {ranks factored 0.5 reconstructed} points.",
+    "**Half of the MACs, units alone** (heads, neurons, filters, channels): "
+    "{units removed 0.5 reconstructed} points.",
+    "**A quarter of the MACs, ranks alone**: {ranks factored 0.25 reconstructed} points.",
+    "**A quarter of the MACs, units alone**: {units removed 0.25 reconstructed} points.",
+    "**A quarter of the MACs by the pool, right after the cut**: {pool factored 0.25 top1} top-1.",
+    "**The same, reconstructed without labels**: {pool factored 0.25 top1, reconstructed}.",
+    "**A quarter of the MACs by units, right after the cut**: {units removed 0.25 top1} top-1.",
+    "**The same, reconstructed without labels**: {units removed 0.25 top1, reconstructed}.",
+    "**90\u00a0% of the weights zeroed at random**: {unstructured, random masked 0.9 top1} top-1.",
+    "**90\u00a0% of the weights zeroed, fine-tuned**: {unstructured masked 0.9 finetuned} points.",
+    "**90\u00a0% zeros on disk**: {unstructured masked 0.9 bytes_disk} of the dense model's bytes.",
+    "**Half of the weights zeroed, fine-tuned**: {unstructured masked 0.5 finetuned} points.",
+    "**Half of the rows removed, fine-tuned**: {structured removed 0.5 finetuned} points, "
+    "with {structured removed 0.5 macs} of the MACs.",
+    "**90\u00a0% of the rows removed, fine-tuned**: {structured removed 0.9 finetuned} points, "
+    "with {structured removed 0.9 macs} of the MACs.",
+    "**40\u00a0% of heads and weights by SVD + IHT** leave "
+    "{heads+svd+iht entries masked 0.4 macs} of the MACs.",
+    "**40\u00a0% of heads and weights by SVD alone, fine-tuned**: "
+    "{heads+svd factored 0.4 finetuned} points, with {heads+svd factored 0.4 macs} of the MACs.",
+    "**One kind alone, to 0.9 of the MACs**, raises the loss by {ranks alone 0.9 rise} nats (ranks).",
+    "**Neurons alone, to 0.9**: {neurons alone 0.9 rise} nats.",
+    "**Heads alone, to 0.9**: {heads alone 0.9 rise} nats.",
+    "**Channels alone, to 0.9**: {width alone 0.9 rise} nats.",
+    "**Filters of the stem alone, to 0.9**: {filters alone 0.9 rise} nats.",
+]
+MARKS = re.compile(r"(<!-- results(?: of ([\w-]+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+# -- sentences
+
+
+def _claims(study, front):
+    """Return the claims as lines of Markdown, with the numbers of all models; those of cuts not run are left out."""
+    lines = []
+    for sentence in FRONT_CLAIMS if front else FRONT_CLAIMS + MORE_CLAIMS:
+        with contextlib.suppress(published.Absent):
+            filled = re.sub(r"\{(.+?)\}", lambda place: _of_all_models(study, place[1]), sentence)
+            lines.append(f"- {filled}")
+    return lines
+
+
+def _of_all_models(study, place):
+    """Return one number of each model with its name, such as "ViT −1.8, Swin −2.7"."""
+    method, form, target, quantity = re.fullmatch(r"(.+) (\w+) ([\d.]+) (.+)", place).groups()
+    parts = []
+    for model in sorted(study.models, reverse=True):
+        value = _value(study, model, method, form, float(target), quantity)
+        parts.append(f"{_family(model)} {value}")
+    return ", ".join(parts)
+
+
+def _value(study, model, method, form, target, quantity):
+    """Return one number of a cut of one model as it is written; means over the seeds of the cut.
+
+    quantity: a stage (the change of top-1 in points against dense models of the same seeds), "top1" or "top1, STAGE",
+    "macs" or "bytes_disk" (share of dense), "speedup" (range over seeds), "rise" (of the loss in the audit, nats).
+    Raises Absent where the cut was not run.
+    """
+    quantity, _, stage = quantity.partition(", ")
+    if quantity == "rise":
+        audit = study.read("table-audit", model)
+        audit = audit[audit.criterion.eq("fisher") & audit.kind.eq(method) & audit.target.eq(target)]
+        return published.signed(_present(audit, "measured", model, method).mean(), 3)
+    cuts = study.read("efficiency" if quantity == "speedup" else "summary", model)
+    in_macs = ~cuts.target_kind.isin(published.BUDGETS.keys() - {"macs"})
+    cuts = cuts[cuts.method.eq(method) & cuts.form.eq(form) & cuts.target.eq(target) & in_macs]
+    if quantity in plots.STAGES:
+        changes = _present(cuts, quantity, model, method) - cuts.dense
+        return published.signed(changes.mean())
+    if quantity in ("macs", "bytes_disk"):
+        left = _present(cuts, quantity, model, method).mean() / study.dense.loc[model, quantity]
+        return published.share(round(left, 2))
+    values = _present(cuts, (stage or "cut") if quantity == "top1" else quantity, model, method)
+    # Speeds of several seeds are of different machines: their range, not their mean.
+    ends = dict.fromkeys(map(published.number, (values.min(), values.max())))
+    return " to ".join(ends) + ("\u00a0%" if quantity == "top1" else "")
+
+
+def _present(cuts, column, model, method):
+    """Return the values of a column that are there. Raises Absent where none is."""
+    values = cuts[column].dropna() if column in cuts else cuts.target.head(0)
+    if values.empty:
+        raise published.Absent(f"{model} has no {column} of {method}")
+    return values
+
+
+def _family(model):
+    """Return ViT for vit-transfer."""
+    return published.model_name(model).partition("-")[0]
+
+
+# -- the table
+
+
+def _lines(study, front):
+    """Return the results that a table shows, in its order, with `words` for each line: one a model, seed and line.
+
+    Of weights, rows and layers the largest share cut; of budgets all. front: those of FRONT, budgets up to a half.
+    """
+    results = study.untimed[study.untimed.model.isin(study.models) & study.untimed.top1.notna()]
+    is_budget = results.target_kind.isin([*published.BUDGETS])
+    highest = results.groupby("target_kind").target.transform("max")
+    # The control has no kind of target where it was trained like masked models.
+    is_shown = results.target.eq(highest) | results.target_kind.isna()
+    is_budget_shown = results.target <= 0.5 if front else results.target < 1
+    results = results[np.where(is_budget, is_budget_shown, is_shown)]
+    cut = results.method.where(results.method == "dense", results.method + " " + results.form)
+    results = results.assign(cut=cut)[cut.isin([*LABELS])]
+    if front:
+        results = results[(results.cut + " " + results.stage).isin(FRONT)]
+    orders = {
+        "target_kind": ["sparsity", "ratio", *published.BUDGETS],
+        "cut": [*LABELS],
+        "stage": [*plots.STAGES],
+    }
+    for name, order in orders.items():
+        results[name] = pd.Categorical(results[name], order)
+    order = ["target_kind", "target", "cut", "stage"]
+    ascending = [True, False, True, True]
+    results = results.sort_values(order, ascending=ascending, na_position="first")
+    results = results.assign(words=[_words(result) for result in results.itertuples()])
+    return results.drop_duplicates(["model", "seed", "words"])
+
+
+def _words(result):
+    """Return what was done to a model, and its stage."""
+    part = ""
+    if result.target_kind in published.BUDGETS:
+        part = published.part_of(result.target, result.target_kind)
+    done = LABELS[result.cut].format(share=published.share(result.target), part=part)
+    return f"{done}, {plots.STAGES[result.stage]}".removeprefix(", ")
+
+
+def _columns(results, front):
+    """Return {model: its name in a table}, ViT first: the family where it has one model, else the full name.
+
+    front: of each family one model, that with the most lines; of equally many, that which starts from given weights.
+    """
+    models = sorted(set(results.model), reverse=True)
+    if front:
+        models = _one_of_each_family(models, results)
+    families = [_family(model) for model in models]
+    names = {}
+    for model, family in zip(models, families, strict=True):
+        is_only = families.count(family) == 1
+        names[model] = family if is_only else published.model_name(model)
+    return names
+
+
+def _one_of_each_family(models, results):
+    """Return one model of each family, in their order."""
+    with_weights = results[results.weights.notna()] if "weights" in results else results.head(0)
+    given = set(with_weights.model)
+    lines = results.groupby("model").words.nunique()
+    best = {}
+    for model in models:
+        rank = (lines[model], model in given)
+        family = _family(model)
+        if family not in best or rank > best[family][0]:
+            best[family] = (rank, model)
+    return [model for _, model in best.values()]
+
+
+def _spread(top1):
+    """Write the mean over seeds, with half of the range where there are several."""
+    mean = published.number(top1.mean())
+    if len(top1) == 1:
+        return mean
+    return f"{mean}±{published.number((top1.max() - top1.min()) / 2)}"
+
+
+def _mean_millions(counts):
+    """Write the mean over seeds of a count, in millions."""
+    return published.millions(counts.mean())
+
+
+def _seed_note(lines):
+    """Return what ± means, if a line has it, and of which seed the lines without it are."""
+    seeds_of_line = lines.groupby(["model", "words"]).seed.agg(lambda seeds: tuple(sorted(set(seeds))))
+    counts = set(seeds_of_line.map(len))
+    if max(counts) == 1:
+        return []
+    note = "±: half the range over seeds"
+    several = sorted(counts - {1})
+    if len(several) > 1:
+        note += f", in some lines of {' or '.join(map(str, several[:-1]))}"
+    alone = sorted({seeds[0] for seeds in seeds_of_line if len(seeds) == 1})
+    if alone:
+        note += f"; without ±: seed {' or '.join(map(str, alone))}"
+    return [f"{note}."]
+
+
+# -- pages
+
+
+def _table(studies, lines, names):
+    """Return the table: a line for each cut; top-1 of each model of all studies, then costs of the first study's."""
+    columns = {}
+    for study in studies:
+        prefix = f"{_data(study)} " if len(studies) > 1 else ""
+        columns |= _column_of_each_model(lines[study], names[study], "top1", _spread, prefix, "top-1 (%)")
+    first = studies[0]
+    for measure, header in {"macs": "MACs (M)", "nonzero": "non-zero (M)"}.items():
+        columns |= _column_of_each_model(lines[first], names[first], measure, _mean_millions, "", header)
+    order = pd.concat(lines.values()).words.unique()
+    return pd.DataFrame(columns).reindex(order).fillna("")
+
+
+def _column_of_each_model(lines, names, measure, write, prefix, header):
+    """Return {header: cells by words} of one measure of every model."""
+    columns = {}
+    for model, name in names.items():
+        cells = lines[lines.model == model].groupby("words")[measure].agg(write)
+        columns[f"{prefix}{name} {header}"] = cells
+    return columns
+
+
+def _data(study):
+    """Return the name of a study's images, without what stands in brackets behind it."""
+    return published.listed(study.results, "data").split(" (")[0]
+
+
+def _origin(study, lines, names, link):
+    """Return the sentences on where the lines of a study come from, and on the weights that they start from."""
+    dense = lines[lines.stage == "dense"]
+    source = study.source(["results.csv"], lines)
+    source = source.replace("results.csv", f"[results.csv]({link}/results.csv)")
+    sentences = [
+        f"{source} {dense.total.max():,.0f} test images; "
+        f"torch {published.listed(lines, 'torch')}, timm {published.listed(lines, 'timm')}."
+    ]
+    given = dense[dense.weights.notna()] if "weights" in dense else dense.head(0)
+    if len(given):
+        starters = [names[model] for model in dict.fromkeys(given.model)]
+        who = _data(study) if len(starters) == len(names) else " and ".join(starters)
+        sentences.append(f"{who} starts from the weights in {Path(given.weights.iloc[0]).parent}.")
+    return sentences
+
+
+def results(folders, *, page, front=False):
+    """Return the results of studies in Markdown: claims of the first, a table, where it comes from.
+
+    folders: of published tables, one a study.
+    page: the folder from which links go.
+    front: whether to show the few lines of the front page only, below a picture of the deepest budget.
+    Raises FileNotFoundError for a folder without results.csv.
+    """
+    studies = [published.Published(folder) for folder in folders]
+    first = studies[0]
+    names, lines, links = {}, {}, {}
+    for study in studies:
+        every = _lines(study, front)
+        names[study] = _columns(every, front)
+        lines[study] = every[every.model.isin(names[study])]
+        links[study] = Path(os.path.relpath(study.folder, page)).as_posix()
+    sentences = []
+    for study in studies:
+        sentences += _origin(study, lines[study], names[study], links[study])
+    if len(studies) > 1:
+        sentences.append(f"MACs and parameters are those of the {_data(first)} models.")
+    sentences += _seed_note(pd.concat(lines.values()))
+    text = _markdown(_table(studies, lines, names)) + "\n\n" + "\n".join(sentences)
+    if claims := _claims(first, front):
+        text = f"Found on {_data(first)}:\n\n" + "\n".join(claims) + f"\n\n{text}"
+    return f"{_front_picture(first, links[first])}\n\n{text}" if front else text
+
+
+def _markdown(table):
+    """Write a table in Markdown, numbers at the right."""
+    header = ["", *table]
+    rule = ["---", *["---:"] * len(table.columns)]
+    lines = [header, rule, *table.reset_index().itertuples(index=False)]
+    return "\n".join(f"|{'|'.join(line)}|" for line in lines)
+
+
+def _front_picture(study, link):
+    """Return the picture of the deepest budget of the last model; "" without budgets."""
+    budgets = study.budgets()
+    if not budgets:
+        return ""
+    model, kind, target = budgets[-1]
+    return f"![Top-1 after each step of recovery]({link}/ladder-{kind}-{target:g}-{model}.png)"
+
+
+def fill(text, *, page):
+    """Return the text of a page with the results between its marks written anew.
+
+    text: of the page. page: the folder that it lies in, from which links go.
+    Raises FileNotFoundError for a study without published results.
+    """
+    figures = record.repository() / "figures"
+
+    def block(mark):
+        names = [mark[2]] if mark[2] else STUDIES
+        folders = [figures / name for name in names]
+        return f"{mark[1]}{results(folders, page=page, front=not mark[2])}\n{mark[3]}"
+
+    return MARKS.sub(block, text)
+
+
+def main(arguments=None):
+    """Write results into the pages that the command line names; return its exit status."""
+    parser = argparse.ArgumentParser("python -m vitlab pages", description="Write results of studies into pages.")
+    parser.add_argument("pages", nargs="+", type=Path, help="pages in Markdown with marks, such as README.md")
+    for page in parser.parse_args(arguments).pages:
+        try:
+            text = fill(page.read_text(), page=page.resolve().parent)
+        except FileNotFoundError as error:
+            print(f"vitlab pages: {error}", file=sys.stderr)
+            return 1
+        record.write_atomic(page, text)
+    return 0
