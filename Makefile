@@ -51,11 +51,11 @@ reproduce: install
 
 figures: install
 	@$(BIN)/python -m vitlab.run 7_report --study $(STUDY)
-	@$(BIN)/python -m vitlab.deck $(STUDY)
+	@$(BIN)/python slides $(STUDY)
 	@echo "Figures and tables: figures/$(NAME)/"
 
 slides: install
-	@$(BIN)/python -m vitlab.deck $(STUDY) $(ARGS)
+	@$(BIN)/python slides $(STUDY) $(ARGS)
 
 html: install
 	@[ -d "$(DATA)/runs/$(NAME)/notebooks" ] || { echo "No executed notebooks: make study STUDY=$(STUDY)"; exit 1; }
@@ -65,7 +65,7 @@ html: install
 	@echo "Pages: $(DATA)/runs/$(NAME)/notebooks/*.html and $(DATA)/runs/$(NAME)/*/seed*/notebooks/*.html"
 
 readme: install
-	@$(BIN)/python -m vitlab.findings README.md docs/results.md
+	@$(BIN)/python slides/pages.py README.md docs/results.md
 
 test: install
 	@echo "Running the tests (make test-long: those too that take minutes)."

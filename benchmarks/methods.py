@@ -7,6 +7,7 @@ import gc
 import io
 import multiprocessing
 import random
+import sys
 import tempfile
 import time
 from functools import partial
@@ -25,7 +26,6 @@ from vitlab import (
     cost,
     data,
     evaluate,
-    explore,
     lowrank,
     masks,
     models,
@@ -237,6 +237,9 @@ def bare_loop(model, split, batch, fused=True):
 def moves(rounds):
     """Moves of the explorer's widgets on the demo's models, of random weights: seconds from a new value until picture
     and tables are ready to be sent, what the browser takes left out. Three moves of each widget a round."""
+    sys.path.insert(0, str(record.repository() / "notebooks"))  # the explorer lies beside its notebook
+    from explore import Explorer
+
     rows = []
     for name in ("vit", "swin"):
         with tempfile.TemporaryDirectory() as root, mock.patch.dict("os.environ", VITLAB_DATA=root):
@@ -244,7 +247,7 @@ def moves(rounds):
             torch.manual_seed(0)
             model = models.create(**lab.model, num_classes=10, image_size=32)
             checkpoint.save(model, lab.path("dense"))
-            explorer, images = explore.Explorer(lab), images_of(model, 64)
+            explorer, images = Explorer(lab), images_of(model, 64)
         gc.collect()
         gc.freeze()  # as Explorer.show does
         calls = {"forward, 64 images": partial(model.eval(), images)}

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import published
+from published import SOLVED, TRAINED, Absent, model_name, number, share, signed
 
-from vitlab import plots, published, record
-from vitlab.published import SOLVED, TRAINED, Absent, model_name, number, share, signed
+from vitlab import plots, record
 
 MOST = 8  # lines of a slide's table
 WHAT = {"unstructured": "weights", "structured": "rows"}

@@ -10,7 +10,8 @@ from timm.layers import set_fused_attn
 
 from vitlab import models, record
 
-sys.path.insert(0, str(record.repository() / "slides"))  # as `python slides` does
+for folder in ("notebooks", "slides"):  # where a notebook's kernel and `python slides` find their modules
+    sys.path.insert(0, str(record.repository() / folder))
 os.environ["VITLAB_HEADLESS"] = "1"
 torch.set_num_threads(1)
 set_fused_attn(False)  # on a CPU torch's counter cannot see inside the fused kernel

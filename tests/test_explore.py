@@ -12,12 +12,13 @@ import sys
 import time
 import urllib.request
 
+import explore
 import numpy as np
 import pytest
 import torch
 from conftest import toy
 
-from vitlab import budget, checkpoint, cost, data, evaluate, explore, masks, models, record, run, scores, shrink
+from vitlab import budget, checkpoint, cost, data, evaluate, masks, models, record, run, scores, shrink
 
 
 def toy_images():

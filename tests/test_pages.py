@@ -4,11 +4,13 @@ import re
 import shutil
 
 import numpy as np
+import pages
 import pandas as pd
+import published
 import pytest
 from invented import COMMITTED, FIGURES, invent
 
-from vitlab import pages, published, record
+from vitlab import record
 
 
 @pytest.fixture(scope="module")

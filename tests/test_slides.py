@@ -13,11 +13,12 @@ import deck
 import findings
 import numpy as np
 import pandas as pd
+import published
 import pytest
 from invented import ALONE, COMMITTED, invent
 from PIL import Image
 
-from vitlab import published, record
+from vitlab import record
 
 pptx = pytest.importorskip("pptx")
 

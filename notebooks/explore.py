@@ -29,19 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from . import (
-    budget,
-    checkpoint,
-    cost,
-    data,
-    evaluate,
-    masks,
-    models,
-    plots,
-    prune,
-    record,
-    scores,
-)
+from vitlab import budget, checkpoint, cost, data, evaluate, masks, models, plots, prune, record, scores
 
 _FORMAT = 2  # of saved scores: another one where their meaning changes
 _WEIGHTS = ("taylor", "fisher", "obd", "gradient", "snip", "magnitude", "random")

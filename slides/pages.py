@@ -1,6 +1,6 @@
 """Write results of studies into README.md and other pages, between their marks. No torch.
 
-`python -m vitlab pages README.md` writes what the tables of figures/ say after `<!-- results -->` and
+`python slides/pages.py README.md` writes what the tables of figures/ say after `<!-- results -->` and
 `<!-- results of STUDY -->`, up to `<!-- /results -->`.
 
 Public: fill, main, results.
@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import published
 
-from vitlab import plots, published, record
+from vitlab import plots, record
 
 STUDIES = ("cifar10-small", "caltech101-small")  # of the front page
 LABELS = {  # method and form: what was done, in the order of a table
@@ -379,13 +380,17 @@ def fill(text, *, page):
 
 def main(arguments=None):
     """Write results into the pages that the command line names; return its exit status."""
-    parser = argparse.ArgumentParser("python -m vitlab pages", description="Write results of studies into pages.")
+    parser = argparse.ArgumentParser("python slides/pages.py", description="Write results of studies into pages.")
     parser.add_argument("pages", nargs="+", type=Path, help="pages in Markdown with marks, such as README.md")
     for page in parser.parse_args(arguments).pages:
         try:
             text = fill(page.read_text(), page=page.resolve().parent)
         except FileNotFoundError as error:
-            print(f"vitlab pages: {error}", file=sys.stderr)
+            print(f"pages: {error}", file=sys.stderr)
             return 1
         record.write_atomic(page, text)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
