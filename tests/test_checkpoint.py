@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, what is broken is refused, a killed save loses nothing."""
+"""Checkpoints come back as saved; broken ones are refused; a killed save loses nothing."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from vitlab import checkpoint, cost, masks, models, prune, record, shrink
 
 
 def cut(model):
-    """Model without one head and 15 neurons of its first block."""
+    """Return model without one head and 15 neurons of its first block."""
     block = models.view(model).blocks[0].name
     return shrink.remove(model, {(block, "heads"): [1], (block, "neurons"): list(range(0, 30, 2))})
 
 
-def rows_gone(model):
-    """Model without three rows of its last qkv, then thinned."""
+def without_rows(model):
+    """Return model without three rows of its last qkv, then factored."""
     name = list(models.view(model).linears(["qkv"]))[-1]
     return factored(shrink.remove(model, {(name, "rows"): [0, 5, 7]}))
 
@@ -42,37 +42,39 @@ def sparse(support):
 CHANGES = {
     "dense": lambda model: model,
     "cut": cut,
-    "rows": rows_gone,
+    "rows": without_rows,
     "factored": factored,
     "cut and factored": lambda model: factored(cut(model)),
     **{f"low rank and {support}": sparse(support) for support in ("entries", "rows", "columns")},
 }
 
 
-def rewritten(folder, record):
+def rewrite(folder, record):
     (folder / checkpoint.RECORD).write_text(json.dumps(record))
 
 
-def signed(folder, record):
-    """Rewrite the record in folder and its hash, as only one who means to can."""
+def rewrite_with_new_hash(folder, record):
+    """Rewrite the record in folder with a new hash, as can only be done on purpose."""
     own = "record" if record["format"] == checkpoint._FORMAT else "architecture"
     files = {name: each for name, each in record["sha256"].items() if name.endswith(".safetensors")}
     record = record | {"sha256": files}
-    rewritten(folder, record | {"sha256": files | {own: checkpoint._own_hash(record)}})
+    rewrite(folder, record | {"sha256": files | {own: checkpoint._own_hash(record)}})
 
 
-def older(folder, written):
-    """Rewrite the record in folder as that older format had it."""
+def rewrite_in_older_format(folder, written):
+    """Rewrite the record in folder in an older format."""
     record = checkpoint.read(folder)
-    signed(
+    rewrite_with_new_hash(
         folder,
         {k: v for k, v in record.items() if k != "packed" or written > 1} | {"format": written},
     )
 
 
 def same(one, other):
-    own, its = one.state_dict(), other.state_dict()
-    return own.keys() == its.keys() and all(torch.equal(own[name], its[name]) for name in own)
+    first, second = one.state_dict(), other.state_dict()
+    if first.keys() != second.keys():
+        return False
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -147,7 +149,7 @@ def test_a_fresh_process_loads_it(swin, batch, tmp_path):
 
 
 def test_saving_and_loading_leave_the_random_numbers_alone(vit, tmp_path):
-    vit = rows_gone(vit)
+    vit = without_rows(vit)
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -226,11 +228,10 @@ def test_weights_and_masks_come_back_whether_applied_or_not(
     if dtype is not None:
         model = model.to(dtype).float()
     record = checkpoint.save(model, tmp_path, masks=keep, dtype=dtype)
-    back, found = checkpoint.load(tmp_path), checkpoint.load_masks(tmp_path)
+    back, loaded = checkpoint.load(tmp_path), checkpoint.load_masks(tmp_path)
     assert same(model, back) and torch.equal(model(batch[0]), back(batch[0]))
-    assert found.keys() == keep.keys() and all(
-        torch.equal(found[name], keep[name]) for name in keep
-    )
+    assert loaded.keys() == keep.keys()
+    assert all(torch.equal(loaded[name], keep[name]) for name in keep)
     if applied:  # what is packed holds its mask, and is not stored twice
         apart = tmp_path / "masks.safetensors"
         assert not set(record["packed"]) & set(
@@ -267,7 +268,7 @@ def test_checkpoints_of_older_formats_are_read(vit, written, tmp_path):
         for buffer in vit.buffers():
             buffer.add_(1)  # without zeros
     checkpoint.save(vit, tmp_path, masks=masks, extra={"top1": 9})
-    older(tmp_path, written)
+    rewrite_in_older_format(tmp_path, written)
     assert same(vit, checkpoint.load(tmp_path)) and checkpoint.read(tmp_path)["extra"] == {
         "top1": 9
     }
@@ -294,7 +295,7 @@ def test_bits_that_do_not_belong_to_their_record(vit, shape, reason, tmp_path):
         vit.head.weight.zero_()
     record = checkpoint.save(vit, tmp_path)
     assert record["packed"]["head.weight"] == [3, 32]
-    signed(tmp_path, record | {"packed": record["packed"] | {"head.weight": shape}})
+    rewrite_with_new_hash(tmp_path, record | {"packed": record["packed"] | {"head.weight": shape}})
     with pytest.raises(ValueError, match=reason):
         checkpoint.load(tmp_path)
 
@@ -336,14 +337,14 @@ def test_altered_tensors(vit, change, tmp_path):
 def test_an_altered_architecture(vit, tmp_path):
     record = checkpoint.save(vit, tmp_path)
     options = record["recipe"]["options"] | {"num_heads": 2}  # every tensor would fit
-    rewritten(tmp_path, record | {"recipe": record["recipe"] | {"options": options}})
+    rewrite(tmp_path, record | {"recipe": record["recipe"] | {"options": options}})
     with pytest.raises(
         ValueError, match="model.json was altered after saving: what it says is not"
     ):
         checkpoint.load(tmp_path)
 
 
-def lacks(name):
+def without(name):
     return lambda record: {key: value for key, value in record.items() if key != name}
 
 
@@ -359,7 +360,7 @@ def hashes(**change):
     return altered
 
 
-TAMPERED = {  # what was altered: the record that comes of it, and the reason for which it is refused
+TAMPERED = {  # {what was altered: (the altered record, the reason for which it is refused)}
     "the result": (lambda r: r | {"extra": {"top1": 99.0}}, "was altered after saving"),
     "the version": (lambda r: r | {"vitlab": "9"}, "was altered after saving"),
     "the structure": (
@@ -403,7 +404,7 @@ TAMPERED = {  # what was altered: the record that comes of it, and the reason fo
         r"packed has \[-3, 7\] as the shape of w",
     ),
     **{
-        f"no {name}": (lacks(name), f"{name} is missing")
+        f"no {name}": (without(name), f"{name} is missing")
         for name in checkpoint._FIELDS
         if name != "format"
     },
@@ -414,7 +415,7 @@ TAMPERED = {  # what was altered: the record that comes of it, and the reason fo
 def test_an_altered_record_is_refused_with_the_reason(vit, change, tmp_path):
     keep = {"apart": torch.rand(3, 7) < 0.5, "head.weight": torch.rand(3, 32) < 0.5}
     alter, reason = TAMPERED[change]
-    rewritten(tmp_path, alter(checkpoint.save(vit, tmp_path, masks=keep, extra={"top1": 84.25})))
+    rewrite(tmp_path, alter(checkpoint.save(vit, tmp_path, masks=keep, extra={"top1": 84.25})))
     for call in (checkpoint.read, checkpoint.load, checkpoint.load_masks):
         with pytest.raises(ValueError, match=f"model.json .*{reason}"):
             call(tmp_path)
@@ -429,12 +430,14 @@ def test_doubled_weights_without_their_hash(vit, tmp_path):
     with pytest.raises(ValueError, match="model.safetensors is not the file"):
         checkpoint.load(tmp_path)
     record["sha256"]["model.safetensors"] = None
-    signed(tmp_path, record)
+    rewrite_with_new_hash(tmp_path, record)
     with pytest.raises(ValueError, match="model.safetensors is not the file"):
         checkpoint.load(tmp_path)
     for written in (1, 2, 3):
         del record["sha256"]["model.safetensors"]
-        signed(tmp_path, lacks("packed" if written == 1 else "")(record) | {"format": written})
+        rewrite_with_new_hash(
+            tmp_path, without("packed" if written == 1 else "")(record) | {"format": written}
+        )
         with pytest.raises(
             ValueError, match="sha256 has an entry too many or too few: model.safetensors"
         ):
@@ -445,14 +448,14 @@ def test_doubled_weights_without_their_hash(vit, tmp_path):
 @pytest.mark.parametrize("written", [1, 2])
 def test_what_older_formats_know_of_their_record(vit, written, tmp_path):
     checkpoint.save(vit, tmp_path)
-    older(tmp_path, written)
+    rewrite_in_older_format(tmp_path, written)
     record = json.loads((tmp_path / "model.json").read_text())
-    rewritten(tmp_path, record | {"recipe": record["recipe"] | {"num_classes": 4}})
+    rewrite(tmp_path, record | {"recipe": record["recipe"] | {"num_classes": 4}})
     with pytest.raises(
         ValueError, match="was altered after saving: recipe or structure are not what was saved"
     ):
         checkpoint.load(tmp_path)
-    rewritten(tmp_path, record | {"masks": {"no.such": [3]}})
+    rewrite(tmp_path, record | {"masks": {"no.such": [3]}})
     with pytest.raises(
         ValueError, match="the masks in .*model.json are in no file beside it: no.such"
     ):
@@ -467,7 +470,7 @@ def test_any_json_can_be_the_callers_own(vit, tmp_path):
 
 def test_another_format(vit, tmp_path):
     checkpoint.save(vit, tmp_path)
-    signed(tmp_path, checkpoint.read(tmp_path) | {"format": 99})
+    rewrite_with_new_hash(tmp_path, checkpoint.read(tmp_path) | {"format": 99})
     with pytest.raises(ValueError, match="has format 99, this vitlab .* reads up to format 3"):
         checkpoint.load(tmp_path)
 
@@ -488,7 +491,7 @@ def test_tensors_of_another_architecture(vit, swin, tmp_path):
     os.replace(tmp_path / "swin" / "model.safetensors", tmp_path / "vit" / "model.safetensors")
     record = json.loads((tmp_path / "vit" / "model.json").read_text())
     digest = hashlib.sha256((tmp_path / "vit" / "model.safetensors").read_bytes()).hexdigest()
-    signed(tmp_path / "vit", record | {"sha256": {"model.safetensors": digest}})
+    rewrite_with_new_hash(tmp_path / "vit", record | {"sha256": {"model.safetensors": digest}})
     with pytest.raises(
         ValueError, match=r"another architecture than its record: pos_embed is \[1, 16, 32\] by the"
     ):
@@ -503,7 +506,7 @@ def test_a_model_of_unknown_making(tmp_path):
 # --- saves that do not end
 
 
-def files_of(folder):
+def read_files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -511,7 +514,7 @@ def files_of(folder):
 def test_a_save_that_fails_leaves_the_old_checkpoint(vit, swin, at, tmp_path, monkeypatch):
     masks = {"head.weight": torch.ones(3, 32, dtype=torch.bool)}
     checkpoint.save(vit, tmp_path, masks=masks)
-    before, write, calls = files_of(tmp_path), Path.write_bytes, []
+    before, write, calls = read_files(tmp_path), Path.write_bytes, []
 
     def full(path, data):
         calls.append(path)
@@ -523,7 +526,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(vit, swin, at, tmp_path, mo
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(swin, tmp_path, masks=masks)
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -589,7 +592,7 @@ def test_a_folder_that_is_a_file(vit, tmp_path):
 
 def test_no_permission_to_write(vit, tmp_path, monkeypatch):
     checkpoint.save(vit, tmp_path)
-    before = files_of(tmp_path)
+    before = read_files(tmp_path)
 
     def refused(path, data):  # root may write anywhere, so permission bits would not do
         raise PermissionError(13, "Permission denied", str(path))
@@ -599,4 +602,4 @@ def test_no_permission_to_write(vit, tmp_path, monkeypatch):
         PermissionError, match=r"cannot write the checkpoint folder .*Permission denied.*choose"
     ):
         checkpoint.save(vit, tmp_path)
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before

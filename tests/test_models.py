@@ -1,4 +1,4 @@
-"""models: names, weights, the view."""
+"""Models by name, their weights, and the view of them."""
 
 import pytest
 import torch
@@ -112,11 +112,11 @@ def test_local_weights_move_to_another_size_and_other_classes(name, tmp_path):
     save_file(small.state_dict(), tmp_path / "model.safetensors")
     with pytest.warns(UserWarning, match="the head is left out and starts new with 5 classes"):
         large = models.create(name, num_classes=5, image_size=64, patch_size=8, weights=tmp_path)
-    own, new = small.state_dict(), large.state_dict()
+    old, new = small.state_dict(), large.state_dict()
     heads = models.classifier_names(large)
-    for key in own:
+    for key in old:
         if key.rsplit(".", 1)[0] not in heads:
-            assert torch.equal(own[key], new[key]), key
+            assert torch.equal(old[key], new[key]), key
     assert large(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
     with pytest.warns(UserWarning, match="starts new with 0 classes"):
         models.create(name, num_classes=0, image_size=32, weights=tmp_path)  # features alone
@@ -144,7 +144,7 @@ def test_timm_weights_of_a_file_load_into_another_number_of_classes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         (
             "conv_vit",
@@ -167,8 +167,8 @@ def test_timm_weights_of_a_file_load_into_another_number_of_classes(tmp_path):
         ),
     ],
 )
-def test_options_that_cannot_be_are_named(name, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_options_that_cannot_be_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
         models.create(name, num_classes=2, **options)
 
 

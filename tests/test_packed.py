@@ -1,4 +1,4 @@
-"""Packed tensors: what comes back is what went in, and nothing is packed that would not become smaller."""
+"""Packed tensors come back as they were, and only what becomes smaller is packed."""
 
 import pytest
 import torch

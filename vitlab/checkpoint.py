@@ -272,8 +272,8 @@ def load(folder, *, device="cpu"):
         tensors = _stored(folder, record)
         _check_sizes(record["recipe"], tensors)
         model = _built(record)
-    own = model.state_dict()
-    expected = {name: list(tensor.shape) for name, tensor in own.items()}
+    empty = model.state_dict()
+    expected = {name: list(tensor.shape) for name, tensor in empty.items()}
     stored = {name: list(tensor.shape) for name, tensor in tensors.items()}
     wrong = [name for name in expected | stored if expected.get(name) != stored.get(name)]
     if wrong:
@@ -284,7 +284,7 @@ def load(folder, *, device="cpu"):
             f"{WEIGHTS} ({len(wrong)} tensors differ)"
         )
     # Copies: the tensors are the file itself, which may change.
-    tensors = {name: tensor.to(own[name].dtype, copy=True) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(empty[name].dtype, copy=True) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model.to(device).eval()
 

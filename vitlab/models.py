@@ -144,18 +144,18 @@ SMALL = {
 }
 
 
-def nearest(name, known):
-    """Return words for an error: ', did you mean X?' with the nearest of known, or '.' for none."""
-    close = difflib.get_close_matches(str(name), map(str, known), n=1)
+def nearest(name, allowed):
+    """Return ', did you mean X?' for an error, X the nearest of allowed names, or '.' for none."""
+    close = difflib.get_close_matches(str(name), map(str, allowed), n=1)
     return f", did you mean {close[0]!r}?" if close else "."
 
 
-def _check_known(names, known, noun):
+def _check_known(names, allowed, noun):
     """Raise ValueError, with the nearest known name, for the first of names that is not known."""
     for name in names:
-        if name not in known:
-            hint = nearest(name, known)
-            raise ValueError(f"unknown {noun} {name!r}{hint} Known are {', '.join(known)}.")
+        if name not in allowed:
+            hint = nearest(name, allowed)
+            raise ValueError(f"unknown {noun} {name!r}{hint} Known are {', '.join(allowed)}.")
 
 
 def _look_up(things, name, noun):
@@ -227,11 +227,11 @@ def _what_is_wrong(name, options, reason):
     classes = {family.__name__: family for family in FAMILIES}
     if not match or match[1] not in classes:
         return f"{name} cannot be built with {options}: {reason}"
-    known = [*inspect.signature(classes[match[1]]).parameters, "pretrained", "weights"]
+    allowed = [*inspect.signature(classes[match[1]]).parameters, "pretrained", "weights"]
     if name in SMALL:
-        known.append("stem_widths")
-    hint = nearest(match[2], known)
-    return f"unknown option {match[2]!r} of {name}{hint} Options are {', '.join(known)}."
+        allowed.append("stem_widths")
+    hint = nearest(match[2], allowed)
+    return f"unknown option {match[2]!r} of {name}{hint} Options are {', '.join(allowed)}."
 
 
 def load_weights(model, path):
@@ -247,12 +247,12 @@ def load_weights(model, path):
             f"no weights at {path}; give a .safetensors or .pth file or a checkpoint folder"
         )
     state = _adapted(model, _stored_weights(path))
-    own = model.state_dict()
-    fitting = {k: t for k, t in state.items() if k in own and own[k].shape == t.shape}
+    expected = model.state_dict()
+    fitting = {k: t for k, t in state.items() if k in expected and expected[k].shape == t.shape}
     # Of a model without classes: the names that timm's files give to a head.
     names = classifier_names(model) or ["head", "head.fc", "head_dist"]
     heads = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
-    missing = [key for key in own if key not in state and key not in heads]
+    missing = [key for key in expected if key not in state and key not in heads]
     wrong = [key for key in state if key not in fitting and key not in heads]
     if missing or wrong:
         recipe = getattr(model, "recipe", "")
