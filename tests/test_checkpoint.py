@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, what is broken is refused, a killed save loses nothing."""
+"""Checkpoints come back as saved; broken ones are refused; a killed save loses nothing."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from vitlab import checkpoint, cost, masks, models, prune, record, shrink
 
 
 def cut(model):
-    """Model without one head and 15 neurons of its first block."""
+    """Return model without one head and 15 neurons of its first block."""
     block = models.view(model).blocks[0].name
     return shrink.remove(model, {(block, "heads"): [1], (block, "neurons"): list(range(0, 30, 2))})
 
 
-def rows_gone(model):
-    """Model without three rows of its last qkv, then thinned."""
+def without_rows(model):
+    """Return model without three rows of its last qkv, then factored."""
     name = list(models.view(model).linears(["qkv"]))[-1]
     return factored(shrink.remove(model, {(name, "rows"): [0, 5, 7]}))
 
@@ -42,34 +42,39 @@ def sparse(support):
 CHANGES = {
     "dense": lambda model: model,
     "cut": cut,
-    "rows": rows_gone,
+    "rows": without_rows,
     "factored": factored,
     "cut and factored": lambda model: factored(cut(model)),
     **{f"low rank and {support}": sparse(support) for support in ("entries", "rows", "columns")},
 }
 
 
-def rewritten(folder, record):
+def rewrite(folder, record):
     (folder / checkpoint.RECORD).write_text(json.dumps(record))
 
 
-def signed(folder, record):
-    """Rewrite the record in folder and its hash, as only one who means to can."""
-    own = "record" if record["format"] == checkpoint.FORMAT else "architecture"
+def rewrite_with_new_hash(folder, record):
+    """Rewrite the record in folder with a new hash, as can only be done on purpose."""
+    own = "record" if record["format"] == checkpoint._FORMAT else "architecture"
     files = {name: each for name, each in record["sha256"].items() if name.endswith(".safetensors")}
     record = record | {"sha256": files}
-    rewritten(folder, record | {"sha256": files | {own: checkpoint._own_hash(record)}})
+    rewrite(folder, record | {"sha256": files | {own: checkpoint._own_hash(record)}})
 
 
-def older(folder, written):
-    """Rewrite the record in folder as that older format had it."""
+def rewrite_in_older_format(folder, written):
+    """Rewrite the record in folder in an older format."""
     record = checkpoint.read(folder)
-    signed(folder, {k: v for k, v in record.items() if k != "packed" or written > 1} | {"format": written})
+    rewrite_with_new_hash(
+        folder,
+        {k: v for k, v in record.items() if k != "packed" or written > 1} | {"format": written},
+    )
 
 
 def same(one, other):
-    own, its = one.state_dict(), other.state_dict()
-    return own.keys() == its.keys() and all(torch.equal(own[name], its[name]) for name in own)
+    first, second = one.state_dict(), other.state_dict()
+    if first.keys() != second.keys():
+        return False
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -86,7 +91,11 @@ def test_a_model_comes_back_bit_by_bit(model, batch, change, tmp_path):
 
 def test_every_architecture_comes_back_cut_and_whole(any_model, batch, tmp_path):
     block = models.view(any_model).blocks[-1]
-    cut = {("stages.0", "width"): [1], (block.name, "heads"): [0], (block.name, "neurons"): range(block.neurons)}
+    cut = {
+        ("stages.0", "width"): [1],
+        (block.name, "heads"): [0],
+        (block.name, "neurons"): range(block.neurons),
+    }
     for name, model in {"whole": any_model, "cut": shrink.remove(any_model, cut)}.items():
         checkpoint.save(model, tmp_path / name)
         assert torch.equal(checkpoint.load(tmp_path / name)(batch[0]), model(batch[0]))
@@ -94,7 +103,11 @@ def test_every_architecture_comes_back_cut_and_whole(any_model, batch, tmp_path)
 
 def test_a_real_swin_comes_back_with_its_window_masks(tmp_path):
     model = models.create(
-        "swin_tiny_patch4_window7_224", num_classes=3, image_size=64, depths=(1, 2, 1, 1), embed_dim=48
+        "swin_tiny_patch4_window7_224",
+        num_classes=3,
+        image_size=64,
+        depths=(1, 2, 1, 1),
+        embed_dim=48,
     ).eval()
     checkpoint.save(model, tmp_path)
     back, x = checkpoint.load(tmp_path), torch.randn(2, 3, 64, 64)
@@ -130,11 +143,13 @@ def test_a_fresh_process_loads_it(swin, batch, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     y = torch.load(tmp_path / "y.pt", weights_only=True)
-    assert torch.allclose(y, swin(batch[0]), atol=1e-5)  # another number of threads may add in another order
+    assert torch.allclose(
+        y, swin(batch[0]), atol=1e-5
+    )  # another number of threads may add in another order
 
 
 def test_saving_and_loading_leave_the_random_numbers_alone(vit, tmp_path):
-    vit = rows_gone(vit)
+    vit = without_rows(vit)
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -158,11 +173,19 @@ def test_weights_in_half_precision(model, tmp_path):
     checkpoint.save(model, tmp_path / "full")
     stored = safetensors.torch.load_file(tmp_path / "half" / "model.safetensors")
     own = model.state_dict()
-    assert all(stored[name].dtype == (torch.float16 if t.is_floating_point() else t.dtype) for name, t in own.items())
+    assert all(
+        stored[name].dtype == (torch.float16 if t.is_floating_point() else t.dtype)
+        for name, t in own.items()
+    )
     back = checkpoint.load(tmp_path / "half")
     assert all(t.dtype == own[name].dtype for name, t in back.state_dict().items())
-    assert all(torch.equal(t, own[name].to(stored[name].dtype).to(t.dtype)) for name, t in back.state_dict().items())
-    assert cost.bytes_disk(back, folder=tmp_path / "half") < 0.65 * cost.bytes_disk(model, folder=tmp_path / "full")
+    assert all(
+        torch.equal(t, own[name].to(stored[name].dtype).to(t.dtype))
+        for name, t in back.state_dict().items()
+    )
+    assert cost.bytes_disk(back, folder=tmp_path / "half") < 0.65 * cost.bytes_disk(
+        model, folder=tmp_path / "full"
+    )
 
 
 def test_half_precision_that_does_not_hold_a_value(vit, tmp_path):
@@ -179,7 +202,10 @@ def test_masks_come_back_exactly(vit, shapes, tmp_path):
     checkpoint.save(vit, tmp_path, masks=masks)
     back = checkpoint.load_masks(tmp_path)
     assert back.keys() == masks.keys()
-    assert all(back[name].dtype == torch.bool and torch.equal(back[name], mask) for name, mask in masks.items())
+    assert all(
+        back[name].dtype == torch.bool and torch.equal(back[name], mask)
+        for name, mask in masks.items()
+    )
     checkpoint.save(vit, tmp_path)  # the next save without masks leaves none behind
     assert checkpoint.load_masks(tmp_path) == {} and not (tmp_path / "masks.safetensors").exists()
 
@@ -187,23 +213,30 @@ def test_masks_come_back_exactly(vit, shapes, tmp_path):
 @pytest.mark.parametrize("applied", [True, False])
 @pytest.mark.parametrize("sparsity", [0.9, 0.5, 0.01])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_weights_and_masks_come_back_whether_applied_or_not(model, batch, applied, sparsity, dtype, tmp_path):
+def test_weights_and_masks_come_back_whether_applied_or_not(
+    model, batch, applied, sparsity, dtype, tmp_path
+):
     weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
     keep = masks.keep_largest({name: p.abs() for name, p in weights.items()}, sparsity=sparsity)
     kept = next(name for name, mask in keep.items() if 0 < mask.sum() < mask.numel())
     if applied:
         prune.apply(model, keep)
         with torch.no_grad():
-            weights[kept].masked_fill_(weights[kept] == weights[kept][keep[kept]][0], 0)  # zero, and in its mask
+            weights[kept].masked_fill_(
+                weights[kept] == weights[kept][keep[kept]][0], 0
+            )  # zero, and in its mask
     if dtype is not None:
         model = model.to(dtype).float()
     record = checkpoint.save(model, tmp_path, masks=keep, dtype=dtype)
-    back, found = checkpoint.load(tmp_path), checkpoint.load_masks(tmp_path)
+    back, loaded = checkpoint.load(tmp_path), checkpoint.load_masks(tmp_path)
     assert same(model, back) and torch.equal(model(batch[0]), back(batch[0]))
-    assert found.keys() == keep.keys() and all(torch.equal(found[name], keep[name]) for name in keep)
+    assert loaded.keys() == keep.keys()
+    assert all(torch.equal(loaded[name], keep[name]) for name in keep)
     if applied:  # what is packed holds its mask, and is not stored twice
         apart = tmp_path / "masks.safetensors"
-        assert not set(record["packed"]) & set(safetensors.torch.load_file(apart) if apart.exists() else {})
+        assert not set(record["packed"]) & set(
+            safetensors.torch.load_file(apart) if apart.exists() else {}
+        )
         assert record["packed"] or sparsity == 0.01
 
 
@@ -216,7 +249,9 @@ def test_ninety_percent_zeros_take_at_most_fourteen_percent_of_the_bytes(tmp_pat
     prune.apply(model, keep)
     checkpoint.save(model, tmp_path / "masked", masks=keep)
     files = sum(path.stat().st_size for path in (tmp_path / "masked").glob("*.safetensors"))
-    rest = 4 * sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in keep)
+    rest = 4 * sum(
+        tensor.numel() for name, tensor in model.state_dict().items() if name not in keep
+    )
     assert files - rest < 0.135 * (dense - rest)  # 0.1 of the values and a 32nd for the bits
     assert files == cost.bytes_disk(model, folder=tmp_path / "masked") == cost.bytes_disk(model)
     checkpoint.save(model, tmp_path / "half", masks=keep, dtype=torch.float16)
@@ -233,8 +268,10 @@ def test_checkpoints_of_older_formats_are_read(vit, written, tmp_path):
         for buffer in vit.buffers():
             buffer.add_(1)  # without zeros
     checkpoint.save(vit, tmp_path, masks=masks, extra={"top1": 9})
-    older(tmp_path, written)
-    assert same(vit, checkpoint.load(tmp_path)) and checkpoint.read(tmp_path)["extra"] == {"top1": 9}
+    rewrite_in_older_format(tmp_path, written)
+    assert same(vit, checkpoint.load(tmp_path)) and checkpoint.read(tmp_path)["extra"] == {
+        "top1": 9
+    }
     assert torch.equal(checkpoint.load_masks(tmp_path)["apart"], masks["apart"])
 
 
@@ -248,14 +285,17 @@ def test_the_committed_checkpoints_are_read(folder):
 
 @pytest.mark.parametrize(
     "shape, reason",
-    [([3, 64], r"needs 24 bytes of bits; got 12"), ([4, 24], r"head.weight is \[3, 32\] by the record and \[4, 24\]")],
+    [
+        ([3, 64], r"needs 24 bytes of bits; got 12"),
+        ([4, 24], r"head.weight is \[3, 32\] by the record and \[4, 24\]"),
+    ],
 )
 def test_bits_that_do_not_belong_to_their_record(vit, shape, reason, tmp_path):
     with torch.no_grad():
         vit.head.weight.zero_()
     record = checkpoint.save(vit, tmp_path)
     assert record["packed"]["head.weight"] == [3, 32]
-    signed(tmp_path, record | {"packed": record["packed"] | {"head.weight": shape}})
+    rewrite_with_new_hash(tmp_path, record | {"packed": record["packed"] | {"head.weight": shape}})
     with pytest.raises(ValueError, match=reason):
         checkpoint.load(tmp_path)
 
@@ -280,25 +320,31 @@ def test_missing_files(vit, missing, tmp_path):
         checkpoint.load(tmp_path / "here")
 
 
-@pytest.mark.parametrize("change", [lambda data: data[:-40], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-40], lambda data: data[:-1] + bytes([data[-1] ^ 1])]
+)
 def test_altered_tensors(vit, change, tmp_path):
     checkpoint.save(vit, tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(change(path.read_bytes()))
     for call in (checkpoint.load, checkpoint.read):
-        with pytest.raises(ValueError, match=r"model.safetensors is not the file .* altered or cut short"):
+        with pytest.raises(
+            ValueError, match=r"model.safetensors is not the file .* altered or cut short"
+        ):
             call(tmp_path)
 
 
 def test_an_altered_architecture(vit, tmp_path):
     record = checkpoint.save(vit, tmp_path)
     options = record["recipe"]["options"] | {"num_heads": 2}  # every tensor would fit
-    rewritten(tmp_path, record | {"recipe": record["recipe"] | {"options": options}})
-    with pytest.raises(ValueError, match="model.json was altered after saving: what it says is not"):
+    rewrite(tmp_path, record | {"recipe": record["recipe"] | {"options": options}})
+    with pytest.raises(
+        ValueError, match="model.json was altered after saving: what it says is not"
+    ):
         checkpoint.load(tmp_path)
 
 
-def lacks(name):
+def without(name):
     return lambda record: {key: value for key, value in record.items() if key != name}
 
 
@@ -307,34 +353,61 @@ def hashes(**change):
 
     def altered(record):
         found = record["sha256"] | {name.replace("_", "."): value for name, value in change.items()}
-        return record | {"sha256": {name: value for name, value in found.items() if value is not None}}
+        return record | {
+            "sha256": {name: value for name, value in found.items() if value is not None}
+        }
 
     return altered
 
 
-TAMPERED = {  # what was altered: the record that comes of it, and the reason for which it is refused
+TAMPERED = {  # {what was altered: (the altered record, the reason for which it is refused)}
     "the result": (lambda r: r | {"extra": {"top1": 99.0}}, "was altered after saving"),
     "the version": (lambda r: r | {"vitlab": "9"}, "was altered after saving"),
-    "the structure": (lambda r: r | {"structure": r["structure"] | {"skipped": ["blocks.0"]}}, "was altered after"),
-    "a mask's shape": (lambda r: r | {"masks": r["masks"] | {"apart": [7, 3]}}, "was altered after saving"),
+    "the structure": (
+        lambda r: r | {"structure": r["structure"] | {"skipped": ["blocks.0"]}},
+        "was altered after",
+    ),
+    "a mask's shape": (
+        lambda r: r | {"masks": r["masks"] | {"apart": [7, 3]}},
+        "was altered after saving",
+    ),
     "a mask less": (lambda r: r | {"masks": {"apart": [3, 7]}}, "was altered after saving"),
-    "a mask more": (lambda r: r | {"masks": r["masks"] | {"no.such": [1]}}, "was altered after saving"),
+    "a mask more": (
+        lambda r: r | {"masks": r["masks"] | {"no.such": [1]}},
+        "was altered after saving",
+    ),
     "no masks": (lambda r: r | {"masks": {}}, "was altered after saving"),
     "a packed tensor less": (lambda r: r | {"packed": {}}, "was altered after saving"),
-    "an older format": (lambda r: r | {"format": 2}, "format 2: sha256 has an entry .*: architecture, record"),
+    "an older format": (
+        lambda r: r | {"format": 2},
+        "format 2: sha256 has an entry .*: architecture, record",
+    ),
     "the oldest format": (lambda r: r | {"format": 1}, "format 1: there is no packed in it"),
     "a format that is none": (lambda r: r | {"format": 3.0}, "format is no int"),
     "a field that is none": (lambda r: r | {"mood": "good"}, "there is no mood in it"),
     "hashes as a list": (lambda r: r | {"sha256": ["a"]}, "sha256 is no dict"),
-    "no hash of the weights": (hashes(model_safetensors=None), "sha256 has an entry .*: model.safetensors"),
+    "no hash of the weights": (
+        hashes(model_safetensors=None),
+        "sha256 has an entry .*: model.safetensors",
+    ),
     "no hash of the masks": (hashes(masks_safetensors=None), "was altered after saving"),
     "no hash of the record": (hashes(record=None), "sha256 has an entry .*: record"),
     "another hash of the weights": (hashes(model_safetensors="0"), "was altered after saving"),
     "a hash of another file": (hashes(other="0"), "sha256 has an entry .*: other"),
     "masks as a list": (lambda r: r | {"masks": ["apart"]}, "masks is no dict"),
-    "a shape that is none": (lambda r: r | {"masks": {"apart": 21}}, "masks has 21 as the shape of apart"),
-    "a shape below 0": (lambda r: r | {"packed": {"w": [-3, 7]}}, r"packed has \[-3, 7\] as the shape of w"),
-    **{f"no {name}": (lacks(name), f"{name} is missing") for name in checkpoint.FIELDS if name != "format"},
+    "a shape that is none": (
+        lambda r: r | {"masks": {"apart": 21}},
+        "masks has 21 as the shape of apart",
+    ),
+    "a shape below 0": (
+        lambda r: r | {"packed": {"w": [-3, 7]}},
+        r"packed has \[-3, 7\] as the shape of w",
+    ),
+    **{
+        f"no {name}": (without(name), f"{name} is missing")
+        for name in checkpoint._FIELDS
+        if name != "format"
+    },
 }
 
 
@@ -342,7 +415,7 @@ TAMPERED = {  # what was altered: the record that comes of it, and the reason fo
 def test_an_altered_record_is_refused_with_the_reason(vit, change, tmp_path):
     keep = {"apart": torch.rand(3, 7) < 0.5, "head.weight": torch.rand(3, 32) < 0.5}
     alter, reason = TAMPERED[change]
-    rewritten(tmp_path, alter(checkpoint.save(vit, tmp_path, masks=keep, extra={"top1": 84.25})))
+    rewrite(tmp_path, alter(checkpoint.save(vit, tmp_path, masks=keep, extra={"top1": 84.25})))
     for call in (checkpoint.read, checkpoint.load, checkpoint.load_masks):
         with pytest.raises(ValueError, match=f"model.json .*{reason}"):
             call(tmp_path)
@@ -350,18 +423,24 @@ def test_an_altered_record_is_refused_with_the_reason(vit, change, tmp_path):
 
 def test_doubled_weights_without_their_hash(vit, tmp_path):
     record, path = checkpoint.save(vit, tmp_path), tmp_path / "model.safetensors"
-    doubled = {name: 2 * tensor for name, tensor in safetensors.torch.load(path.read_bytes()).items()}
+    doubled = {
+        name: 2 * tensor for name, tensor in safetensors.torch.load(path.read_bytes()).items()
+    }
     safetensors.torch.save_file(doubled, path)
     with pytest.raises(ValueError, match="model.safetensors is not the file"):
         checkpoint.load(tmp_path)
     record["sha256"]["model.safetensors"] = None
-    signed(tmp_path, record)
+    rewrite_with_new_hash(tmp_path, record)
     with pytest.raises(ValueError, match="model.safetensors is not the file"):
         checkpoint.load(tmp_path)
     for written in (1, 2, 3):
         del record["sha256"]["model.safetensors"]
-        signed(tmp_path, lacks("packed" if written == 1 else "")(record) | {"format": written})
-        with pytest.raises(ValueError, match="sha256 has an entry too many or too few: model.safetensors"):
+        rewrite_with_new_hash(
+            tmp_path, without("packed" if written == 1 else "")(record) | {"format": written}
+        )
+        with pytest.raises(
+            ValueError, match="sha256 has an entry too many or too few: model.safetensors"
+        ):
             checkpoint.load(tmp_path)
         record["sha256"]["model.safetensors"] = "0"
 
@@ -369,13 +448,17 @@ def test_doubled_weights_without_their_hash(vit, tmp_path):
 @pytest.mark.parametrize("written", [1, 2])
 def test_what_older_formats_know_of_their_record(vit, written, tmp_path):
     checkpoint.save(vit, tmp_path)
-    older(tmp_path, written)
+    rewrite_in_older_format(tmp_path, written)
     record = json.loads((tmp_path / "model.json").read_text())
-    rewritten(tmp_path, record | {"recipe": record["recipe"] | {"num_classes": 4}})
-    with pytest.raises(ValueError, match="was altered after saving: recipe or structure are not what was saved"):
+    rewrite(tmp_path, record | {"recipe": record["recipe"] | {"num_classes": 4}})
+    with pytest.raises(
+        ValueError, match="was altered after saving: recipe or structure are not what was saved"
+    ):
         checkpoint.load(tmp_path)
-    rewritten(tmp_path, record | {"masks": {"no.such": [3]}})
-    with pytest.raises(ValueError, match="the masks in .*model.json are in no file beside it: no.such"):
+    rewrite(tmp_path, record | {"masks": {"no.such": [3]}})
+    with pytest.raises(
+        ValueError, match="the masks in .*model.json are in no file beside it: no.such"
+    ):
         checkpoint.load_masks(tmp_path)
 
 
@@ -387,7 +470,7 @@ def test_any_json_can_be_the_callers_own(vit, tmp_path):
 
 def test_another_format(vit, tmp_path):
     checkpoint.save(vit, tmp_path)
-    signed(tmp_path, checkpoint.read(tmp_path) | {"format": 99})
+    rewrite_with_new_hash(tmp_path, checkpoint.read(tmp_path) | {"format": 99})
     with pytest.raises(ValueError, match="has format 99, this vitlab .* reads up to format 3"):
         checkpoint.load(tmp_path)
 
@@ -408,8 +491,10 @@ def test_tensors_of_another_architecture(vit, swin, tmp_path):
     os.replace(tmp_path / "swin" / "model.safetensors", tmp_path / "vit" / "model.safetensors")
     record = json.loads((tmp_path / "vit" / "model.json").read_text())
     digest = hashlib.sha256((tmp_path / "vit" / "model.safetensors").read_bytes()).hexdigest()
-    signed(tmp_path / "vit", record | {"sha256": {"model.safetensors": digest}})
-    with pytest.raises(ValueError, match=r"another architecture than its record: pos_embed is \[1, 16, 32\] by the"):
+    rewrite_with_new_hash(tmp_path / "vit", record | {"sha256": {"model.safetensors": digest}})
+    with pytest.raises(
+        ValueError, match=r"another architecture than its record: pos_embed is \[1, 16, 32\] by the"
+    ):
         checkpoint.load(tmp_path / "vit")
 
 
@@ -421,7 +506,7 @@ def test_a_model_of_unknown_making(tmp_path):
 # --- saves that do not end
 
 
-def files_of(folder):
+def read_files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -429,7 +514,7 @@ def files_of(folder):
 def test_a_save_that_fails_leaves_the_old_checkpoint(vit, swin, at, tmp_path, monkeypatch):
     masks = {"head.weight": torch.ones(3, 32, dtype=torch.bool)}
     checkpoint.save(vit, tmp_path, masks=masks)
-    before, write, calls = files_of(tmp_path), Path.write_bytes, []
+    before, write, calls = read_files(tmp_path), Path.write_bytes, []
 
     def full(path, data):
         calls.append(path)
@@ -441,7 +526,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(vit, swin, at, tmp_path, mo
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(swin, tmp_path, masks=masks)
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -457,7 +542,9 @@ def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(vit, swin, at, tmp_p
         return replace(*arguments)
 
     monkeypatch.setattr(os, "replace", killed)
-    monkeypatch.setattr(Path, "unlink", lambda path, **options: None)  # a killed process does not tidy up
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **options: None
+    )  # a killed process does not tidy up
     if at < 3:
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(swin, tmp_path, masks=masks)
@@ -479,8 +566,12 @@ def test_a_save_that_is_killed_after_one_that_was_killed(vit, swin, tmp_path, mo
 
     replace, write = os.replace, Path.write_bytes
     checkpoint.save(vit, tmp_path)
-    monkeypatch.setattr(os, "replace", lambda old, new: replace(old, new) if "json" in str(old) else killed())
-    with pytest.raises(KeyboardInterrupt):  # the record of the Swin is in place, its tensors are not
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: replace(old, new) if "json" in str(old) else killed()
+    )
+    with pytest.raises(
+        KeyboardInterrupt
+    ):  # the record of the Swin is in place, its tensors are not
         checkpoint.save(swin, tmp_path)
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(Path, "write_bytes", lambda path, data: (write(path, data[:9]), killed()))
@@ -492,19 +583,23 @@ def test_a_save_that_is_killed_after_one_that_was_killed(vit, swin, tmp_path, mo
 def test_a_folder_that_is_a_file(vit, tmp_path):
     (tmp_path / "taken").write_text("mine")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(OSError, match=r"cannot write the checkpoint folder .*taken.*: choose another folder"):
+        with pytest.raises(
+            OSError, match=r"cannot write the checkpoint folder .*taken.*: choose another folder"
+        ):
             checkpoint.save(vit, folder)
     assert (tmp_path / "taken").read_text() == "mine"
 
 
 def test_no_permission_to_write(vit, tmp_path, monkeypatch):
     checkpoint.save(vit, tmp_path)
-    before = files_of(tmp_path)
+    before = read_files(tmp_path)
 
     def refused(path, data):  # root may write anywhere, so permission bits would not do
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "write_bytes", refused)
-    with pytest.raises(PermissionError, match=r"cannot write the checkpoint folder .*Permission denied.*choose"):
+    with pytest.raises(
+        PermissionError, match=r"cannot write the checkpoint folder .*Permission denied.*choose"
+    ):
         checkpoint.save(vit, tmp_path)
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before

@@ -1,6 +1,7 @@
-"""Layers that a cut leaves behind: each is the dense layer of its `weight` and `bias`, at the MACs it claims."""
+"""Layers of a cut model compute the dense layer of their weight and bias, at their MACs."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ M, N = 12, 8
 
 
 def sparse(support, rank, *, bias=True):
-    """[12, 8] low rank plus 20 entries, 3 rows or 3 columns."""
+    """Return a [12, 8] layer of low rank plus 20 entries, 3 rows or 3 columns."""
     mask = torch.zeros(M, N, dtype=torch.bool)
     if support == "entries":
         mask.view(-1)[torch.randperm(M * N)[:20]] = True
@@ -28,7 +29,9 @@ def sparse(support, rank, *, bias=True):
 
 
 def factored(bias=True):
-    return layers.factored(torch.randn(M, 3), torch.randn(3, N), bias=torch.randn(M) if bias else None)
+    return layers.factored(
+        torch.randn(M, 3), torch.randn(3, N), bias=torch.randn(M) if bias else None
+    )
 
 
 def some_rows(kept):
@@ -43,15 +46,11 @@ KINDS = {
     "rows without bias": lambda: layers.RowLinear(N, M, rows=[0, 3, 10], bias=False),
     "rows of factored": lambda: some_rows(factored()),
     "rows of rows": lambda: some_rows(layers.RowLinear(N, M, rows=[2, 5])),
-    **{
-        f"{support}, rank {rank}{'' if bias else ', without bias'}": lambda a=(support, rank), b=bias: sparse(
-            *a, bias=b
-        )
-        for support in layers.SUPPORTS
-        for rank in (0, 2)
-        for bias in (True, False)
-    },
 }
+for support in layers.SUPPORTS:
+    for rank in (0, 2):
+        KINDS[f"{support}, rank {rank}"] = partial(sparse, support, rank)
+        KINDS[f"{support}, rank {rank}, without bias"] = partial(sparse, support, rank, bias=False)
 
 
 @pytest.fixture(params=KINDS)
@@ -70,17 +69,19 @@ def test_computes_the_dense_layer_of_its_weight_and_bias(layer, lead):
 def test_gradients_are_those_of_the_dense_layer(layer):
     x = torch.randn(5, N)
     through = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
-    dense = torch.autograd.grad(F.linear(x, layer.weight, layer.bias).square().sum(), list(layer.parameters()))
+    dense = torch.autograd.grad(
+        F.linear(x, layer.weight, layer.bias).square().sum(), list(layer.parameters())
+    )
     for one, other in zip(through, dense, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_see_what_they_saw_on_the_dense_layer(layer):
-    seen = []
-    layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    calls = []
+    layer.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output)))
     x = torch.randn(4, N)
     y = layer(x)
-    assert seen[0][0] is x and seen[0][1] is y and y.shape == (4, layer.out_features)
+    assert calls[0][0] is x and calls[0][1] is y and y.shape == (4, layer.out_features)
 
 
 def test_macs_are_what_torch_counts(layer):
@@ -104,7 +105,9 @@ def test_json_and_state_dict_restore_everything(layer):
 def test_selecting_is_slicing_the_dense_layer(layer, rows, columns):
     small = layers.select(layer, rows=rows, columns=columns)
     take = slice(None) if rows is None else rows
-    torch.testing.assert_close(small.weight, layer.weight[take][:, slice(None) if columns is None else columns])
+    torch.testing.assert_close(
+        small.weight, layer.weight[take][:, slice(None) if columns is None else columns]
+    )
     if layer.bias is None:
         assert small.bias is None
     else:
@@ -117,14 +120,20 @@ def test_selecting_densifies_what_saves_nothing():
     layer = factored()  # rank 3 of [12, 8]: 60 MACs of 96
     assert isinstance(layers.select(layer, rows=range(8)), layers.FactoredLinear)  # 48 of 64
     assert isinstance(layers.select(layer, rows=range(4)), nn.Linear)  # 36 of 32
-    assert isinstance(layers.select(sparse("entries", 2), rows=range(4)), layers.LowRankSparseLinear)  # masked
+    assert isinstance(
+        layers.select(sparse("entries", 2), rows=range(4)), layers.LowRankSparseLinear
+    )  # masked
 
 
 def test_macs_by_hand():
     assert layers.macs(factored()) == 3 * (12 + 8)
     assert layers.macs(sparse("entries", 2)) == 2 * (12 + 8) + 12 * 8
     assert layers.macs(sparse("entries", 2), ideal=True) == 2 * (12 + 8) + 20
-    assert layers.macs(sparse("rows", 2)) == layers.macs(sparse("rows", 2), ideal=True) == 2 * (12 + 8) + 3 * 8
+    assert (
+        layers.macs(sparse("rows", 2))
+        == layers.macs(sparse("rows", 2), ideal=True)
+        == 2 * (12 + 8) + 3 * 8
+    )
     assert layers.macs(sparse("columns", 0)) == 3 * 12
     assert layers.macs(layers.RowLinear(8, 12, rows=[0, 3, 10])) == 3 * 8
 
@@ -173,7 +182,9 @@ def test_recombined_inputs(layer):
 
 
 def test_errors_say_what_is_allowed():
-    with pytest.raises(ValueError, match="unknown support 'blocks'; supports are entries, rows, columns"):
+    with pytest.raises(
+        ValueError, match="unknown support 'blocks'; supports are entries, rows, columns"
+    ):
         layers.LowRankSparseLinear(N, M, rank=1, support="blocks", count=1)
     with pytest.raises(ValueError, match="12 rows"):
         layers.LowRankSparseLinear(N, M, rank=1, support="rows", count=13)

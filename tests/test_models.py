@@ -1,4 +1,4 @@
-"""models: names, weights, the view."""
+"""Models by name, their weights, and the view of them."""
 
 import pytest
 import torch
@@ -24,7 +24,9 @@ def test_view_sees_every_block_and_linear_layer(name, options, blocks, heads):
     view = models.view(model)
     assert len(view.blocks) == blocks and view.blocks[0].num_heads == heads
     layers = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert set(view.linears()) == layers - set(view.classifiers)  # the classifier is protected unless asked for
+    assert set(view.linears()) == layers - set(
+        view.classifiers
+    )  # the classifier is protected unless asked for
     assert set(view.linears(["head"])) == set(view.classifiers)
     for block in view.blocks:
         assert block.num_heads * block.head_dim == block.attn.qkv.out_features // 3
@@ -32,32 +34,37 @@ def test_view_sees_every_block_and_linear_layer(name, options, blocks, heads):
         assert view.block(block.name) is block and view.block_of(block.name + ".mlp.fc1") is block
 
 
-def test_layers_are_selected_by_role_pattern_and_place():
+def test_layers_are_chosen_by_role_in_forward_order():
     view = models.view(models.create("conv_swin", num_classes=3, image_size=16, window_size=2))
     linears = view.linears()
-    assert view.select() == linears and list(view.select()) == list(linears)
-    attention, mlp = view.select(match="*.attn.*"), view.select(["fc1", "fc2"])
-    assert attention == view.linears(["qkv", "proj"]) and mlp == view.select(match=("*.fc2", "*.fc1"))
-    assert list(mlp) == list(view.linears(["fc1", "fc2"]))  # forward order, whatever the order of patterns
+    attention, mlp = view.linears(["qkv", "proj"]), view.linears(["fc2", "fc1"])
+    assert list(mlp) == [name for name in linears if ".mlp." in name]  # whatever the order of roles
+    assert set(attention) == {name for name in linears if ".attn." in name}
     assert {*attention, *mlp} == {name for name in linears if view.role(name) != "merge"}
-    inner = view.select(skip_ends=True)  # merging lies between blocks and stays
-    ends = tuple(f"{view.blocks[i].name}." for i in (0, -1))
-    assert set(inner) == {name for name in linears if not name.startswith(ends)} and len(inner) == len(linears) - 8
-    assert list(view.select(["head"], match="head*")) == view.classifiers
+    assert list(view.linears(["head"])) == view.classifiers
 
 
-def test_a_selection_of_nothing_is_refused(vit):
+def test_layers_parameters_and_blocks_are_found_by_name(vit):
     view = models.view(vit)
-    for wrong, said in (
-        (dict(match="attn"), "no layer of any role but head matches 'attn'"),
-        (dict(match=["*fc1", "blocks.0.mlp.fc3"]), "'blocks.0.mlp.fc3', did you mean 'blocks.0.mlp.fc2'"),
-        (dict(roles=["qkv"], match="*fc1"), "no layer of qkv matches"),
-        (dict(match="head"), "any role but head matches 'head'"),  # protected unless asked for by its role
-        (dict(skip_ends=True), "skip_ends=True leave no layer of 2 blocks"),
-        (dict(roles=["fc3"]), "unknown role 'fc3'"),
+    assert all(view.layer(name) is module for name, module in vit.named_modules())
+    assert all(view.parameter(name) is parameter for name, parameter in vit.named_parameters())
+    for find, name, near in (
+        (
+            view.layer,
+            "blocks.0.mlp.fc3",
+            "layer 'blocks.0.mlp.fc3' in this model, did you mean 'blocks.0.mlp.fc2'",
+        ),
+        (
+            view.parameter,
+            "blocks.0.attn.qvk.bias",
+            "parameter 'blocks.0.attn.qvk.bias' in .* mean 'blocks.0.attn.qkv.bias'",
+        ),
+        (view.block, "blocks.2", "block 'blocks.2' in this model, did you mean 'blocks.1'"),
+        (view.stream, "stage.0", "stage 'stage.0' in this model, did you mean 'stages.0'"),
+        (view.layer, "nothing like it", r"no layer 'nothing like it' in this model\."),
     ):
-        with pytest.raises(ValueError, match=said):
-            view.select(**wrong)
+        with pytest.raises(ValueError, match=near):
+            find(name)
 
 
 def test_units_are_counted_per_block(vit):
@@ -85,13 +92,16 @@ def test_a_model_it_cannot_see_into_is_refused(name):
 
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(
-        ValueError, match="unknown model 'swin_tiny_patch4_windw7_224', did you mean 'swin_tiny_patch4_window7"
+        ValueError,
+        match="unknown model 'swin_tiny_patch4_windw7_224', did you mean 'swin_tiny_patch4_window7",
     ):
         models.create("swin_tiny_patch4_windw7_224", num_classes=2)
     view = models.view(models.create("conv_vit", num_classes=2, depth=1))
     with pytest.raises(ValueError, match="unknown role 'fc3', did you mean 'fc"):
         view.linears(["fc3"])
-    with pytest.raises(ValueError, match="no block 'blocks.1', did you mean 'blocks.0'"):
+    with pytest.raises(
+        ValueError, match="no block 'blocks.1' in this model, did you mean 'blocks.0'"
+    ):
         view.block("blocks.1")
 
 
@@ -102,15 +112,17 @@ def test_local_weights_move_to_another_size_and_other_classes(name, tmp_path):
     save_file(small.state_dict(), tmp_path / "model.safetensors")
     with pytest.warns(UserWarning, match="the head is left out and starts new with 5 classes"):
         large = models.create(name, num_classes=5, image_size=64, patch_size=8, weights=tmp_path)
-    own, new = small.state_dict(), large.state_dict()
+    old, new = small.state_dict(), large.state_dict()
     heads = models.classifier_names(large)
-    for key in own:
+    for key in old:
         if key.rsplit(".", 1)[0] not in heads:
-            assert torch.equal(own[key], new[key]), key
+            assert torch.equal(old[key], new[key]), key
     assert large(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
     with pytest.warns(UserWarning, match="starts new with 0 classes"):
         models.create(name, num_classes=0, image_size=32, weights=tmp_path)  # features alone
-    again = models.create(name, num_classes=3, image_size=32, weights=tmp_path / "model.safetensors").eval()
+    again = models.create(
+        name, num_classes=3, image_size=32, weights=tmp_path / "model.safetensors"
+    ).eval()
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(again(x), small.eval()(x))
 
@@ -121,25 +133,42 @@ def test_timm_weights_of_a_file_load_into_another_number_of_classes(tmp_path):
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     with pytest.warns(UserWarning, match="the head is left out"):
         model = models.create(
-            "swin_tiny_patch4_window7_224", num_classes=4, depths=(1, 1, 1, 1), weights=tmp_path / "weights.pth"
+            "swin_tiny_patch4_window7_224",
+            num_classes=4,
+            depths=(1, 1, 1, 1),
+            weights=tmp_path / "weights.pth",
         )
-    assert torch.equal(model.layers[2].blocks[0].attn.qkv.weight, source.layers[2].blocks[0].attn.qkv.weight)
+    assert torch.equal(
+        model.layers[2].blocks[0].attn.qkv.weight, source.layers[2].blocks[0].attn.qkv.weight
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
-        ("conv_vit", {"embed_dimm": 32}, "unknown option 'embed_dimm' of conv_vit, did you mean 'embed_dim'"),
+        (
+            "conv_vit",
+            {"embed_dimm": 32},
+            "unknown option 'embed_dimm' of conv_vit, did you mean 'embed_dim'",
+        ),
         ("conv_vit", {"stem_width": (8, 16)}, "did you mean 'stem_widths'"),
         ("conv_swin", {"window_sise": 4}, "did you mean 'window_size'"),
         ("swin_tiny_patch4_window7_224", {"depthss": (1, 1)}, "did you mean 'depths'"),
-        ("deit_tiny_patch16_224", {"pretraind": True}, "did you mean 'pretrained'.* Options are img_size, .*drop_path"),
+        (
+            "deit_tiny_patch16_224",
+            {"pretraind": True},
+            "did you mean 'pretrained'.* Options are img_size, .*drop_path",
+        ),
         ("conv_vit", {"depth": "3"}, "conv_vit cannot be built with {'depth': '3'}: "),
-        ("conv_vit", {"embed_dim": 30, "num_heads": 4}, "cannot be built with .*divisible by num_heads"),
+        (
+            "conv_vit",
+            {"embed_dim": 30, "num_heads": 4},
+            "cannot be built with .*divisible by num_heads",
+        ),
     ],
 )
-def test_options_that_cannot_be_are_named(name, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_options_that_cannot_be_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
         models.create(name, num_classes=2, **options)
 
 
@@ -154,7 +183,9 @@ def test_weights_of_a_checkpoint_that_is_stored_without_its_zeros(vit, tmp_path)
         same = models.create("conv_vit", weights=weights, **options).state_dict()
         assert all(torch.equal(tensor, same[name]) for name, tensor in vit.state_dict().items())
     (tmp_path / "model.json").unlink()
-    with pytest.raises(FileNotFoundError, match="without its zeros and can be read only beside its model.json"):
+    with pytest.raises(
+        FileNotFoundError, match="without its zeros and can be read only beside its model.json"
+    ):
         models.create("conv_vit", weights=tmp_path, **options)
 
 

@@ -1,4 +1,4 @@
-"""Packed tensors: what comes back is what went in, and nothing is packed that would not become smaller."""
+"""Packed tensors come back as they were, and only what becomes smaller is packed."""
 
 import pytest
 import torch
@@ -11,14 +11,17 @@ def total(tensors):
 
 
 @pytest.mark.parametrize("share", [0, 0.03, 0.1, 0.5, 0.96, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64]
+)
 @pytest.mark.parametrize("shape", [(40, 33), (1001,), (8, 3, 7, 7), (0, 5), (), (1,)])
 def test_round_trip_is_exact_and_never_larger(share, dtype, shape):
     tensor = torch.where(torch.rand(shape) < share, 100 * torch.randn(shape), 0).to(dtype)
     stored, shapes = packed.pack({"a": tensor, "b": tensor == 0})
     back = packed.unpack(stored, shapes)
     assert all(
-        back[name].dtype == t.dtype and torch.equal(back[name], t) for name, t in [("a", tensor), ("b", tensor == 0)]
+        back[name].dtype == t.dtype and torch.equal(back[name], t)
+        for name, t in [("a", tensor), ("b", tensor == 0)]
     )
     assert total(stored) <= total(back)
     assert ("a" in shapes) == ("a:bits" in stored)
@@ -40,7 +43,9 @@ def test_bits_are_the_mask_where_it_was_applied():
     tensor, mask = torch.zeros(400), torch.zeros(400, dtype=torch.bool)
     tensor[:3], mask[:5] = 1.0, True  # two zeros stay: they may be trained
     stored, shapes = packed.pack({"w": tensor}, {"w": mask})
-    assert len(stored["w:values"]) == 5 and torch.equal(packed.to_mask(stored["w:bits"], [400]), mask)
+    assert len(stored["w:values"]) == 5 and torch.equal(
+        packed.to_mask(stored["w:bits"], [400]), mask
+    )
     assert torch.equal(packed.unpack(stored, shapes)["w"], tensor)
     tensor[9] = 1.0  # outside
     stored, shapes = packed.pack({"w": tensor}, {"w": mask})

@@ -1,10 +1,20 @@
 """Layers that a cut leaves behind: each stands where an nn.Linear stood and says what it costs.
 
-All map x [..., in_features] to [..., out_features]. `weight` [out_features, in_features] and `bias`
-[out_features] are those of the dense layer that computes the same (differentiable); `macs` and `macs_ideal`
-count the MACs of one token, as executed and as if zeros were free. Indices and masks are buffers, so that
-`build(config)` and the state dict restore everything.
+All of them map x [..., in_features] to [..., out_features], and all have these attributes:
+
+    weight [out_features, in_features] and bias [out_features] (or None) of the dense layer that
+        computes the same; differentiable
+    macs        multiply-accumulates of one token, as executed
+    macs_ideal  multiply-accumulates of one token, as if zeros were free
+
+Indices and masks are buffers, so that `build(config)` and the state dict restore everything.
+
+Public: SUPPORTS, CUT, FactoredLinear, FactoredConv2d, LowRankSparseLinear, RowLinear, Constant,
+Skip, config, build, picture, macs, linear, factored, factored_conv, merged_conv, low_rank_sparse,
+select, recombine, shift.
 """
+
+import math
 
 import numpy as np
 import pandas as pd
@@ -15,24 +25,63 @@ from torch import nn
 SUPPORTS = ("entries", "rows", "columns")
 
 
-class FactoredLinear(nn.Module):
-    """y = second(first(x)): two thin layers with weights [rank, in_features] and [out_features, rank].
+class _Layer(nn.Module):
+    """Hold what the layers of this file have in common."""
 
-    Below rank m n / (m + n) these are fewer multiply-accumulates, which is not yet less time: two calls move more than
-    one. What makes factoring faster is a limit on each rank, measured by bench.rank_speed and bench.break_even, given
-    to budget.ranks(most=...). The same share of every layer (shrink.compress by "svd") is a baseline.
+    options = ()  # names of the attributes that `config` lists beside the shape
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @property
+    def macs(self):
+        matrices = [p for p in self.parameters() if p.ndim == 2]  # without the bias
+        return sum(matrix.numel() for matrix in matrices)
+
+    @property
+    def macs_ideal(self):
+        return sum(macs(layer, ideal=True) for layer in self.children())
+
+    def config(self):
+        options = {name: getattr(self, name) for name in self.options}
+        return _shape(self) | options
+
+    def extra_repr(self):
+        names = ("in_features", "out_features", *self.options)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+class FactoredLinear(_Layer):
+    """Compute y = second(first(x)): two thin layers, [rank, in_features] and [out_features, rank].
+
+    Below rank m n / (m + n) these are fewer multiply-accumulates. That is not yet less time: two
+    calls move more than one. What makes factoring faster is a limit on each rank: measure it by
+    bench.rank_speed and bench.break_even, and give it to budget.ranks(most=...). The same share of
+    every layer (shrink.compress by "svd") is a baseline.
+
+    rank: at least 1
+    Raises ValueError for a rank below 1.
     """
 
-    def __init__(self, in_features, out_features, *, rank, bias=True, device=None, dtype=None):
-        super().__init__()
+    options = ("rank",)
+
+    def __init__(self, in_features, out_features, *, rank, bias=True, **like):
+        super().__init__(in_features, out_features)
         if rank < 1:
             raise ValueError(f"rank must be at least 1; got {rank}")
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.second = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.rank = rank
+        self.first = nn.Linear(in_features, rank, bias=False, **like)
+        self.second = nn.Linear(rank, out_features, bias=bias, **like)
 
     def forward(self, x):
         return self.second(self.first(x))
+
+    @property
+    def factors(self):
+        """U [m, rank] and V [rank, n]."""
+        return self.second.weight, self.first.weight
 
     @property
     def weight(self):
@@ -42,123 +91,144 @@ class FactoredLinear(nn.Module):
     def bias(self):
         return self.second.bias
 
-    @property
-    def macs(self):
-        return self.rank * (self.in_features + self.out_features)
+    def select(self, rows, columns):
+        u, v = self.factors
+        u, v = u[rows], v[:, columns]
+        new = factored(u, v, bias=_bias_of(self, rows))
+        return _unless_dense_is_cheaper(new, self, rows, columns)
 
-    @property
-    def macs_ideal(self):
-        return macs(self.first, ideal=True) + macs(self.second, ideal=True)
-
-    def config(self):
-        return _shape(self) | {"rank": self.rank}
-
-    def extra_repr(self):
-        return f"rank={self.rank}"
+    def recombine(self, whole, transfer):
+        self.first.weight.copy_(whole.first.weight @ transfer)
 
 
 class FactoredConv2d(nn.Sequential):
-    """In the place of a convolution: one like it to rank channels, without bias, then one of 1 x 1 (Zhang et al. 2016).
+    """Stand for a convolution: one like it to rank channels, without bias, then one of 1 x 1.
 
-    Executes rank (C k k + O) multiply-accumulates at each output position. conv: the nn.Conv2d, of one group, whose
-    shapes are taken over, not its values (see `factored_conv`). Both parts are convolutions of the stem like any other.
+    Source: Zhang et al. 2016. It executes rank (C k k + O) multiply-accumulates at each output
+    position. Both parts are convolutions of the stem like any other.
+
+    conv: nn.Conv2d of one group. Its shapes are taken over, not its values (see `factored_conv`).
+    rank: at least 1
+    Raises ValueError for several groups and for a rank below 1.
     """
 
     def __init__(self, conv, *, rank):
         if conv.groups != 1 or rank < 1:
-            raise ValueError(f"a convolution of {conv.groups} groups at rank {rank}: give one of 1 group and rank >= 1")
-        shape, like = _conv_options(conv)
-        first = nn.Conv2d(conv.in_channels, rank, **shape, bias=False, **like)
-        super().__init__(first, nn.Conv2d(rank, conv.out_channels, 1, bias=conv.bias is not None, **like))
+            raise ValueError(
+                f"a convolution of {conv.groups} groups at rank {rank}: "
+                "give one of 1 group and rank >= 1"
+            )
+        first = _conv_like(conv, rank, bias=False)
+        has_bias = conv.bias is not None
+        second = nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias, **_like(conv.weight))
+        super().__init__(first, second)
 
     @property
     def rank(self):
         return self[0].out_channels
 
 
-class LowRankSparseLinear(nn.Module):
-    """y = (L + S) x + bias with L = U V of the given rank r (0: none) and S sparse, of a fixed support:
+class LowRankSparseLinear(_Layer):
+    """Compute y = (L + S) x + bias with L = U V of low rank and S sparse, on a fixed support.
 
-    "entries": count entries anywhere, stored dense with zeros elsewhere. `mask` [m, n] is applied wherever gradients
-        are wanted, so that training cannot leave the support; inference takes the zeros as they are stored.
-        Executes r (m + n) + m n multiply-accumulates, more than dense; ideally r (m + n) + count.
-    "rows": count whole rows, `index` [count]. Executes r (m + n) + count n.
-    "columns": count whole columns, `index` [count]. Executes r (m + n) + count m.
+    support: where S may differ from zero, and how it is stored:
+        "entries": count entries anywhere, stored dense with zeros elsewhere. `mask` [m, n] is
+            applied wherever gradients are wanted, so that training cannot leave the support.
+            Inference takes the zeros as they are stored. Executes r (m + n) + m n
+            multiply-accumulates, more than dense; ideally r (m + n) + count.
+        "rows": count whole rows, `index` [count]. Executes r (m + n) + count n.
+        "columns": count whole columns, `index` [count]. Executes r (m + n) + count m.
+    rank: r, rank of L; 0 for no L
+    count: how many entries, rows or columns
 
-    Rows of S are stored under V in `first` [r + count, n], columns of S beside U in `second` [m, r + count],
-    so that either costs two matrix products. A new layer is zero: give it values by `low_rank_sparse` or a
-    state dict. Raises ValueError for an unknown support, for neither rank nor count, and for a count beyond
+    Rows of S are stored under V in `first` [r + count, n], columns of S beside U in `second`
+    [m, r + count], so that either costs two matrix products. A new layer is zero: give it values by
+    `low_rank_sparse` or a state dict.
+    Raises ValueError for an unknown support, for neither rank nor count, and for a count beyond
     the matrix.
     """
 
-    def __init__(self, in_features, out_features, *, rank, support, count, bias=True, device=None, dtype=None):
-        super().__init__()
+    options = ("rank", "support", "count")
+
+    def __init__(self, in_features, out_features, *, rank, support, count, bias=True, **like):
+        super().__init__(in_features, out_features)
         m, n = out_features, in_features
-        most = dict(zip(SUPPORTS, (m * n, m, n), strict=True))
-        if support not in most:
+        if support not in SUPPORTS:
             raise ValueError(f"unknown support {support!r}; supports are {', '.join(SUPPORTS)}")
-        if rank < 0 or not 0 <= count <= most[support] or rank + count == 0:
+        most = {"entries": m * n, "rows": m, "columns": n}[support]
+        if rank < 0 or not 0 <= count <= most or rank + count == 0:
             raise ValueError(
-                f"count {count}, rank {rank}: a [{m}, {n}] matrix has {most[support]} {support}; "
+                f"count {count}, rank {rank}: a [{m}, {n}] matrix has {most} {support}; "
                 "give no more than these, no negative rank, and at least 1 of either"
             )
-        self.in_features, self.out_features, self.rank = n, m, rank
-        self.support, self.count = support, count
-        rows, columns = (rank + count * (support == kind) for kind in ("rows", "columns"))
-        shapes = {"first": (rows, n), "second": (m, columns), "sparse": (m, n), "bias": (m,)}
-        absent = {"sparse": support != "entries", "bias": not bias}
-        for name, shape in shapes.items():
-            values = torch.zeros(shape, device=device, dtype=dtype)
-            empty = absent.get(name) or not values.numel()
-            self.register_parameter(name, None if empty else nn.Parameter(values))
+        self.rank, self.support, self.count = rank, support, count
+        rows = count if support == "rows" else 0
+        columns = count if support == "columns" else 0
+        self.first = _zeros(rank + rows, n, **like)
+        self.second = _zeros(m, rank + columns, **like)
+        self.sparse = _zeros(m, n, **like) if support == "entries" else None
+        self.bias = _zeros(m, **like) if bias else None
+        device = like.get("device")
         if support == "entries":
-            self.register_buffer("mask", torch.zeros(m, n, dtype=torch.bool, device=device))
+            mask = torch.zeros(m, n, dtype=torch.bool, device=device)
+            self.register_buffer("mask", mask)
         else:
             self.register_buffer("index", torch.arange(count, device=device))
 
     def forward(self, x):
-        if self.support == "columns":
-            taken = x.index_select(-1, self.index)
-            hidden = torch.cat([F.linear(x, self.first), taken], dim=-1) if self.rank else taken
-            return F.linear(hidden, self.second, self.bias)
         if self.support == "entries":
-            train = torch.is_grad_enabled() and self.sparse.requires_grad
-            sparse = self.sparse * self.mask if train else self.sparse
-            if not self.rank:
-                return F.linear(x, sparse, self.bias)
-            return F.linear(F.linear(x, self.first), self.second, self.bias) + F.linear(x, sparse)
-        hidden, kept = F.linear(x, self.first).split([self.rank, self.count], dim=-1)
-        if self.rank:
-            y = F.linear(hidden, self.second, self.bias)
-        else:
-            y = kept.new_zeros(*kept.shape[:-1], self.out_features)
-            y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.index_add_(-1, self.index, kept)  # in place is safe: no backward needs y
+            return self._with_entries(x)
+        if self.support == "columns":
+            hidden = x.index_select(-1, self.index)
+            if self.rank:
+                low_rank = F.linear(x, self.first)
+                hidden = torch.cat([low_rank, hidden], dim=-1)
+            return F.linear(hidden, self.second, self.bias)
+        # Rows: one product gives the inputs of U and the outputs of the rows of S.
+        both = F.linear(x, self.first)
+        hidden, outputs = both.split([self.rank, self.count], dim=-1)
+        y = F.linear(hidden, self.factors[0], self.bias)  # of rank 0: the bias alone
+        return y.index_add_(-1, self.index, outputs)  # in place is safe: no backward needs y
+
+    def _with_entries(self, x):
+        sparse = self.sparse
+        if torch.is_grad_enabled() and sparse.requires_grad:
+            sparse = sparse * self.mask  # no gradient outside the support
+        if not self.rank:
+            return F.linear(x, sparse, self.bias)
+        hidden = F.linear(x, self.first)
+        low_rank = F.linear(hidden, self.second, self.bias)
+        return low_rank + F.linear(x, sparse)
 
     @property
     def factors(self):
         """U [m, r] and V [r, n] of the low-rank part."""
         if self.rank:
             return self.second[:, : self.rank], self.first[: self.rank]
-        some = next(self.parameters())
-        return some.new_zeros(self.out_features, 0), some.new_zeros(0, self.in_features)
+        like = next(self.parameters())
+        u = like.new_zeros(self.out_features, 0)
+        v = like.new_zeros(0, self.in_features)
+        return u, v
 
     @property
     def sparse_weight(self):
         """S as a dense matrix [m, n]."""
         if self.support == "entries":
             return self.sparse * self.mask
-        kept = self.first[self.rank :] if self.support == "rows" else self.second[:, self.rank :]
-        zeros = kept.new_zeros(self.out_features, self.in_features)
-        return zeros.index_copy(int(self.support == "columns"), self.index, kept)
+        if self.support == "rows":
+            axis, values = 0, self.first[self.rank :]
+        else:
+            axis, values = 1, self.second[:, self.rank :]
+        zeros = values.new_zeros(self.out_features, self.in_features)
+        return zeros.index_copy(axis, self.index, values)
 
     @property
     def support_mask(self):
         """True [m, n] where S may differ from zero."""
         if self.support == "entries":
             return self.mask
-        mask = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=self.index.device)
-        return mask.index_fill(int(self.support == "columns"), self.index, True)
+        mask = self.index.new_zeros(self.out_features, self.in_features, dtype=torch.bool)
+        return mask.index_fill(0 if self.support == "rows" else 1, self.index, True)
 
     @property
     def weight(self):
@@ -166,86 +236,104 @@ class LowRankSparseLinear(nn.Module):
         return u @ v + self.sparse_weight
 
     @property
-    def macs(self):
-        m, n = self.out_features, self.in_features
-        sparse = {"entries": m * n, "rows": self.count * n, "columns": self.count * m}
-        return self.rank * (m + n) + sparse[self.support]
-
-    @property
     def macs_ideal(self):
-        if self.support == "entries":
-            return self.rank * (self.in_features + self.out_features) + self.count
-        return self.macs
+        if self.support != "entries":
+            return self.macs
+        return self.macs - self.mask.numel() + self.count
 
-    def config(self):
-        return _shape(self) | {"rank": self.rank, "support": self.support, "count": self.count}
+    def select(self, rows, columns):
+        u, v = self.factors
+        u, v = u[rows], v[:, columns]
+        mask = self.support_mask[rows][:, columns]
+        bias = _bias_of(self, rows)
+        if mask.any():
+            sparse = self.sparse_weight[rows][:, columns]
+            options = {"mask": mask, "support": self.support, "bias": bias}
+            new = low_rank_sparse(u, v, sparse=sparse, **options)
+            if self.support == "entries":  # executes more than dense from the start
+                return new
+        elif self.rank:
+            new = factored(u, v, bias=bias)
+        else:  # only zeros are left
+            return _dense(self, rows, columns)
+        return _unless_dense_is_cheaper(new, self, rows, columns)
 
-    def extra_repr(self):
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, rank={self.rank}, support={self.support}, count={self.count}"
+    def recombine(self, whole, transfer):
+        if self.support != "rows":
+            raise ValueError(f"a sparse layer on {self.support} has no place for recombined inputs")
+        self.first.copy_(whole.first @ transfer)
 
 
-class RowLinear(nn.Module):
-    """Computes only the kept rows and gives zero elsewhere: a layer of which rows are gone, their biases too.
+class RowLinear(_Layer):
+    """Compute some rows of a layer and give zero for the rows that are gone, their biases too.
 
-    rows: indices of the kept rows, sorted, at least one. kept: any layer with one output per kept row (None:
-    a new nn.Linear). `weight` and `bias` are full size, zero where rows are gone. Raises ValueError for other
-    indices.
+    `weight` and `bias` are full size, zero where rows are gone.
+
+    rows: indices of the rows that are computed, sorted, at least one
+    kept: the layer that computes them, one output a row; None for a new nn.Linear
+    Raises ValueError for other indices.
     """
 
-    def __init__(self, in_features, out_features, *, rows, bias=True, kept=None, device=None, dtype=None):
-        super().__init__()
-        rows = torch.as_tensor(rows, dtype=torch.int64, device=device)
-        if not len(rows) or rows[0] < 0 or rows[-1] >= out_features or (rows.diff() <= 0).any():
+    def __init__(self, in_features, out_features, *, rows, bias=True, kept=None, **like):
+        super().__init__(in_features, out_features)
+        rows = torch.as_tensor(rows, dtype=torch.int64, device=like.get("device"))
+        numbers = rows.tolist()
+        if not numbers or numbers != sorted({*numbers} & {*range(out_features)}):
             raise ValueError(
-                f"rows must be sorted and distinct in [0, {out_features}), at least one; got {rows.tolist()}"
+                f"rows must be sorted and distinct in [0, {out_features}), at least one; "
+                f"got {numbers}"
             )
-        self.in_features, self.out_features = in_features, out_features
-        if kept is None:
-            kept = nn.Linear(in_features, len(rows), bias=bias, device=device, dtype=dtype)
-        self.kept = kept
+        self.kept = kept or nn.Linear(in_features, len(rows), bias=bias, **like)
         self.register_buffer("rows", rows)
 
     def forward(self, x):
-        y = self.kept(x)
-        return y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.rows, y)
+        return self._spread(self.kept(x), -1)
+
+    def _spread(self, values, axis):
+        """Return values with zeros where rows are gone, along an axis."""
+        shape = list(values.shape)
+        shape[axis] = self.out_features
+        return values.new_zeros(shape).index_copy(axis, self.rows, values)
 
     @property
     def weight(self):
-        weight = self.kept.weight
-        return weight.new_zeros(self.out_features, self.in_features).index_copy(0, self.rows, weight)
+        return self._spread(self.kept.weight, 0)
 
     @property
     def bias(self):
         bias = self.kept.bias
-        return None if bias is None else bias.new_zeros(self.out_features).index_copy(0, self.rows, bias)
-
-    @property
-    def macs(self):
-        return macs(self.kept)
-
-    @property
-    def macs_ideal(self):
-        return macs(self.kept, ideal=True)
+        return None if bias is None else self._spread(bias, 0)
 
     def config(self):
-        return _shape(self) | {"rows": self.rows.tolist(), "kept": config(self.kept)}
+        kept = config(self.kept)
+        return _shape(self) | {"rows": self.rows.tolist(), "kept": kept}
 
-    def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+    def select(self, rows, columns):
+        stays = torch.isin(self.rows, rows)
+        if not stays.any():  # only zeros are left
+            return _dense(self, rows, columns)
+        own_rows = stays.nonzero().flatten()
+        kept = select(self.kept, rows=own_rows, columns=columns)
+        if kept.out_features == len(rows):
+            return kept
+        places = torch.searchsorted(rows, self.rows[stays])
+        sizes = len(columns), len(rows)
+        return RowLinear(*sizes, rows=places, kept=kept, device=rows.device)
+
+    def recombine(self, whole, transfer):
+        recombine(self.kept, whole.kept, transfer)
 
 
 class Constant(nn.Module):
-    """What is left of attention or an MLP without heads or neurons: its last bias at every token.
+    """Stand for attention or an MLP without heads or neurons: give its last bias at every token.
 
-    x [..., tokens, any] to [..., tokens, out_features]; no multiply-accumulates.
+    It maps x [..., tokens, any] to [..., tokens, out_features], without multiply-accumulates.
     """
 
-    def __init__(self, out_features, *, bias=True, device=None, dtype=None):
+    def __init__(self, out_features, *, bias=True, **like):
         super().__init__()
         self.out_features = out_features
-        values = torch.zeros(out_features, device=device, dtype=dtype)
-        self.bias = nn.Parameter(values) if bias else None
+        self.bias = _zeros(out_features, **like) if bias else None
 
     def forward(self, x, *_, **__):
         y = x.new_zeros(*x.shape[:-1], self.out_features)
@@ -259,7 +347,7 @@ class Constant(nn.Module):
 
 
 class Skip(nn.Identity):
-    """Stands where a whole block was: the residual stream passes."""
+    """Stand for a whole block that is gone: pass the residual stream on."""
 
     def forward(self, x, *_, **__):
         return x
@@ -268,204 +356,265 @@ class Skip(nn.Identity):
 CUT = (FactoredLinear, LowRankSparseLinear, RowLinear)
 
 
+def _zeros(*shape, **like):
+    """Return a parameter of zeros, or None for a shape without entries."""
+    if not math.prod(shape):
+        return None
+    return nn.Parameter(torch.zeros(shape, **like))
+
+
+def _like(tensor):
+    return {"device": tensor.device, "dtype": tensor.dtype}
+
+
 def _shape(module):
-    shape = {"type": type(module).__name__, "in_features": module.in_features}
-    return shape | {"out_features": module.out_features, "bias": module.bias is not None}
+    return {
+        "type": type(module).__name__,
+        "in_features": module.in_features,
+        "out_features": module.out_features,
+        "bias": module.bias is not None,
+    }
 
 
-def _conv_options(conv):
-    """How a convolution looks at its inputs, and where its weight is: arguments for another one that does the same."""
-    shape = {k: getattr(conv, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-    return shape, {"device": conv.weight.device, "dtype": conv.weight.dtype}
+def _conv_like(conv, out_channels, *, bias):
+    """Return a new convolution that looks at the inputs as conv does."""
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    options = {name: getattr(conv, name) for name in names}
+    like = _like(conv.weight)
+    return nn.Conv2d(conv.in_channels, out_channels, **options, bias=bias, **like)
 
 
 def config(module):
-    """JSON-able description of an nn.Linear or a layer of this file, for `build`."""
+    """Return a JSON-able description of an nn.Linear or a layer of this file, for `build`."""
     return module.config() if isinstance(module, CUT) else _shape(module)
 
 
-def build(config, *, device=None, dtype=None):
-    """The layer that config describes, for load_state_dict to fill. Raises ValueError for an unknown type."""
+def build(config, **like):
+    """Return the layer that config describes, for load_state_dict to fill.
+
+    config: dict, as from `config`
+    like: device and dtype of its tensors
+    Raises ValueError for an unknown type.
+    """
     config = dict(config)
-    kinds = {kind.__name__: kind for kind in (nn.Linear, *CUT)}
+    classes = {layer.__name__: layer for layer in (nn.Linear, *CUT)}
     name = config.pop("type", None)
-    if name not in kinds:
-        raise ValueError(f"unknown type of layer {name!r}; types are {', '.join(kinds)}")
+    if name not in classes:
+        raise ValueError(f"unknown type of layer {name!r}; types are {', '.join(classes)}")
     if "kept" in config:
-        config["kept"] = build(config["kept"], device=device, dtype=dtype)
-    return kinds[name](**config, device=device, dtype=dtype)
+        config["kept"] = build(config["kept"], **like)
+    return classes[name](**config, **like)
 
 
 @torch.no_grad()
 def picture(module, *, keep=None, rows=None, columns=None, most=128):
-    """What is left of a linear layer, to be drawn: a frame of part, row and cells, one line per row of each matrix.
+    """Return what is left of a linear layer, to be drawn: one line for each row of each matrix.
 
-    part: "W" of a plain layer, "U", "V" and "S" of low rank and sparse ones. cells: a letter for each column: a to i
-    for the size of the weight, in ninths of the part's 99th percentile of |w|; a dot for one that is zero; x for one of
-    a row or column that is not there any more. keep: bool [m, n], what is called zero instead. rows, columns: (how many
-    the layer once had, those that this one has, in their order); None: all that it has, and of RowLinear its own rows.
-    most: at most so many rows and columns are told, the first ones.
+    module: an nn.Linear or a layer of this file
+    keep: bool [m, n], False for what is drawn as zero; None: what is zero is
+    rows, columns: (how many the layer once had, the indices of those that this one has); None: all
+        that it has, and for a RowLinear its own rows
+    most: draw at most so many rows and columns, the first ones
+    Returns a frame of part, row and cells. part: "W" of a plain layer; "U", "V" and "S" of low rank
+    and sparse ones. cells: a letter for each column. a to i: the size of the weight, in ninths of
+    the part's 99th percentile of |w|. Dot: a weight that is zero. x: a row or column that is gone.
     """
     if isinstance(module, RowLinear):
-        rows, module = (module.out_features, module.rows.tolist()), module.kept
-    u, v = (None, None) if isinstance(module, nn.Linear) else _factors(module)
-    parts = {"W": module.weight} if u is None else {"U": u, "V": v} if u.shape[1] else {}
+        rows = module.out_features, module.rows.tolist()
+        module = module.kept
     if isinstance(module, LowRankSparseLinear):
-        parts["S"] = module.sparse_weight
         keep = module.support_mask
-    lines = []
-    for part, matrix in parts.items():
-        alive = matrix != 0 if keep is None or part not in ("W", "S") else keep
-        largest = torch.sort(matrix.abs().flatten()).values[int(0.99 * (matrix.numel() - 1))].clamp_min(1e-30)
-        letters = (9 * matrix.abs() / largest).ceil().clamp(1, 9) * alive.to(matrix.device)
-        letters = np.array(list(".abcdefghi"))[letters.int().cpu().numpy()]  # no digits: csv would read them as numbers
-        for way, whole in ((0, rows if part != "V" else None), (1, columns if part != "U" else None)):
-            if whole is not None:
-                count, own = whole
-                wide = np.full((count, letters.shape[1]) if way == 0 else (letters.shape[0], count), "x")
-                wide[own if way == 0 else (slice(None), own)] = letters
-                letters = wide
-        lines += [(part, i, "".join(line[:most])) for i, line in enumerate(letters[:most])]
-    return pd.DataFrame(lines, columns=["part", "row", "cells"])
+    frames = []
+    for part, matrix in _factors(module).items():
+        alive = matrix != 0
+        if keep is not None and part in ("W", "S"):
+            alive = keep
+        letters = pd.DataFrame(_letters(matrix, alive))
+        if rows is not None and part != "V":
+            letters = _in_place(letters, *rows, axis=0)
+        if columns is not None and part != "U":
+            letters = _in_place(letters, *columns, axis=1)
+        cells = letters.iloc[:most, :most].agg("".join, axis=1)
+        frames.append(pd.DataFrame({"part": part, "row": range(len(cells)), "cells": cells}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _in_place(letters, count, indices, *, axis):
+    """Return letters at these indices of count rows (axis 0) or columns (1), x elsewhere."""
+    letters = letters.set_axis(indices, axis=axis)
+    return letters.reindex(range(count), axis=axis, fill_value="x")
 
 
 def _factors(module):
-    return module.factors if isinstance(module, LowRankSparseLinear) else (module.second.weight, module.first.weight)
+    """Return {part: matrix} that `picture` draws of an nn.Linear or a layer with factors."""
+    if isinstance(module, nn.Linear):
+        return {"W": module.weight}
+    parts = dict(zip("UV", module.factors, strict=True)) if module.rank else {}
+    if isinstance(module, LowRankSparseLinear):
+        parts["S"] = module.sparse_weight
+    return parts
+
+
+def _letters(matrix, alive):
+    """Return the letter of each weight: a to i by its size, a dot where alive [m, n] is False."""
+    sizes = matrix.abs()
+    place = int(0.99 * (matrix.numel() - 1))
+    largest = sizes.flatten().sort().values[place].clamp_min(1e-30)
+    ninths = (9 * sizes / largest).ceil().clamp(1, 9)
+    ninths = ninths * alive.to(matrix.device)
+    letters = np.array(list(".abcdefghi"))  # no digits: csv would read them as numbers
+    return letters[ninths.int().cpu().numpy()]
 
 
 def macs(module, *, ideal=False):
-    """Multiply-accumulates of one token, without the bias, for an nn.Linear or a layer of this file.
+    """Return the multiply-accumulates of one token, without the bias.
 
-    ideal: as if zeros were free (an nn.Linear's too).
+    module: an nn.Linear or a layer of this file
+    ideal: count as if zeros were free (an nn.Linear's too)
     """
     if isinstance(module, CUT):
         return module.macs_ideal if ideal else module.macs
-    return int(module.weight.count_nonzero()) if ideal else module.in_features * module.out_features
+    if ideal:
+        return int(module.weight.count_nonzero())
+    return module.weight.numel()
 
 
 def linear(weight, bias=None):
-    """nn.Linear with a copy of weight [m, n] and bias [m]."""
-    options = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
-    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], **options)
+    """Return an nn.Linear with a copy of weight [m, n] and bias [m]."""
+    m, n = weight.shape
+    options = {"bias": bias is not None, **_like(weight)}
+    layer = nn.utils.skip_init(nn.Linear, n, m, **options)
     return _fill(layer, weight=weight, bias=bias)
 
 
 def factored(u, v, *, bias=None):
-    """FactoredLinear of the product u [m, rank] v [rank, n] with bias [m]."""
-    options = {"device": u.device, "dtype": u.dtype}
-    layer = FactoredLinear(v.shape[1], u.shape[0], rank=u.shape[1], bias=bias is not None, **options)
-    layer.first, layer.second = linear(v), linear(u, bias)
+    """Return a FactoredLinear of the product u [m, rank] v [rank, n] with bias [m]."""
+    rank, n = v.shape
+    options = {"bias": bias is not None, **_like(u)}
+    layer = FactoredLinear(n, len(u), rank=rank, **options)
+    layer.first = linear(v)
+    layer.second = linear(u, bias)
     return layer
 
 
-@torch.no_grad()
 def factored_conv(conv, u, v):
-    """FactoredConv2d of the product u [O, rank] v [rank, C * k * k] of flattened filters, with conv's bias."""
+    """Return a FactoredConv2d of the product u [O, rank] v [rank, C * k * k], with conv's bias.
+
+    The product stands for conv's flattened filters.
+    """
     new = FactoredConv2d(conv, rank=len(v))
-    new[0].weight.copy_(v.view_as(new[0].weight))
-    new[1].weight.copy_(u.view_as(new[1].weight))
-    if conv.bias is not None:
-        new[1].bias.copy_(conv.bias)
+    first, second = new
+    _fill(first, weight=v.view_as(first.weight))
+    _fill(second, weight=u.view_as(second.weight), bias=conv.bias)
     return new
 
 
 @torch.no_grad()
 def merged_conv(module):
-    """The one nn.Conv2d that computes what a FactoredConv2d does."""
+    """Return the one nn.Conv2d that computes what a FactoredConv2d does."""
     first, second = module
-    shape, like = _conv_options(first)
-    new = nn.Conv2d(first.in_channels, second.out_channels, **shape, bias=second.bias is not None, **like)
-    new.weight.copy_((second.weight.flatten(1) @ first.weight.flatten(1)).view_as(new.weight))
-    if second.bias is not None:
-        new.bias.copy_(second.bias)
-    return new
+    new = _conv_like(first, second.out_channels, bias=second.bias is not None)
+    product = second.weight.flatten(1) @ first.weight.flatten(1)
+    return _fill(new, weight=product.view_as(new.weight), bias=second.bias)
 
 
 def low_rank_sparse(u, v, *, sparse, mask, support, bias=None):
-    """LowRankSparseLinear of u [m, r] v [r, n] plus sparse [m, n] where mask [m, n] is True, with bias [m].
+    """Return a LowRankSparseLinear of u [m, r] v [r, n] plus sparse [m, n], with bias [m].
 
-    mask must consist of whole rows or columns if that is the support.
+    mask: bool [m, n], True where sparse counts; whole rows or columns if that is the support
+    support: one of SUPPORTS
     """
-    m, n = sparse.shape
-    count = int(mask.sum()) // {"entries": 1, "rows": n, "columns": m}[support]
-    options = {"bias": bias is not None, "device": sparse.device, "dtype": sparse.dtype}
-    layer = LowRankSparseLinear(n, m, rank=u.shape[1], support=support, count=count, **options)
+    values = {"first": v, "second": u, "bias": bias}
     if support == "entries":
-        layer.mask.copy_(mask)
-        return _fill(layer, first=v, second=u, sparse=sparse * mask, bias=bias)
-    layer.index.copy_(mask.any(int(support == "rows")).nonzero().flatten())
+        values |= {"mask": mask, "sparse": sparse * mask}
+        count = int(mask.sum())
+    else:
+        axis = 1 if support == "rows" else 0
+        index = mask.any(axis).nonzero().flatten()
+        values["index"] = index
+        count = len(index)
     if support == "rows":
-        return _fill(layer, first=torch.cat([v, sparse[layer.index]]), second=u, bias=bias)
-    return _fill(layer, first=v, second=torch.cat([u, sparse[:, layer.index]], dim=1), bias=bias)
+        values["first"] = torch.cat([v, sparse[index]])
+    elif support == "columns":
+        values["second"] = torch.cat([u, sparse[:, index]], dim=1)
+    m, n = sparse.shape
+    options = {"bias": bias is not None, **_like(sparse)}
+    layer = LowRankSparseLinear(n, m, rank=u.shape[1], support=support, count=count, **options)
+    return _fill(layer, **values)
 
 
 @torch.no_grad()
 def _fill(layer, **values):
+    """Copy values into the parameters and buffers that layer has, and return it."""
     for name, value in values.items():
-        own = getattr(layer, name)
-        if own is not None:
-            own.copy_(value)
+        tensor = getattr(layer, name)
+        if tensor is not None:
+            tensor.copy_(value)
     return layer
 
 
 @torch.no_grad()
 def select(module, *, rows=None, columns=None):
-    """A new layer with only these outputs and inputs (sorted indices; None: all) of any layer `macs` takes.
+    """Return a new layer with only these outputs and inputs of a layer.
 
-    Factors keep their rank and sparse parts what is left of their support. A layer of low rank, whole rows or
-    whole columns that no longer costs less than a dense one becomes an nn.Linear of the same function.
+    Factors keep their rank, and sparse parts what is left of their support. A layer of low rank,
+    whole rows or whole columns that no longer costs less than a dense one becomes an nn.Linear of
+    the same function.
+
+    module: an nn.Linear or a layer of this file
+    rows, columns: sorted indices of outputs and inputs; None: all
     """
-    device = module.weight.device
-    rows = torch.arange(module.out_features) if rows is None else torch.as_tensor(rows)
-    columns = torch.arange(module.in_features) if columns is None else torch.as_tensor(columns)
-    rows, columns = rows.to(device), columns.to(device)
-    dense = module.weight[rows][:, columns]
-    bias = None if module.bias is None else module.bias[rows]
-    if isinstance(module, RowLinear):
-        stays = torch.isin(module.rows, rows)
-        if stays.any():
-            kept = select(module.kept, rows=stays.nonzero().flatten(), columns=columns)
-            if stays.sum() == len(rows):
-                return kept
-            rows = torch.searchsorted(rows, module.rows[stays])
-            return RowLinear(*dense.T.shape, rows=rows, kept=kept, device=device)
-    new = None
-    if isinstance(module, FactoredLinear):
-        new = factored(module.second.weight[rows], module.first.weight[:, columns], bias=bias)
-    elif isinstance(module, LowRankSparseLinear):
-        u, v = module.factors[0][rows], module.factors[1][:, columns]
-        sparse, mask = (part[rows][:, columns] for part in (module.sparse_weight, module.support_mask))
-        if mask.any():
-            new = low_rank_sparse(u, v, sparse=sparse, mask=mask, support=module.support, bias=bias)
-        elif module.rank:
-            new = factored(u, v, bias=bias)
-    masked = isinstance(new, LowRankSparseLinear) and new.support == "entries"
-    return new if new is not None and (masked or new.macs < dense.numel()) else linear(dense, bias)
+    rows = _indices(rows, module.out_features, module)
+    columns = _indices(columns, module.in_features, module)
+    if isinstance(module, CUT):
+        return module.select(rows, columns)
+    return _dense(module, rows, columns)
+
+
+def _indices(indices, count, module):
+    """Return indices as a tensor on module's device; None stands for all of count."""
+    if indices is None:
+        indices = torch.arange(count)
+    return torch.as_tensor(indices).to(module.weight.device)
+
+
+def _dense(module, rows, columns):
+    """Return an nn.Linear that computes these outputs of these inputs of module."""
+    weight = module.weight[rows][:, columns]
+    return linear(weight, _bias_of(module, rows))
+
+
+def _bias_of(module, rows):
+    return None if module.bias is None else module.bias[rows]
+
+
+def _unless_dense_is_cheaper(new, module, rows, columns):
+    """Return new, or an nn.Linear of the same function where new does not cost less."""
+    if new.macs < len(rows) * len(columns):
+        return new
+    return _dense(module, rows, columns)
 
 
 @torch.no_grad()
 def recombine(module, whole, transfer):
-    """Give module, selected from whole by columns, whole's weight times transfer [whole's inputs, module's
-    inputs].
+    """Give module whole's weight times transfer, for layers in which one matrix reads all inputs.
 
-    For layers in which one matrix reads all inputs: nn.Linear, factors, whole rows. ValueError for others.
+    module: what `select` took from whole by columns: nn.Linear, factors or whole rows; changed
+    transfer: [whole's inputs, module's inputs]
+    Raises ValueError for another layer.
     """
-    if isinstance(module, RowLinear):
-        recombine(module.kept, whole.kept, transfer)
-    elif isinstance(module, FactoredLinear):
-        module.first.weight.copy_(whole.first.weight @ transfer)
-    elif isinstance(module, LowRankSparseLinear):
-        if module.support != "rows":
-            raise ValueError(f"a sparse layer on {module.support} has no place for recombined inputs")
-        module.first.copy_(whole.first @ transfer)
+    if isinstance(module, CUT):
+        module.recombine(whole, transfer)
     else:
         module.weight.copy_(whole.weight @ transfer)
 
 
 @torch.no_grad()
 def shift(module, offset):
-    """Add offset [out_features] to the bias, where there are rows. Raises ValueError for a layer without
-    bias."""
+    """Add offset [out_features] to the bias, where there are rows.
+
+    Raises ValueError for a layer without bias.
+    """
     if isinstance(module, RowLinear):
         return shift(module.kept, offset[module.rows])
     if module.bias is None:

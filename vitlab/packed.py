@@ -1,7 +1,14 @@
-"""Tensors without their zeros, as they are stored: one bit an entry, and the values of those that stay. Tensors only.
+"""Store tensors without their zeros: a bit for each entry, and the entries that are not zero.
 
-NAME becomes NAME:bits, uint8, eight entries a byte in order of memory, first entry highest (numpy.packbits), and
-NAME:values, the entries whose bit is set. Bool tensors are bits alone. 90 % zeros of float32 take 13 % of the bytes.
+This module knows tensors only. A tensor NAME is stored as two tensors:
+
+    NAME:bits    uint8, eight entries a byte in order of memory, the first entry in the highest bit
+                 (numpy.packbits)
+    NAME:values  the entries whose bit is set
+
+Bool tensors have bits alone. With 90 % zeros a float32 tensor takes 13 % of its bytes.
+
+Public: BITS, pack, unpack, from_mask, to_mask.
 """
 
 import math
@@ -9,47 +16,53 @@ import math
 import numpy as np
 import torch
 
-OVERHEAD = 160  # bytes that two more tensors take in the header of a safetensors file
-BITS, VALUES = ":bits", ":values"
+BITS = ":bits"
+_VALUES = ":values"
+_OVERHEAD = 160  # bytes that two more tensors take in the header of a safetensors file
 
 
 def pack(tensors, masks=None):
-    """tensors ({name: tensor}, on the CPU) as they are to be stored, and {name: shape} of those that were packed.
+    """Return tensors as they are to be stored, packed where that makes them smaller.
 
-    Packed is what becomes smaller. masks: {name: bool tensor}; where a tensor is zero outside its mask, bits are the
-    mask, so that `to_mask` brings it back, too; otherwise bits are where a tensor is not zero.
+    tensors: {name: tensor}, on the CPU
+    masks: {name: bool tensor}. Where a tensor is zero outside its mask, its bits are the mask, so
+        that `to_mask` gives the mask back, too. For all other tensors the bits say where the
+        tensor is not zero.
+    Returns ({name: tensor} to store, {name: shape} of the tensors that were packed).
     """
-    stored, shapes, masks = {}, {}, masks or {}
+    masks = masks or {}
+    stored, shapes = {}, {}
     for name, tensor in tensors.items():
         bits = tensor != 0
-        if name in masks and not (bits & ~masks[name].cpu()).any():
-            bits = masks[name].cpu()
-        values = None if tensor.dtype == torch.bool else tensor[bits]
-        size = (
-            OVERHEAD + math.ceil(bits.numel() / 8) + (0 if values is None else values.numel() * values.element_size())
-        )
-        if size >= tensor.numel() * tensor.element_size():
+        if name in masks:
+            mask = masks[name].cpu()
+            if not (bits & ~mask).any():
+                bits = mask
+        parts = {name + BITS: from_mask(bits)}
+        if tensor.dtype != torch.bool:
+            parts[name + _VALUES] = tensor[bits]
+        if _OVERHEAD + sum(part.nbytes for part in parts.values()) < tensor.nbytes:
+            stored |= parts
+            shapes[name] = list(tensor.shape)
+        else:
             stored[name] = tensor
-            continue
-        stored[name + BITS] = from_mask(bits)
-        if values is not None:
-            stored[name + VALUES] = values
-        shapes[name] = list(tensor.shape)
     return stored, shapes
 
 
 def unpack(stored, shapes):
-    """What `pack` was given, from what it returned; negative zeros come back as zeros.
+    """Return the tensors that `pack` was called with; negative zeros come back as zeros.
 
+    stored, shapes: the two results of `pack`
+    Returns {name: tensor}.
     Raises ValueError, with the name, where bits, values and shape do not belong together.
     """
-    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((BITS, VALUES))}
+    tensors = {name: t for name, t in stored.items() if not name.endswith((BITS, _VALUES))}
     for name, shape in shapes.items():
         if name + BITS not in stored:
             raise ValueError(f"{name} should be packed, and there is no {name + BITS}")
-        mask, values = to_mask(stored[name + BITS], shape, name), stored.get(name + VALUES)
-        if values is None:
-            tensors[name] = mask
+        tensors[name] = mask = to_mask(stored[name + BITS], shape, name)
+        values = stored.get(name + _VALUES)
+        if values is None:  # a bool tensor, which is its bits
             continue
         if len(values) != mask.count_nonzero():
             raise ValueError(f"{name} has {len(values)} values for {mask.count_nonzero()} entries")
@@ -58,13 +71,22 @@ def unpack(stored, shapes):
 
 
 def from_mask(mask):
-    """The bits of a bool tensor, uint8 [ceil(n / 8)]."""
+    """Return the bits of a bool tensor of n entries, uint8 [ceil(n / 8)]."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy()))
 
 
 def to_mask(bits, shape, name="mask"):
-    """The bool tensor of that shape whose bits these are. Raises ValueError, with the name, for too few or too many."""
+    """Return the bool tensor that has these bits.
+
+    bits: uint8 [ceil(n / 8)], as from `from_mask`
+    shape: shape of the tensor, of n entries
+    name: what an error calls the tensor
+    Raises ValueError, with the name, for too few or too many bits.
+    """
     count = math.prod(shape)
-    if bits.dtype != torch.uint8 or bits.shape != (math.ceil(count / 8),):
-        raise ValueError(f"{name} of shape {list(shape)} needs {math.ceil(count / 8)} bytes of bits; got {len(bits)}")
+    size = math.ceil(count / 8)
+    if bits.dtype != torch.uint8 or bits.shape != (size,):
+        raise ValueError(
+            f"{name} of shape {list(shape)} needs {size} bytes of bits; got {len(bits)}"
+        )
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).view(bool)).view(*shape)
