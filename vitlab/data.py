@@ -1,10 +1,10 @@
 """Load named datasets and ImageFolders as train / val / test, and augment them in batches.
 
-Every image is decoded once into a memory-mapped uint8 array under `<data root>/cache`, which is keyed by content. A
-batch is cut from it and sent to the device as uint8. Only there it is cropped, flipped, normalised and enlarged. Each
-image of a batch has its own draw.
+Every image is decoded once into a memory-mapped uint8 array under `<data root>/cache`, which is
+keyed by content. A batch is cut from it and sent to the device as uint8. Only there it is cropped,
+flipped, normalised and enlarged. Each image of a batch has its own draw.
 
-Public: Split, Dataset, load, SPLITS.
+Public: Split, Dataset, load, SPLITS, NAMES, WHOLE, NATIVE_SIDE, MARGIN.
 """
 
 import contextlib
@@ -63,7 +63,8 @@ class Split:
     def identity(self):
         """Return a hash of what the batches depend on.
 
-        These are the images (by the content key of their cache), the labels, the sizes and the moments.
+        These are the images (by the content key of their cache), the labels, the sizes and the
+        moments.
         """
         digest = hashlib.sha256(self.indices.tobytes() + self.labels.numpy().tobytes())
         cache = Path(getattr(self.store, "filename", "")).parent.name
@@ -72,23 +73,25 @@ class Split:
 
     @property
     def images(self):
-        """Return uint8 [N, H, H, 3], read from the memory map into a new array; row i belongs to labels[i]."""
+        """Return uint8 [N, H, H, 3], a new array; row i belongs to labels[i]."""
         return self.store[self.indices]
 
     def subset(self, n, *, seed=0):
-        """Return a Split of n images with the classes in the proportions of this one; a larger n contains a smaller.
+        """Return a Split of n images with the classes in the proportions of this one.
+
+        n: 1 .. len(self); the images of a larger n contain those of a smaller one
 
         Raises ValueError unless n lies in 1 .. len(self).
         """
         if not 1 <= n <= len(self):
             raise ValueError(f"a subset has 1 to {len(self)} images here, got n={n}")
-        labels = self.labels.numpy()
         rng = np.random.default_rng(seed)
         place = np.empty(len(self))  # how far down its shuffled class an image stands, in (0, 1)
-        for label in np.unique(labels):
-            members = rng.permutation(np.flatnonzero(labels == label))
+        for label in self.labels.unique():
+            members = rng.permutation(np.flatnonzero(self.labels == label))
             place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-        return self.take(np.sort(np.argsort(place, kind="stable")[:n]))
+        first = np.argsort(place, kind="stable")[:n]
+        return self.take(np.sort(first))
 
     def take(self, places):
         """Return a Split of the images at these places of this one, int64 [n], in that order."""
@@ -107,14 +110,16 @@ class Split:
         drop_last=False,
         start=0,
     ):
-        """Yield the batches (x, y) of one epoch: a function of (seed, epoch) alone, the same on every device.
+        """Yield the batches (x, y) of one epoch.
 
-        torch's and numpy's own random states are neither read nor moved.
+        They are a function of (seed, epoch) alone, the same on every device. torch's and numpy's
+        own random states are neither read nor moved.
 
         device: where the batches are made
         augment: False; True for crop and flip; or a dict with any of
-          crop   int, pixels of reflected border (of stored pixels) that a random crop may reach into; by
-                 default an eighth of the side, or 0 where images are stored larger than the crop
+          crop   int, pixels of reflected border (of stored pixels) that a random crop may reach
+                 into; by default an eighth of the side, or 0 where images are stored larger than
+                 the crop
           flip   bool, mirror half of the images; True by default
           scale  [low, high], instead of crop: a random-resized crop of this share of the area, with
                  an aspect ratio of 3/4 to 4/3
@@ -150,7 +155,10 @@ class Split:
             yield self._prepare(raw, options, rng), labels.to(device)
 
     def _prepare(self, raw, options, rng):
-        """Turn uint8 [B, H, H, 3] into float32 [B, 3, S, S], on raw's device; options None show the centre."""
+        """Return raw, uint8 [B, H, H, 3], as float32 [B, 3, S, S] on its device.
+
+        options: of `_augmentation`; None shows the centre
+        """
         if options is None:
             edge = (raw.shape[1] - self.window) // 2
             options = {"scale": None, "erase": 0}
@@ -188,7 +196,7 @@ class Dataset:
     skipped: list = field(default_factory=list)
 
     def summary(self):
-        """Return one row a split: images, classes, images of the smallest and of the largest class."""
+        """Return a row for each split: images, classes, images of smallest and largest class."""
         counts = {}
         for name in SPLITS:
             labels = getattr(self, name).labels
@@ -203,8 +211,8 @@ class Dataset:
         return pd.DataFrame(columns).rename_axis("split")
 
 
-# Augmentation: whole batches on the device, one draw an image. The draws come from a numpy generator, so
-# that every device sees the same ones.
+# Augmentation: whole batches on the device, one draw an image. The draws come from a numpy
+# generator, so that every device sees the same ones.
 
 
 def _augmentation(augment, side, window):
@@ -237,7 +245,10 @@ def _augmentation(augment, side, window):
 
 
 def _shifted(raw, window, pad, flip, rng):
-    """Return a window at a random offset of each image [B, H, H, 3], up to pad pixels over its reflected border."""
+    """Return a window at a random offset of each image [B, H, H, 3].
+
+    It reaches up to pad pixels over the border, which is reflected.
+    """
     count, side = raw.shape[:2]
     offsets = rng.integers(-pad, side - window + pad, size=(2, count, 1), endpoint=True)
     mirrored = flip & (rng.random((count, 1)) < 0.5)
@@ -253,7 +264,10 @@ def _shifted(raw, window, pad, flip, rng):
 
 
 def _normalised(raw, mean, std):
-    """Return uint8 [B, H, W, 3] as float32 [B, 3, H, W] in channels_last memory, of zero mean and unit deviation."""
+    """Return uint8 [B, H, W, 3] as float32 [B, 3, H, W] of zero mean and unit deviation.
+
+    The result lies in channels_last memory.
+    """
     scale_and_shift = np.stack([1 / (255 * np.array(std)), -np.array(mean) / np.array(std)])
     tiled = torch.tensor(np.tile(scale_and_shift, raw.shape[2]), dtype=torch.float32)
     scale, shift = tiled.to(raw.device)
@@ -263,7 +277,7 @@ def _normalised(raw, mean, std):
 
 
 def _extents(count, areas, ratios, rng):
-    """Return width and height [count] of rectangles of random area and aspect ratio, where the whole is 1 x 1.
+    """Return width and height [count] of random rectangles in a square of side 1.
 
     areas, ratios: (lowest, highest); the ratio is uniform in its logarithm
     """
@@ -273,7 +287,10 @@ def _extents(count, areas, ratios, rng):
 
 
 def _resized_crops(x, size, scale, flip, rng):
-    """Return a random part of each image, a share of its area in scale, resized to [B, 3, size, size]."""
+    """Return a random part of each image, resized to [B, 3, size, size].
+
+    scale: (lowest, highest) share of the area
+    """
     count = len(x)
     width, height = _extents(count, scale, (3 / 4, 4 / 3), rng)
     theta = np.zeros((count, 2, 3), dtype=np.float32)
@@ -287,7 +304,7 @@ def _resized_crops(x, size, scale, flip, rng):
 
 
 def _rectangles(x, share, rng):
-    """Return bool [B, 1, S, S], True inside one rectangle of a share of the images (Zhong et al. 2020)."""
+    """Return bool [B, 1, S, S], True in a rectangle of a share of images (Zhong et al. 2020)."""
     count, size = len(x), x.shape[-1]
     inside = []
     for extent in _extents(count, (0.02, 0.33), (0.3, 3.3), rng):
@@ -318,22 +335,24 @@ def load(
 ):
     """Return a Dataset of train / val / test, from its cache or decoded into it.
 
-    Splits are stratified and depend on split_seed alone, never on a run's seed. A split that is not there is taken
-    from train (val 10 %, test 20 %). One tree and Caltech-101 become 70 / 10 / 20. CIFAR-10 keeps its test set.
+    Splits are stratified and depend on split_seed alone, never on a run's seed. A split that is not
+    there is taken from train (val 10 %, test 20 %). One tree and Caltech-101 become 70 / 10 / 20.
+    CIFAR-10 keeps its test set.
 
-    name: "cifar10", "caltech101", "shapes" (drawn at first use), or the path of an ImageFolder: `train/` with or
-        without `val/` and `test/`, or one tree of class folders
+    name: "cifar10", "caltech101", "shapes" (drawn at first use), or the path of an ImageFolder:
+        `train/` with or without `val/` and `test/`, or one tree of class folders
     root: folder of the images and of the cache; None for the data root, `record.root()`
     image_size: side of a batch in pixels, >= 1
-    normalise: "train" for mean and deviation of the train split, "imagenet" for those that pretrained weights
-        expect, or (mean, std) of three numbers each
+    normalise: "train" for mean and deviation of the train split, "imagenet" for those that
+        pretrained weights expect, or (mean, std) of three numbers each
     images: at most so many of each split, stratified, for a trial run; None for all
     skip_broken: leave out files that cannot be decoded and list them in `skipped`
     download: whether CIFAR-10 and Caltech-101 may be downloaded
     progress: whether progress bars are shown
 
-    Raises ValueError for an unknown name, an empty class folder or a file that is no whole image, RuntimeError where
-    the images are missing and cannot be downloaded, PermissionError where the cache cannot be written.
+    Raises ValueError for an unknown name, an empty class folder or a file that is no whole image,
+    RuntimeError where the images are missing and cannot be downloaded, PermissionError where the
+    cache cannot be written.
     """
     if image_size < 1:
         raise ValueError(f"image_size is a side in pixels, at least 1; got {image_size}")
@@ -343,8 +362,9 @@ def load(
     if skipped and not skip_broken:
         path, reason = next(iter(skipped.items()))
         raise ValueError(
-            f"{len(skipped)} unreadable image file(s), the first is {found.folder / path} ({reason}): "
-            f"replace or delete it, or go on without by skip_broken=True (in a study: --set data.skip_broken=true)"
+            f"{len(skipped)} unreadable image file(s), the first is {found.folder / path} "
+            f"({reason}): replace or delete it, or go on without by skip_broken=True "
+            "(in a study: --set data.skip_broken=true)"
         )
     usable = ~np.isin(found.names, list(skipped))
     parts = _split(found, usable, split_seed)
@@ -397,8 +417,8 @@ def _find(name, home, download):
     if folder.is_dir():
         return _find_tree(folder, name=folder.name, description=f"ImageFolder {folder.name}")
     raise ValueError(
-        f"{record.unknown('dataset', name, NAMES)} A set of your own has its path as its name: a folder of images with "
-        "train/, val/ and test/ that hold a folder a class, or one tree of class folders."
+        f"{record.unknown('dataset', name, NAMES)} A set of your own has its path as its name: a "
+        "folder with train/, val/ and test/ that hold a folder a class, or one tree of them."
     )
 
 
@@ -425,7 +445,7 @@ def _find_shapes(home, download):
 
 
 def _find_cifar10(home, download):
-    """Return CIFAR-10 from its binary layout, in home or home/cifar10, else from a tree of files in home/cifar10."""
+    """Return CIFAR-10 from its binary layout or, else, from a tree of files in home/cifar10."""
     tree, layout = home / "cifar10", "cifar-10-batches-py"
     holders = [folder for folder in (home, tree) if (folder / layout).is_dir()]
     if not holders and (tree / "train").is_dir():
@@ -434,14 +454,18 @@ def _find_cifar10(home, download):
             found.description = "CIFAR-10 (JPEG)"  # lossy: accuracies are a little below
         return found
     if not holders:
-        remedy = f"the folder {layout} into {home}, or train/ and test/ with a folder a class into {tree}"
+        remedy = (
+            f"the folder {layout} into {home}, "
+            f"or train/ and test/ with a folder a class into {tree}"
+        )
         _fetch(datasets.CIFAR10, home, download, remedy)
     holder = holders[0] if holders else home
     try:
         train, test = (datasets.CIFAR10(holder, train=train) for train in (True, False))
     except RuntimeError as error:  # its files are not those that were published
         raise RuntimeError(
-            f"{holder / layout} is not whole ({error}): delete it, and it is downloaded or unpacked anew"
+            f"{holder / layout} is not whole ({error}): "
+            "delete it, and it is downloaded or unpacked anew"
         ) from error
     pixels = np.concatenate([train.data, test.data])
     return _Found(
@@ -459,12 +483,14 @@ def _find_cifar10(home, download):
 def _whole(found):
     """Return found, if no image is missing.
 
-    Raises ValueError for a set that was downloaded or unpacked half: it has a name that results are compared by.
+    Raises ValueError for a set that was downloaded or unpacked half: it has a name that results are
+    compared by.
     """
     if len(found.names) != WHOLE[found.name]:
         raise ValueError(
-            f"{found.folder} holds {len(found.names)} of the {WHOLE[found.name]} images of {found.description}, as "
-            "after half a download: unpack the whole archive there again. A set of your own has its path as its name"
+            f"{found.folder} holds {len(found.names)} of the {WHOLE[found.name]} images of "
+            f"{found.description}, as after half a download: unpack the whole archive there again. "
+            "A set of your own has its path as its name"
         )
     return found
 
@@ -491,7 +517,9 @@ def _fetch(kind, home, download, remedy):
 
 
 def _find_tree(folder, *, name, description, leave=()):
-    """Return the files of an ImageFolder: train/ with or without val/ and test/, or one tree of class folders.
+    """Return the files of an ImageFolder.
+
+    It has train/ with or without val/ and test/, or it is one tree of class folders.
 
     leave: class folders that are left out
     """
@@ -529,7 +557,9 @@ def _folders(folder):
 
 
 def _split(found, usable, seed):
-    """Return {"train", "val", "test": sorted rows}: splits that lie on disk, and others drawn class by class.
+    """Return {"train", "val", "test": sorted rows}.
+
+    Splits that do not lie on disk are drawn class by class.
 
     usable: bool [N], False for images that are left out
     """
@@ -555,7 +585,10 @@ def _split(found, usable, seed):
 
 
 def _moments(store, rows, normalise, memory):
-    """Return mean and standard deviation of the three channels, in [0, 1]; the file memory keeps those of train."""
+    """Return mean and standard deviation of the three channels, in [0, 1].
+
+    memory: file that keeps those of train
+    """
     if normalise == "imagenet":
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if normalise == "train":
@@ -584,12 +617,15 @@ def _measured(store, rows):
     return [mean.tolist(), std.tolist()]
 
 
-# The cache: <root>/cache/<name>-<key>-<side>/{images.npy, index.json}; key is a hash of relative paths and
-# bytes, remembered in keys.json for files whose names, sizes and times have not changed.
+# The cache: <root>/cache/<name>-<key>-<side>/{images.npy, index.json}; key is a hash of relative
+# paths and bytes, remembered in keys.json for files whose names, sizes and times have not changed.
 
 
 def _cached(found, folder, image_size, progress):
-    """Return (memory map uint8 [N, H, H, 3], {unreadable file: reason}, cache folder), decoded if need be."""
+    """Return a memory map uint8 [N, H, H, 3], {unreadable file: reason} and the cache folder.
+
+    The images are decoded into it if need be.
+    """
     record.make_folder(folder)
     key, found.side = _identify(found, folder / "keys.json", progress)
     side = found.side or round(image_size * MARGIN)
@@ -607,7 +643,7 @@ def _cached(found, folder, image_size, progress):
 
 
 def _open(target, shape):
-    """Return store and {unreadable file: reason} of a whole cache, None for one that is missing or damaged."""
+    """Return store and {unreadable file: reason}, None for a missing or damaged cache."""
     try:
         store = np.load(target / "images.npy", mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -619,7 +655,7 @@ def _open(target, shape):
 
 
 def _identify(found, memory, progress):
-    """Return a hash of what the files hold, and the common side if all are equal squares small enough.
+    """Return a hash of what the files hold, and their side if all are equal small squares.
 
     memory: file that remembers both
     """
@@ -695,7 +731,10 @@ def _fill(store, found, progress):
 
 
 def _decode(path, side):
-    """Return uint8 [side, side, 3], the centre square in RGB, resized; the reason as text if that fails."""
+    """Return the centre square in RGB, resized to uint8 [side, side, 3].
+
+    If that fails, the reason comes back as text.
+    """
     try:
         image = datasets.folder.pil_loader(str(path))
         if image.size != (side, side):

@@ -1,11 +1,12 @@
 """Train one model with several processes: what they share out, and what they must agree on.
 
-torchrun starts the processes and tells each in its environment which one it is; accelerate joins them. All run the
-same code on the same images and draws, a notebook too. Each takes its part of every batch. The first process computes
-what must be the same everywhere and sends it to the others, and it alone writes files. Without torchrun nothing here
-happens, but for `in_turn`.
+torchrun starts the processes and tells each in its environment which one it is; accelerate joins
+them. All run the same code on the same images and draws, a notebook too. Each takes its part of
+every batch. The first process computes what must be the same everywhere and sends it to the others,
+and it alone writes files. Without torchrun nothing here happens, but for `in_turn`.
 
-Public: rank, count, is_first, join, wait, gather, agree, part, mean, in_turn, first_decides, whole_batch_norms.
+Public: rank, count, is_first, join, wait, gather, agree, part, mean, in_turn, first_decides,
+whole_batch_norms.
 """
 
 import atexit
@@ -36,13 +37,17 @@ def is_first():
 
 
 def join():
-    """Meet the other processes at the first call, however long they take; return accelerate's PartialState."""
+    """Meet the other processes at the first call and return accelerate's PartialState.
+
+    It waits for them as long as it takes.
+    """
     import torch
     from accelerate import PartialState
 
     options = {}
     if count() > 1:
-        # Without cpu=True accelerate 1.15 takes processes without a GPU for one each, and shares no gradients.
+        # Without cpu=True accelerate 1.15 takes processes without a GPU for one each, and shares no
+        # gradients.
         options = {"cpu": not torch.accelerator.is_available(), "timeout": timedelta(days=7)}
     state = PartialState(**options)
     _leave_at_exit()
@@ -51,9 +56,9 @@ def join():
 
 @functools.cache
 def _leave_at_exit():
-    """End at Python's end what `join` began: threads of gloo that still run would abort the process.
+    """End what `join` began before Python ends.
 
-    torchrun would then take all processes for failed.
+    Threads of gloo that still run would abort the process, and torchrun would take all for failed.
     """
     from torch import distributed
 
@@ -61,7 +66,7 @@ def _leave_at_exit():
 
 
 def wait():
-    """Wait until all processes have come to this line: what the first wrote before is there then."""
+    """Wait until all processes have come here: what the first wrote before is there then."""
     if count() > 1:
         join().wait_for_everyone()
 
@@ -80,7 +85,7 @@ def gather(value):
 
 
 def agree(model):
-    """Give model in every process the weights and buffers that it has in the first process, in place."""
+    """Give model the weights and buffers that it has in the first process, in place."""
     if count() > 1:
         from accelerate.utils import broadcast
 
@@ -89,12 +94,13 @@ def agree(model):
 
 
 def part(tensors):
-    """Return this process' share of each tensor, consecutive rows. Their number must be a multiple of `count`."""
+    """Return this process' share of each tensor: consecutive rows.
+
+    tensors: sequence; the number of their rows must be a multiple of `count`
+    """
     if count() == 1:
         return tensors
-    size = len(tensors[0]) // count()
-    rows = slice(rank() * size, (rank() + 1) * size)
-    return tuple(tensor[rows] for tensor in tensors)
+    return tuple(tensor.chunk(count())[rank()] for tensor in tensors)
 
 
 def mean(tensor):
@@ -111,8 +117,8 @@ def mean(tensor):
 def in_turn(file):
     """Hold the lock of an open file, after whoever holds it now.
 
-    It counts for all processes of this machine, not only for those of torchrun. The system frees it whatever happens
-    to this process.
+    It counts for all processes of this machine, not only for those of torchrun. The system frees it
+    whatever happens to this process.
     """
     if os.name == "posix":
         import fcntl
@@ -122,12 +128,12 @@ def in_turn(file):
 
 
 def first_decides(function):
-    """Let the first process alone compute function; the others wait for its result, or raise its error.
+    """Let the first process alone compute function; the others wait for its result or error.
 
     Tensors in the result come on the device of the function's first model.
 
-    This is for what chooses what is cut: the smallest difference, by rounding or by a clock, would give the processes
-    different models.
+    This is for what chooses what is cut: the smallest difference, by rounding or by a clock, would
+    give the processes different models.
     """
 
     @functools.wraps(function)
@@ -168,7 +174,7 @@ def _nobody_else():
 
 @contextlib.contextmanager
 def whole_batch_norms(model):
-    """Let batch norms (of stems) take their moments from the batch of all processes, as one process would.
+    """Let batch norms (of stems) take their moments from the batch of all processes.
 
     torch's SyncBatchNorm does that on GPUs alone.
     """
@@ -187,7 +193,7 @@ def whole_batch_norms(model):
 
 
 def _whole_batch_norm(norm, x):
-    """Normalise x [B, C, H, W], this process' part of a batch, by mean and biased variance over all parts."""
+    """Normalise x [B, C, H, W], a part of a batch, by mean and biased variance over all parts."""
     import torch
 
     if not norm.training:
@@ -208,7 +214,7 @@ def _whole_batch_norm(norm, x):
 
 @functools.cache
 def _mean_with_gradients():
-    """Return `mean` as a function that gradients pass: of a mean over processes they are the mean of theirs."""
+    """Return `mean` as a function that gradients pass; they are averaged likewise."""
     import torch
 
     class Mean(torch.autograd.Function):

@@ -43,7 +43,9 @@ _LOGGED = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold the settings of one training: all that its result depends on beside model, images, masks and teacher.
+    """Hold the settings of one training.
+
+    Beside them the result depends on model, images, masks and teacher alone.
 
     Checkpoints of dense models keep these fields as "settings".
 
@@ -57,10 +59,13 @@ class Recipe:
     augment: what `data.Split.batches` accepts
     images: training images that each epoch draws, >= 1; None takes all
     precision: what `evaluate.precision_on` accepts
-    ema: decay in [0, 1) of averaged weights, which are then validated and kept; 0 switches averaging off
-    mixup, cutmix: alpha >= 0 of the Beta distribution that says, batch by batch, how much each image and its label
-        get of another image (Zhang et al. 2018, Yun et al. 2019); 0 is off, and with both each batch gets one of them
-    keep_best: whether training ends with the weights of the epoch that was best on val, else with the last
+    ema: decay in [0, 1) of averaged weights, which are then validated and kept; 0 switches
+        averaging off
+    mixup, cutmix: alpha >= 0 of the Beta distribution that says, batch by batch, how much each
+        image and its label get of another image (Zhang et al. 2018, Yun et al. 2019); 0 is off, and
+        with both each batch gets one of them
+    keep_best: whether training ends with the weights of the epoch that was best on val, else with
+        the last
     seed: int, of order, augmentation, mixing, drop-out and drop-path
 
     Raises ValueError for a value out of range.
@@ -102,7 +107,8 @@ class Recipe:
 class Distillation:
     """Hold a teacher and its part in the loss (Hinton et al. 2015).
 
-    The loss is (1 - a) CE + a T**2 KL with a = share, T = temperature, see docs/methods/distillation.md.
+    The loss is (1 - a) CE + a T**2 KL with a = share, T = temperature, see
+    docs/methods/distillation.md.
 
     teacher: model with the classes of the student, in their order
     share: a, in [0, 1]
@@ -122,7 +128,11 @@ class Distillation:
             )
 
     def blend(self, loss, logits, x):
-        """Return the loss of the student's logits [B, classes] on images x, given its cross entropy loss."""
+        """Return the whole loss of the student.
+
+        loss: its cross entropy
+        logits: [B, classes], of the student on the images x
+        """
         with torch.no_grad():
             target = log_softmax(self.teacher(x).float() / self.temperature, 1)
         student = log_softmax(logits.float() / self.temperature, 1)
@@ -134,24 +144,29 @@ class Distillation:
 def fit(
     model, train, val, recipe, *, masks=None, distil=None, stage="dense", folder=None, log=None
 ):
-    """Train model in place with AdamW, linear warm-up and cosine decay to 0; return its history as a frame.
+    """Train model in place and return its history as a frame.
 
-    Under torchrun (see `parallel`), each process takes its part of each batch. The result is then that of one
-    process, up to rounding and to what drop-out and drop-path draw.
+    The optimizer is AdamW, with linear warm-up and cosine decay of the rate to 0.
+
+    Under torchrun (see `parallel`), each process takes its part of each batch. The result is then
+    that of one process, up to rounding and to what drop-out and drop-path draw.
 
     train, val: data.Split
     recipe: Recipe, or a mapping of its fields
-    masks: {parameter: bool}, applied before the first step and held through every one; each epoch's end asserts
-        them. Masking gradients would lose them to momentum and weight decay, see docs/methods/schedules.md
+    masks: {parameter: bool}, applied before the first step and held through every one; each epoch's
+        end asserts them. Masking gradients would lose them to momentum and weight decay, see
+        docs/methods/schedules.md
     distil: Distillation, or None to train without a teacher
     stage: name of this training in its history, messages and state file
-    folder: keeps a state file of each epoch, from which a killed training goes on. A state of other settings, images,
-        weights, masks or teacher is not used. The state of the epoch before stands in for a damaged one
-    log: folder for TensorBoard, which gets loss and top-1 on train and val, rate and images per second of each epoch
+    folder: keeps a state file of each epoch, from which a killed training goes on. A state of other
+        settings, images, weights, masks or teacher is not used. The state of the epoch before
+        stands in for a damaged one
+    log: folder for TensorBoard, which gets loss and top-1 on train and val, rate and images per
+        second of each epoch
 
     Returns a frame with one row an epoch; `_Training.epoch` says what its columns mean.
-    Raises ValueError for settings out of range, FloatingPointError when the loss is no longer finite, and RuntimeError
-    when another process trains the same stage in the same folder.
+    Raises ValueError for settings out of range, FloatingPointError when the loss is no longer
+    finite, and RuntimeError when another process trains the same stage in the same folder.
     """
     if isinstance(recipe, Mapping):
         recipe = Recipe(**recipe)
@@ -177,15 +192,18 @@ def fit(
 def in_steps(
     model, cut, train, val, recipe, *, shares, tail_epochs=None, stage="gradual", **options
 ):
-    """Cut a little, train, cut more, train on (Zhu & Gupta 2017); return the model, its masks and the history.
+    """Cut a little, train, cut more, train on; return the model, its masks and the history.
 
-    Every training starts its optimizer and its schedule of rates anew, and draws other images. A killed run calls all
-    cuts again, and trains only what was not trained yet. The cuts must then give the same for the same model; torch
-    is seeded before each.
+    The idea is of Zhu & Gupta 2017.
 
-    cut: function of (model, share), called before each training with the model as it is by then. It takes new scores
-        and returns (model, masks) or a smaller (model, None). Masks have that sparsity and keep dead weights dead, as
-        prune.further does; shrink.remove makes smaller models. The function decides what a share is a share of
+    Every training starts its optimizer and its schedule of rates anew, and draws other images. A
+    killed run calls all cuts again, and trains only what was not trained yet. The cuts must then
+    give the same for the same model; torch is seeded before each.
+
+    cut: function of (model, share), called before each training with the model as it is by then. It
+        takes new scores and returns (model, masks) or a smaller (model, None). Masks have that
+        sparsity and keep dead weights dead, as prune.further does; shrink.remove makes smaller
+        models. The function decides what a share is a share of
     train, val: data.Split
     recipe: Recipe, or a mapping of its fields; its epochs follow each cut but the last
     shares: rising numbers in (0, 1), as prune.shares returns them; one share is one-shot
@@ -193,10 +211,10 @@ def in_steps(
     stage: name of all these trainings in the history
     options: distil, folder and log of `fit`
 
-    Returns a history as `fit` does, with epochs counted through, and the columns step (1, 2, ...), share and params
-    (of the model).
-    Raises ValueError for shares that do not rise, for a first cut that changes nothing, and for masks that bring dead
-    weights back; else what `fit` raises.
+    Returns a history as `fit` does, with epochs counted through, and the columns step (1, 2, ...),
+    share and params (of the model).
+    Raises ValueError for shares that do not rise, for a first cut that changes nothing, and for
+    masks that bring dead weights back; else what `fit` raises.
     """
     shares = list(shares)
     if not shares or any(low >= high for low, high in pairwise([0, *shares, 1])):
@@ -216,7 +234,8 @@ def in_steps(
         model, masks = cut(model, share)
         if step == 1 and not masks and _params(model) == params:
             raise ValueError(
-                f"the first cut, of {share}, changed nothing; give masks or a smaller model, or fewer steps"
+                f"the first cut, of {share}, changed nothing; "
+                "give masks or a smaller model, or fewer steps"
             )
         _check_grown(model, masks_before or {}, masks or {})
         history = fit(model, train, val, settings, masks=masks, stage=f"{stage}-{step}", **options)
@@ -245,8 +264,8 @@ def _check_batch(size):
     """Raise ValueError if the processes cannot share out a batch of this size evenly."""
     if size % parallel.count():
         raise ValueError(
-            f"a batch of {size} images cannot be shared out evenly to {parallel.count()} processes: choose a "
-            "batch_size that is a multiple of their number"
+            f"a batch of {size} images cannot be shared out evenly to {parallel.count()} "
+            "processes: choose a batch_size that is a multiple of their number"
         )
 
 
@@ -259,7 +278,10 @@ def _lock(stage, folder):
 
 
 def _join(stage, folder, log):
-    """Meet the other processes; return the Accelerator, with a tracker if there is a folder for TensorBoard."""
+    """Meet the other processes and return the Accelerator.
+
+    It has a tracker for TensorBoard if log or the environment's VITLAB_LOG asks for one.
+    """
     parallel.join()
     if not log and folder and os.environ.get("VITLAB_LOG"):
         log = Path(folder) / "tensorboard"
@@ -270,7 +292,7 @@ def _join(stage, folder, log):
 
 @dataclass
 class _Training:
-    """Hold one training under way: what the optimizer moves, the history, and the best weights so far."""
+    """Hold one training under way: its settings, what the optimizer moves, and its state."""
 
     accelerator: Accelerator
     model: torch.nn.Module
@@ -282,7 +304,7 @@ class _Training:
     stage: str
 
     def start(self, file):
-        """Move the models to their device, make the optimizer, and go on from the state in file if it fits.
+        """Make the optimizer, and go on from the state in file if it is of this training.
 
         Raises RuntimeError if the processes differ in the key of this training or in the state.
         """
@@ -299,15 +321,16 @@ class _Training:
         self.state = _load_state(file, key)
         if len(set(parallel.gather((key, len(self.state["history"]))))) > 1:
             raise RuntimeError(
-                f"{self.stage}: the processes do not train the same model by the same settings, images and masks, "
-                f"or not all of them can see {file}: give them one data root (VITLAB_DATA)"
+                f"{self.stage}: the processes do not train the same model by the same settings, "
+                f"images and masks, or not all of them can see {file}: "
+                "give them one data root (VITLAB_DATA)"
             )
         options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
         optimizer = create_optimizer_v2(model, "adamw", **options)
         self.holder = prune.Holder(model, self.masks, optimizer) if self.masks else None
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.moving = {"model": model, "optimizer": self.optimizer}
-        self.judged = model  # what is validated and kept
+        self.judged = model  # that is validated and kept
         if recipe.ema:
             average = functools.partial(_average, recipe.ema)
             self.moving["averaged"] = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
@@ -326,7 +349,7 @@ class _Training:
         return {**vars(self.recipe), "stage": self.stage, "images seen": images, "distil": distil}
 
     def epoch(self, epoch):
-        """Train for one epoch, int from 0, and return its row of the history, in which `validate` fills the gaps."""
+        """Train for one epoch, int from 0, and return its row of the history without validation."""
         device = self.accelerator.device
         began = time.perf_counter()
         cost.release_memory()  # what validation took
@@ -340,40 +363,46 @@ class _Training:
         training_mb = cost.own_memory_mb(device, peak=True) - self.memory_before
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the training loss is no longer finite in epoch {epoch + 1}; use a lower lr than {self.recipe.lr}"
+                f"the training loss is no longer finite in epoch {epoch + 1}; "
+                f"use a lower lr than {self.recipe.lr}"
             )
         images = self.steps * self.batch_size
         return {
             "stage": self.stage,
             "epoch": epoch + 1,
             "train_loss": loss / self.steps,  # mean over the batches
-            # In percent, on augmented batches, in passing; of mixed images for the label of the larger share.
+            # In percent, on augmented batches, in passing; of mixed images for the label of the
+            # larger share.
             "train_top1": 100 * right * parallel.count() / images,
-            "val_loss": None,  # by `validate`
-            "val_top1": None,  # in percent, by `validate`
+            "val_loss": None,  # `validate` fills all that is None, and sparsity
+            "val_top1": None,  # in percent
             "lr": lr,  # of the last step
             "seconds": seconds,  # without validation
             "precision": evaluate.precision_on(device, self.recipe.precision),  # bf16 or float32
             "images_per_s": images / seconds,
-            # Share of the seconds spent waiting for batches; on a GPU that still computes also for it.
+            # Share of the seconds spent waiting for batches; on a GPU that still computes also for
+            # it.
             "data_share": waited / seconds,
-            # Peaks of the epoch in MB of 10**6 bytes.
-            "resident_mb": None,  # of the whole process with all that it loaded before, by `validate`
+            # Peaks of the epoch in MB of 10**6 bytes. The first is of the whole process, with all
+            # that it loaded before.
+            "resident_mb": None,
             "device_mb": device_mb,  # that torch held on the GPU
-            # By how much training needed more on its device than was held when it began, model included:
-            # gradients, moments, activations, batches (cost.own_memory_mb). This one compares trainings.
+            # By how much training needed more on its device than was held when it began, model
+            # included: gradients, moments, activations, batches (cost.own_memory_mb). This one
+            # compares trainings.
             "training_mb": training_mb,
-            "sparsity": 0.0,  # share of zeros in what the masks cover, by `validate`
+            "sparsity": 0.0,  # share of zeros in what the masks cover
         }
 
     def _steps(self, epoch):
         """Take the steps of an epoch.
 
-        Returns the sums [loss, right answers] over this process' batches, the seconds that it waited for batches, and
-        the last rate.
+        Returns the sums [loss, right answers] over this process' batches, the seconds that it
+        waited for batches, and the last rate.
         """
         recipe, device, steps = self.recipe, self.accelerator.device, self.steps
-        # Drop-path and drop-out depend on seed, epoch and process alone: a resumed training draws the same.
+        # Drop-path and drop-out depend on seed, epoch and process alone: a resumed training draws
+        # the same.
         torch.manual_seed(1_000_003 * recipe.seed + epoch + 1_000_000_007 * parallel.rank())
         self.prepared.train()
         draw = {"augment": recipe.augment, "shuffle": True, "seed": recipe.seed, "epoch": epoch}
@@ -423,7 +452,7 @@ class _Training:
         return torch.stack([loss.detach(), right.to(loss.dtype)])
 
     def validate(self, row):
-        """Complete a row of the history with what the model does on val; keep the weights if they are the best."""
+        """Complete a row of the history on val, and keep the weights if they are the best."""
         if self.holder:
             self.holder.check(self.judged)
             row["sparsity"] = prune.sparsity(self.model, self.masks)
@@ -441,9 +470,13 @@ class _Training:
 
 
 def _mix(x, y, recipe, classes, seeds):
-    """Mix each image with the next one; return x and shares [B, classes] that sum to 1 in place of y, int64 [B].
+    """Mix each image with the next one and return them with their labels.
 
-    The result is a function of the ints seeds alone, and torch's own random numbers are left as they were.
+    x: float32 [B, 3, S, S]
+    y: int64 [B]
+    seeds: ints, on which alone the draws depend; torch's own random numbers stay as they were
+
+    Returns x and, in place of y, shares [B, classes] that sum to 1.
     """
     alphas = {v2.MixUp: recipe.mixup, v2.CutMix: recipe.cutmix}
     ways = [way(alpha=alpha, num_classes=classes) for way, alpha in alphas.items() if alpha]
@@ -455,7 +488,7 @@ def _mix(x, y, recipe, classes, seeds):
 
 
 def _average(decay, averaged, current, _):
-    """Average tensors of one kind in place, with the arguments of AveragedModel behind the decay."""
+    """Average tensors of one kind in place: what AveragedModel calls, behind the decay."""
     if averaged[0].is_floating_point():
         torch._foreach_lerp_(averaged, current, 1 - decay)
     else:  # an average would round indices down
@@ -464,7 +497,7 @@ def _average(decay, averaged, current, _):
 
 @contextlib.contextmanager
 def _plain_attention(model, device):
-    """Compute attention on CPUs without the fused kernel, which is slower to train in bf16 there."""
+    """Compute attention on CPUs without the fused kernel, which trains slower in bf16 there."""
     fused = []
     if device.type == "cpu":
         fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
@@ -478,23 +511,20 @@ def _plain_attention(model, device):
 
 
 def _schedule(step, steps, warmup_steps):
-    """Return the share of the peak rate: linear from 0 over the warm-up, then half a cosine down to 0."""
+    """Return the share of the peak rate: linear over the warm-up, then half a cosine to 0."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def _fingerprint(settings, model, masks, teacher):
-    """Return a hash of everything that the result depends on, which a state file must share to be used."""
+    """Return a hash of all that the result depends on; a state file of another one is not used."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for tensors in (
-        model.state_dict(),
-        masks or {},
-        teacher.state_dict() if teacher is not None else {},
-    ):
+    teacher_state = {} if teacher is None else teacher.state_dict()
+    for tensors in (model.state_dict(), masks or {}, teacher_state):
         for name, tensor in sorted(tensors.items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.cpu().ravel().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -509,13 +539,14 @@ def _before(file):
 
 
 def _load_state(file, key):
-    """Return the newest whole state of this very training, on the CPU, from file or the one beside it.
+    """Return the newest whole state with this key, on the CPU, from file or the one beside it.
 
     Without one, the state has no history, and its best weights have an accuracy below all others.
     """
     for path in [file, _before(file)] if file else []:
         try:
-            # not onto accelerate's device: among several CPU processes that is "cpu:0", which torch.load refuses
+            # not onto accelerate's device: among several CPU processes that is "cpu:0", which
+            # torch.load refuses
             state = torch.load(path, map_location="cpu", weights_only=True)
             if state["key"] == key:
                 return state
@@ -523,6 +554,7 @@ def _load_state(file, key):
             continue
         except Exception as error:  # a damaged state costs the epoch in it, not the run
             record.say(
-                f"{path.name} cannot be read ({type(error).__name__}); training goes on from before it"
+                f"{path.name} cannot be read ({type(error).__name__}); "
+                "training goes on from before it"
             )
     return {"key": key, "history": [], "best": {"top1": -1.0}}
