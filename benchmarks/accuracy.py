@@ -293,10 +293,11 @@ def measure(given, share, tool, *, rates=None, epochs=1, images=None):
         keep(key | {"stage": "cut"}, **found, note=note, seconds=seconds)
     while lr := missing():
         model, own = checkpoint.load(kept), recipe | {"lr": lr}
-        settings = RECIPE | own | {"seed": given.seed, "folder": kept, "stage": stage_of(lr)}
+        settings = RECIPE | own | {"seed": given.seed, "keep_best": False}
+        options = {"folder": kept, "stage": stage_of(lr)}
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                history = train.fit(model, given.images.train, given.images.val, keep_best=False, **settings)
+                history = train.fit(model, given.images.train, given.images.val, settings, **options)
         except FloatingPointError as error:  # such a rate is the worst of all
             keep(key | {"stage": "finetuned"}, val_top1=0.0, note=str(error), **own)
             continue

@@ -211,7 +211,7 @@ def fitted(model, split, batch):
     with contextlib.redirect_stdout(io.StringIO()):
         history = train.fit(
             *(model, split, split.subset(8)),
-            **(OPTIONS | {"epochs": 1, "warmup_epochs": 0, "batch_size": batch, "augment": {}, "precision": "bf16"}),
+            OPTIONS | {"epochs": 1, "warmup_epochs": 0, "batch_size": batch, "augment": {}, "precision": "bf16"},
         )
     return history.seconds.iloc[0]
 

@@ -93,7 +93,8 @@ def test_the_first_seed_tries_learning_rates_until_val_falls_and_others_take_its
     monkeypatch.setattr(accuracy, "TOOLS", {"dense": accuracy.TOOLS["dense"], "vitlab, pool": None})
     val, now = {(0, 1e-5): 60.0, (0, 1e-4): 70.0, (1, 1e-3): 90.0, (1, 1e-4): 50.0}, [1.0]
 
-    def fit(model, *_, lr, folder, stage, seed, **__):
+    def fit(model, train, val_images, recipe, *, folder, stage):
+        seed, lr = recipe["seed"], recipe["lr"]
         if (seed, lr) not in val:
             raise FloatingPointError("no longer finite")
         now[:] = [val[seed, lr]]

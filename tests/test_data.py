@@ -256,7 +256,7 @@ def test_number_of_batches(batch_size):
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        ({"flipp": True}, "unknown augmentation 'flipp'; did you mean 'flip'"),
+        ({"flipp": True}, "unknown augmentation 'flipp', did you mean 'flip'"),
         ({"crop": 32}, "0 to 31 pixels, got 32"),
         ({"crop": 4, "scale": [0.5, 1]}, "crop or scale, not both"),
         ({"erase": 25}, r"share of the images in \[0, 1\], got 25"),
@@ -414,7 +414,7 @@ def test_caltech101_is_read_as_torchvision_does(tmp_path, monkeypatch):
     ("name", "near"), [("cifar-10", "'cifar10'"), ("Caltech", "'caltech101'"), ("shape", "'shapes'")]
 )
 def test_an_unknown_name_is_answered_with_the_nearest(tmp_path, name, near):
-    with pytest.raises(ValueError, match=f"unknown dataset {name!r}; did you mean {near}.* path of a folder"):
+    with pytest.raises(ValueError, match=f"unknown dataset {name!r}, did you mean {near}.*its path as its name"):
         data.load(name, root=tmp_path, image_size=32)
 
 

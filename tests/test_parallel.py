@@ -44,8 +44,9 @@ def work(folder):
     found = {}
     for name, options in MODELS.items():
         model, teacher = toy(**options).double(), toy(**options).double()
-        settings = dict(epochs=2, ema=0.5, mixup=0.4, teacher=teacher, masks=half_of(model), stage=name)
-        history = train.fit(model, Wide(), Wide(90, seed=1), folder=folder, **settings, **RECIPE)
+        recipe = dict(epochs=2, ema=0.5, mixup=0.4, **RECIPE)
+        options = dict(distil=train.Distillation(teacher), masks=half_of(model), stage=name, folder=folder)
+        history = train.fit(model, Wide(), Wide(90, seed=1), recipe, **options)
         found[name] = {"weights": dict(model.state_dict()), "history": history.to_dict("list")}
     model = toy(**MODELS["vit"])
     calibration = [(x + 1e-7 * parallel.rank(), y) for x, y in Blobs(64).batches(32)]  # as if devices rounded otherwise
@@ -153,7 +154,7 @@ def test_a_whole_batch_norm_is_torchs_own():
 def test_a_batch_that_cannot_be_shared_out_is_an_error(vit, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="a batch of 32 images cannot be shared out evenly to 3 processes"):
-        train.fit(vit, Blobs(), Blobs(), epochs=1, **RECIPE)
+        train.fit(vit, Blobs(), Blobs(), dict(epochs=1, **RECIPE))
 
 
 def test_the_first_tells_the_others_its_error(tmp_path):
@@ -188,7 +189,7 @@ def test_models_that_differ_are_refused_and_alone_nothing_is_shared(vit, tmp_pat
         SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path)).replace(
             "torch.save(",
             "from test_train import *\ntrain.fit(toy('conv_vit', embed_dim=32, depth=2, num_heads=4), "
-            "Blobs(), Blobs(), epochs=1, seed=parallel.rank(), **RECIPE)  # ",
+            "Blobs(), Blobs(), dict(epochs=1, seed=parallel.rank(), **RECIPE))  # ",
         )
     )
     done = torchrun(script)

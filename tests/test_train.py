@@ -51,7 +51,7 @@ def same(a, b):
 
 
 def test_it_learns_and_tells_its_history(model):
-    history = train.fit(model, Blobs(), Blobs(seed=1), epochs=4, **RECIPE)
+    history = train.fit(model, Blobs(), Blobs(seed=1), dict(epochs=4, **RECIPE))
     assert history.epoch.tolist() == [1, 2, 3, 4]
     assert history.val_top1.iloc[-1] > 90 and history.train_loss.iloc[-1] < 0.6 * history.train_loss.iloc[0]
     assert (history.images_per_s > 0).all() and (history.resident_mb > 50).all() and not model.training
@@ -59,14 +59,15 @@ def test_it_learns_and_tells_its_history(model):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "auto"])
 def test_its_history_tells_the_precision(vit, precision):
-    history = train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, **RECIPE | {"precision": precision})
+    history = train.fit(vit, Blobs(), Blobs(seed=1), RECIPE | {"epochs": 1, "precision": precision})
     assert history.precision.tolist() == [evaluate.precision_on("cpu") if precision == "auto" else precision]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_masks_hold_through_momentum_decay_and_averaging(model, ema):
     keep = half_of(model)
-    history = train.fit(model, Blobs(), Blobs(seed=1), epochs=2, masks=keep, ema=ema, weight_decay=0.5, **RECIPE)
+    recipe = dict(epochs=2, ema=ema, weight_decay=0.5, **RECIPE)
+    history = train.fit(model, Blobs(), Blobs(seed=1), recipe, masks=keep)
     expected = sum(int((~m).sum()) for m in keep.values()) / sum(m.numel() for m in keep.values())
     assert history.sparsity.tolist() == [expected, expected] and prune.sparsity(model, keep) == expected
     for name, parameter in model.named_parameters():
@@ -86,7 +87,8 @@ def test_the_weights_that_are_kept_are_masked_too(vit, monkeypatch, ema, keep_be
     right = evaluate.accuracy
     monkeypatch.setattr(evaluate, "accuracy", accuracy)
     keep = half_of(vit)
-    train.fit(vit, Blobs(), Blobs(seed=1), epochs=3, masks=keep, ema=ema, keep_best=keep_best, **RECIPE)
+    recipe = dict(epochs=3, ema=ema, keep_best=keep_best, **RECIPE)
+    train.fit(vit, Blobs(), Blobs(seed=1), recipe, masks=keep)
     assert all(not state[name][~mask].any() for state in seen for name, mask in keep.items())
     kept = seen[0 if keep_best else -1]
     assert all(torch.equal(kept[name], tensor) for name, tensor in vit.state_dict().items())
@@ -107,7 +109,7 @@ def test_sparse_parts_are_trained_on_their_support(vit, support, rank, ema):
         vit.set_submodule(name, layers.low_rank_sparse(0.1 * u, 0.1 * v, **parts))
     found = {name: layer for name, layer in vit.named_modules() if isinstance(layer, layers.LowRankSparseLinear)}
     before = {name: (layer.support_mask.clone(), layer.sparse_weight.detach()) for name, layer in found.items()}
-    train.fit(vit, Blobs(), Blobs(seed=1), epochs=2, ema=ema, weight_decay=0.5, **RECIPE)
+    train.fit(vit, Blobs(), Blobs(seed=1), dict(epochs=2, ema=ema, weight_decay=0.5, **RECIPE))
     assert len(before) == 4
     for name, (mask, values) in before.items():
         assert found[name].support_mask.equal(mask) and not found[name].sparse_weight[~mask].any()
@@ -118,7 +120,7 @@ def test_sparse_parts_are_trained_on_their_support(vit, support, rank, ema):
 
 def test_averaging_leaves_whole_numbers_alone(swin):
     """Swin's windows look up their position bias by index, which 0.9 * i + 0.1 * i would round down."""
-    history = train.fit(swin, Blobs(), Blobs(seed=1), epochs=4, ema=0.9, keep_best=False, **RECIPE)
+    history = train.fit(swin, Blobs(), Blobs(seed=1), dict(epochs=4, ema=0.9, keep_best=False, **RECIPE))
     result = evaluate.accuracy(swin, Blobs(seed=1))
     assert history.val_loss.iloc[-1] == pytest.approx(result.loss, rel=1e-5)  # what was validated is what is kept
     assert swin.patch_embed.steps[2].num_batches_tracked == 12
@@ -128,7 +130,7 @@ def test_a_second_call_is_bit_equal_and_another_seed_is_not(vit):
     runs = []
     for seed in (0, 0, 1):
         runs.append(copy.deepcopy(vit))
-        train.fit(runs[-1], Blobs(), Blobs(seed=1), epochs=1, seed=seed, **RECIPE)
+        train.fit(runs[-1], Blobs(), Blobs(seed=1), dict(epochs=1, seed=seed, **RECIPE))
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
@@ -140,7 +142,8 @@ from test_train import Blobs, RECIPE, half_of
 from vitlab import train
 model = toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1)
 print("begins", flush=True)
-train.fit(model, Blobs(320), Blobs(seed=1), epochs=12, masks=half_of(model), folder={folder!r}, ema=0.9, **RECIPE)
+recipe = dict(epochs=12, ema=0.9, **RECIPE)
+train.fit(model, Blobs(320), Blobs(seed=1), recipe, masks=half_of(model), folder={folder!r})
 """
 
 
@@ -148,9 +151,9 @@ def test_a_run_killed_for_real_three_times_goes_on_to_the_same_result(tmp_path):
     from conftest import toy
 
     whole, killed = (toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1) for _ in range(2))
-    options = dict(epochs=12, masks=half_of(whole), ema=0.9, **RECIPE)
+    recipe, keep = dict(epochs=12, ema=0.9, **RECIPE), half_of(whole)
     begun = time.time()
-    expected = train.fit(whole, Blobs(320), Blobs(seed=1), **options)
+    expected = train.fit(whole, Blobs(320), Blobs(seed=1), recipe, masks=keep)
     took, draw, done = time.time() - begun, random.Random(), [0]
 
     script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
@@ -166,7 +169,7 @@ def test_a_run_killed_for_real_three_times_goes_on_to_the_same_result(tmp_path):
         done.append(len(torch.load(state, weights_only=True)["history"]) if state.exists() else 0)
     assert done == sorted(done)
 
-    history = train.fit(killed, Blobs(320), Blobs(seed=1), folder=tmp_path, **options)
+    history = train.fit(killed, Blobs(320), Blobs(seed=1), recipe, masks=keep, folder=tmp_path)
     assert same(whole, killed)
     columns = ["epoch", "train_loss", "train_top1", "val_loss", "val_top1", "lr", "sparsity"]
     pd.testing.assert_frame_equal(history[columns], expected[columns])
@@ -174,15 +177,15 @@ def test_a_run_killed_for_real_three_times_goes_on_to_the_same_result(tmp_path):
 
 def test_a_damaged_state_costs_one_epoch_and_a_second_process_is_refused(vit, tmp_path, capsys, monkeypatch):
     start, trained = copy.deepcopy(vit.state_dict()), []
-    options = dict(epochs=3, folder=tmp_path, log=tmp_path / "board", **RECIPE)
-    expected = train.fit(vit, Blobs(), Blobs(seed=1), **options)
+    recipe, options = dict(epochs=3, **RECIPE), dict(folder=tmp_path, log=tmp_path / "board")
+    expected = train.fit(vit, Blobs(), Blobs(seed=1), recipe, **options)
     assert list((tmp_path / "board").rglob("*tfevents*"))
     state = tmp_path / "dense.state.pt"
     state.write_bytes(state.read_bytes()[:-100])
     vit.load_state_dict(start)
     schedule = train._schedule
     monkeypatch.setattr(train, "_schedule", lambda step, *rest: trained.append(step) or schedule(step, *rest))
-    again = train.fit(vit, Blobs(), Blobs(seed=1), **options)
+    again = train.fit(vit, Blobs(), Blobs(seed=1), recipe, **options)
     assert trained == [6, 7, 8] and again.train_loss.equals(expected.train_loss)  # of 3 steps an epoch the last
     assert "dense.state.pt cannot be read" in capsys.readouterr().out
     other = subprocess.Popen(
@@ -190,10 +193,10 @@ def test_a_damaged_state_costs_one_epoch_and_a_second_process_is_refused(vit, tm
     )
     other.stdout.readline()
     with pytest.raises(RuntimeError, match="the training of dense in .* is under way in another process"):
-        train.fit(vit, Blobs(), Blobs(seed=1), **options)
+        train.fit(vit, Blobs(), Blobs(seed=1), recipe, **options)
     other.communicate(b"go")
     vit.load_state_dict(start)
-    assert train.fit(vit, Blobs(), Blobs(seed=1), **options).train_loss.equals(expected.train_loss)
+    assert train.fit(vit, Blobs(), Blobs(seed=1), recipe, **options).train_loss.equals(expected.train_loss)
 
 
 HOLDS = """
@@ -206,29 +209,29 @@ with record.alone(sys.argv[1], "a training"):
 
 
 def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(vit, tmp_path, capsys):
-    first = train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, folder=tmp_path, **RECIPE)
-    again = train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, folder=tmp_path, **RECIPE)  # weights differ by now
+    first = train.fit(vit, Blobs(), Blobs(seed=1), dict(epochs=1, **RECIPE), folder=tmp_path)
+    again = train.fit(vit, Blobs(), Blobs(seed=1), dict(epochs=1, **RECIPE), folder=tmp_path)  # weights differ by now
     assert not first.train_loss.equals(again.train_loss)
     (tmp_path / "dense.state.pt").write_bytes(b"half a file")
-    train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, folder=tmp_path, **RECIPE)
+    train.fit(vit, Blobs(), Blobs(seed=1), dict(epochs=1, **RECIPE), folder=tmp_path)
     assert "cannot be read" in capsys.readouterr().out
 
 
 def test_distillation_from_itself_leaves_the_model_alone(vit):
     teacher = copy.deepcopy(vit)
-    options = dict(RECIPE, lr=1e-8)  # AdamW would make steps of size lr out of rounding errors
+    recipe = RECIPE | dict(epochs=1, lr=1e-8)  # AdamW would make steps of size lr out of rounding errors
     # Batch norm statistics move in train mode whatever the loss is; frozen, the distance to itself is zero.
     for module in vit.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.train = lambda mode=True, module=module: module
-    history = train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, teacher=teacher, teacher_share=1.0, **options)
+    history = train.fit(vit, Blobs(), Blobs(seed=1), recipe, distil=train.Distillation(teacher, share=1.0))
     assert history.train_loss.iloc[0] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_the_loss_of_distillation_by_hand(vit, swin, share, temperature):
-    split, options = Blobs(32), dict(teacher=swin, teacher_share=share, temperature=temperature)
+    split, distil = Blobs(32), train.Distillation(swin, share, temperature)
     x, y = next(split.batches(32))
     with torch.no_grad():
         student, teacher = copy.deepcopy(vit).train()(x).double(), swin(x).double()
@@ -237,7 +240,7 @@ def test_the_loss_of_distillation_by_hand(vit, swin, share, temperature):
     p, q = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
     soft = (p * (p.log() - q.log())).sum(1).mean()
     expected = (1 - share) * hard + share * temperature**2 * soft
-    history = train.fit(vit, split, Blobs(seed=1), epochs=1, **options, **RECIPE)  # one step, one batch
+    history = train.fit(vit, split, Blobs(seed=1), dict(epochs=1, **RECIPE), distil=distil)  # one step, one batch
     assert history.train_loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -246,8 +249,9 @@ def test_a_teacher_at_high_temperature_keeps_its_weight(vit, swin):
     x, losses = Blobs(32).x, []
     for temperature in (50.0, 100.0):
         model = copy.deepcopy(vit)
-        options = dict(teacher=swin, teacher_share=1.0, temperature=temperature)
-        losses.append(train.fit(model, Blobs(32), Blobs(), epochs=1, **options, **RECIPE).train_loss.item())
+        distil = train.Distillation(swin, share=1.0, temperature=temperature)
+        history = train.fit(model, Blobs(32), Blobs(), dict(epochs=1, **RECIPE), distil=distil)
+        losses.append(history.train_loss.item())
     with torch.no_grad():
         distance = copy.deepcopy(vit).train()(x) - swin(x)
     limit = 0.5 * distance.sub(distance.mean(1, keepdim=True)).square().mean()  # in the limit, matched logits
@@ -285,8 +289,8 @@ def test_masks_grow_by_the_schedule_and_the_dead_stay_dead(model):
         found.append(at_random(model, share)[1])
         return model, found[-1]
 
-    options = dict(shares=shares, epochs=1, tail_epochs=2, ema=0.5, **RECIPE)
-    same_model, keep, history = train.in_steps(model, cut, Blobs(), Blobs(seed=1), **options)
+    recipe, options = dict(epochs=1, ema=0.5, **RECIPE), dict(shares=shares, tail_epochs=2)
+    same_model, keep, history = train.in_steps(model, cut, Blobs(), Blobs(seed=1), recipe, **options)
     total = sum(mask.numel() for mask in keep.values())
     expected = [round(share * total) / total for share in shares]
     assert same_model is model and keep is found[-1] and history.epoch.tolist() == [1, 2, 3, 4]
@@ -309,7 +313,8 @@ def test_a_model_shrinks_step_by_step(model):
         drop = {(block.name, "neurons"): range(block.neurons - round((1 - share) * n)) for block, n in pairs}
         return shrink.remove(model, drop), None
 
-    small, keep, history = train.in_steps(model, cut, Blobs(), Blobs(), shares=shares, epochs=1, **RECIPE)
+    recipe = dict(epochs=1, **RECIPE)
+    small, keep, history = train.in_steps(model, cut, Blobs(), Blobs(), recipe, shares=shares)
     assert keep is None and before > history.params[0] > history.params[1]
     assert [block.neurons for block in models.view(small).blocks] == [n // 2 for n in sizes]
     assert history.params.iloc[-1] == sum(parameter.numel() for parameter in small.parameters())
@@ -324,7 +329,11 @@ def test_mixed_labels_sum_to_one_and_are_those_of_the_mixed_images(vit):
     x = torch.arange(8.0)[:, None, None, None].expand(8, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     y, state = torch.arange(8) % 3, torch.get_rng_state()  # neighbours differ
     for alphas in ((0.8, 0.0), (0.0, 1.0), (0.4, 1.0)):
-        mix, found = train._mixing(*alphas, vit), []
+        recipe, found = train.Recipe(epochs=2, lr=1e-3, mixup=alphas[0], cutmix=alphas[1]), []
+
+        def mix(x, y, seeds, recipe=recipe):
+            return train._mix(x, y, recipe, vit.num_classes, seeds)
+
         for step in range(20):
             mixed, shares = mix(x, y, (1, 2, step))
             assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8)) and shares.min() >= 0
@@ -343,12 +352,13 @@ def test_mixed_labels_sum_to_one_and_are_those_of_the_mixed_images(vit):
 @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0)])
 def test_the_loss_of_mixed_labels_by_hand(vit, alphas):
     split = Blobs(32)
-    x, shares = train._mixing(*alphas, vit)(*next(split.batches(32, shuffle=True)), (0, 0, 0))
+    recipe = dict(epochs=1, mixup=alphas[0], cutmix=alphas[1], **RECIPE)  # one step, one batch
+    x, y = next(split.batches(32, shuffle=True))
+    x, shares = train._mix(x, y, train.Recipe(**recipe), vit.num_classes, (0, 0, 0))
     with torch.no_grad():
         logits = copy.deepcopy(vit).train()(x)
     expected = -((shares * 0.9 + 0.1 / 3) * logits.log_softmax(1)).sum(1).mean()  # smoothed, too
-    options = dict(epochs=1, mixup=alphas[0], cutmix=alphas[1])  # one step, one batch
-    history = train.fit(vit, split, Blobs(seed=1), **options, **RECIPE)
+    history = train.fit(vit, split, Blobs(seed=1), recipe)
     assert history.train_loss.item() == pytest.approx(expected.item(), rel=1e-4)
     right = (logits.argmax(1) == shares.argmax(1)).float().mean()
     assert history.train_top1.item() == pytest.approx(100 * right.item())
@@ -358,8 +368,8 @@ def test_a_stopped_run_with_mixing_goes_on_to_the_same_result(tmp_path, monkeypa
     from conftest import toy
 
     whole, stopped, plain = (toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1) for _ in range(3))
-    start, options = copy.deepcopy(stopped.state_dict()), dict(epochs=3, mixup=0.8, cutmix=1.0, **RECIPE)
-    expected = train.fit(whole, Blobs(), Blobs(seed=1), **options)
+    start, recipe = copy.deepcopy(stopped.state_dict()), dict(epochs=3, mixup=0.8, cutmix=1.0, **RECIPE)
+    expected = train.fit(whole, Blobs(), Blobs(seed=1), recipe)
     right, calls = evaluate.accuracy, []
 
     def accuracy(*arguments, **named):
@@ -370,26 +380,23 @@ def test_a_stopped_run_with_mixing_goes_on_to_the_same_result(tmp_path, monkeypa
 
     monkeypatch.setattr(evaluate, "accuracy", accuracy)
     with pytest.raises(Stop):
-        train.fit(stopped, Blobs(), Blobs(seed=1), folder=tmp_path, **options)
+        train.fit(stopped, Blobs(), Blobs(seed=1), recipe, folder=tmp_path)
     stopped.load_state_dict(start)
-    history = train.fit(stopped, Blobs(), Blobs(seed=1), folder=tmp_path, **options)
+    history = train.fit(stopped, Blobs(), Blobs(seed=1), recipe, folder=tmp_path)
     assert len(calls) == 4 and same(whole, stopped) and history.train_loss.equals(expected.train_loss)
-    train.fit(plain, Blobs(), Blobs(seed=1), **options | {"mixup": 0.0, "cutmix": 0.0})
+    train.fit(plain, Blobs(), Blobs(seed=1), recipe | {"mixup": 0.0, "cutmix": 0.0})
     assert not same(whole, plain)
 
 
-def test_without_mixing_all_is_as_before_there_was_any(vit, monkeypatch):
-    seen, right = [], train._fingerprint
-    monkeypatch.setattr(train, "_fingerprint", lambda settings, *rest: seen.append(settings) or right(settings, *rest))
-    monkeypatch.setattr(train, "_mixing", lambda *alphas: pytest.fail(f"drew with {alphas}"))
-    train.fit(vit, Blobs(), Blobs(seed=1), epochs=1, mixup=0, cutmix=0.0, **RECIPE)
-    assert not {"mixup", "cutmix"} & set(seen[0])  # states of killed runs from then still fit
+def test_without_mixing_nothing_is_drawn_for_it(vit, monkeypatch):
+    monkeypatch.setattr(train, "_mix", lambda *batch: pytest.fail(f"drew with {batch}"))
+    train.fit(vit, Blobs(), Blobs(seed=1), dict(epochs=1, mixup=0, cutmix=0.0, **RECIPE))
 
 
 def test_training_needs_the_same_memory_whatever_ran_before(vit):
     def peak(batch_size):
-        options = RECIPE | {"batch_size": batch_size}
-        return train.fit(copy.deepcopy(vit), Blobs(1024), Blobs(seed=1), epochs=2, **options).training_mb.tolist()
+        recipe = RECIPE | {"epochs": 2, "batch_size": batch_size}
+        return train.fit(copy.deepcopy(vit), Blobs(1024), Blobs(seed=1), recipe).training_mb.tolist()
 
     small, large, again = peak(128), peak(1024), peak(128)
     assert max(small + again) < 1.2 * min(small + again) + 10 and min(large) > 2 * max(small + again), (small, large)
@@ -398,8 +405,8 @@ def test_training_needs_the_same_memory_whatever_ran_before(vit):
 @pytest.mark.parametrize("cut", [at_random, neurons])
 def test_steps_go_on_after_a_stop_to_the_same_result(vit, tmp_path, monkeypatch, cut):
     start, calls = copy.deepcopy(vit.state_dict()), []
-    options = dict(shares=[0.25, 0.5, 0.75], epochs=2, seed=5, **RECIPE)
-    whole, _, expected = train.in_steps(copy.deepcopy(vit), cut, Blobs(), Blobs(seed=1), **options)
+    recipe, shares = dict(epochs=2, seed=5, **RECIPE), [0.25, 0.5, 0.75]
+    whole, _, expected = train.in_steps(copy.deepcopy(vit), cut, Blobs(), Blobs(seed=1), recipe, shares=shares)
 
     right = evaluate.accuracy
 
@@ -411,9 +418,9 @@ def test_steps_go_on_after_a_stop_to_the_same_result(vit, tmp_path, monkeypatch,
 
     monkeypatch.setattr(evaluate, "accuracy", accuracy)
     with pytest.raises(Stop):
-        train.in_steps(vit, cut, Blobs(), Blobs(seed=1), folder=tmp_path, **options)
+        train.in_steps(vit, cut, Blobs(), Blobs(seed=1), recipe, shares=shares, folder=tmp_path)
     vit.load_state_dict(start)
-    again, _, history = train.in_steps(vit, cut, Blobs(), Blobs(seed=1), folder=tmp_path, **options)
+    again, _, history = train.in_steps(vit, cut, Blobs(), Blobs(seed=1), recipe, shares=shares, folder=tmp_path)
     assert len(calls) == 4 + 3  # three epochs of six were done already
     assert same(whole, again)
     columns = ["stage", "epoch", "step", "share", "params", "train_loss", "val_loss", "lr", "sparsity"]
@@ -430,13 +437,14 @@ def test_every_step_draws_other_images(vit):
     seen = []
     for seed in (0, 1):
         model = copy.deepcopy(vit)
-        train.in_steps(model, at_random, Spy(), Blobs(), shares=[0.2, 0.4], epochs=1, seed=seed, **RECIPE)
+        recipe = dict(epochs=1, seed=seed, **RECIPE)
+        train.in_steps(model, at_random, Spy(), Blobs(), recipe, shares=[0.2, 0.4])
     assert len(set(seen)) == 4
 
 
 def test_steps_that_make_no_sense_are_refused(vit):
     def steps(cut, shares):
-        train.in_steps(vit, cut, Blobs(), Blobs(), shares=shares, epochs=1, **RECIPE)
+        train.in_steps(vit, cut, Blobs(), Blobs(), dict(epochs=1, **RECIPE), shares=shares)
 
     for shares in ([], [0.5, 0.5], [0.5, 0.2], [0, 0.5], [0.5, 1], [20, 40]):
         with pytest.raises(ValueError, match="shares must rise, above 0 and below 1"):
@@ -464,12 +472,18 @@ def test_steps_that_make_no_sense_are_refused(vit):
 )
 def test_settings_out_of_range_are_an_error(vit, wrong, said):
     with pytest.raises(ValueError, match=said):
-        train.fit(vit, Blobs(), Blobs(seed=1), **{**RECIPE, **wrong})
+        train.fit(vit, Blobs(), Blobs(seed=1), RECIPE | wrong)
+
+
+@pytest.mark.parametrize("share", [-0.1, 50])
+def test_a_teachers_share_is_no_percentage(vit, share):
+    with pytest.raises(ValueError, match=r"share lies in \[0, 1\]"):
+        train.Distillation(vit, share)
 
 
 def test_divergence_is_said(vit):
     with pytest.raises(FloatingPointError, match="use a lower lr"):
-        train.fit(vit, Blobs(), Blobs(), epochs=3, **{**RECIPE, "lr": 1e30, "clip_norm": 0.0})
+        train.fit(vit, Blobs(), Blobs(), RECIPE | {"epochs": 3, "lr": 1e30, "clip_norm": 0.0})
 
 
 def test_schedule_rises_to_the_peak_and_falls_to_zero():

@@ -1,9 +1,12 @@
-"""Several processes that train one model: which one this is, what they share out, and what they must agree on.
+"""Train one model with several processes: what they share out, and what they must agree on.
 
-torchrun starts them and tells each in its environment which one it is; accelerate joins them. All run the same code on
-the same images and draws, a notebook too: each takes its part of every batch, what must be the same everywhere is
-computed by the first and sent to the others, and the first alone writes files. Without torchrun nothing here happens,
-but for `in_turn`.
+torchrun starts the processes and tells each in its environment which one it is; accelerate joins
+them. All run the same code on the same images and draws, a notebook too. Each takes its part of
+every batch. The first process computes what must be the same everywhere and sends it to the others,
+and it alone writes files. Without torchrun nothing here happens, but for `in_turn`.
+
+Public: rank, count, is_first, join, wait, gather, agree, part, mean, in_turn, first_decides,
+whole_batch_norms.
 """
 
 import atexit
@@ -13,86 +16,110 @@ import os
 import types
 from datetime import timedelta
 
-_alone = False  # inside what the first process does while the others wait
+# torch and accelerate are imported where they are used: the command line starts without them.
+
+_alone = False  # whether the first process computes something while the others wait
 
 
 def rank():
-    """Number of this process among those that torchrun started, from 0."""
+    """Return the number of this process among those that torchrun started, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def count():
-    """How many processes train together."""
+    """Return how many processes train together."""
     return 1 if _alone else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_first():
-    """Whether this is the process that writes and speaks."""
+    """Return whether this is the process that writes and speaks."""
     return rank() == 0
 
 
 def join():
-    """Meet the other processes, at the first call; returns torch.distributed. Waits for them as long as it takes."""
+    """Meet the other processes at the first call and return accelerate's PartialState.
+
+    It waits for them as long as it takes.
+    """
     import torch
     from accelerate import PartialState
 
-    # without cpu=True accelerate 1.15 takes processes without a GPU for one each, and shares no gradients
-    PartialState(**({"timeout": timedelta(days=7), "cpu": not torch.accelerator.is_available()} if count() > 1 else {}))
+    options = {}
+    if count() > 1:
+        # Without cpu=True accelerate 1.15 takes processes without a GPU for one each, and shares no
+        # gradients.
+        options = {"cpu": not torch.accelerator.is_available(), "timeout": timedelta(days=7)}
+    state = PartialState(**options)
     _leave_at_exit()
-    return torch.distributed
+    return state
 
 
 @functools.cache
 def _leave_at_exit():
-    """End what `join` began before Python ends: gloo's threads that still run then abort the process, and torchrun
-    takes all of them for failed."""
-    import torch
+    """End what `join` began before Python ends.
 
-    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
+    Threads of gloo that still run would abort the process, and torchrun would take all for failed.
+    """
+    from torch import distributed
+
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
 
 
 def wait():
-    """Go on when all processes have come to this line: what the first wrote before is there then."""
+    """Wait until all processes have come here: what the first wrote before is there then."""
     if count() > 1:
-        join().barrier()
+        join().wait_for_everyone()
 
 
-def gather(mine):
-    """[what each process gave, in their order], in every process. mine: anything that pickle can send."""
+def gather(value):
+    """Return, in every process, the list of what each process gave, in their order.
+
+    value: anything that pickle can send
+    """
     if count() == 1:
-        return [mine]
-    everyone = [None] * count()
-    join().all_gather_object(everyone, _moved(mine, "cpu"))
-    return everyone
+        return [value]
+    from accelerate.utils import gather_object, send_to_device
+
+    join()
+    return gather_object([send_to_device(value, "cpu")])
 
 
 def agree(model):
-    """Give model in every process the weights and buffers that it has in the first, in place."""
+    """Give model the weights and buffers that it has in the first process, in place."""
     if count() > 1:
-        for tensor in model.state_dict().values():
-            join().broadcast(tensor, src=0)
+        from accelerate.utils import broadcast
+
+        join()
+        broadcast(model.state_dict())
 
 
 def part(tensors):
-    """This process' share of each tensor, consecutive rows. Their number must be a multiple of `count`."""
+    """Return this process' share of each tensor: consecutive rows.
+
+    tensors: sequence; the number of their rows must be a multiple of `count`
+    """
     if count() == 1:
         return tensors
-    size = len(tensors[0]) // count()
-    return tuple(tensor[rank() * size : (rank() + 1) * size] for tensor in tensors)
+    return tuple(tensor.chunk(count())[rank()] for tensor in tensors)
 
 
 def mean(tensor):
-    """tensor, averaged over the processes, in place."""
-    if count() > 1:
-        join().all_reduce(tensor)
-        tensor /= count()
-    return tensor
+    """Return tensor, averaged over the processes."""
+    if count() == 1:
+        return tensor
+    from accelerate.utils import reduce
+
+    join()
+    return reduce(tensor)
 
 
 @contextlib.contextmanager
 def in_turn(file):
-    """Hold the lock of an open file, after whoever holds it now; the system frees it whatever happens to this process.
-    Of any processes on this machine, not only those of torchrun."""
+    """Hold the lock of an open file, after whoever holds it now.
+
+    It counts for all processes of this machine, not only for those of torchrun. The system frees it
+    whatever happens to this process.
+    """
     if os.name == "posix":
         import fcntl
 
@@ -101,37 +128,42 @@ def in_turn(file):
 
 
 def first_decides(function):
-    """function, which the first process alone computes: the others wait for its result, or its error.
+    """Let the first process alone compute function; the others wait for its result or error.
 
-    For what chooses what is cut: the smallest difference, by rounding or by a clock, would give them other models.
+    Tensors in the result come on the device of the function's first model.
+
+    This is for what chooses what is cut: the smallest difference, by rounding or by a clock, would
+    give the processes different models.
     """
 
     @functools.wraps(function)
     def decided(*arguments, **options):
         if count() == 1:
             return function(*arguments, **options)
-        import torch
+        from accelerate.utils import broadcast_object_list, find_device, send_to_device
+        from torch.nn import Module
 
-        told = [None]
+        message = [None, None]  # result and error
         if is_first():
             with _nobody_else():
                 try:
-                    told = [(_moved(function(*arguments, **options), "cpu"), None)]
+                    message[0] = send_to_device(function(*arguments, **options), "cpu")
                 except Exception as error:
-                    told = [(None, error)]
-        join().broadcast_object_list(told, src=0)
-        found, error = told[0]
+                    message[1] = error
+        join()
+        result, error = broadcast_object_list(message)
         if error is not None:
             raise error
-        devices = [each.device for each in arguments if torch.is_tensor(each)]
-        models = [next(each.parameters()).device for each in arguments if isinstance(each, torch.nn.Module)]
-        return _moved(found, [*models, *devices, "cpu"][0])
+        models = [argument for argument in arguments if isinstance(argument, Module)]
+        device = find_device([model.state_dict() for model in models])
+        return send_to_device(result, device or "cpu")
 
     return decided
 
 
 @contextlib.contextmanager
 def _nobody_else():
+    """Let the first process compute as if it were the only one."""
     global _alone
     _alone = True
     try:
@@ -140,26 +172,17 @@ def _nobody_else():
         _alone = False
 
 
-def _moved(value, device):
-    """value, a nest of dicts, lists and tuples, with its tensors on device."""
-    if hasattr(value, "detach"):
-        return value.detach().to(device)
-    if isinstance(value, dict):
-        return type(value)({key: _moved(each, device) for key, each in value.items()})
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(_moved(each, device) for each in value)
-    return value
-
-
 @contextlib.contextmanager
 def whole_batch_norms(model):
-    """Inside, batch norms (of stems) take their moments from the batch of all processes, as one process would.
+    """Let batch norms (of stems) take their moments from the batch of all processes.
 
     torch's SyncBatchNorm does that on GPUs alone.
     """
     from torch import nn
 
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)] if count() > 1 else []
+    norms = []
+    if count() > 1:
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in norms:
         module.forward = types.MethodType(_whole_batch_norm, module)
     try:
@@ -170,36 +193,37 @@ def whole_batch_norms(model):
 
 
 def _whole_batch_norm(norm, x):
-    """Batch norm of x [B, C, H, W], this process' part of a batch, by mean and biased variance over all parts."""
+    """Normalise x [B, C, H, W], a part of a batch, by mean and biased variance over all parts."""
     import torch
 
     if not norm.training:
         return type(norm).forward(norm, x)
+    mean_with_gradients = _mean_with_gradients()
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = _mean_with_gradients()(wide.mean((0, 2, 3)))
-    centred = wide - mean[:, None, None]
-    variance = _mean_with_gradients()(centred.square().mean((0, 2, 3)))
+    batch_mean = mean_with_gradients(wide.mean((0, 2, 3)))
+    centred = wide - batch_mean[:, None, None]
+    variance = mean_with_gradients(centred.square().mean((0, 2, 3)))
     with torch.no_grad():
         total = count() * x.numel() / x.shape[1]
         norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance * total / (total - 1), norm.momentum)
+        norm.running_mean.lerp_(batch_mean, norm.momentum)
+        norm.running_var.lerp_(variance * total / (total - 1), norm.momentum)  # unbiased
     scale = norm.weight * (variance + norm.eps).rsqrt()
     return (centred * scale[:, None, None] + norm.bias[:, None, None]).to(x.dtype)
 
 
 @functools.cache
 def _mean_with_gradients():
-    """`mean` of a copy, through which gradients go: of a mean over processes they are the mean of theirs."""
+    """Return `mean` as a function that gradients pass; they are averaged likewise."""
     import torch
 
     class Mean(torch.autograd.Function):
         @staticmethod
         def forward(context, tensor):
-            return mean(tensor.clone())
+            return mean(tensor)
 
         @staticmethod
         def backward(context, gradient):
-            return mean(gradient.clone())
+            return mean(gradient)
 
     return Mean.apply
