@@ -31,23 +31,16 @@ from tqdm.auto import tqdm
 
 from vitlab import cost, evaluate, parallel, prune, record
 
-_LOGGED = (
-    "train_loss",
-    "train_top1",
-    "val_loss",
-    "val_top1",
-    "lr",
-    "images_per_s",
-)  # to TensorBoard
+# Columns of the history that TensorBoard gets.
+_LOGGED = ("train_loss", "train_top1", "val_loss", "val_top1", "lr", "images_per_s")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Hold the settings of one training.
 
-    Beside them the result depends on model, images, masks and teacher alone.
-
-    Checkpoints of dense models keep these fields as "settings".
+    Beside them the result depends on model, images, masks and teacher alone. Checkpoints of dense
+    models keep these fields as "settings".
 
     epochs: int >= 1
     lr: peak of the learning rate, > 0
