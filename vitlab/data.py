@@ -222,13 +222,13 @@ def _augmentation(augment, side, window):
     """
     if augment is False or augment is None:
         return None
-    given = {} if augment is True else augment
+    chosen = {} if augment is True else augment
     crop = window // 8 if side == window else 0
     options = {"crop": crop, "flip": True, "scale": None, "erase": 0.0}
-    for key in given.keys() - options.keys():
+    for key in chosen.keys() - options.keys():
         raise ValueError(record.unknown("augmentation", key, options))
-    options |= given
-    if options["scale"] and given.get("crop"):
+    options |= chosen
+    if options["scale"] and chosen.get("crop"):
         raise ValueError("augment takes crop or scale, not both")
     if not 0 <= options["crop"] < side:
         raise ValueError(
@@ -357,28 +357,28 @@ def load(
     if image_size < 1:
         raise ValueError(f"image_size is a side in pixels, at least 1; got {image_size}")
     home = Path(root).expanduser().absolute() if root else record.root()
-    found = _find(str(name), home, download)
-    store, skipped, cache = _cached(found, home / "cache", image_size, progress)
+    source = _find(str(name), home, download)
+    store, skipped, cache = _cached(source, home / "cache", image_size, progress)
     if skipped and not skip_broken:
         path, reason = next(iter(skipped.items()))
         raise ValueError(
-            f"{len(skipped)} unreadable image file(s), the first is {found.folder / path} "
+            f"{len(skipped)} unreadable image file(s), the first is {source.folder / path} "
             f"({reason}): replace or delete it, or go on without by skip_broken=True "
             "(in a study: --set data.skip_broken=true)"
         )
-    usable = ~np.isin(found.names, list(skipped))
-    parts = _split(found, usable, split_seed)
+    usable = ~np.isin(source.names, list(skipped))
+    parts = _split(source, usable, split_seed)
     memory = cache / f"moments-{split_seed}.json"
     mean, std = _moments(store, parts["train"], normalise, memory)
-    window = store.shape[1] if found.side else image_size
+    window = store.shape[1] if source.side else image_size
     splits = {}
     for part, rows in parts.items():
-        labels = torch.from_numpy(found.labels[rows])
+        labels = torch.from_numpy(source.labels[rows])
         splits[part] = Split(store, rows, labels, image_size, window, mean, std)
         if images is not None:
             splits[part] = splits[part].subset(min(images, len(rows)))
-    options = {"description": found.description, "skipped": sorted(skipped)}
-    return Dataset(found.name, found.classes, **splits, image_size=image_size, **options)
+    options = {"description": source.description, "skipped": sorted(skipped)}
+    return Dataset(source.name, source.classes, **splits, image_size=image_size, **options)
 
 
 NAMES = ("caltech101", "cifar10", "shapes")
@@ -449,10 +449,10 @@ def _find_cifar10(home, download):
     tree, layout = home / "cifar10", "cifar-10-batches-py"
     holders = [folder for folder in (home, tree) if (folder / layout).is_dir()]
     if not holders and (tree / "train").is_dir():
-        found = _whole(_find_tree(tree, name="cifar10", description="CIFAR-10"))
-        if found.names[0].lower().endswith((".jpg", ".jpeg")):
-            found.description = "CIFAR-10 (JPEG)"  # lossy: accuracies are a little below
-        return found
+        source = _whole(_find_tree(tree, name="cifar10", description="CIFAR-10"))
+        if source.names[0].lower().endswith((".jpg", ".jpeg")):
+            source.description = "CIFAR-10 (JPEG)"  # lossy: accuracies are a little below
+        return source
     if not holders:
         remedy = (
             f"the folder {layout} into {home}, "
@@ -480,19 +480,19 @@ def _find_cifar10(home, download):
     )
 
 
-def _whole(found):
-    """Return found, if no image is missing.
+def _whole(source):
+    """Return source if no image is missing.
 
     Raises ValueError for a set that was downloaded or unpacked half: it has a name that results are
     compared by.
     """
-    if len(found.names) != WHOLE[found.name]:
+    if len(source.names) != WHOLE[source.name]:
         raise ValueError(
-            f"{found.folder} holds {len(found.names)} of the {WHOLE[found.name]} images of "
-            f"{found.description}, as after half a download: unpack the whole archive there again. "
-            "A set of your own has its path as its name"
+            f"{source.folder} holds {len(source.names)} of the {WHOLE[source.name]} images of "
+            f"{source.description}, as after half a download: "
+            "unpack the whole archive there again. A set of your own has its path as its name"
         )
-    return found
+    return source
 
 
 def _fetch(kind, home, download, remedy):
@@ -556,20 +556,20 @@ def _folders(folder):
     return sorted(name for name in names if not name.startswith("."))
 
 
-def _split(found, usable, seed):
+def _split(source, usable, seed):
     """Return {"train", "val", "test": sorted rows}.
 
     Splits that do not lie on disk are drawn class by class.
 
     usable: bool [N], False for images that are left out
     """
-    splits = found.splits.astype("U8")
+    splits = source.splits.astype("U8")
     splits[~usable] = "left out"
     shares = {"val": 0.1, "test": 0.2}
-    shares = {split: share for split, share in shares.items() if split not in found.splits}
-    source = "train" if "train" in found.splits else ""
-    for label, name in enumerate(found.classes):
-        rows = np.flatnonzero((splits == source) & (found.labels == label))
+    shares = {split: share for split, share in shares.items() if split not in source.splits}
+    undivided = "train" if "train" in source.splits else ""
+    for label, name in enumerate(source.classes):
+        rows = np.flatnonzero((splits == undivided) & (source.labels == label))
         count = len(rows)
         if count <= len(shares):
             raise ValueError(
@@ -621,21 +621,21 @@ def _measured(store, rows):
 # paths and bytes, remembered in keys.json for files whose names, sizes and times have not changed.
 
 
-def _cached(found, folder, image_size, progress):
+def _cached(source, folder, image_size, progress):
     """Return a memory map uint8 [N, H, H, 3], {unreadable file: reason} and the cache folder.
 
     The images are decoded into it if need be.
     """
     record.make_folder(folder)
-    key, found.side = _identify(found, folder / "keys.json", progress)
-    side = found.side or round(image_size * MARGIN)
-    target = folder / f"{found.name}-{key[:12]}-{side}"
-    shape = (len(found.labels), side, side, 3)
+    key, source.side = _identify(source, folder / "keys.json", progress)
+    side = source.side or round(image_size * MARGIN)
+    target = folder / f"{source.name}-{key[:12]}-{side}"
+    shape = (len(source.labels), side, side, 3)
     opened = _open(target, shape)
     if opened is None:
         with open(folder / "building.lock", "w") as lock, parallel.in_turn(lock):
             if _open(target, shape) is None:  # else another process has built it meanwhile
-                _build(found, target, shape, progress)
+                _build(source, target, shape, progress)
         opened = _open(target, shape)
     if opened is None:
         raise RuntimeError(f"the cache {target} cannot be read back: is the disk full?")
@@ -654,15 +654,15 @@ def _open(target, shape):
     return store, skipped
 
 
-def _identify(found, memory, progress):
+def _identify(source, memory, progress):
     """Return a hash of what the files hold, and their side if all are equal small squares.
 
     memory: file that remembers both
     """
-    if found.pixels is not None:
-        digest = hashlib.sha256(np.ascontiguousarray(found.pixels))
-        return digest.hexdigest(), found.pixels.shape[1]
-    paths = [found.folder / name for name in found.names]
+    if source.pixels is not None:
+        digest = hashlib.sha256(np.ascontiguousarray(source.pixels))
+        return digest.hexdigest(), source.pixels.shape[1]
+    paths = [source.folder / name for name in source.names]
     stats = [(str(path), path.stat()) for path in paths]
     stats = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     fingerprint = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
@@ -670,7 +670,7 @@ def _identify(found, memory, progress):
     if fingerprint not in known:
         content, sizes = hashlib.sha256(), set()
         for name, path in zip(
-            found.names, _bar(paths, f"reading {found.name}", progress), strict=True
+            source.names, _bar(paths, f"reading {source.name}", progress), strict=True
         ):
             blob = path.read_bytes()
             content.update(f"{name}\0{len(blob)}\0".encode() + blob)
@@ -685,7 +685,7 @@ def _identify(found, memory, progress):
     return known[fingerprint]
 
 
-def _build(found, target, shape, progress):
+def _build(source, target, shape, progress):
     """Decode into a temporary folder beside target, then rename: target is whole or not there."""
     for stale in target.parent.glob("building-*"):  # left by a killed process
         if time.time() - stale.stat().st_mtime > 86400:
@@ -695,9 +695,9 @@ def _build(found, target, shape, progress):
             work = Path(folder, "cache")  # which all may read, unlike the folder around it
             work.mkdir()
             store = np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8, shape)
-            skipped = _fill(store, found, progress)
+            skipped = _fill(store, source, progress)
             store.flush()
-            index = {"classes": found.classes, "skipped": skipped}
+            index = {"classes": source.classes, "skipped": skipped}
             (work / "index.json").write_text(json.dumps(index))
             shutil.rmtree(target, ignore_errors=True)  # it is damaged, else nobody would build it
             work.rename(target)
@@ -710,21 +710,21 @@ def _build(found, target, shape, progress):
             ) from error
 
 
-def _fill(store, found, progress):
+def _fill(store, source, progress):
     """Write all images into store [N, side, side, 3]; return {unreadable file: reason}."""
-    if found.pixels is not None:
-        store[:] = found.pixels
+    if source.pixels is not None:
+        store[:] = source.pixels
         return {}
     skipped = {}
     # Small images spend their time in Python, where a second thread only waits for the first.
-    threads = 1 if found.side else min(8, os.cpu_count())
+    threads = 1 if source.side else min(8, os.cpu_count())
     with ThreadPool(threads) as pool:
-        paths = [found.folder / name for name in found.names]
+        paths = [source.folder / name for name in source.names]
         images = pool.imap(lambda path: _decode(path, store.shape[1]), paths, chunksize=32)
-        bar = _bar(images, f"decoding {found.name}", progress, total=len(store))
+        bar = _bar(images, f"decoding {source.name}", progress, total=len(store))
         for row, image in enumerate(bar):
             if isinstance(image, str):
-                skipped[found.names[row]] = image
+                skipped[source.names[row]] = image
             else:
                 store[row] = image
     return skipped

@@ -214,7 +214,7 @@ def _whole_batch_norm(norm, x):
 
 @functools.cache
 def _mean_with_gradients():
-    """Return `mean` as a function that gradients pass; they are averaged likewise."""
+    """Return `mean` as a function that gradients pass; it averages them, too."""
     import torch
 
     class Mean(torch.autograd.Function):

@@ -31,23 +31,16 @@ from tqdm.auto import tqdm
 
 from vitlab import cost, evaluate, parallel, prune, record
 
-_LOGGED = (
-    "train_loss",
-    "train_top1",
-    "val_loss",
-    "val_top1",
-    "lr",
-    "images_per_s",
-)  # to TensorBoard
+# Columns of the history that TensorBoard gets.
+_LOGGED = ("train_loss", "train_top1", "val_loss", "val_top1", "lr", "images_per_s")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Hold the settings of one training.
 
-    Beside them the result depends on model, images, masks and teacher alone.
-
-    Checkpoints of dense models keep these fields as "settings".
+    Beside them the result depends on model, images, masks and teacher alone. Checkpoints of dense
+    models keep these fields as "settings".
 
     epochs: int >= 1
     lr: peak of the learning rate, > 0
@@ -330,11 +323,11 @@ class _Training:
         self.holder = prune.Holder(model, self.masks, optimizer) if self.masks else None
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.moving = {"model": model, "optimizer": self.optimizer}
-        self.judged = model  # that is validated and kept
+        self.outcome = model  # that is validated, and whose best weights stay
         if recipe.ema:
             average = functools.partial(_average, recipe.ema)
             self.moving["averaged"] = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-            self.judged = self.moving["averaged"].module
+            self.outcome = self.moving["averaged"].module
         for name, part in self.moving.items():
             if name in self.state:
                 part.load_state_dict(self.state.pop(name))
@@ -445,7 +438,7 @@ class _Training:
         self.optimizer.zero_grad()
         if self.holder:
             self.holder.step()
-        if self.judged is not self.model:
+        if self.outcome is not self.model:
             self.moving["averaged"].update_parameters(self.model)
         labels = y if y.ndim == 1 else y.argmax(1)
         right = (logits.argmax(1) == labels).sum()
@@ -454,14 +447,14 @@ class _Training:
     def validate(self, row):
         """Complete a row of the history on val, and keep the weights if they are the best."""
         if self.holder:
-            self.holder.check(self.judged)
+            self.holder.check(self.outcome)
             row["sparsity"] = prune.sparsity(self.model, self.masks)
-        result = evaluate.accuracy(self.judged, self.val, precision=self.recipe.precision)
+        result = evaluate.accuracy(self.outcome, self.val, precision=self.recipe.precision)
         row |= {"val_loss": result.loss, "val_top1": result.top1}
         row["resident_mb"] = cost.peak_memory_mb("cpu")
         self.state["history"].append(row)
         if result.top1 > self.state["best"]["top1"] or not self.recipe.keep_best:
-            weights = copy.deepcopy(self.judged.state_dict())
+            weights = copy.deepcopy(self.outcome.state_dict())
             self.state["best"] = {"top1": result.top1, "model": weights}
         progress = f"epoch {row['epoch']}/{self.recipe.epochs}"
         accuracy = f"train {row['train_top1']:.1f} %, val {result.top1:.1f} %"
