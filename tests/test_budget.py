@@ -12,7 +12,6 @@ from conftest import OTHERS, toy
 
 from vitlab import budget, cost, lowrank, models, recover, scores, shrink
 
-
 # -- one call
 
 

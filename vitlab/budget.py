@@ -1,9 +1,11 @@
-"""Cut a model to a budget: choose the units that go, or the ranks that stay, by the predicted rise of the loss.
+"""Cut a model to a budget: choose what goes by the predicted rise of the loss.
 
-A budget is a share of the model's MACs, parameters, bytes or time. `reach` does all of it in one call; `candidates`,
-`plan` and `cut` are its steps. `ranks` and `uniform_ranks` choose ranks alone. Method: docs/methods/budget.md.
+A budget is a share of the model's MACs, parameters, bytes or time. `reach` does all of it in one
+call; `candidates`, `plan` and `cut` are its steps. `ranks` and `uniform_ranks` choose ranks alone.
+Method: docs/methods/budget.md.
 
-Public: FLOORS, LEAST, POOL, TARGETS, Plan, Unreachable, candidates, cut, kept, plan, ranks, reach, uniform_ranks.
+Public: FLOORS, LEAST, POOL, TARGETS, Plan, Unreachable, candidates, cut, kept, plan, ranks, reach,
+uniform_ranks.
 """
 
 import math
@@ -35,21 +37,24 @@ def reach(
     reconstruct=True,
     **target,
 ):
-    """Cut a model to a target without training, such as `small, plan = reach(model, batches, macs=0.5)`.
+    """Cut a model to a target without training.
 
-    This is `candidates`, `plan`, `cut` and recover.reconstruct, with what did best in docs/methods/budget.md. The
-    model stays as it is.
+    Call it as in `small, plan = budget.reach(model, batches, macs=0.5)`. This is `candidates`,
+    `plan`, `cut` and recover.reconstruct, with what did best in docs/methods/budget.md. The model
+    stays as it is.
 
     model: a ViT or Swin of plain layers, as models.create makes it.
     batches: a list of (x, y) of calibration images.
     kinds: what may go, see `plan`. None: those of POOL that the model has.
     labels: which labels the gradients take, see scores.weights.
     compensate: what makes up for units that go, see `cut`.
-    reconstruct: whether all layers are then solved for against the dense model (docs/methods/recovery.md).
+    reconstruct: whether all layers are then solved for against the dense model
+        (docs/methods/recovery.md).
     target: one of macs, params, bytes, latency, and the share to keep, in (0, 1).
 
     Returns the smaller model and its Plan.
-    Raises what the four calls raise, such as Unreachable for a target below what these kinds can reach.
+    Raises what the four calls raise, such as Unreachable for a target below what these kinds can
+    reach.
     """
     _checked_target(target)
     _check_compensation(compensate, batches)
@@ -76,9 +81,9 @@ def candidates(model, batches, *, kinds, grams=None, labels="true"):
     kinds: what may go, see `plan`.
     grams: {layer: [n+1, n+1]} of all view.matrices by scores.grams(affine=True), if known already.
 
-    Returns {"unit_scores": ..., "directions": ...}, each only if a kind needs it. The first holds the "fisher" scores
-    of scores.units. The second holds scores.directions of the activation-weighted SVD, for all linear layers and the
-    stem's convolutions.
+    Returns {"unit_scores": ..., "directions": ...}, each only if a kind needs it. The first holds
+    the "fisher" scores of scores.units. The second holds scores.directions of the
+    activation-weighted SVD, for all linear layers and the stem's convolutions.
     Raises what scores.units, scores.grams and scores.directions raise.
     """
     measured = {}
@@ -106,29 +111,36 @@ def plan(
     batch=8,
     **target,
 ):
-    """Plan the cut to a share of one cost with the least predicted loss, such as `plan(model, scores, macs=0.5)`.
+    """Plan the cut to a share of one cost that has the least predicted loss.
 
-    All kinds compete in one currency, predicted loss per cost saved, and the smallest goes first. Scores in loss units
-    need no normalisation, only a cost (docs/methods/budget.md). FLOORS and LEAST stay everywhere.
+    Call it as in `budget.plan(model, unit_scores, macs=0.5)`. All kinds compete in one currency,
+    predicted loss per cost saved, and the smallest goes first. Scores in loss units need no
+    normalisation, only a cost (docs/methods/budget.md). FLOORS and LEAST stay everywhere.
 
     model: its layers are plain. Remove units first and factorise afterwards, as `cut` does.
-    unit_scores: {(where, kind): tensor} of one criterion, best in loss units ("fisher" of scores.units).
-    directions: {layer: [R+1]} of scores.directions: what a layer loses at each rank. A layer is factored where two thin
-        ones save more for what they lose than units do, and stays whole where they would not be cheaper.
+    unit_scores: {(where, kind): tensor} of one criterion, best in loss units ("fisher" of
+        scores.units).
+    directions: {layer: [R+1]} of scores.directions: what a layer loses at each rank. A layer is
+        factored where two thin ones save more for what they lose than units do, and stays whole
+        where they would not be cheaper.
     kinds: what may go: any of heads, neurons, width, filters, qk, v, block (a whole one) and ranks.
-    multiple: neurons, channels and filters go in groups of so many (the weakest of a place together), so that sizes
-        stay friendly to the kernels. Dimensions of heads go one from each head.
+    multiple: neurons, channels and filters go in groups of so many (the weakest of a place
+        together), so that sizes stay friendly to the kernels. Dimensions of heads go one from each
+        head.
     rank_multiple: ranks are multiples of it; a layer whose break-even rank is lower takes any rank.
-    most: {layer: highest rank to factor it at}, as bench.break_even measures; 0 keeps a layer whole. None: all that
-        save MACs.
+    most: {layer: highest rank to factor it at}, as bench.break_even measures; 0 keeps a layer
+        whole. None: all that save MACs.
     batch: how many images are timed together, for latency.
-    target: one of macs, params, bytes (of weights and buffers in memory) or latency (here and now), and the share of
-        the model's to keep, in (0, 1).
+    target: one of macs, params, bytes (of weights and buffers in memory) or latency (here and now),
+        and the share of the model's to keep, in (0, 1).
 
-    Returns a Plan of at most the target. MACs are less than the cheapest step below it. Parameters and bytes are
-    counted on the smaller model. Latency is within 5 % of the target, or has it within its quartiles, on this machine.
-    Raises ValueError for other targets, a share outside (0, 1), an unknown kind, missing scores, or factored layers.
-    Raises Unreachable (a ValueError) for a target below what these kinds can reach; it names the floor.
+    Returns a Plan of at most the target. MACs are less than the cheapest step below it. Parameters
+    and bytes are counted on the smaller model. Latency is within 5 % of the target, or has it
+    within its quartiles, on this machine.
+    Raises ValueError for other targets, a share outside (0, 1), an unknown kind, missing scores, or
+    factored layers.
+    Raises Unreachable (a ValueError) for a target below what these kinds can reach; it names the
+    floor.
     """
     what, share = _checked_target(target)
     units, thin = _candidates(
@@ -154,8 +166,8 @@ def plan(
     elif floor <= share:  # the closed form is exact: nothing to measure
         return plan_for(share)
     raise Unreachable(
-        f"{' and '.join(kinds)} alone cannot reach {share:g} x {TARGETS[what]}: {floor:.3f} stays when all but the "
-        "floor is gone; allow more kinds or ask for more"
+        f"{' and '.join(kinds)} alone cannot reach {share:g} x {TARGETS[what]}: {floor:.3f} stays "
+        "when all but the floor is gone; allow more kinds or ask for more"
     )
 
 
@@ -168,10 +180,10 @@ def _layer_costs(model, what, batch):
 
 
 def _corrected(measure, what, share, floor):
-    """Return the plan that really keeps nearly the share, after trying shares of the predicted cost.
+    """Return the plan that really keeps nearly the share, after several tries.
 
-    measure: a function from the share to plan for to the plan, with its measured share, and whether it meets the
-        target.
+    measure: a function from the share to plan for to the plan, with its measured share, and whether
+        it meets the target.
     """
     is_counted = what != "latency"
     low, high = floor, 1.0
@@ -182,14 +194,16 @@ def _corrected(measure, what, share, floor):
         if is_met:
             return tried
         tries.append(tried)
-        # Only counts narrow the interval. Times scatter: what was too slow may be fast enough the next time.
+        # Only counts narrow the interval. Times scatter: what was too slow may be fast enough the
+        # next time.
         if is_counted and tried.share <= share:
             low = wanted
         elif is_counted:
             high = wanted
         # The next try lies on the line through this one and the whole model.
         guess = 1 - (1 - share) * (1 - wanted) / max(1 - tried.share, 1e-3)
-        # Guesses may be too near for one more group to go, so every second step of a count halves the interval.
+        # Guesses may be too near for one more group to go, so every second step of a count halves
+        # the interval.
         is_halved = is_counted and number % 2
         wanted = guess if low < guess < high and not is_halved else (low + high) / 2
     return min(tries, key=lambda tried: _miss(tried.share, share, what))
@@ -203,7 +217,7 @@ def _miss(kept, share, what):
 
 
 def _measured(model, plan, what, share, batch):
-    """Return the plan with the share that the cut model really keeps, and whether that meets the target."""
+    """Return the plan with the share it really keeps, and whether that meets the target."""
     small, _ = cut(model, plan)
     if what == "latency":
         both = {"dense": model, "small": small}
@@ -228,14 +242,16 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None):
     """Make the smaller model that a plan describes.
 
     model: the model of the plan; it stays as it is.
-    batches: a list of (x, y) of calibration images. Without them ranks are of the plain SVD, not activation-weighted.
-    grams: {layer: [n+1, n+1]} of model by scores.grams(layers=view.matrices, affine=True), if known already. Where no
-        units go they serve for ranks without batches, too.
-    compensate: what makes up for units that go, see shrink.remove. None: nothing; "mean": what is lost on average;
-        "least squares": the inputs that stay, about their mean.
+    batches: a list of (x, y) of calibration images. Without them ranks are of the plain SVD, not
+        activation-weighted.
+    grams: {layer: [n+1, n+1]} of model by scores.grams(layers=view.matrices, affine=True), if known
+        already. Where no units go they serve for ranks without batches, too.
+    compensate: what makes up for units that go, see shrink.remove. None: nothing; "mean": what is
+        lost on average; "least squares": the inputs that stay, about their mean.
 
     Returns the smaller model, and [plan.drop] (or []) for recover.reconstruct.
-    Raises ValueError for another compensate or one without batches, and what shrink.remove and shrink.factorise raise.
+    Raises ValueError for another compensate or one without batches, and what shrink.remove and
+    shrink.factorise raise.
     """
     _check_compensation(compensate, batches)
     needs_grams = compensate if plan.drop else plan.ranks
@@ -264,7 +280,7 @@ def _check_compensation(compensate, batches):
 
 
 def _affine_grams(model, batches, layers=None):
-    """Return scores.grams of these layers (None: all that may be factored), [n+1, n+1] with the mean inputs last."""
+    """Return scores.grams [n+1, n+1], mean inputs last; layers None: all to factor."""
     layers = layers or models.view(model).matrices
     return scores.grams(model, batches, layers=list(layers), affine=True)
 
@@ -274,12 +290,12 @@ def _second_moments(grams):
     return {name: gram[:-1, :-1] for name, gram in grams.items()}
 
 
-# -- Pool: units and ranks that compete, what each costs at the sizes that are left, and the greedy search
+# -- Pool: units and ranks that compete, what each costs, and the greedy search
 
 # At least so many stay (qk and v: of each head; of whole blocks one of all).
 FLOORS = {"heads": 1, "neurons": 8, "width": 8, "filters": 4, "qk": 4, "v": 4, "block": 0}
-# And at least this share of a place. What goes is predicted to lose the sum of its parts, but a residual stream that is
-# all but gone loses far more: LOG.md, 2026-11-26.
+# And at least this share of a place. What goes is predicted to lose the sum of its parts, but a
+# residual stream that is all but gone loses far more: LOG.md, 2026-11-26.
 LEAST = {"width": 1 / 8}
 TARGETS = {  # {name: what it is called}
     "macs": "MACs",
@@ -299,9 +315,10 @@ class Plan:
 
     drop: {(where, kind): indices}, for shrink.remove.
     ranks: {layer: rank}, for shrink.factorise after it.
-    table: one row for each block (stage, convolution, layer) and kind. Columns: block, kind, units (of ranks: of the
-        whole layer), dropped, predicted (rise of the loss) and macs_saved (params_saved, ..., latency_saved in ms).
-        What several kinds save together counts for the one that went first, ranks last.
+    table: one row for each block (stage, convolution, layer) and kind. Columns: block, kind, units
+        (of ranks: of the whole layer), dropped, predicted (rise of the loss) and macs_saved
+        (params_saved, ..., latency_saved in ms). What several kinds save together counts for the
+        one that went first, ranks last.
     share: what stays of the target, as a share of the model's.
     """
 
@@ -328,7 +345,7 @@ def _checked_target(target):
 
 
 def _candidates(model, unit_scores, directions, kinds, multiple, rank_multiple, most):
-    """Return all that competes, units {(where, kind): _Units} and thin {layer: _Thin}, or raise ValueError."""
+    """Return all that competes: units {(where, kind): _Units} and thin {layer: _Thin}."""
     view = models.view(model)
     units = _scored_units(view, unit_scores, kinds, multiple)
     if "qk" in kinds and any(block.normalises_queries for block in view.blocks):
@@ -342,28 +359,28 @@ def _candidates(model, unit_scores, directions, kinds, multiple, rank_multiple, 
     if "ranks" in kinds:
         if not directions:
             raise ValueError(
-                "no directions; give scores.directions of layers that may be factored, or leave ranks out"
+                "no directions; give scores.directions of layers to factor, or leave ranks out"
             )
         thin = _thin_layers(model, directions, rank_multiple, most)
     if not units and not thin:
         raise Unreachable(
-            f"nothing of {', '.join(kinds)} may go: most allows no layer a rank, or there is no unit"
+            f"nothing of {', '.join(kinds)} may go: no unit is there, or most allows no rank"
         )
     return units, thin
 
 
 class _Units(NamedTuple):
-    """The units of one place, such as the neurons of a block, in groups that go together, the weakest first."""
+    """The units of one place, such as the neurons of a block."""
 
     place: int  # its number in forward order
     size: int  # how many units there are
-    groups: list  # [indices]
+    groups: list  # [indices] that go together, the weakest first
     losses: list  # the predicted rise of the loss by each group
     shares: list  # of the units that are left when no group is gone, one, two, ...
 
 
 def _scored_units(view, unit_scores, kinds, multiple):
-    """Return {(where, kind): _Units} of these kinds, or raise ValueError unless each unit has one score."""
+    """Return {(where, kind): _Units}, or raise ValueError unless each unit has one score."""
     sizes = view.units([kind for kind in kinds if kind != "ranks"])
     written = {view.stages[block.stage] for block in view.blocks}
     for stage in (
@@ -375,8 +392,8 @@ def _scored_units(view, unit_scores, kinds, multiple):
         size, count = sizes.get(key, 0), len(unit_scores.get(key, []))
         if size != count:
             raise ValueError(
-                f"{key} has {size} units and {count} scores: give scores.units of this very model and of all "
-                f"{key[1]}, or leave that kind out"
+                f"{key} has {size} units and {count} scores: give scores.units of this very model "
+                f"and of all {key[1]}, or leave that kind out"
             )
     places = list(sizes)
     units = {}
@@ -396,7 +413,7 @@ def _heads(view, key):
 
 
 def _groups(score, kind, multiple, heads):
-    """Return [indices] of units that go together, the weakest first, as many as the floor lets go."""
+    """Return [indices] of units that go together, the weakest first, down to the floor."""
     by_head = score.view(heads, -1)
     size = by_head.shape[1]
     order = by_head.argsort(dim=1, stable=True)
@@ -411,37 +428,41 @@ def _groups(score, kind, multiple, heads):
 
 
 class _Thin(NamedTuple):
-    """The ranks that a layer [m, n] may have: first m * n, which stands for the whole layer, then those that save MACs.
+    """The ranks that a layer [m, n] may have, and the loss that each is predicted to add.
 
-    So high a rank would cost more than the whole layer, which then costs less (see _Costs.at).
+    Option 0 is rank m * n, which stands for the whole layer: two thin ones of that rank would cost
+    more.
     """
 
     shape: tuple
     options: np.ndarray
-    losses: np.ndarray  # that each option is predicted to add
+    losses: np.ndarray
 
 
 def _basis(layer, gram):
-    """Return all directions of a layer, u [m, R] and v [R, n], by the activation-weighted SVD of its weight."""
+    """Return all directions u [m, R], v [R, n] of the activation-weighted SVD of a layer."""
     weight = layer.weight.detach().flatten(1)
     return lowrank.svd(weight, min(weight.shape), gram=lowrank.damped(gram))
 
 
 def _thin_layers(model, directions, multiple, most):
-    """Return {layer: _Thin} of the layers with directions that may have any rank, or raise ValueError."""
+    """Return {layer: _Thin} of the layers that may have any rank, or raise ValueError."""
     thin = {}
     for name, lost in directions.items():
         m, n = model.get_submodule(name).weight.flatten(1).shape
         if len(lost) != min(m, n) + 1:
             raise ValueError(
-                f"{name} [{m}, {n}] has {min(m, n)} directions; got {len(lost) - 1} of another model"
+                f"{name} [{m}, {n}] has {min(m, n)} directions; "
+                f"got {len(lost) - 1} of another model"
             )
-        # Two thin layers cost less than the whole one up to the rank top. Below one multiple take any rank.
+        # Two thin layers cost less than the whole one up to the rank top. Below one multiple take
+        # any rank.
         top = lowrank.rank_for(m, n, 1, multiple=1)
         step = multiple if top >= multiple else 1
         options = np.arange(step, min(top, most.get(name, top)) + 1, step)
         if len(options):
-            # Some of the directions never lose more than all of them: the highest loss from each rank on.
+            # Some of the directions never lose more than all of them: the highest loss from each
+            # rank on.
             after = lost.double().flip(0).cummax(0).values.flip(0).cpu().numpy()
             thin[name] = _Thin((m, n), np.r_[m * n, options], np.r_[0.0, after[options]])
     return thin
@@ -450,8 +471,9 @@ def _thin_layers(model, directions, multiple, most):
 class _Costs:
     """What a model costs in a state {candidate: number}, a Counter: 0 is untouched.
 
-    The number of a key of units (where, kind) says how many of its groups are gone, that of a layer which of its
-    options it has. The cost of a line of cost.breakdown is proportional to what is left of its inputs and outputs.
+    The number of a key of units (where, kind) says how many of its groups are gone, that of a layer
+    which of its options it has. The cost of a line of cost.breakdown is proportional to what is
+    left of its inputs and outputs.
 
     table: cost.breakdown with a column cost.
     """
@@ -498,9 +520,10 @@ class _Costs:
 
 
 def _terms(view, row):
-    """Return what a line of cost.breakdown depends on: keys of its inputs, and [(part, keys)] of its outputs.
+    """Return what a line of cost.breakdown depends on: inputs [key], outputs [(part, keys)].
 
-    Parts add up to 1. A part of the line is proportional to what is left of the inputs and of its own outputs.
+    Parts add up to 1. A part of the line is proportional to what is left of the inputs and of its
+    own outputs.
     """
     widths = [(stage, "width") for stage in view.stages]
     if isinstance(row.block, str):
@@ -521,7 +544,7 @@ def _terms(view, row):
 
 
 def _block_terms(block, row, width):
-    """Return what a line inside a block depends on, see _terms; all of it on the block being there."""
+    """Return what a line inside a block depends on, as _terms does: also on the block."""
     kinds = ("block", "heads", "neurons", "qk", "v")
     there, heads, neurons, qk, v = ([(block.name, kind)] for kind in kinds)
     qk, v = heads + qk, heads + v
@@ -561,9 +584,9 @@ class _Search:
         return min(self.costs.of(Counter(lowest | {block: 0})) for block in self.blocks or [None])
 
     def run(self, goal):
-        """Take groups and lower ranks until the cost is goal, give back what was too much, and return self."""
+        """Cut until the cost is goal, give back what was too much, and return self."""
         goal *= 1 + 1e-12  # rounding alone misses no goal
-        prices = {}  # {candidate: (loss per cost saved, its number in the state after that)}, those that are right
+        prices = {}  # {candidate: (loss per cost saved, its number after that)}, if still right
         while self.costs.of(self.state) > goal:
             for candidate in [*self.units, *self.thin]:
                 if candidate not in prices:
@@ -585,7 +608,7 @@ class _Search:
         return self
 
     def unit_price(self, key):
-        """Return the predicted loss per cost saved of a key's next group (inf if none may go), and its number."""
+        """Return the loss per cost saved by the next group (inf: none may go), and its number."""
         units = self.units[key]
         number = self.state[key]
         blocks_left = [block for block in self.blocks if not self.state[block]]
@@ -599,7 +622,7 @@ class _Search:
         return units.losses[number] / saved if saved > 0 else math.inf, number + 1
 
     def rank_price(self, name):
-        """Return the least predicted loss per cost saved of a layer's lower ranks, and its number."""
+        """Return the least loss per cost saved by a lower rank of a layer, and its number."""
         _, options, losses = self.thin[name]
         costs = self.costs.at(self.state, name, slice(None))
         now = self.state[name]
@@ -658,7 +681,7 @@ class _Search:
         return Plan(drop, ranks, pd.DataFrame(rows, columns=columns), cost_left / self.costs.total)
 
     def saved_by_units(self):
-        """Return {key: cost saved}, shared out in the order of the search, and the cost that is left, ranks aside."""
+        """Return {key: cost saved}, in the order of the search, and the cost left by units."""
         saved, state = Counter(), Counter()
         before = float(self.costs.total)
         for key in self.taken:
@@ -671,9 +694,10 @@ class _Search:
 
 
 def _spend(state, losses, costs, room):
-    """Raise the ranks of layers in state while there is room, where most loss is gained per cost first.
+    """Raise ranks while there is room, where most loss is gained per cost first.
 
-    state: {layer: number of its option}; it is changed. losses, costs: {layer: array} of each option.
+    state: {layer: number of its option}; it is changed. losses, costs: {layer: array} of each
+        option.
     """
     while True:
         best = 0, 0, None, None
@@ -696,21 +720,24 @@ def _spend(state, losses, costs, room):
 
 
 def ranks(model, grams, gradients, *, macs, multiple=8, most=None):
-    """Choose ranks with which the model's MACs fall to a share at little predicted loss, for shrink.factorise.
+    """Choose ranks with which the model keeps a share of its MACs at little predicted loss.
 
-    Where ranks are all that may go this orders them better than `plan` by scores.directions, whose loss units it lacks
-    (LOG.md). Each layer has a choice of ranks below break-even, or to stay dense. One price per MAC decides for all
-    (docs/methods/ranks.md).
+    Where ranks are all that may go this orders them better than `plan` by scores.directions, whose
+    loss units it lacks (LOG.md). Each layer has a choice of ranks below break-even, or to stay
+    dense. One price per MAC decides for all (docs/methods/ranks.md).
 
-    grams: {layer: [n, n]} of scores.grams; give the same to shrink.factorise.
-    gradients: {layer: [m, m]} of scores.gradient_grams. Of the plain layers those in both may be factored.
+    grams: {layer: [n, n]} of scores.grams.
+    gradients: {layer: [m, m]} of scores.gradient_grams. Of the plain layers those in both may be
+        factored.
     macs: share to keep, in (0, 1), of the whole model's.
     multiple: ranks are multiples of it; a layer whose break-even rank is lower takes any rank.
-    most: {layer: highest rank to factor it at}, as bench.break_even measures; 0 keeps a layer dense. None: all that
-        save MACs.
+    most: {layer: highest rank to factor it at}, as bench.break_even measures; 0 keeps a layer
+        dense. None: all that save MACs.
 
-    Returns {layer: rank}, without the layers that should stay dense.
-    Raises ValueError for a share outside (0, 1), no common layers, one of another shape, gradients that are all zero.
+    Returns {layer: rank} for shrink.factorise with the same grams, without layers that should stay
+    dense.
+    Raises ValueError for a share outside (0, 1), no common layers, one of another shape, gradients
+    that are all zero.
     Raises Unreachable for a target below what the lowest ranks leave; it names the floor.
     """
     _checked_target({"macs": macs})
@@ -723,7 +750,7 @@ def ranks(model, grams, gradients, *, macs, multiple=8, most=None):
                 directions[name] = _direction_losses(name, layer, grams[name], gradients[name])
     if not directions:
         raise ValueError(
-            "grams and gradients have no plain layer of this model in common: take both of the same ones"
+            "grams and gradients have no plain layer of this model in common: take both of one"
         )
     thin = _thin_layers(model, directions, multiple, most or {})
     if not thin:
@@ -732,7 +759,7 @@ def ranks(model, grams, gradients, *, macs, multiple=8, most=None):
         )
     if not any(layer.losses.any() for layer in thin.values()):
         raise ValueError(
-            "no rank is predicted to matter: the gradients are zero, as where nothing reaches the loss"
+            "no rank is predicted to matter: the gradients are zero, nothing reaches the loss"
         )
     costs = _Costs(models.view(model), table.assign(cost=table.macs), {}, thin)
     search = _Search(costs)
@@ -749,10 +776,11 @@ def ranks(model, grams, gradients, *, macs, multiple=8, most=None):
 
 
 def _direction_losses(name, layer, gram, gradient):
-    """Return [min(m, n) + 1], the loss predicted without all directions from each on, or raise ValueError.
+    """Return the loss [R + 1] predicted without all directions from each on.
 
-    A direction costs half of (u^T G u)(v^T H v). u v is its part of the activation-weighted SVD, H the gram, G the
-    gradients'. It orders layers well, but is no loss to compare with that of `plan` (see scores.gradient_grams).
+    A direction costs half of (u^T G u)(v^T H v). u v is its part of the activation-weighted SVD, H
+    the gram, G the gradients'. It orders layers well, but is no loss to compare with that of `plan`
+    (see scores.gradient_grams).
     """
     m, n = layer.weight.flatten(1).shape
     if list(gram.shape) != [n, n] or list(gradient.shape) != [m, m]:
@@ -798,10 +826,11 @@ def _priced(losses, costs, room):
 
 
 def uniform_ranks(model, batches, *, macs, grams=None):
-    """Choose ranks with which layers keep the same share of their MACs each: the baseline of `ranks`.
+    """Choose ranks with which each layer keeps the same share: the baseline of `ranks`.
 
-    What shares the cut: the linear layers alone, or with the stem's convolutions, or with all of these but the first,
-    which sees three channels. That of them is taken which leaves the lowest loss on batches, by their labels.
+    What shares the cut: the linear layers alone, or with the stem's convolutions, or with all of
+    these but the first, which sees three channels. That of them is taken which leaves the lowest
+    loss on batches, by their labels.
 
     batches: a list of (x, y) of calibration images.
     macs: the share that the model keeps at most, in (0, 1), of the whole model's.
@@ -831,20 +860,21 @@ def uniform_ranks(model, batches, *, macs, grams=None):
     if not tries:
         floor = min(floors)
         raise Unreachable(
-            f"the same share of each layer cannot reach {macs:g} x MACs: {floor:.3f} stays at rank 1"
+            f"one share of all layers cannot reach {macs:g} x MACs: {floor:.3f} stays at rank 1"
         )
     return min(tries, key=lambda pair: pair[0])[1]
 
 
 def _equal_share(table, even, macs):
-    """Return the share of the MACs at rank 1, and {layer: rank} of the highest equal share that keeps at most macs.
+    """Return the model's share at rank 1, and {layer: rank} of the highest share that fits.
 
-    table: the MACs of each layer. even: the break-even rank of each layer to factor.
+    table: the MACs of each layer. even: the break-even rank of each layer to factor. macs: the
+        share that the model may keep.
     """
     even = even[even > 1]  # elsewhere rank 1 saves nothing
 
     def ranks_at(share):
-        """Return the ranks that keep a share of each layer's MACs, rounded down, but at least 1 and below even."""
+        """Return the ranks that keep a share of each layer, at least 1 and below even."""
         return np.floor(share * even + 1e-9).clip(1, np.ceil(even) - 1).astype(int)
 
     def left_at(share):
@@ -865,13 +895,16 @@ def _equal_share(table, even, macs):
 
 
 def kept(model, small):
-    """Return how wide a cut model is, place by place: a frame of where, kind, kept and whole, in forward order.
+    """Return how wide a cut model is, place by place.
 
-    Kinds are those of View.units but block, and qk and v are of one head. What is gone is 0. If any layer is factored
-    there are kinds such as "rank of qkv", too: the rank of each linear layer, the smaller side of a plain one.
+    Kinds are those of View.units but block, and qk and v are of one head. What is gone is 0. If any
+    layer is factored there are kinds such as "rank of qkv", too: the rank of each linear layer, the
+    smaller side of a plain one.
 
     model: the model before the cut.
     small: any cut of it.
+
+    Returns a frame of where, kind, kept and whole, in forward order.
     """
     before = models.view(model)
     left = _widths(models.view(small))
