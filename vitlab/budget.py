@@ -87,6 +87,7 @@ def candidates(model, batches, *, kinds, grams=None, labels="true"):
     Raises what scores.units, scores.grams and scores.directions raise.
     """
     measured = {}
+    # Fisher scores and directions are both in loss units, so that they may compete.
     units = [kind for kind in kinds if kind != "ranks"]
     if units:
         by_criterion = scores.units(model, batches, criteria=["fisher"], kinds=units, labels=labels)
@@ -156,10 +157,11 @@ def plan(
         return _measured(model, plan_for(wanted), what, share, batch)
 
     if what != "macs":
+        # The prediction of parameters, bytes and time is near, but only the cut model tells.
         nearest = _corrected(measure, what, share, floor)
         if nearest.share <= share or _miss(nearest.share, share, what) <= 0.1:
             return nearest
-        lowest, is_met = measure(floor)
+        lowest, is_met = measure(floor)  # all that may go
         if lowest.share <= share or is_met:
             return lowest
         floor = lowest.share
@@ -205,7 +207,8 @@ def _corrected(measure, what, share, floor):
         # Guesses may be too near for one more group to go, so every second step of a count halves
         # the interval.
         is_halved = is_counted and number % 2
-        wanted = guess if low < guess < high and not is_halved else (low + high) / 2
+        is_inside = low < guess < high
+        wanted = guess if is_inside and not is_halved else (low + high) / 2
     return min(tries, key=lambda tried: _miss(tried.share, share, what))
 
 
@@ -220,6 +223,7 @@ def _measured(model, plan, what, share, batch):
     """Return the plan with the share it really keeps, and whether that meets the target."""
     small, _ = cut(model, plan)
     if what == "latency":
+        # Both run in turns, so that what else the machine does slows both.
         both = {"dense": model, "small": small}
         times = bench.latency(both, batch=batch, repeats=21).iloc[1]
         kept = 1 / times.speedup
@@ -383,13 +387,13 @@ def _scored_units(view, unit_scores, kinds, multiple):
     """Return {(where, kind): _Units}, or raise ValueError unless each unit has one score."""
     sizes = view.units([kind for kind in kinds if kind != "ranks"])
     written = {view.stages[block.stage] for block in view.blocks}
-    for stage in (
-        set(view.stages) - written
-    ):  # no block writes to its stream: there is nothing to score
+    # Where no block writes to the stream of a stage there is nothing to score.
+    for stage in set(view.stages) - written:
         sizes.pop((stage, "width"), None)
     unit_scores = {key: score for key, score in unit_scores.items() if key[1] in kinds}
     for key in sizes | unit_scores:
-        size, count = sizes.get(key, 0), len(unit_scores.get(key, []))
+        size = sizes.get(key, 0)
+        count = len(unit_scores.get(key, []))
         if size != count:
             raise ValueError(
                 f"{key} has {size} units and {count} scores: give scores.units of this very model "
@@ -463,17 +467,20 @@ def _thin_layers(model, directions, multiple, most):
         if len(options):
             # Some of the directions never lose more than all of them: the highest loss from each
             # rank on.
-            after = lost.double().flip(0).cummax(0).values.flip(0).cpu().numpy()
-            thin[name] = _Thin((m, n), np.r_[m * n, options], np.r_[0.0, after[options]])
+            highest = lost.double().flip(0).cummax(0).values
+            losses = highest.flip(0).cpu().numpy()[options]
+            thin[name] = _Thin((m, n), np.r_[m * n, options], np.r_[0.0, losses])
     return thin
 
 
 class _Costs:
-    """What a model costs in a state {candidate: number}, a Counter: 0 is untouched.
+    """What a model costs in a state {candidate: number}, a Counter in which 0 is untouched.
 
-    The number of a key of units (where, kind) says how many of its groups are gone, that of a layer
-    which of its options it has. The cost of a line of cost.breakdown is proportional to what is
-    left of its inputs and outputs.
+    A candidate is a key of units (where, kind), whose number says how many of its groups are gone,
+    or a layer, whose number says which of its options it has. What anything costs depends on what
+    is left of the rest: a neuron on the width of the stream, and on whether its layers are
+    factored. The cost of a line of cost.breakdown is proportional to what is left of its inputs and
+    of its outputs.
 
     table: cost.breakdown with a column cost.
     """
@@ -484,9 +491,8 @@ class _Costs:
         self.thin = thin
         self.lines = {}  # {name: (cost, inputs, outputs)}, see _terms
         self.lines_of = defaultdict(list)  # {key: names of the lines whose cost depends on it}
-        self.touched_by = defaultdict(
-            set
-        )  # {candidate: those whose price changes when it goes, with itself}
+        # {candidate: those whose price changes when it goes, with itself}
+        self.touched_by = defaultdict(set)
         for row in table.itertuples():
             inputs, outputs = _terms(view, row)
             self.lines[row.layer] = row.cost, inputs, outputs
@@ -534,10 +540,12 @@ def _terms(view, row):
         writes = [(name, "filters") for name, _ in view.stem]
         number = writes.index((row.layer, "filters"))
         writes[-1] = widths[0]
-        inputs, outputs = writes[:number][-1:], [writes[number]]  # the first one reads the image
+        inputs = writes[:number][-1:]  # the first one reads the image
+        outputs = [writes[number]]
     elif row.role == "merge":
         stage = int(row.layer.split(".")[1])
-        inputs, outputs = [widths[stage - 1]], [widths[stage]]
+        inputs = [widths[stage - 1]]
+        outputs = [widths[stage]]
     elif row.role == "head":
         inputs = [widths[-1]]
     return inputs, [(1.0, outputs)]
@@ -547,7 +555,8 @@ def _block_terms(block, row, width):
     """Return what a line inside a block depends on, as _terms does: also on the block."""
     kinds = ("block", "heads", "neurons", "qk", "v")
     there, heads, neurons, qk, v = ([(block.name, kind)] for kind in kinds)
-    qk, v = heads + qk, heads + v
+    qk = heads + qk
+    v = heads + v
     inputs, *outputs = {
         "qkv": (width, qk, v),
         "proj": (v, width),
@@ -562,7 +571,8 @@ def _block_terms(block, row, width):
     if row.role == "qkv":
         queries = 2 * block.qk_dim / (2 * block.qk_dim + block.head_dim)
         parts = [queries, 1 - queries]
-    return there + inputs, [(part, there + keys) for part, keys in zip(parts, outputs, strict=True)]
+    outputs = [(part, there + keys) for part, keys in zip(parts, outputs, strict=True)]
+    return there + inputs, outputs
 
 
 class _Search:
@@ -578,10 +588,11 @@ class _Search:
 
     def floor(self):
         """Return the cost when all is gone that may go; of blocks one stays, the cheapest."""
-        lowest = dict.fromkeys(self.thin, 1)
+        lowest = dict.fromkeys(self.thin, 1)  # the first option after the whole layer
         for key, units in self.units.items():
             lowest[key] = len(units.groups)
-        return min(self.costs.of(Counter(lowest | {block: 0})) for block in self.blocks or [None])
+        stays = [{block: 0} for block in self.blocks] or [{}]
+        return min(self.costs.of(Counter(lowest | block)) for block in stays)
 
     def run(self, goal):
         """Cut until the cost is goal, give back what was too much, and return self."""
@@ -615,6 +626,7 @@ class _Search:
         is_block_gone = self.state[key[0], "block"]
         if number == len(units.groups) or is_block_gone or blocks_left == [key]:
             return math.inf, number
+        # Try it: what the lines cost that depend on these units, before and after.
         before = self.costs.of(self.state, key)
         self.state[key] += 1
         saved = before - self.costs.of(self.state, key)
@@ -658,7 +670,8 @@ class _Search:
         saved, cost_left = self.saved_by_units()
         drop, ranks, rows = {}, {}, []
         # Whole blocks come last: they take over what their units saved before.
-        for key in sorted(self.units, key=lambda key: (key in self.blocks, self.units[key].place)):
+        in_order = sorted(self.units, key=lambda key: self.units[key].place)
+        for key in sorted(in_order, key=lambda key: key in self.blocks):
             where, kind = key
             if kind != "block" and self.state[where, "block"]:
                 saved[where, "block"] += saved[key]
@@ -668,24 +681,30 @@ class _Search:
             indices = sorted(sum(units.groups[:count], []))
             if indices:
                 drop[key] = indices
-            rows.append((*key, units.size, len(indices), sum(units.losses[:count]), saved[key]))
+            predicted = sum(units.losses[:count])
+            rows.append((*key, units.size, len(indices), predicted, saved[key]))
         for name in filter(self.state.get, self.costs.lines):
             thin, option = self.thin[name], self.state[name]
             whole, now = self.costs.at(self.state, name, [0, option])
-            if now < whole:
-                ranks[name] = rank = thin.options[option].item()
-                size, lost = min(thin.shape), thin.losses[option]
-                rows.append((name, "ranks", size, size - rank, lost, whole - now))
-                cost_left -= whole - now
+            less = whole - now
+            if less > 0:  # else two thin layers are no cheaper than what is left of the whole
+                rank = thin.options[option].item()
+                ranks[name] = rank
+                size = min(thin.shape)
+                lost = thin.losses[option]
+                rows.append((name, "ranks", size, size - rank, lost, less))
+                cost_left -= less
         columns = ["block", "kind", "units", "dropped", "predicted", f"{what}_saved"]
-        return Plan(drop, ranks, pd.DataFrame(rows, columns=columns), cost_left / self.costs.total)
+        table = pd.DataFrame(rows, columns=columns)
+        return Plan(drop, ranks, table, cost_left / self.costs.total)
 
     def saved_by_units(self):
         """Return {key: cost saved}, in the order of the search, and the cost left by units."""
         saved, state = Counter(), Counter()
         before = float(self.costs.total)
+        # Go through the search once more, without what was given back.
         for key in self.taken:
-            if state[key] < self.state[key]:  # else this group was given back
+            if state[key] < self.state[key]:
                 state[key] += 1
                 after = self.costs.of(state)
                 saved[key] += before - after
@@ -770,6 +789,7 @@ def ranks(model, grams, gradients, *, macs, multiple=8, most=None):
         )
     losses, layer_costs = search.options(thin)
     rest = costs.total - sum(layer[0] for layer in layer_costs.values())
+    # What the other layers cost stays; the rest of the target is room for these.
     chosen = _priced(losses, layer_costs, macs * costs.total - rest)
     search.state.update(chosen)
     return search.as_plan("macs").ranks
@@ -789,7 +809,8 @@ def _direction_losses(name, layer, gram, gradient):
         )
     u, v = _basis(layer, gram)
     lost = _along(u.T.double(), gradient) * _along(v.double(), gram) / 2
-    return nn.functional.pad(lost.flip(0).cumsum(0).flip(0), (0, 1))
+    after = lost.flip(0).cumsum(0).flip(0)
+    return nn.functional.pad(after, (0, 1))  # without any nothing is lost
 
 
 def _along(vectors, matrix):
@@ -849,10 +870,10 @@ def uniform_ranks(model, batches, *, macs, grams=None):
             even[name] = lowrank.break_even_rank(*layer.weight.flatten(1).shape)
     stem = tuple(name for name, _ in view.stem)
     floors, tries = [], []
+    even = pd.Series(even, dtype=float)
     for whole in dict.fromkeys([stem, (), stem[:1]]):
-        floor, ranks = _equal_share(
-            table, pd.Series(even, dtype=float).drop(list(whole), errors="ignore"), macs
-        )
+        factored = even.drop(list(whole), errors="ignore")
+        floor, ranks = _equal_share(table, factored, macs)
         floors.append(floor)
         if floor <= macs:
             thin = shrink.factorise(model, ranks, grams=grams)

@@ -56,7 +56,9 @@ class Fit:
 
     def to(self, dtype):
         """Return the fit with tensors of a dtype."""
-        return replace(self, u=self.u.to(dtype), v=self.v.to(dtype), sparse=self.sparse.to(dtype))
+        u = self.u.to(dtype)
+        v = self.v.to(dtype)
+        return replace(self, u=u, v=v, sparse=self.sparse.to(dtype))
 
 
 def objective(weight, approximation, gram=None):
@@ -139,7 +141,8 @@ def rank_for(m, n, share, *, multiple=8):
             f"share is a share of the dense MACs in [0, 1], not a percentage; got {share}"
         )
     highest = (m * n - 1) // (m + n)  # at the break-even rank itself nothing is saved
-    rank = min(int(share * m * n / (m + n) + 1e-9), highest)
+    affordable = int(share * m * n / (m + n) + 1e-9)
+    rank = min(affordable, highest)
     return rank // multiple * multiple or rank
 
 
@@ -163,7 +166,8 @@ def svd(weight, rank, *, gram=None):
     _check_rank(weight, rank)
     double, gram = _checked(weight, gram)
     is_single = gram is None and weight.dtype != torch.float64
-    u, v = _truncate(double, rank, gram, _root(double, gram), is_single=is_single)
+    roots = _root(double, gram)
+    u, v = _truncate(double, rank, gram, roots, is_single=is_single)
     return u.to(weight.dtype), v.to(weight.dtype)
 
 
@@ -178,7 +182,8 @@ def spectrum(weight, gram=None):
     weight, gram = _checked(weight, gram)
     root, _ = _root(weight, gram)
     square = _smaller_square(weight, gram, _times(weight, root))
-    return torch.linalg.eigvalsh(square).flip(0).clamp_min(0).sqrt()
+    squares = torch.linalg.eigvalsh(square).flip(0)
+    return squares.clamp_min(0).sqrt()
 
 
 def threshold_product(weight, rank, count):
@@ -199,8 +204,9 @@ def _root(weight, gram, damping=1e-9):
     if gram is None or len(weight) <= weight.shape[1]:
         return None, None
     values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp_min(damping * values[-1].item() or 1.0)
-    return vectors * values.sqrt(), (vectors / values.sqrt()).T
+    least = damping * values[-1].item() or 1.0  # 1 for a gram of zeros
+    sigma = values.clamp_min(least).sqrt()
+    return vectors * sigma, (vectors / sigma).T
 
 
 def _times(matrix, other):
@@ -231,7 +237,9 @@ def _truncate(weight, rank, gram, roots, *, is_single=False):
     norms = u.norm(dim=0).clamp_min(1e-150)
     ratio = v.norm(dim=1) / norms
     ratio = ratio.clamp_min(1e-150).sqrt()
-    return (u * ratio).flip(1), (v / ratio[:, None]).flip(0)
+    u = u * ratio
+    v = v / ratio[:, None]
+    return u.flip(1), v.flip(0)
 
 
 def _leading(square, rank, is_single):
@@ -328,7 +336,8 @@ def iht(weight, gram, count, *, support="entries"):
     """
     _check_sparse(weight, gram, count, support)
     double, gram = _checked(weight, gram)
-    return _iht(double, gram, count, support, tolerance=1e-4).to(weight.dtype)
+    fit = _iht(double, gram, count, support, tolerance=1e-4)
+    return fit.to(weight.dtype)
 
 
 def _iht(weight, gram, count, support, *, tolerance, rank=0):
@@ -341,7 +350,8 @@ def _iht(weight, gram, count, support, *, tolerance, rank=0):
     )
     sparse, value = _debiased(weight, sparse, mask, gram, history[-1])
     m, n = weight.shape
-    u, v = weight.new_zeros(m, rank), weight.new_zeros(rank, n)
+    u = weight.new_zeros(m, rank)
+    v = weight.new_zeros(rank, n)
     return Fit(u, v, sparse, mask, start, [start, *history, value])
 
 
@@ -486,7 +496,8 @@ def obs_update(weight, gram, mask):
     # to j only, and entries that stay are chosen to make it zero: one product a column.
     change = double * ~mask
     for j in range(len(gram)):
-        carried = change[:, :j] @ root[:j, j] / root[j, j]
+        column = root[:j, j]
+        carried = change[:, :j] @ column / root[j, j]
         change[:, j] = torch.where(mask[:, j], -carried, change[:, j])
     return (double - change).to(weight.dtype)
 
@@ -551,7 +562,8 @@ def low_rank_plus_sparse(weight, gram, rank, count, *, support="entries", rounds
     rank_first = _sparse_step(double, rank_first, problem)
     starts = rank_first, sparse_first
     fits = [_alternate(double, fit, problem, roots, rounds) for fit in starts]
-    return min(fits, key=lambda fit: fit.objectives[-1]).to(weight.dtype)
+    best = min(fits, key=lambda fit: fit.objectives[-1])
+    return best.to(weight.dtype)
 
 
 def _alternate(weight, fit, problem, roots, rounds):
@@ -568,12 +580,14 @@ def _alternate(weight, fit, problem, roots, rounds):
         # A half-step that would raise the objective is not taken, up to rounding, where nothing is
         # left to lose.
         if value <= before + 1e-12 * fit.start:
-            fit = replace(fit, u=u, v=v, objectives=[*fit.objectives, min(value, before)])
+            history = [*fit.objectives, min(value, before)]
+            fit = replace(fit, u=u, v=v, objectives=history)
         fit = _sparse_step(weight, fit, problem)
         if fit.objectives[-1] > (1 - 1e-3) * before:
             break
     history = fit.objectives
-    sparse, value = _debiased(weight - fit.u @ fit.v, fit.sparse, fit.mask, gram, history[-1])
+    target = weight - fit.u @ fit.v
+    sparse, value = _debiased(target, fit.sparse, fit.mask, gram, history[-1])
     return replace(fit, sparse=sparse, objectives=[*history, value])
 
 
