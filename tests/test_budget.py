@@ -4,11 +4,79 @@ import itertools
 import random
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import OTHERS, toy
 
-from vitlab import budget, cost, lowrank, models, scores, shrink
+from vitlab import budget, cost, lowrank, models, recover, scores, shrink
+
+# -- one call
+
+
+def test_reach_is_the_four_calls(any_model, batch):
+    before = {name: tensor.clone() for name, tensor in any_model.state_dict().items()}
+    small, plan = budget.reach(any_model, [batch], macs=0.6)
+
+    kinds = ["heads", "neurons", "width", "ranks"]
+    if models.view(any_model).units(["filters"]):
+        kinds.insert(2, "filters")
+    scored = budget.candidates(any_model, [batch], kinds=kinds)
+    expected_plan = budget.plan(any_model, **scored, kinds=kinds, macs=0.6)
+    expected, drops = budget.cut(any_model, expected_plan, [batch], compensate="least squares")
+    expected = recover.reconstruct(expected, any_model, [batch], drops=drops)
+
+    assert plan.drop == expected_plan.drop and plan.ranks == expected_plan.ranks
+    assert torch.equal(small(batch[0]), expected(batch[0]))
+    assert cost.macs(small) <= 0.6 * cost.macs(any_model) * (1 + 1e-9)
+    for name, tensor in any_model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("compensate", [None, "mean"])
+def test_reach_takes_other_ways(model, batch, compensate):
+    options = {"kinds": ["neurons"], "labels": "model"}
+    small, plan = budget.reach(
+        model, [batch], compensate=compensate, reconstruct=False, params=0.9, **options
+    )
+    expected_plan = budget.plan(
+        model, **budget.candidates(model, [batch], **options), kinds=["neurons"], params=0.9
+    )
+    expected, _ = budget.cut(model, expected_plan, [batch], compensate=compensate)
+    assert plan.drop == expected_plan.drop and {kind for _, kind in plan.drop} == {"neurons"}
+    assert torch.equal(small(batch[0]), expected(batch[0]))
+
+
+def test_kinds_that_a_model_lacks_are_left_out_unless_they_are_named(batch):
+    """A stem of one convolution has no filters, and dimensions of normalised queries cannot go."""
+    without_filters, normed = toy(**OTHERS["deit3"]), toy(**OTHERS["qk norm"])
+    for model in (without_filters, normed):
+        _, plan = budget.reach(model, [batch], macs=0.8, reconstruct=False)
+        assert plan.share <= 0.8 and {kind for _, kind in plan.drop} <= {
+            "heads",
+            "neurons",
+            "width",
+            "filters",
+        }
+    with pytest.raises(budget.Unreachable, match="nothing of filters may go"):
+        budget.reach(without_filters, [batch], macs=0.8, kinds=["filters"])
+    with pytest.raises(ValueError, match="normalises queries and keys"):
+        budget.reach(normed, [batch], macs=0.8, kinds=["heads", "qk"])
+
+
+def test_reach_says_at_once_what_is_wrong(vit, batch):
+    with pytest.raises(ValueError, match="give one target of macs, params, bytes, latency"):
+        budget.reach(vit, [batch], flops=0.5)
+    with pytest.raises(ValueError, match="compensate is one of"):
+        budget.reach(vit, [batch], macs=0.5, compensate="means")
+    with pytest.raises(ValueError, match="the last two with batches"):
+        budget.reach(vit, [], macs=0.5)
+    with pytest.raises(budget.Unreachable, match=r"cannot reach 0.01 x MACs: 0\.\d+ stays"):
+        budget.reach(vit, [batch], macs=0.01)
+
+
+# -- the plan
 
 
 def fisher(model, batch):
@@ -21,7 +89,10 @@ def fisher(model, batch):
 def test_the_plan_costs_what_it_says_and_meets_the_target(model, batch, macs, kinds):
     plan = budget.plan(model, fisher(model, batch), macs=macs, kinds=kinds)
     small = shrink.remove(model, plan.drop)
-    assert cost.macs(small) / cost.macs(model) == pytest.approx(plan.share, abs=1e-12) and plan.share <= macs
+    assert (
+        cost.macs(small) / cost.macs(model) == pytest.approx(plan.share, abs=1e-12)
+        and plan.share <= macs
+    )
     largest = plan.table.macs_saved.sum() / cost.macs(model)
     assert largest == pytest.approx(1 - plan.share, abs=1e-6)
     dropped = {key: len(indices) for key, indices in plan.drop.items()}
@@ -40,8 +111,13 @@ def test_kinds_that_share_their_costs_are_counted_as_they_fall(any_model, macs):
     unit_scores = {key: torch.rand(count, generator=generator) for key, count in counts.items()}
     plan = budget.plan(any_model, unit_scores, macs=macs, kinds=kinds, multiple=4)
     small = shrink.remove(any_model, plan.drop)
-    assert cost.macs(small) / cost.macs(any_model) == pytest.approx(plan.share, abs=1e-9) and plan.share <= macs
-    assert plan.table.macs_saved.sum() / cost.macs(any_model) == pytest.approx(1 - plan.share, abs=1e-9)
+    assert (
+        cost.macs(small) / cost.macs(any_model) == pytest.approx(plan.share, abs=1e-9)
+        and plan.share <= macs
+    )
+    assert plan.table.macs_saved.sum() / cost.macs(any_model) == pytest.approx(
+        1 - plan.share, abs=1e-9
+    )
     for key, left in models.view(small).units(kinds).items():
         block = models.view(small).block(key[0]) if key[1] in ("qk", "v") else None
         assert left >= budget.FLOORS[key[1]] * (block.num_heads if block else 1)
@@ -50,14 +126,20 @@ def test_kinds_that_share_their_costs_are_counted_as_they_fall(any_model, macs):
 
 def test_an_eighth_of_a_stream_stays_where_nothing_of_it_seems_to_matter():
     """128 channels of nothing and neurons that matter: 16 channels stay, though 8 would be a budget's floor."""
-    vit = models.create("conv_vit", num_classes=3, image_size=16, embed_dim=128, depth=2, num_heads=4, patch_size=8)
+    vit = models.create(
+        "conv_vit", num_classes=3, image_size=16, embed_dim=128, depth=2, num_heads=4, patch_size=8
+    )
     counts = models.view(vit).units(["neurons", "width"])
-    unit_scores = {key: torch.full((count,), float(key[1] == "neurons")) for key, count in counts.items()}
+    unit_scores = {
+        key: torch.full((count,), float(key[1] == "neurons")) for key, count in counts.items()
+    }
     with pytest.raises(budget.Unreachable) as floor:
         budget.plan(vit, unit_scores, kinds=["neurons", "width"], macs=0.01)
     floor = float(re.search(r"(0\.\d+) stays", str(floor.value))[1])
     plan = budget.plan(vit, unit_scores, kinds=["neurons", "width"], macs=floor + 0.001)
-    assert models.view(shrink.remove(vit, plan.drop)).units(["width"]) == {("stages.0", "width"): 16}
+    assert models.view(shrink.remove(vit, plan.drop)).units(["width"]) == {
+        ("stages.0", "width"): 16
+    }
 
 
 @pytest.mark.parametrize("what", ["params", "bytes"])
@@ -66,7 +148,9 @@ def test_parameters_and_bytes_are_those_of_the_smaller_model(any_model, what, sh
     counts = models.view(any_model).units(["heads", "neurons", "width"])
     generator = torch.Generator().manual_seed(0)
     unit_scores = {key: torch.rand(count, generator=generator) for key, count in counts.items()}
-    plan = budget.plan(any_model, unit_scores, kinds=["heads", "neurons", "width"], multiple=1, **{what: share})
+    plan = budget.plan(
+        any_model, unit_scores, kinds=["heads", "neurons", "width"], multiple=1, **{what: share}
+    )
     small = shrink.remove(any_model, plan.drop)
     kept = [sum(p.numel() for p in m.parameters()) for m in (small, any_model)]
     if what == "bytes":
@@ -96,12 +180,15 @@ def test_latency_is_corrected_by_what_is_measured(vit, batch, monkeypatch):
 
 def test_a_target_is_one_of_four(vit, batch):
     for target in ({}, {"macs": 0.5, "params": 0.5}, {"flops": 0.5}):
-        with pytest.raises(ValueError, match="give one target of macs, params, bytes, latency, such as macs=0.5; got"):
+        with pytest.raises(
+            ValueError,
+            match="give one target of macs, params, bytes, latency, such as macs=0.5; got",
+        ):
             budget.plan(vit, fisher(vit, batch), **target)
 
 
-def drawn(model, kinds):
-    """Random scores of units and directions: losses of the last directions, which grow as more of them go."""
+def random_scores(model, kinds):
+    """Return random scores of units, and of directions: losses of the last ones, which grow as more of them go."""
     generator = torch.Generator().manual_seed(0)
     counts = models.view(model).units([kind for kind in kinds if kind != "ranks"])
     units = {key: torch.rand(count, generator=generator) for key, count in counts.items()}
@@ -116,10 +203,22 @@ def drawn(model, kinds):
 def test_units_ranks_and_blocks_in_one_pool_cost_what_the_plan_says(any_model, batch, macs):
     normed = models.view(any_model).blocks[0].normalises_queries
     kinds = [kind for kind in [*budget.FLOORS, "ranks"] if kind != "qk" or not normed]
-    plan = budget.plan(any_model, **drawn(any_model, kinds), macs=macs, kinds=kinds, multiple=4, rank_multiple=1)
+    plan = budget.plan(
+        any_model,
+        **random_scores(any_model, kinds),
+        macs=macs,
+        kinds=kinds,
+        multiple=4,
+        rank_multiple=1,
+    )
     small, drops = budget.cut(any_model, plan, [batch])
-    assert cost.macs(small) / cost.macs(any_model) == pytest.approx(plan.share, abs=1e-9) and plan.share <= macs
-    assert plan.table.macs_saved.sum() / cost.macs(any_model) == pytest.approx(1 - plan.share, abs=1e-9)
+    assert (
+        cost.macs(small) / cost.macs(any_model) == pytest.approx(plan.share, abs=1e-9)
+        and plan.share <= macs
+    )
+    assert plan.table.macs_saved.sum() / cost.macs(any_model) == pytest.approx(
+        1 - plan.share, abs=1e-9
+    )
     assert drops == ([plan.drop] if plan.drop else []) and small(batch[0]).isfinite().all()
     whole = shrink.remove(any_model, plan.drop) if plan.drop else any_model
     for name, rank in plan.ranks.items():  # two thin layers only where they cost less
@@ -133,11 +232,13 @@ def test_units_ranks_and_blocks_in_one_pool_cost_what_the_plan_says(any_model, b
 
 def test_what_costs_nothing_to_lose_goes_first_whatever_its_kind(vit):
     kinds = ["neurons", "ranks", "block"]
-    found = drawn(vit, kinds)
+    found = random_scores(vit, kinds)
     found["directions"]["blocks.1.mlp.fc1"] *= 0
     plan = budget.plan(vit, **found, macs=0.99, kinds=kinds[:2])
-    assert not plan.drop and plan.ranks == {"blocks.1.mlp.fc1": 4}  # a higher one would gain nothing
-    found = drawn(vit, kinds)
+    assert not plan.drop and plan.ranks == {
+        "blocks.1.mlp.fc1": 4
+    }  # a higher one would gain nothing
+    found = random_scores(vit, kinds)
     found["unit_scores"]["blocks.0", "block"] *= 0
     plan = budget.plan(vit, **found, macs=0.7, kinds=kinds)
     assert plan.drop[("blocks.0", "block")] == [0]
@@ -150,27 +251,45 @@ def test_what_costs_nothing_to_lose_goes_first_whatever_its_kind(vit):
 @pytest.mark.parametrize("what", ["params", "bytes"])
 def test_ranks_count_for_parameters_and_bytes(model, what):
     kinds = ["heads", "neurons", "width", "ranks"]
-    plan = budget.plan(model, **drawn(model, kinds), kinds=kinds, multiple=1, rank_multiple=1, **{what: 0.6})
+    plan = budget.plan(
+        model,
+        **random_scores(model, kinds),
+        kinds=kinds,
+        multiple=1,
+        rank_multiple=1,
+        **{what: 0.6},
+    )
     small, _ = budget.cut(model, plan)
-    count = cost.bytes_memory if what == "bytes" else lambda m: sum(p.numel() for p in m.parameters())
+    count = (
+        cost.bytes_memory if what == "bytes" else lambda m: sum(p.numel() for p in m.parameters())
+    )
     assert plan.ranks and plan.share == count(small) / count(model)
     assert 0.95 * 0.6 < plan.share <= 0.6
 
 
 def test_more_is_predicted_to_be_lost_the_less_stays(vit):
     kinds = ["heads", "neurons", "ranks"]
-    lost = [budget.plan(vit, **drawn(vit, kinds), macs=macs, kinds=kinds).predicted for macs in (0.9, 0.7, 0.5)]
+    lost = [
+        budget.plan(vit, **random_scores(vit, kinds), macs=macs, kinds=kinds).predicted
+        for macs in (0.9, 0.7, 0.5)
+    ]
     assert lost == sorted(lost) and lost[0] < lost[-1]
 
 
 def test_a_cut_is_compensated_as_asked_for(model, batch):
     kinds = ["heads", "neurons", "width", "ranks"]
-    plan = budget.plan(model, **budget.candidates(model, [batch], kinds=kinds), macs=0.6, kinds=kinds, multiple=4)
+    plan = budget.plan(
+        model, **budget.candidates(model, [batch], kinds=kinds), macs=0.6, kinds=kinds, multiple=4
+    )
     layers = list(models.view(model).matrices)
     affine = scores.grams(model, [batch], layers=layers, affine=True)
     means = {name: gram[-1, :-1] for name, gram in affine.items()}
     grams = {name: gram[:-1, :-1] for name, gram in affine.items()}
-    for way, known in ((None, {}), ("mean", dict(means=means)), ("least squares", dict(means=means, grams=grams))):
+    for way, known in (
+        (None, {}),
+        ("mean", dict(means=means)),
+        ("least squares", dict(means=means, grams=grams)),
+    ):
         small, drops = budget.cut(model, plan, [batch], compensate=way)
         expected = shrink.remove(model, plan.drop, **known)
         if plan.ranks:
@@ -183,24 +302,36 @@ def test_a_cut_is_compensated_as_asked_for(model, batch):
             torch.testing.assert_close(again(batch[0]), expected(batch[0]))
         torch.testing.assert_close(small(batch[0]), expected(batch[0]))
     for way, batches in (("least squares", ()), ("means", [batch])):
-        with pytest.raises(ValueError, match="compensate is one of .*, the last two with batches; got"):
+        with pytest.raises(
+            ValueError, match="compensate is one of .*, the last two with batches; got"
+        ):
             budget.cut(model, plan, batches, compensate=way)
 
 
 def test_what_a_plan_needs_is_asked_for(vit, batch):
-    found = drawn(vit, ["heads", "ranks"])
+    found = random_scores(vit, ["heads", "ranks"])
     with pytest.raises(ValueError, match="no directions; give scores.directions"):
         budget.plan(vit, found["unit_scores"], kinds=["heads", "ranks"], macs=0.5)
-    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv \[96, 32\] has 32 directions; got 31 of another model"):
-        budget.plan(vit, directions={"blocks.0.attn.qkv": torch.zeros(32)}, kinds=["ranks"], macs=0.9)
+    with pytest.raises(
+        ValueError, match=r"blocks.0.attn.qkv \[96, 32\] has 32 directions; got 31 of another model"
+    ):
+        budget.plan(
+            vit, directions={"blocks.0.attn.qkv": torch.zeros(32)}, kinds=["ranks"], macs=0.9
+        )
     thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 4})
     with pytest.raises(ValueError, match="blocks.0.mlp.fc1 is a FactoredLinear: take units first"):
         budget.plan(thin, found["unit_scores"], kinds=["heads"], macs=0.9)
-    with pytest.raises(budget.Unreachable, match=r"ranks alone cannot reach 0.01 x MACs: 0\.\d+ stays"):
+    with pytest.raises(
+        budget.Unreachable, match=r"ranks alone cannot reach 0.01 x MACs: 0\.\d+ stays"
+    ):
         budget.plan(vit, directions=found["directions"], kinds=["ranks"], macs=0.01)
     with pytest.raises(ValueError, match="nothing of ranks may go"):
         budget.plan(
-            vit, directions=found["directions"], kinds=["ranks"], macs=0.9, most=dict.fromkeys(found["directions"], 0)
+            vit,
+            directions=found["directions"],
+            kinds=["ranks"],
+            macs=0.9,
+            most=dict.fromkeys(found["directions"], 0),
         )
 
 
@@ -211,10 +342,17 @@ def test_dimensions_of_heads_go_one_from_each(model):
     plan = budget.plan(model, unit_scores, macs=0.97, kinds=["qk", "v"])
     assert {kind for _, kind in plan.drop} == {"qk", "v"}
     small = shrink.remove(model, plan.drop)
-    assert cost.macs(small) / cost.macs(model) == pytest.approx(plan.share, abs=1e-9) and plan.share <= 0.97
+    assert (
+        cost.macs(small) / cost.macs(model) == pytest.approx(plan.share, abs=1e-9)
+        and plan.share <= 0.97
+    )
     for (name, kind), gone in plan.drop.items():
         heads = models.view(model).block(name).num_heads
-        each = torch.tensor(gone).div(counts[name, kind] // heads, rounding_mode="floor").bincount(minlength=heads)
+        each = (
+            torch.tensor(gone)
+            .div(counts[name, kind] // heads, rounding_mode="floor")
+            .bincount(minlength=heads)
+        )
         assert len(set(each.tolist())) == 1
 
 
@@ -233,22 +371,26 @@ def test_a_share_out_of_reach_names_the_floor(vit, batch):
         budget.plan(vit, units, macs=0.05, kinds=["neurons"])
     with pytest.raises(ValueError, match="share to keep"):
         budget.plan(vit, units, macs=50)
-    with pytest.raises(ValueError, match="no scores for the width of stages.0"):
+    with pytest.raises(ValueError, match="'width'.* has 32 units and 0 scores: give scores.units"):
         budget.plan(vit, units, macs=0.5, kinds=["neurons", "width"])
     part = {key: score for key, score in units.items() if key[0] != "blocks.1"}
-    with pytest.raises(ValueError, match=r"no scores for the \w+ of blocks.1"):
+    with pytest.raises(ValueError, match=r"blocks.1.* units and 0 scores"):
         budget.plan(vit, part, macs=0.5, kinds=["heads", "neurons"])
     longer = units | {("blocks.1", "neurons"): torch.ones(3)}
-    with pytest.raises(ValueError, match=r"blocks.1.*of another model"):
+    with pytest.raises(
+        ValueError, match=r"blocks.1.* has 64 units and 3 scores: .* of this very model"
+    ):
         budget.plan(vit, longer, macs=0.5, kinds=["heads", "neurons"])
-    with pytest.raises(ValueError, match="unknown kinds"):
+    with pytest.raises(ValueError, match="unknown kind of unit 'blocks', did you mean 'block'"):
         budget.plan(vit, units, macs=0.5, kinds=["blocks"])
 
 
 def test_a_stage_that_lost_its_blocks_keeps_its_width(swin, batch):
     blocks = [block for block in models.view(swin).blocks if block.stage == 0]
     small = shrink.remove(swin, {(block.name, "block"): [0] for block in blocks})
-    plan = budget.plan(small, **budget.candidates(small, [batch], kinds=["width"]), kinds=["width"], macs=0.95)
+    plan = budget.plan(
+        small, **budget.candidates(small, [batch], kinds=["width"]), kinds=["width"], macs=0.95
+    )
     assert set(plan.drop) == {("stages.1", "width")}
     table = budget.kept(small, budget.cut(small, plan)[0]).set_index(["where", "kind"])
     assert table.kept["stages.0", "width"] == table.whole["stages.0", "width"]
@@ -256,10 +398,13 @@ def test_a_stage_that_lost_its_blocks_keeps_its_width(swin, batch):
 
 
 def test_grams_that_are_given_weigh_the_ranks(vit, batch):
-    plan = budget.plan(vit, **budget.candidates(vit, [batch], kinds=["ranks"]), kinds=["ranks"], macs=0.7)
+    plan = budget.plan(
+        vit, **budget.candidates(vit, [batch], kinds=["ranks"]), kinds=["ranks"], macs=0.7
+    )
     grams = scores.grams(vit, [batch], layers=list(models.view(vit).matrices), affine=True)
     by_batches, by_grams, plain = (
-        budget.cut(vit, plan, *given[0], **given[1])[0] for given in (([[batch]], {}), ([], {"grams": grams}), ([], {}))
+        budget.cut(vit, plan, *given[0], **given[1])[0]
+        for given in (([[batch]], {}), ([], {"grams": grams}), ([], {}))
     )
     x = batch[0]
     torch.testing.assert_close(by_grams(x), by_batches(x))
@@ -268,13 +413,18 @@ def test_grams_that_are_given_weigh_the_ranks(vit, batch):
 
 def both_grams(model, batch):
     layers = list(models.view(model).matrices)
-    return scores.grams(model, [batch], layers=layers), scores.gradient_grams(model, [batch], layers=layers)
+    return scores.grams(model, [batch], layers=layers), scores.gradient_grams(
+        model, [batch], layers=layers
+    )
 
 
 @pytest.mark.parametrize("macs", [0.9, 0.5])
 def test_ranks_meet_the_target_and_lose_less_the_more_stays(any_model, batch, macs):
     grams, gradients = both_grams(any_model, batch)
-    found = {share: budget.ranks(any_model, grams, gradients, macs=share, multiple=2) for share in (macs, macs - 0.1)}
+    found = {
+        share: budget.ranks(any_model, grams, gradients, macs=share, multiple=2)
+        for share in (macs, macs - 0.1)
+    }
     lost = []
     for share, ranks in found.items():
         thin = shrink.factorise(any_model, ranks, grams=grams)
@@ -287,7 +437,9 @@ def test_ranks_meet_the_target_and_lose_less_the_more_stays(any_model, batch, ma
             m, n = any_model.get_submodule(name).weight.flatten(1).shape
             whole = rank + 2 > (m * n - 1) // (m + n)
             more = (
-                table[name] - table[name] * rank * (m + n) / (m * n) if whole else 2 * table[name] * (m + n) / (m * n)
+                table[name] - table[name] * rank * (m + n) / (m * n)
+                if whole
+                else 2 * table[name] * (m + n) / (m * n)
             )
             assert more > spare
     assert 0 < lost[0] < lost[1]
@@ -298,8 +450,12 @@ def test_ranks_stay_below_what_measurement_allows(vit, batch):
     names = list(grams)
     most = {names[0]: 0, names[1]: 2} | dict.fromkeys(names[2:], 4)
     found = budget.ranks(vit, grams, gradients, macs=0.7, multiple=2, most=most)
-    assert found and all(rank <= most[name] for name, rank in found.items()) and names[0] not in found
-    with pytest.raises(ValueError, match="no layer may be factored: most allows no rank that is a multiple of 2"):
+    assert (
+        found and all(rank <= most[name] for name, rank in found.items()) and names[0] not in found
+    )
+    with pytest.raises(
+        ValueError, match="no layer may be factored: most allows no rank that is a multiple of 2"
+    ):
         budget.ranks(vit, grams, gradients, macs=0.7, multiple=2, most=dict.fromkeys(names, 1))
 
 
@@ -308,7 +464,11 @@ def predicted(model, ranks, grams, gradients):
     thin, total = shrink.factorise(model, ranks, grams=grams), 0
     for name in ranks:
         weight, layer = model.get_submodule(name).weight.flatten(1), thin.get_submodule(name)
-        new = layer.weight if hasattr(layer, "weight") else layer[1].weight.flatten(1) @ layer[0].weight.flatten(1)
+        new = (
+            layer.weight
+            if hasattr(layer, "weight")
+            else layer[1].weight.flatten(1) @ layer[0].weight.flatten(1)
+        )
         gone = (weight - new).detach().double()
         total += torch.trace(gradients[name] @ gone @ grams[name] @ gone.T).item() / 2
     return total
@@ -318,11 +478,14 @@ def test_the_layer_that_costs_nothing_to_lose_goes_first_by_hand(vit):
     names = ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
     grams = {name: torch.eye(32, dtype=torch.float64) for name in names}
     gradients = {
-        name: weight * torch.eye(64, dtype=torch.float64) for name, weight in zip(names, (1, 1e-6), strict=True)
+        name: weight * torch.eye(64, dtype=torch.float64)
+        for name, weight in zip(names, (1, 1e-6), strict=True)
     }
     table = cost.breakdown(vit).set_index("layer").macs
     share = 1 - 0.5 * table[names[1]] / table.sum()
-    assert budget.ranks(vit, grams, gradients, macs=share, multiple=1) == {names[1]: 10}  # 10 of 32 * 64 / 96 = 21.3
+    assert budget.ranks(vit, grams, gradients, macs=share, multiple=1) == {
+        names[1]: 10
+    }  # 10 of 32 * 64 / 96 = 21.3
     with pytest.raises(ValueError, match=r"ranks alone cannot reach 0.5 x MACs: 0\.\d+ stays"):
         budget.ranks(vit, grams, gradients, macs=0.5)
     with pytest.raises(ValueError, match="share to keep"):
@@ -332,7 +495,9 @@ def test_the_layer_that_costs_nothing_to_lose_goes_first_by_hand(vit):
     with pytest.raises(ValueError, match=r"needs a gram \[32, 32\] and gradients \[64, 64\]"):
         budget.ranks(vit, grams, grams, macs=0.95)
     with pytest.raises(ValueError, match="no rank is predicted to matter"):
-        budget.ranks(vit, grams, {name: 0 * matrix for name, matrix in gradients.items()}, macs=0.95)
+        budget.ranks(
+            vit, grams, {name: 0 * matrix for name, matrix in gradients.items()}, macs=0.95
+        )
 
 
 def test_layers_that_were_cut_before_keep_what_they_have(model, batch):
@@ -350,26 +515,29 @@ def test_one_price_for_all_is_as_good_as_trying_everything():
     """Against all combinations: with so much less room as one step takes, none loses less."""
     draw = random.Random(0)
     for _ in range(100):
-        choices = {}
+        losses, costs = {}, {}
         for name in "abc":  # convex: each further step gains less per MAC, as with singular values
             steps = [draw.uniform(1, 5) for _ in range(4)]
             slopes = sorted((draw.uniform(0, 3) for _ in steps), reverse=True)
             gains = [step * slope for step, slope in zip(steps, slopes, strict=True)]
-            losses = [sum(gains[i:]) for i in range(5)]
-            choices[name] = [(losses[i], 1 + sum(steps[:i]), i) for i in range(5)]
-        cheapest, dearest = (sum(own[i][1] for own in choices.values()) for i in (0, -1))
+            losses[name] = np.array([sum(gains[i:]) for i in range(5)])
+            costs[name] = np.array([1 + sum(steps[:i]) for i in range(5)])
+        cheapest, dearest = (sum(options[i] for options in costs.values()) for i in (0, -1))
         room = draw.uniform(cheapest, dearest)
-        chosen = budget._priced(choices, room)
-        assert sum(macs for _, macs, _ in chosen.values()) <= room * (1 + 1e-9)
-        largest = max(b[1] - a[1] for own in choices.values() for a, b in itertools.pairwise(own))
+        chosen = budget._priced(losses, costs, room)
+
+        def total(table, options):
+            return sum(table[name][option] for name, option in zip("abc", options, strict=True))
+
+        assert total(costs, chosen.values()) <= room * (1 + 1e-9)
+        largest = max(np.diff(options).max() for options in costs.values())
         best = min(
-            sum(loss for loss, _, _ in picks)
-            for picks in itertools.product(*choices.values())
-            if sum(macs for _, macs, _ in picks) <= max(room - largest, cheapest)
+            total(losses, options)
+            for options in itertools.product(range(5), repeat=3)
+            if total(costs, options) <= max(room - largest, cheapest)
         )
-        assert sum(loss for loss, _, _ in chosen.values()) <= best + 1e-9
-        every = {name: own[-1] for name, own in choices.items()}
-        assert budget._priced(choices, dearest) == every
+        assert total(losses, chosen.values()) <= best + 1e-9
+        assert budget._priced(losses, costs, dearest) == dict.fromkeys("abc", 4)
 
 
 # -- the same share of each layer
@@ -377,7 +545,10 @@ def test_one_price_for_all_is_as_good_as_trying_everything():
 
 def shares_of(model, ranks):
     sizes = {name: model.get_submodule(name).weight.flatten(1).shape for name in ranks}
-    return {name: (rank * sum(sizes[name]) / sizes[name].numel(), sizes[name]) for name, rank in ranks.items()}
+    return {
+        name: (rank * sum(sizes[name]) / sizes[name].numel(), sizes[name])
+        for name, rank in ranks.items()
+    }
 
 
 @pytest.mark.parametrize("macs", [0.9, 0.5])
@@ -386,11 +557,23 @@ def test_uniform_ranks_are_the_same_share_of_each_layer(any_model, batch, macs):
     left = cost.macs(shrink.factorise(any_model, ranks)) / cost.macs(any_model)
     found = shares_of(any_model, ranks)
     table = cost.breakdown(any_model).set_index("layer").macs
-    step = sum(table[name] * sum(size) / size.numel() for name, (_, size) in found.items())  # of one rank of each
+    step = sum(
+        table[name] * sum(size) / size.numel() for name, (_, size) in found.items()
+    )  # of one rank of each
     assert macs - step / table.sum() < left <= macs
-    assert set(models.view(any_model).linears()) <= ranks.keys() <= models.view(any_model).matrices.keys()
-    rounded = [(share, share + sum(size) / size.numel()) for name, (share, size) in found.items() if ranks[name] > 1]
-    assert max(low for low, _ in rounded) < min(high for _, high in rounded) + 1e-9  # one share, rounded down
+    assert (
+        set(models.view(any_model).linears())
+        <= ranks.keys()
+        <= models.view(any_model).matrices.keys()
+    )
+    rounded = [
+        (share, share + sum(size) / size.numel())
+        for name, (share, size) in found.items()
+        if ranks[name] > 1
+    ]
+    assert (
+        max(low for low, _ in rounded) < min(high for _, high in rounded) + 1e-9
+    )  # one share, rounded down
 
 
 def test_uniform_ranks_take_the_layers_that_lose_least(model, batch):
@@ -398,13 +581,23 @@ def test_uniform_ranks_take_the_layers_that_lose_least(model, batch):
     x, _ = batch
     batches = [(x, model(x).argmax(1))]  # labels by which the dense model loses little
     grams = scores.grams(model, batches, layers=list(view.matrices))
-    chosen = shrink.factorise(model, budget.uniform_ranks(model, batches, macs=0.8, grams=grams), grams=grams)
+    chosen = shrink.factorise(
+        model, budget.uniform_ranks(model, batches, macs=0.8, grams=grams), grams=grams
+    )
     stem = [name for name in view.matrices if name not in view.linears()]
     for stays in ([], stem, stem[:1]):
-        sizes = {n: layer.weight.flatten(1).shape for n, layer in view.matrices.items() if n not in stays}
+        sizes = {
+            n: layer.weight.flatten(1).shape for n, layer in view.matrices.items() if n not in stays
+        }
         for percent in range(100, 0, -1):  # at whole percents the others keep at most as much
-            ranks = {name: max(1, lowrank.rank_for(*size, percent / 100, multiple=1)) for name, size in sizes.items()}
-            gone = sum(table[n] * (1 - rank * sum(sizes[n]) / sizes[n].numel()) for n, rank in ranks.items())
+            ranks = {
+                name: max(1, lowrank.rank_for(*size, percent / 100, multiple=1))
+                for name, size in sizes.items()
+            }
+            gone = sum(
+                table[n] * (1 - rank * sum(sizes[n]) / sizes[n].numel())
+                for n, rank in ranks.items()
+            )
             if gone >= 0.2 * table.sum():
                 other = shrink.factorise(model, ranks, grams=grams)
                 assert scores.loss(chosen, batches) <= scores.loss(other, batches) + 0.005
@@ -414,7 +607,9 @@ def test_uniform_ranks_take_the_layers_that_lose_least(model, batch):
 def test_uniform_ranks_name_their_floor_and_leave_factored_layers(vit, batch):
     everywhere = dict.fromkeys(models.view(vit).matrices, 1)
     floor = cost.macs(shrink.factorise(vit, everywhere)) / cost.macs(vit)
-    with pytest.raises(budget.Unreachable, match=f"cannot reach 0.01 x MACs: {floor:.3f} stays at rank 1"):
+    with pytest.raises(
+        budget.Unreachable, match=f"cannot reach 0.01 x MACs: {floor:.3f} stays at rank 1"
+    ):
         budget.uniform_ranks(vit, [batch], macs=0.01)
     with pytest.raises(ValueError, match=r"in \(0, 1\); got 50"):
         budget.uniform_ranks(vit, [batch], macs=50)

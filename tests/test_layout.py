@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "layers": "",
     "lowrank": "masks",
     "shrink": "attention models layers lowrank cost",
-    "budget": "bench models scores shrink lowrank cost",
+    "budget": "bench models recover scores shrink lowrank cost",
     "sensitivity": "models masks parallel scores",
     "recover": "models layers lowrank prune scores shrink",
     "train": "cost evaluate parallel prune record",

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitlab import lowrank
+from vitlab import lowrank, scores
 
 SHAPES = [(1, 5), (5, 1), (6, 6), (24, 10), (10, 24)]
 
@@ -34,7 +34,9 @@ def test_svd_is_torchs_optimum(m, n, share):
     u, v = lowrank.svd(weight, rank)
     assert u.shape == (m, rank) and v.shape == (rank, n) and u.dtype == weight.dtype
     cut = torch.linalg.svdvals(weight.double())[rank:].square().sum().item()
-    assert lowrank.objective(weight, u @ v) == pytest.approx(cut, rel=1e-6, abs=1e-10 * weight.square().sum().item())
+    assert lowrank.objective(weight, u @ v) == pytest.approx(
+        cut, rel=1e-6, abs=1e-10 * weight.square().sum().item()
+    )
     torch.testing.assert_close(u.norm(dim=0), v.norm(dim=1))  # sqrt(sigma) on either side
     assert falls(u.norm(dim=0).tolist())
 
@@ -46,8 +48,10 @@ def test_single_precision_serves_only_where_it_costs_nothing(m, n, fall, size):
     left, right = (torch.linalg.qr(torch.randn(k, 40, dtype=torch.float64)).Q for k in (m, n))
     weight = (left * torch.logspace(0, -fall, 40, dtype=torch.float64) @ right.T * size).float()
     cut = torch.linalg.svdvals(weight.double())[20:].square().sum().item()
-    factors = lowrank._truncate(weight.double(), 20, None, None, single=True)
-    assert cut == pytest.approx(lowrank.objective(weight.double(), torch.matmul(*factors)), rel=1e-7)
+    factors = lowrank._truncate(weight.double(), 20, None, (None, None), is_single=True)
+    assert cut == pytest.approx(
+        lowrank.objective(weight.double(), torch.matmul(*factors)), rel=1e-7
+    )
 
 
 @pytest.mark.parametrize("m, n", SHAPES)
@@ -59,7 +63,9 @@ def test_whitened_svd_loses_the_singular_values_it_cuts(m, n, share):
     half = torch.linalg.cholesky(gram)
     cut = torch.linalg.svdvals(weight.double() @ half)[rank:].square().sum().item()
     total = lowrank.objective(weight, torch.zeros_like(weight), gram)
-    assert lowrank.objective(weight.double(), u @ v, gram) == pytest.approx(cut, rel=1e-6, abs=1e-8 * total)
+    assert lowrank.objective(weight.double(), u @ v, gram) == pytest.approx(
+        cut, rel=1e-6, abs=1e-8 * total
+    )
     plain = lowrank.objective(weight, torch.matmul(*lowrank.svd(weight, rank)), gram)
     assert cut <= plain + 1e-6 * total
 
@@ -68,7 +74,9 @@ def test_whitened_svd_loses_the_singular_values_it_cuts(m, n, share):
 def test_whitened_svd_with_fewer_tokens_than_inputs(m, n):
     weight, gram = problem(m, n, tokens=5)
     u, v = lowrank.svd(weight, 5, gram=gram)  # rank 5 holds all that was seen
-    assert lowrank.objective(weight, u @ v, gram) < 1e-6 * lowrank.objective(weight, 0 * weight, gram)
+    assert lowrank.objective(weight, u @ v, gram) < 1e-6 * lowrank.objective(
+        weight, 0 * weight, gram
+    )
     assert (u @ v).isfinite().all() and (u @ v).norm() < 100 * weight.norm()
 
 
@@ -89,7 +97,8 @@ def output_error(weight, fit, inputs):
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 @pytest.mark.parametrize("m, n", [(24, 10), (10, 24)])
 @pytest.mark.parametrize(
-    "support, share", [("entries", 0.3), ("entries", 0.7), ("columns", 0.3), ("rows", 0.3), ("1:2", 0.5)]
+    "support, share",
+    [("entries", 0.3), ("entries", 0.7), ("columns", 0.3), ("rows", 0.3), ("1:2", 0.5)],
 )
 def test_fits_of_few_tokens_lose_what_they_say(m, n, tokens, support, share):
     """Many directions cost nothing then, and are not to be followed: an objective of 0.0 once stood for 1e27."""
@@ -97,7 +106,9 @@ def test_fits_of_few_tokens_lose_what_they_say(m, n, tokens, support, share):
     for seed in range(4):
         weight, gram = problem(m, n, tokens=tokens, seed=seed)
         values, vectors = torch.linalg.eigh(gram)
-        inputs = (vectors * (len(gram) * values.clamp_min(0)).sqrt()).T  # as many as columns, with the same gram
+        inputs = (
+            vectors * (len(gram) * values.clamp_min(0)).sqrt()
+        ).T  # as many as columns, with the same gram
         weight, whole = weight.double(), lowrank.objective(weight, 0 * weight, gram)
         for fit in (
             lowrank.iht(weight, gram, count, support=support),
@@ -110,20 +121,29 @@ def test_fits_of_few_tokens_lose_what_they_say(m, n, tokens, support, share):
             assert fit.sparse.abs().max() < 1e5 * weight.abs().max()
         kept = lowrank.refit(weight, gram, fit.mask)
         before = lowrank.objective(weight, weight * fit.mask, gram)
-        assert lowrank.objective(weight, kept, gram) <= before and kept.abs().max() < 1e5 * weight.abs().max()
+        assert (
+            lowrank.objective(weight, kept, gram) <= before
+            and kept.abs().max() < 1e5 * weight.abs().max()
+        )
 
 
 def test_conjugate_gradients_stop_where_no_token_showed_anything():
-    gram = torch.ones(3, 3)  # one token: its unit diagonal makes all entries 1, and two directions cost nothing
+    gram = torch.ones(
+        3, 3
+    )  # one token: its unit diagonal makes all entries 1, and two directions cost nothing
     mask = torch.ones(1, 3, dtype=torch.bool)
     for residual in ([1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0 + 1e-6]):
         found = lowrank._conjugate_gradients(torch.tensor([residual]), mask, gram, steps=20)
         assert found.abs().max() <= 1
-        torch.testing.assert_close(found @ gram, torch.tensor([residual]).mean().expand(1, 3))  # what can be reached
+        torch.testing.assert_close(
+            found @ gram, torch.tensor([residual]).mean().expand(1, 3)
+        )  # what can be reached
 
 
 def test_an_objective_that_rounding_makes_negative_is_no_zero():
-    gram = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).double() + torch.tensor([[0.0, 0.0], [0.0, -1e-15]])
+    gram = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).double() + torch.tensor(
+        [[0.0, 0.0], [0.0, -1e-15]]
+    )
     flat = torch.tensor([[1.0, 1.0]]).double()
     assert 0 < lowrank.objective(flat, 0 * flat, gram) < 1e-14
     assert lowrank.objective(1e20 * flat, 0 * flat, gram) > 1e20
@@ -131,7 +151,9 @@ def test_an_objective_that_rounding_makes_negative_is_no_zero():
 
 
 def test_a_gram_of_few_tokens_keeps_rank_and_count():
-    weight, gram = problem(24, 10, tokens=2)  # sparse alone loses nothing here: rank has nothing to gain
+    weight, gram = problem(
+        24, 10, tokens=2
+    )  # sparse alone loses nothing here: rank has nothing to gain
     fit = lowrank.low_rank_plus_sparse(weight, gram, 3, 150)
     assert fit.u.shape == (24, 3) and fit.mask.sum() == 150
     assert falls(fit.objectives) and fit.objectives[-1] >= 0
@@ -158,12 +180,14 @@ def test_ranks():
 
 
 @pytest.mark.parametrize("support, total", [("entries", 60), ("rows", 5), ("columns", 12)])
-@pytest.mark.parametrize("fill", [torch.rand, torch.zeros, lambda *shape: torch.rand(shape).round(decimals=1)])
+@pytest.mark.parametrize(
+    "fill", [torch.rand, torch.zeros, lambda *shape: torch.rand(shape).round(decimals=1)]
+)
 def test_supports_are_exact_and_hold_the_largest(support, total, fill):
     score = fill(5, 12)
     groups = {"entries": score.flatten(), "rows": score.sum(1), "columns": score.sum(0)}[support]
     for count in (0, 1, total // 2, total - 1, total):
-        mask = lowrank.support_mask(score, count, support=support)
+        mask = lowrank._support_mask(score, count, support=support)
         assert mask.shape == (5, 12) and mask.sum() == count * 60 // total
         chosen = {"entries": mask.flatten(), "rows": mask.all(1), "columns": mask.all(0)}[support]
         assert chosen.sum() == count
@@ -184,18 +208,18 @@ def test_supports_hold_as_many_as_were_asked_for(shape, levels, seed, place, sup
     score = torch.randint(levels, (m, n), generator=torch.Generator().manual_seed(seed)).double()
     total, price = {"entries": (m * n, 1), "rows": (m, n), "columns": (n, m)}[support]
     count = round(place * total)
-    mask = lowrank.support_mask(score, count, support=support)
+    mask = lowrank._support_mask(score, count, support=support)
     assert mask.sum() == count * price
     if 0 < count < total:
         sums = {"entries": score.flatten(), "rows": score.sum(1), "columns": score.sum(0)}[support]
         chosen = {"entries": mask.flatten(), "rows": mask.all(1), "columns": mask.all(0)}[support]
         assert sums[chosen].min() >= sums[~chosen].max()
     with pytest.raises(ValueError, match=f"got {total + 1}"):
-        lowrank.support_mask(score, total + 1, support=support)
+        lowrank._support_mask(score, total + 1, support=support)
 
 
 def test_ties_keep_the_last_in_memory():
-    mask = lowrank.support_mask(torch.ones(2, 3), 2)
+    mask = lowrank._support_mask(torch.ones(2, 3), 2)
     assert mask.tolist() == [[False, False, False], [False, True, True]]
 
 
@@ -217,7 +241,9 @@ def test_iht_falls_strictly_below_magnitude_pruning(m, n, share, support):
     assert fit.start == pytest.approx(magnitude) and fit.objectives[0] == fit.start
     assert falls(fit.objectives) and fit.objectives[-1] < 0.999 * fit.start
     assert len(fit.objectives) > 3 or count == 1  # more than one step, but where one column is all
-    assert lowrank.objective(weight, fit.weight, gram) == pytest.approx(fit.objectives[-1], rel=1e-3)
+    assert lowrank.objective(weight, fit.weight, gram) == pytest.approx(
+        fit.objectives[-1], rel=1e-3
+    )
     assert fit.mask.sum() == count * (1 if support == "entries" else m)
     assert fit.sparse[~fit.mask].count_nonzero() == 0
 
@@ -242,11 +268,13 @@ def test_patterns_hold_in_every_group_and_fits_of_them_fall(support):
     for fit in (alone, both):
         assert (fit.mask.view(9, -1, m).sum(-1) == n).all() and (fit.sparse[~fit.mask] == 0).all()
         assert falls(fit.objectives)
-        assert lowrank.objective(weight, fit.weight, gram) == pytest.approx(fit.objectives[-1], rel=1e-6)
+        assert lowrank.objective(weight, fit.weight, gram) == pytest.approx(
+            fit.objectives[-1], rel=1e-6
+        )
     magnitude = lowrank.objective(weight, lowrank.project(weight, count, support=support), gram)
     assert both.objectives[-1] < alone.objectives[-1] < magnitude == pytest.approx(alone.start)
     with pytest.raises(ValueError, match=f"{support} of a .* is a count of {count}; got 5"):
-        lowrank.support_mask(weight, 5, support=support)
+        lowrank._support_mask(weight, 5, support=support)
 
 
 def test_iht_finds_the_best_support_of_one_row_by_brute_force():
@@ -256,11 +284,15 @@ def test_iht_finds_the_best_support_of_one_row_by_brute_force():
     def least(kept):
         kept = list(kept)
         solved = torch.zeros(1, 8, dtype=torch.float64)
-        solved[:, kept] = torch.linalg.solve(gram[kept][:, kept], (weight.double() @ gram)[:, kept].T).T
+        solved[:, kept] = torch.linalg.solve(
+            gram[kept][:, kept], (weight.double() @ gram)[:, kept].T
+        ).T
         return lowrank.objective(weight, solved, gram)
 
     values = sorted(least(kept) for kept in torch.combinations(torch.arange(8), 3).tolist())
-    assert values[0] * (1 - 1e-6) <= fit.objectives[-1] <= values[5]  # among the best tenth of the 56
+    assert (
+        values[0] * (1 - 1e-6) <= fit.objectives[-1] <= values[5]
+    )  # among the best tenth of the 56
 
 
 @pytest.mark.parametrize("scale", [1, 0.01])
@@ -275,7 +307,7 @@ def test_iht_without_activations_is_magnitude_pruning(scale, count):
 def normalised(weight, gram, count, *, steps=100):
     """Normalised IHT as Blumensath and Davies (2010) write it, then least squares on its support: the objective."""
     weight = weight.double()
-    mask = lowrank.support_mask(weight.square(), count)
+    mask = lowrank._support_mask(weight.square(), count)
     x = weight * mask
     for _ in range(steps):
         gradient = (weight - x) @ gram
@@ -283,7 +315,7 @@ def normalised(weight, gram, count, *, steps=100):
         length = on.square().sum() / ((on @ gram) * on).sum().clamp_min(1e-300)
         while True:
             ahead = x + length * gradient
-            new = lowrank.support_mask(ahead.square(), count)
+            new = lowrank._support_mask(ahead.square(), count)
             change = ahead * new - x
             curvature = ((change @ gram) * change).sum()
             if torch.equal(new, mask) or length <= 0.99 * change.square().sum() / curvature:
@@ -309,7 +341,7 @@ def test_iht_under_a_diagonal_gram_ranks_by_weight_times_input():
     diagonal = torch.diag(gram.diagonal())
     fit = lowrank.iht(weight, diagonal, 50)
     score = weight.double().square() * gram.diagonal()
-    assert torch.equal(fit.mask, lowrank.support_mask(score, 50))
+    assert torch.equal(fit.mask, lowrank._support_mask(score, 50))
     torch.testing.assert_close(fit.weight, weight * fit.mask)
 
 
@@ -329,9 +361,13 @@ def test_low_rank_plus_sparse_never_rises_and_beats_its_halves(m, n, support, co
     assert fit.u.shape == (m, 2) and fit.v.shape == (2, n)
     assert fit.mask.sum() == count * {"entries": 1, "rows": n, "columns": m}[support]
     assert fit.sparse[~fit.mask].count_nonzero() == 0
-    assert lowrank.objective(weight, fit.weight, gram) == pytest.approx(fit.objectives[-1], rel=1e-3)
+    assert lowrank.objective(weight, fit.weight, gram) == pytest.approx(
+        fit.objectives[-1], rel=1e-3
+    )
     low = lowrank.objective(weight, torch.matmul(*lowrank.svd(weight, 2, gram=gram)), gram)
-    assert fit.objectives[-1] < min(low, lowrank.iht(weight, gram, count, support=support).objectives[-1])
+    assert fit.objectives[-1] < min(
+        low, lowrank.iht(weight, gram, count, support=support).objectives[-1]
+    )
 
 
 def test_low_rank_plus_sparse_recovers_what_is_both():
@@ -344,11 +380,20 @@ def test_low_rank_plus_sparse_recovers_what_is_both():
     assert fit.mask.view(-1)[spikes].all()
 
 
+def obs_mask(weight, gram, count):
+    """Return the mask of the count entries with the highest score "obs", Optimal Brain Surgeon, of a layer."""
+    layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    layer.weight.data = weight
+    model, name = torch.nn.Sequential(layer), "0.weight"
+    found = scores.weights(model, criteria=["obs"], parameters=[name], grams={"0": gram}, damping=0)
+    return lowrank._support_mask(found["obs"][name], count)
+
+
 def masked_problem(m, n, share, *, seed=0):
     """A problem, its gram damped, and the mask of Optimal Brain Surgeon that keeps share of it."""
     weight, gram = problem(m, n, seed=seed)
     gram = lowrank.damped(gram, 0.01)
-    return weight, gram, lowrank.obs_mask(weight, gram, max(1, round(share * m * n)))
+    return weight, gram, obs_mask(weight, gram, max(1, round(share * m * n)))
 
 
 def sparsegpt(weight, gram, mask):
@@ -366,13 +411,18 @@ def sparsegpt(weight, gram, mask):
 def test_obs_update_is_sparsegpts_and_refit_is_least_squares(m, n, share):
     weight, gram, mask = masked_problem(m, n, share)
     assert mask.sum() == max(1, round(share * m * n))
-    updated, refitted = lowrank.obs_update(weight, gram, mask), lowrank.refit(weight, gram, mask, steps=200)
+    updated, refitted = (
+        lowrank.obs_update(weight, gram, mask),
+        lowrank.refit(weight, gram, mask, steps=200),
+    )
     torch.testing.assert_close(updated, sparsegpt(weight, gram, mask).float(), rtol=1e-4, atol=1e-4)
     assert updated.dtype == refitted.dtype == weight.dtype
     assert updated[~mask].count_nonzero() == refitted[~mask].count_nonzero() == 0
     slope = (weight - refitted.double()) @ gram * mask
     assert slope.abs().max() < 1e-4 * (weight.double() @ gram).abs().max()
-    after, between, before = (lowrank.objective(weight, w, gram) for w in (refitted, updated, weight * mask))
+    after, between, before = (
+        lowrank.objective(weight, w, gram) for w in (refitted, updated, weight * mask)
+    )
     room = 1e-9 * lowrank.objective(weight, 0 * weight, gram)  # results are rounded to float32
     assert after <= between + room and after <= before + room
     assert between <= before + room  # no law, see below, but true of these
@@ -391,7 +441,7 @@ def test_refit_is_never_worse_than_its_start():
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_without_correlations_nothing_takes_over(share):
     weight, _ = problem(10, 24)
-    mask = lowrank.obs_mask(weight, torch.eye(24), round(share * 240))
+    mask = obs_mask(weight, torch.eye(24), round(share * 240))
     assert torch.equal(mask, weight.abs() >= weight.abs().flatten().sort().values[-mask.sum()])
     for gram in (torch.eye(24), 3 * torch.eye(24)):
         assert torch.equal(lowrank.obs_update(weight, gram, mask), weight * mask)
@@ -410,12 +460,14 @@ def test_obs_by_hand():
     weight, gram = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0], [1.0, 4.0]])
     first, last = torch.tensor([[True, False]]), torch.tensor([[False, True]])
     # The inverse is [[4, -1], [-1, 2]] / 7: costs are 1 * 7 / 4 and 4 * 7 / 2.
-    assert torch.equal(lowrank.obs_mask(weight, gram, 1), last)
+    assert torch.equal(obs_mask(weight, gram, 1), last)
     for w in (lowrank.obs_update(weight, gram, last), lowrank.refit(weight, gram, last)):
         torch.testing.assert_close(w, torch.tensor([[0, 2 + 1 * 1 / 4]]))  # w_2 += w_1 h_12 / h_22
         assert lowrank.objective(weight, w, gram) == pytest.approx(7 / 4)
     assert torch.equal(lowrank.obs_update(weight, gram, first), torch.tensor([[1.0, 0.0]]))
-    torch.testing.assert_close(lowrank.refit(weight, gram, first), torch.tensor([[1 + 2 * 1 / 2, 0]]))
+    torch.testing.assert_close(
+        lowrank.refit(weight, gram, first), torch.tensor([[1 + 2 * 1 / 2, 0]])
+    )
 
 
 def test_obs_update_may_lose_more_than_plain_masking():
@@ -427,7 +479,7 @@ def test_obs_update_may_lose_more_than_plain_masking():
     assert values == pytest.approx([2, 10, 1.9])
 
 
-def test_obs_mask_drops_the_one_weight_that_costs_least_by_brute_force():
+def test_obs_scores_drop_the_one_weight_that_costs_least_by_brute_force():
     weight, gram, mask = masked_problem(3, 5, 14 / 15)
 
     def cost(index):
@@ -435,14 +487,16 @@ def test_obs_mask_drops_the_one_weight_that_costs_least_by_brute_force():
         return lowrank.objective(weight, lowrank.refit(weight, gram, keep, steps=200), gram)
 
     assert (~mask).flatten().nonzero().tolist() == [[min(range(15), key=cost)]]
-    assert lowrank.obs_mask(weight, gram, 15).all()
+    assert obs_mask(weight, gram, 15).all()
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
-def test_obs_mask_loses_less_than_magnitude(share):
+def test_obs_scores_lose_less_than_magnitude(share):
     weight, gram, mask = masked_problem(24, 10, share)
-    magnitude = lowrank.support_mask(weight.abs(), int(mask.sum()))
-    losses = [lowrank.objective(weight, lowrank.refit(weight, gram, m), gram) for m in (mask, magnitude)]
+    magnitude = lowrank._support_mask(weight.abs(), int(mask.sum()))
+    losses = [
+        lowrank.objective(weight, lowrank.refit(weight, gram, m), gram) for m in (mask, magnitude)
+    ]
     assert losses[0] < losses[1]
 
 
@@ -452,15 +506,14 @@ def test_errors_of_a_fixed_support_say_what_is_allowed():
         with pytest.raises(ValueError, match="without, it is weight"):
             call(weight, None, mask)
         for wrong in (mask.float(), mask[:5], mask & False):
-            with pytest.raises(ValueError, match=r"must be bool \[10, 24\] and keep something; got one of torch"):
+            with pytest.raises(
+                ValueError, match=r"must be bool \[10, 24\] and keep something; got one of torch"
+            ):
                 call(weight, gram, wrong)
     singular = problem(10, 24, tokens=5)[1]
     singular[:, 0] = singular[0] = 0
-    for call in (lambda: lowrank.obs_update(weight, singular, mask), lambda: lowrank.obs_mask(weight, singular, 9)):
-        with pytest.raises(ValueError, match="no inverse.*see lowrank.damped"):
-            call()
-    with pytest.raises(ValueError, match="count must be at least 1"):
-        lowrank.obs_mask(weight, gram, 0)
+    with pytest.raises(ValueError, match="no inverse.*see lowrank.damped"):
+        lowrank.obs_update(weight, singular, mask)
     with pytest.raises(ValueError, match=r"start must be \[10, 24\]"):
         lowrank.refit(weight, gram, mask, start=weight[:5])
 
@@ -470,7 +523,9 @@ def test_thresholding_the_product_destroys_its_rank():
     product = lowrank.threshold_product(weight, 3, 60)
     assert product.count_nonzero() == 60
     assert torch.linalg.matrix_rank(product) > 3
-    assert lowrank.objective(weight, product) > lowrank.objective(weight, lowrank.project(weight, 60))
+    assert lowrank.objective(weight, product) > lowrank.objective(
+        weight, lowrank.project(weight, 60)
+    )
 
 
 def test_regression_is_least_squares():
@@ -478,10 +533,14 @@ def test_regression_is_least_squares():
     columns = [0, 3, 4, 9, 20]
     transfer = lowrank.regression(gram, columns)
     assert torch.equal(transfer[columns], torch.eye(5, dtype=torch.float64))
-    best = lowrank.objective(weight, weight.double() @ transfer @ torch.eye(24).double()[columns], gram)
+    best = lowrank.objective(
+        weight, weight.double() @ transfer @ torch.eye(24).double()[columns], gram
+    )
     kept = weight.double() * torch.eye(24)[columns].sum(0)
     assert best < lowrank.objective(weight, kept, gram)
-    gradient = (weight.double() - weight.double() @ transfer @ torch.eye(24).double()[columns]) @ gram
+    gradient = (
+        weight.double() - weight.double() @ transfer @ torch.eye(24).double()[columns]
+    ) @ gram
     assert gradient[:, columns].abs().max() < 1e-6 * gradient.abs().max()
 
 
