@@ -224,7 +224,9 @@ def test_zeros_stand_apart_from_the_histogram():
     stays = {"survivors": [1, 0, 0, 1], "threshold": 0.4}
     dense = pd.DataFrame({"stage": "unpruned", **bins, "count": [1, 20, 20, 1], "zeros": 0, **stays})
     pruned = pd.DataFrame({"stage": "pruned", **bins, "count": [1, 0, 0, 1], "zeros": 40, **stays})
-    left, right = plots.weight_histograms(pd.concat([dense, pruned])).axes
+    both = pd.concat([dense, pruned]).assign(method="unstructured", target=0.5)
+    left, right = plots.weight_histograms(both).axes
+    assert left.get_ylabel() == "unstructured 50%\nweights"
     assert left.get_yscale() == right.get_yscale() == "log"
     (bar,) = right.containers[0]
     assert bar.get_height() == 40 and bar.get_x() > 1  # beyond the largest weight
@@ -602,14 +604,12 @@ def test_changed_images_say_what_was_seen_before_and_after():
         def __len__(self):
             return len(self.indices)
 
-    frame = pd.DataFrame({"image": [2, 0], "label": [0, 1], "before": [0, 2], "after": [1, 1]})
-    numbers = plots.changed_images(Split(), frame, ["ant", "bee", "cat"])
-    names = frame.replace({0: "ant", 1: "bee", 2: "cat"}).assign(image=frame.image)
-    for figure in (numbers, plots.changed_images(Split(), names)):
-        shown = [ax for ax in figure.axes if ax.images]
-        assert [ax.get_title() for ax in shown] == ["ant:\nant\n→ bee", "bee:\ncat\n→ bee"]
-        assert (shown[0].images[0].get_array() == Split.store[7]).all()
-        assert [ax.title.get_color() for ax in shown] == [plots.COLORS[3], plots.COLORS[2]]  # forgotten, learned
+    frame = pd.DataFrame({"image": [2, 0], "label": ["ant", "bee"], "before": ["ant", "cat"], "after": "bee"})
+    figure = plots.changed_images(Split(), frame)
+    shown = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in shown] == ["ant:\nant\n→ bee", "bee:\ncat\n→ bee"]
+    assert (shown[0].images[0].get_array() == Split.store[7]).all()
+    assert [ax.title.get_color() for ax in shown] == [plots.COLORS[3], plots.COLORS[2]]  # forgotten, learned
     for wrong in (frame.head(0), frame.assign(image=3)):
         with pytest.raises(ValueError, match="places of images in a split of 3"):
             plots.changed_images(Split(), wrong)

@@ -1,12 +1,12 @@
 """Tables and figures of a study, in one style that reads on slides and in grey. No torch.
 
 Statistics take frames and return frames; figures take frames and return Axes or Figures.
-Colour and marker both stand for the method. Axes carry units and have no title, which the slide has.
-A figure that is saved twice gives the same files byte for byte.
+Colour and marker both stand for the method. Axes carry units and have no title, which the slide
+has. A figure that is saved twice gives the same files byte for byte.
 
 Public: over_seeds, beside_dense, seeds_of, pareto, best_under, audit_table, series, is_random,
-caption, save_table, styled, looks, shades, mean_and_range, training_curves, accuracy_curve,
-tradeoff, recovery, ladder, speedup_bars, roofline,
+in_words, caption, save_table, styled, looks, shades, panels_beside, mean_and_range,
+training_curves, accuracy_curve, tradeoff, recovery, ladder, speedup_bars, roofline,
 sensitivity_curves, agreement, calibration, class_change, weight_histograms, head_map, heat_map,
 image_grid, changed_images, save, draw_each.
 """
@@ -59,7 +59,10 @@ AXES = {  # column: (label with unit, factor to that unit)
     "bytes_disk": ("size on disk (MB)", 1e-6),
     "bytes_memory": ("weights in memory (MB)", 1e-6),
     "latency_ms": ("latency of one batch (ms)", 1),
-    "relative_latency": ("latency of one batch, as a share of the dense model's", 1),
+    "relative_latency": (
+        "latency of one batch, as a share of the dense model's",
+        1,
+    ),
     "images_per_s": ("images per second", 1),
     "memory_mb": ("peak memory (MB)", 1),
 }
@@ -87,6 +90,22 @@ def series(rows):
             longer = names + ", " + rows[column].fillna("-").astype(str)
             names = names.where(~several, longer)
     return names
+
+
+def in_words(rows, formats, between):
+    """Write the values of some columns of each row as one text.
+
+    rows: a frame; columns that it lacks and values that are missing are left out.
+    formats: {column: format such as "{:.0%}"}.
+    between: stands between two values.
+    Returns a Series of strings, "" where there is nothing.
+    """
+    words = pd.Series("", rows.index)
+    for column, form in formats.items():
+        if column in rows:
+            texts = rows[column].map(form.format, na_action="ignore")
+            words = words + texts.radd(between).fillna("")
+    return words.str.removeprefix(between)
 
 
 def over_seeds(frame, keys):
@@ -121,7 +140,8 @@ def seeds_of(rows):
     """Say in words which seeds rows are of.
 
     rows: a frame, of which rows without a seed or, where there is such a column, top1 do not count.
-    Returns for example "0, 1, 2", or "0, 1, 2 (some cuts: 0)" where some cuts have fewer, or "unknown".
+    Returns for example "0, 1, 2", or "0, 1, 2 (some cuts: 0)" where some cuts have fewer, or
+    "unknown".
     """
     measured = rows.dropna(subset=rows.columns.intersection(["seed", "top1"]))
     if "seed" not in measured or measured.empty:
@@ -195,27 +215,31 @@ def pareto(cost, value):
     Returns a bool Series.
     """
     costs, values = cost.to_numpy(), value.to_numpy()
-    own_cost, own_value = costs[:, None], values[:, None]  # points down, their rivals across
+    own_cost, own_value = (
+        costs[:, None],
+        values[:, None],
+    )  # points down, their rivals across
     by_value = (own_cost >= costs) & (own_value < values)
     by_cost = (own_cost > costs) & (own_value <= values)
     return pd.Series(~(by_value | by_cost).any(axis=1), cost.index)
 
 
 def best_under(rows, cost, limits=(0.75, 0.5, 0.25)):
-    """Find the best model whose cost is at most a share of the dense model's, for each model and limit.
+    """Find the best model at each limit of a cost, which is a share of the dense model's.
 
-    One cut is one method, criterion, form, target_kind, target and stage, with means over its seeds.
-    Of the cuts that fit, those of fewer seeds than others stand back. A limit may be exceeded by a
-    hundredth of itself, as budgets are met to within that. The best has the highest `val_top1` of those
-    that have one, else the highest test top-1, which favours the lucky one a little.
+    One cut is one method, criterion, form, target_kind, target and stage, with means over its
+    seeds. Of the cuts that fit, those of fewer seeds than others stand back. A limit may be
+    exceeded by a hundredth of itself, as budgets are met to within that. The best has the highest
+    `val_top1` of those that have one, else the highest test top-1, which favours the lucky one a
+    little.
 
     rows: results.csv of any models and seeds, the dense ones among them.
     cost: a column, such as macs, params, bytes_disk, latency_ms or relative_latency.
     limits: shares in (0, 1] of the cost of the dense model of the same model and seed.
-    Returns a frame of a row per model and limit: model, cost, limit, method, ..., stage, top1 (test,
-    percent), dense (its top-1), share and value of the cost, chosen_on ("val" or "test"), seeds.
-    Where nothing fits, method is "none" and the rest is missing. Models without a cut that has this
-    cost are left out.
+    Returns a frame of a row per model and limit: model, cost, limit, method, ..., stage, top1
+    (test, percent), dense (its top-1), share and value of the cost, chosen_on ("val" or "test"),
+    seeds. Where nothing fits, method is "none" and the rest is missing. Models without a cut that
+    has this cost are left out.
     Raises ValueError for another column, limits out of range, and rows without a dense model.
     """
     if cost not in rows:
@@ -235,8 +259,8 @@ def best_under(rows, cost, limits=(0.75, 0.5, 0.25)):
     points = points.assign(seeds=groups.seed.nunique()).reset_index()
     points = points[points.model.isin(_cuts(points).model)]
     best = []
-    for (model, own), limit in itertools.product(points.groupby("model", sort=False), limits):
-        fitting = own[own.share <= limit * (1 + _SLACK)]
+    for (model, cuts), limit in itertools.product(points.groupby("model", sort=False), limits):
+        fitting = cuts[cuts.share <= limit * (1 + _SLACK)]
         best.append({"model": model, "cost": cost, "limit": limit} | _best(fitting))
     columns = [*keys[1:], "top1", "dense", "share", "value", "chosen_on", "seeds"]
     return pd.DataFrame(best, columns=["model", "cost", "limit", *columns])
@@ -266,8 +290,8 @@ def audit_table(frame, by=("criterion", "kind")):
     cuts: how many there are;
     spearman: rank correlation of both, in [-1, 1]: do they come in the right order? It is nan for
     fewer than three cuts or equal ones;
-    ratio: the median of measured / predicted, where a rise is predicted and one of both is a millinat
-    or more: are they of the right size? It is nan where there is none.
+    ratio: the median of measured / predicted, where a rise is predicted and one of both is a
+    millinat or more: are they of the right size? It is nan where there is none.
     Raises ValueError for a missing column.
     """
     for column in (*by, "predicted", "measured"):
@@ -294,8 +318,8 @@ def caption(rows, drawn=None):
     """Say where the rows of a figure come from: study, seeds, meters, machine, versions and commit.
 
     rows: results.csv.
-    drawn: the rows of another table that the figure shows; then only those of `rows` with its models
-    and seeds count.
+    drawn: the rows of another table that the figure shows; then only those of `rows` with its
+    models and seeds count.
     Returns one paragraph.
     """
     words = {"seeds": seeds_of(rows if drawn is None else drawn)}
@@ -330,7 +354,8 @@ def save_table(frame, path, *, formats=None, kinds=("csv", "md", "tex")):
 
     frame: what is missing in it is left empty.
     path: without ending.
-    formats: {column: format such as "{:.1f}"}; other numbers have at most three digits after the point.
+    formats: {column: format such as "{:.1f}"}; other numbers have at most three digits after the
+    point.
     kinds: the endings to write.
     Raises ValueError for an unknown column.
     """
@@ -423,7 +448,8 @@ def styled(draw):
 
     @functools.wraps(draw)
     def draw_in_style(*arguments, **options):
-        # This loads the backend: inside the context a notebook's interactive mode would end with the style.
+        # This loads the backend. Loaded inside the context, a notebook's interactive mode would
+        # end with the style.
         plt.draw_if_interactive()
         with plt.rc_context(STYLE):
             return draw(*arguments, **options)
@@ -434,7 +460,8 @@ def styled(draw):
 def looks(names):
     """Choose a colour and a marker for each series; the controls are grey in every figure.
 
-    names: names of series in order, where repeated ones count once. Controls are "dense" and random cuts.
+    names: names of series in order, where repeated ones count once. Controls are "dense" and random
+    cuts.
     Returns {name: {"color", "marker"}}, always with "dense".
     """
     greys = zip(itertools.repeat("0.6"), itertools.cycle(MARKERS[3:] + MARKERS[:3]))
@@ -460,10 +487,17 @@ def _axes(width, height):
     return plt.subplots(figsize=(width, height))[1]
 
 
-def mean_and_range(ax, groups, **style):
-    """Draw the mean of each group of numbers over the group's name, with a bar from lowest to highest.
+def panels_beside(count, width, height=HALF[1]):
+    """Return a Figure of a size in inches and its panels in a row, which share the y axis."""
+    size = (width, height)
+    figure, panels = plt.subplots(1, count, figsize=size, sharey=True, squeeze=False)
+    return figure, panels[0]
 
-    Without a difference in any group there are no bars.
+
+def mean_and_range(ax, groups, **style):
+    """Draw the mean of each group over the group's name, with a bar from its lowest to its highest.
+
+    Where no group has a difference, there are no bars.
 
     groups: a grouped Series whose names are numbers.
     style: options of ax.errorbar.
@@ -511,7 +545,7 @@ def training_curves(history):
     Returns a Figure.
     """
     methods = history.method.unique()
-    figure, panels = _panels_beside(len(methods), 1 + 3.4 * len(methods))
+    figure, panels = panels_beside(len(methods), 1 + 3.4 * len(methods))
     styles = looks(sorted(history.target.dropna().unique()))
     for ax, method in zip(panels, methods, strict=True):
         rows = history[history.method == method]
@@ -527,19 +561,13 @@ def training_curves(history):
     return figure
 
 
-def _panels_beside(count, width):
-    """Return a Figure of a width in inches and its panels beside each other, which share the y axis."""
-    size = (width, HALF[1])
-    figure, panels = plt.subplots(1, count, figsize=size, sharey=True, squeeze=False)
-    return figure, panels[0]
-
-
 @styled
 def accuracy_curve(rows):
-    """Draw test top-1 (%) over the share cut: a colour for each series, a kind of line for each stage.
+    """Draw test top-1 (%) over the share cut.
 
-    Bars are the range over seeds. Grey lines are the dense model's, one for each set of seeds that cuts
-    have. A series of fewer seeds than others is named with them.
+    A series has a colour, a stage a kind of line. Bars are the range over seeds. Grey lines are the
+    dense model's, one for each set of seeds that cuts have. A series of fewer seeds than others is
+    named with them.
 
     rows: results.csv of one model.
     Returns the Axes.
@@ -566,12 +594,13 @@ def accuracy_curve(rows):
 
 @styled
 def tradeoff(rows, x="macs", *, names=()):
-    """Draw test top-1 (%) over a cost: a colour and marker for each series, a thin line through its targets.
+    """Draw test top-1 (%) over a cost.
 
-    Of each cut the last of `finetuned` and `distilled` is shown. What is `reconstructed` and was not
-    trained yet has a hollow marker. Controls are grey: the dense model, the same with as many epochs of
-    training (both with a line across) and random cuts. The dark step line joins the points, ringed, that
-    no other beats; those of fewer seeds than others stand back there, as in `best_under`. Points are
+    A series has a colour and a marker, and a thin line through its targets. Of each cut the last of
+    `finetuned` and `distilled` is shown. What is `reconstructed` and was not trained yet has a
+    hollow marker. Controls are grey: the dense model, the same with as many epochs of training
+    (both with a line across) and random cuts. The dark step line joins the points, ringed, that no
+    other beats; those of fewer seeds than others stand back there, as in `best_under`. Points are
     means over seeds, bars their range.
 
     rows: results.csv of one model. Masked models stand where their dense tensors put them.
@@ -598,12 +627,18 @@ def tradeoff(rows, x="macs", *, names=()):
     ax = _axes(WIDE[0] + 1, height)
     _front(ax, points)
     for name in _controls_first(points.series.unique()):
-        own = points[points.series == name]
-        for is_hollow, part in own.groupby(own.stage == "reconstructed"):
+        line = points[points.series == name]
+        for is_hollow, part in line.groupby(line.stage == "reconstructed"):
             _points(ax, part, styles[name], is_hollow)
-        if own.stage.iloc[0] in DENSE_POINTS:
+        if line.stage.iloc[0] in DENSE_POINTS:
             color = styles[name]["color"]
-            ax.axhline(own.top1_mean.mean(), color=color, linewidth=0.8, linestyle=":", zorder=0)
+            ax.axhline(
+                line.top1_mean.mean(),
+                color=color,
+                linewidth=0.8,
+                linestyle=":",
+                zorder=0,
+            )
         ax.scatter([], [], s=55, label=name + marks[name], **styles[name])
     if (points.stage == "reconstructed").any():
         hollow = {"facecolor": "white", "edgecolor": "0.35"}
@@ -615,7 +650,7 @@ def tradeoff(rows, x="macs", *, names=()):
 
 
 def _final_rows(rows):
-    """Return the rows with a cost of the last stage of each cut, and of dense models of seeds that were cut."""
+    """Return the rows of the last stage of each cut, and of dense models of the same seeds."""
     rows = rows.dropna(subset=["cost", "top1"])
     rows = rows[rows.stage.isin([*DENSE_POINTS, "reconstructed", "finetuned", "distilled"])]
     cuts = _cuts(rows)
@@ -650,7 +685,7 @@ def _controls_first(names):
 
 
 def _front(ax, points):
-    """Ring the points that no other beats and join them by a step line, as long as all seeds count in them."""
+    """Ring the points that no other of as many seeds beats, and join them by a step line."""
     is_dense = points.stage.isin(DENSE_POINTS)
     counts = points.seeds.map(len)
     most = counts[~is_dense].max()
@@ -670,7 +705,7 @@ def _front(ax, points):
 
 
 def _points(ax, points, style, is_hollow):
-    """Draw points of one series with bars for their range and, if they were trained, a line through them."""
+    """Draw points of one series with bars for their range and, if trained, a line through them."""
     points = points.sort_values("cost_mean")
     places = points.cost_mean, points.top1_mean
     color, marker = style["color"], style["marker"]
@@ -678,7 +713,13 @@ def _points(ax, points, style, is_hollow):
         fill = {"facecolor": "white", "edgecolor": color, "linewidth": 1.4}
         ax.scatter(*places, s=30, marker=marker, zorder=4, **fill)
     else:
-        ax.scatter(*places, s=60, marker=marker, color=color, zorder=style.get("zorder", 3))
+        ax.scatter(
+            *places,
+            s=60,
+            marker=marker,
+            color=color,
+            zorder=style.get("zorder", 3),
+        )
         ax.plot(*places, color=color, linewidth=0.8, alpha=0.5, zorder=1)
     x = points[["cost_below", "cost_above"]].to_numpy().T
     y = points[["top1_below", "top1_above"]].to_numpy().T
@@ -737,7 +778,12 @@ def _bar_groups(ax, heights, colors, hatches, *, form, fontsize, pad, spreads=No
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": pad}
     for i, label in enumerate(heights):
         places = np.arange(len(heights)) + (i - middle) * width
-        style = {"color": colors[i], "hatch": hatches[i], "edgecolor": "0.2", "label": label}
+        style = {
+            "color": colors[i],
+            "hatch": hatches[i],
+            "edgecolor": "0.2",
+            "label": label,
+        }
         if spreads:
             style |= {"yerr": spreads[i], "capsize": 2}
         bars = ax.bar(places, heights[label], width, **style)
@@ -746,10 +792,11 @@ def _bar_groups(ax, heights, colors, hatches, *, form, fontsize, pad, spreads=No
 
 @styled
 def ladder(rows, *, names=()):
-    """Draw test top-1 (%) after each step of recovery from one cut, in their order: a line for each series.
+    """Draw test top-1 (%) after each step of recovery from one cut, in the order of the steps.
 
-    Points are means over seeds, bars their range. Hollow points are of no training. Grey lines are the
-    dense model's, as in `accuracy_curve`. The legend goes from the best at the last step to the worst.
+    A series has a line. Points are means over seeds, bars their range. Hollow points are of no
+    training. Grey lines are the dense model's, as in `accuracy_curve`. The legend goes from the
+    best at the last step to the worst.
 
     rows: results.csv of one model and one budget (target_kind and target), and of the dense model.
     names: `series` of more rows, so that each looks the same in several figures.
@@ -770,10 +817,10 @@ def ladder(rows, *, names=()):
     marks = _marks(_sets_of_seeds(cuts, "series"))
     ax = _axes(max(WIDE[0], 3.5 + 1.2 * len(stages)), 4.4)
     for name in last.index:
-        own = cuts[cuts.series == name]
+        line = cuts[cuts.series == name]
         style = styles[name] | {"markersize": 7}
-        mean_and_range(ax, own.groupby("step").top1, label=name + marks[name], **style)
-        untrained = own[~own.stage.isin(["finetuned", "distilled"])]
+        mean_and_range(ax, line.groupby("step").top1, label=name + marks[name], **style)
+        untrained = line[~line.stage.isin(["finetuned", "distilled"])]
         points = untrained.groupby("step").top1.mean()
         ax.plot(points, markerfacecolor="white", linestyle="", zorder=3, **style)
     _dense_lines(ax, rows, cuts)
@@ -786,10 +833,10 @@ def ladder(rows, *, names=()):
 
 
 def _dense_lines(ax, rows, cuts):
-    """Draw grey lines at the mean top-1 of the dense model, dash-dotted if trained for as many epochs.
+    """Draw grey lines at the mean top-1 of the dense model.
 
-    Each set of seeds that cuts have gets lines of its own, so that all are held against dense models of
-    their own seeds.
+    Those of the model with as many epochs of training are dash-dotted. Each set of seeds that cuts
+    have gets lines of its own, so that all are held against dense models of their own seeds.
     """
     sets = _sets_of_seeds(cuts, ["series", "target", "stage"]).drop_duplicates()
     sets = sorted(sets, key=len, reverse=True) or [tuple(rows.seed.unique())]
@@ -799,7 +846,12 @@ def _dense_lines(ax, rows, cuts):
         for stage, line in (("dense", "-"), ("dense+epochs", "-.")):
             top1 = dense.top1[dense.stage == stage]
             label = STAGES[stage] + (_of_seeds(seeds) if len(sets) > 1 else "")
-            style = {"color": color, "linestyle": line, "linewidth": 1, "zorder": 0}
+            style = {
+                "color": color,
+                "linestyle": line,
+                "linewidth": 1,
+                "zorder": 0,
+            }
             if len(top1):
                 ax.axhline(top1.mean(), label=label, **style)
         color = "0.65"
@@ -836,17 +888,16 @@ def _stretch_top(ax, low, high):
     ax.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-_WAYS = {"runtime": "{}", "precision": "{}", "batch": "batch {}"}
-
-
 @styled
 def speedup_bars(table):
-    """Draw how many times as fast as the first model others are: a group of bars for each, with quartiles.
+    """Draw how many times as fast as the first model the others are.
 
-    A short line shows what the MACs promise where `promised` is known.
+    Each model has a group of bars with quartiles, a bar for each way of running it. A short line
+    shows what the MACs promise where `promised` is known.
 
-    table: columns model, speedup, speedup_q1, speedup_q3, and runtime, precision and batch where these
-    vary, as bench.latency returns it; several rows of one model and way (seeds) become their mean.
+    table: columns model, speedup, speedup_q1, speedup_q3, and runtime, precision and batch where
+    these vary, as bench.latency returns it; several rows of one model and way (seeds) become their
+    mean.
     Returns the Axes.
     """
     names, ways = table.model.unique(), _ways(table)
@@ -873,62 +924,65 @@ def speedup_bars(table):
         promised = table.groupby("model").promised.mean()[names]
         places = np.arange(len(names))
         style = {"color": "0.1", "linewidth": 1.2}
-        ax.hlines(promised, places - 0.45, places + 0.45, label="promised by the MACs", **style)
+        ax.hlines(
+            promised,
+            places - 0.45,
+            places + 0.45,
+            label="promised by the MACs",
+            **style,
+        )
     ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
-    first = str(names[0]).replace("\n", " ")
-    ax.set(ylabel=f"times as fast as\n{first}")
+    ax.set(ylabel=f"times as fast as\n{names[0]}")
     _legend_beside(ax)
     return ax
 
 
 def _ways(table):
-    """Return in words how each row was run: its runtime, precision and batch as far as these vary."""
-    formats = {column: form for column, form in _WAYS.items() if column in table}
-    formats = {column: form for column, form in formats.items() if table[column].nunique() > 1}
-    return _in_words(table, formats, ", ")
-
-
-def _in_words(table, formats, between):
-    """Return the values of some columns of each row as one text; "" where there are none.
-
-    formats: {column: format}; columns that the table does not have are left out.
-    """
-    words = pd.Series("", table.index)
-    for column, form in formats.items():
-        if column in table:
-            words = words + between + table[column].map(form.format)
-    return words.str.removeprefix(between)
+    """Return how each row was run, in words: runtime, precision and batch as far as these vary."""
+    varied = table.columns[table.nunique() > 1]
+    formats = {"runtime": "{}", "precision": "{}", "batch": "batch {}"}
+    return in_words(table[varied], formats, ", ")
 
 
 @styled
 def roofline(table):
     """Draw the work done per second over the work per byte, under the machine's ceilings.
 
-    There is a point for each row, a colour for each model and a line for each precision: at its left the
-    rate of the memory (a band, as caches make small operations faster), at its right that of matrix
-    products.
+    There is a point for each row, a colour for each model and a line for each precision: at its
+    left the rate of the memory (a band, as caches make small operations faster), at its right that
+    of matrix products.
 
     table: as bench.bounds returns it.
     Returns the Axes.
     """
     intensity = table.batch_macs / table.batch_bytes
     rate = table.batch_macs / (1000000 * table.latency_ms)  # 10^9 MACs per second
-    names = table.model.astype(str).str.replace("\n", " ")
     ways = _ways(table)
-    colors = dict(zip(names.unique(), itertools.cycle(COLORS), strict=False))
+    colors = dict(zip(table.model.unique(), itertools.cycle(COLORS), strict=False))
     markers = dict(zip(ways.unique(), itertools.cycle(MARKERS), strict=False))
     ax = _axes(WIDE[0], max(4.2, 0.8 + 0.25 * len(colors)))
     _ceilings(ax, table, np.geomspace(intensity.min() / 2, intensity.max() * 2, 200))
     for i, (name, color) in enumerate(colors.items()):
         size = max(24, 160 * 0.6**i)  # the earlier ones show behind others at the same place
         for way, marker in markers.items():
-            own = (names == name) & (ways == way)
+            is_here = (table.model == name) & (ways == way)
             style = {"color": color, "marker": marker, "edgecolor": "white"}
-            if own.any():
-                ax.scatter(intensity[own], rate[own], s=size, zorder=2 + i / 100, **style)
+            if is_here.any():
+                ax.scatter(
+                    intensity[is_here],
+                    rate[is_here],
+                    s=size,
+                    zorder=2 + i / 100,
+                    **style,
+                )
     markers.pop("", None)  # where nothing varies there is no way to name
     _legend_of(ax, colors, markers)
-    ax.set(xscale="log", yscale="log", xlabel="MACs per byte moved", ylabel="10⁹ MACs per second")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="MACs per byte moved",
+        ylabel="10⁹ MACs per second",
+    )
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
@@ -938,13 +992,19 @@ def roofline(table):
 
 
 def _ceilings(ax, table, intensity):
-    """Draw for each precision the rate that the machine allows at each intensity (MACs per byte)."""
-    for precision, own in table.groupby("precision", sort=False):
-        top = own.macs_per_s.max() / 1e9
-        slow = np.minimum(top, intensity * (own.bytes_per_s.min() / 1e9))
-        fast = np.minimum(top, intensity * (own.bytes_per_s.max() / 1e9))
+    """Draw the rate that the machine allows at each intensity (MACs per byte), by precision."""
+    for precision, rows in table.groupby("precision", sort=False):
+        top = rows.macs_per_s.max() / 1e9
+        slow = np.minimum(top, intensity * (rows.bytes_per_s.min() / 1e9))
+        fast = np.minimum(top, intensity * (rows.bytes_per_s.max() / 1e9))
         line = "-" if precision == "float32" else "--"
-        ax.plot(intensity, fast, color="0.3", linestyle=line, label=f"ceiling, {precision}")
+        ax.plot(
+            intensity,
+            fast,
+            color="0.3",
+            linestyle=line,
+            label=f"ceiling, {precision}",
+        )
         ax.fill_between(intensity, slow, fast, color="0.9", zorder=0)
 
 
@@ -959,7 +1019,7 @@ def sensitivity_curves(frame):
     """
     roles = frame.role.unique()
     colors = shades(frame.block.dropna().unique())
-    figure, panels = _panels_beside(len(roles), 1 + 2.6 * len(roles))
+    figure, panels = panels_beside(len(roles), 1 + 2.6 * len(roles))
     for ax, role in zip(panels, roles, strict=True):
         lines = frame[frame.role == role].groupby("block", sort=False, dropna=False)
         for block, line in lines:
@@ -983,22 +1043,33 @@ def agreement(frame):
     """
     width = max(HALF[0], 2.2 + 0.95 * frame.criterion.nunique())
     ax = _axes(width, HALF[1])
-    sns.barplot(frame, x="criterion", y="spearman", hue="kind", errorbar=("pi", 100), ax=ax)
+    sns.barplot(
+        frame,
+        x="criterion",
+        y="spearman",
+        hue="kind",
+        errorbar=("pi", 100),
+        ax=ax,
+    )
     ax.axhline(0, color="0.3", linewidth=0.8)
     bottom = min(0, frame.spearman.min() - 0.1)
-    ax.set(xlabel="", ylabel="rank correlation with\nmeasured rise of the loss", ylim=(bottom, 1))
+    ax.set(
+        xlabel="",
+        ylabel="rank correlation with\nmeasured rise of the loss",
+        ylim=(bottom, 1),
+    )
     _legend_beside(ax)
     return ax
 
 
 @styled
 def calibration(frame):
-    """Draw the measured over the predicted rise of the loss (nats), both logarithmic: a point for each cut.
+    """Draw the measured over the predicted rise of the loss (nats), both logarithmic.
 
-    A criterion has a colour, a kind a marker (KINDS has 13). On the diagonal the prediction is right, in
-    the grey band within a factor of three. What is below the lowest decade shown, so also 0 and less, is
-    drawn hollow on the dotted edge. That decade is the one of the smallest value above 0, but at most
-    four under the largest.
+    Each cut has a point, a criterion has a colour, a kind a marker (KINDS has 13). On the diagonal
+    the prediction is right, in the grey band within a factor of three. What is below the lowest
+    decade shown, so also 0 and less, is drawn hollow on the dotted edge. That decade is the one of
+    the smallest value above 0, but at most four under the largest.
 
     frame: columns criterion, kind, predicted, measured.
     Returns the Axes.
@@ -1008,9 +1079,7 @@ def calibration(frame):
     values = frame[["predicted", "measured"]].to_numpy(float)
     positive = values[values > 0]
     if not positive.size:
-        raise ValueError(
-            "no predicted or measured rise of the loss is above 0: a logarithmic axis has nothing to show"
-        )
+        raise ValueError("no rise of the loss is above 0: logarithmic axes have nothing to show")
     top = positive.max()
     floor = 10 ** np.floor(np.log10(max(positive.min(), top / 1e4)))
     styles = looks(frame.criterion)
@@ -1025,13 +1094,25 @@ def calibration(frame):
     for (criterion, kind), cuts in frame.groupby(["criterion", "kind"], sort=False):
         color = colors[criterion]
         for is_hollow, part in cuts.groupby(below):
-            places = part.predicted.clip(lower=floor), part.measured.clip(lower=floor)
+            places = (
+                part.predicted.clip(lower=floor),
+                part.measured.clip(lower=floor),
+            )
             fill, edge = ("white", color) if is_hollow else (color, "white")
-            style = {"facecolor": fill, "edgecolor": edge, "zorder": 2 + is_hollow}
+            style = {
+                "facecolor": fill,
+                "edgecolor": edge,
+                "zorder": 2 + is_hollow,
+            }
             ax.scatter(*places, s=45, marker=markers[kind], clip_on=False, **style)
     _legend_of(ax, colors, markers)
     if below.any():
-        hollow = {"color": "0.4", "linestyle": "", "marker": "o", "markerfacecolor": "white"}
+        hollow = {
+            "color": "0.4",
+            "linestyle": "",
+            "marker": "o",
+            "markerfacecolor": "white",
+        }
         _legend_entry(ax, f"hollow: below {floor:g}", **hollow)
         edge = {"color": "0.35", "linestyle": ":", "linewidth": 0.8}
         ax.axhline(floor, **edge)
@@ -1046,11 +1127,19 @@ def _diagonal(ax, reach):
     reach: array of the ends of both axes, in nats.
     """
     ax.fill_between(
-        reach, reach / 3, reach * 3, color="0.93", zorder=0, label="within a factor of 3"
+        reach,
+        reach / 3,
+        reach * 3,
+        color="0.93",
+        zorder=0,
+        label="within a factor of 3",
     )
     ax.plot(reach, reach, color="0.35", linewidth=1, zorder=1, label="as predicted")
     ax.set(xscale="log", yscale="log", xlim=reach, ylim=reach)
-    ax.set(xlabel="predicted rise of the loss (nats)", ylabel="measured rise of the loss (nats)")
+    ax.set(
+        xlabel="predicted rise of the loss (nats)",
+        ylabel="measured rise of the loss (nats)",
+    )
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(ticker.NullFormatter())
@@ -1061,9 +1150,9 @@ def _diagonal(ax, reach):
 def class_change(frame):
     """Draw the change of top-1 (percentage points) by class, the most forgotten on top.
 
-    Of more than 30 classes the 12 worst and the 12 best are drawn, with a gap that says how many are not
-    shown. The number of its images stands behind each name: of few, one weighs much. Classes without
-    images are left out.
+    Of more than 30 classes the 12 worst and the 12 best are drawn, with a gap that says how many
+    are not shown. The number of its images stands behind each name: of few, one weighs much.
+    Classes without images are left out.
 
     frame: columns class, images and change, as evaluate.compare gives them; several rows of a class
     (seeds) become mean and range.
@@ -1094,7 +1183,10 @@ def class_change(frame):
     counts = frame.groupby("class").images.first()
     words = [f"{str(name)[:24]} ({counts[name]:g})" for name in changes.index]
     ax.set_yticks(places, words, fontsize=9)
-    ax.set(xlabel="change of top-1 (percentage points)", ylim=(places[-1] + 0.7, -0.7))
+    ax.set(
+        xlabel="change of top-1 (percentage points)",
+        ylim=(places[-1] + 0.7, -0.7),
+    )
     ax.margins(x=0.12)
     ax.grid(False, axis="y")
     return ax
@@ -1103,7 +1195,11 @@ def class_change(frame):
 def _gap(ax, words, height):
     """Write words across the axes at a height of the y axis."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    middle = {"ha": "center", "va": "center", "transform": ax.get_yaxis_transform()}
+    middle = {
+        "ha": "center",
+        "va": "center",
+        "transform": ax.get_yaxis_transform(),
+    }
     ax.text(0.5, height, words, fontsize=9, color="0.35", bbox=box, **middle)
 
 
@@ -1112,24 +1208,24 @@ def _gap(ax, words, height):
 
 @styled
 def weight_histograms(frame):
-    """Draw distributions of weights: a panel for each stage, and a row of panels for each method and target.
+    """Draw distributions of weights: a panel for each stage, a row for each method and target.
 
-    Counts are on a logarithmic axis. The zeros stand apart in a hatched bar at the right, where they do
-    not hide the rest. What the masks will let go is light. Dotted lines show the |w| up to which
-    magnitude would have cut as many.
+    Counts are on a logarithmic axis. The zeros stand apart in a hatched bar at the right, where
+    they do not hide the rest. What the masks will let go is light. Dotted lines show the |w| up to
+    which magnitude would have cut as many.
 
-    frame: as prune.histogram returns it, with the columns method and target where there are several.
+    frame: as prune.histogram returns it, with the columns method and target.
     Returns a Figure.
     """
     stages = frame.stage.unique()
-    groups = frame.groupby(_in_words(frame, {"method": "{}", "target": "{:.0%}"}, " "), sort=False)
+    groups = frame.groupby(["method", "target"], sort=False)
     size = (1.2 + 2.9 * len(stages), 0.7 + 2.1 * len(groups))
     figure, panels = plt.subplots(
         len(groups), len(stages), figsize=size, sharey=True, squeeze=False
     )
     limit = frame.right.max()
-    for line, (name, group) in zip(panels, groups, strict=True):
-        line[0].set_ylabel(f"{name}\nweights".strip())
+    for line, ((method, target), group) in zip(panels, groups, strict=True):
+        line[0].set_ylabel(f"{method} {target:.0%}\nweights")
         for ax, stage in zip(line, stages, strict=True):
             part = group[group.stage == stage]
             if part.empty:
@@ -1160,7 +1256,14 @@ def _histogram(ax, bins, limit):
     for place in (-threshold, threshold):
         ax.axvline(place, label="where magnitude\nwould cut as many", **style)
     place = 1.7 * limit  # of the zeros
-    ax.bar(place, bins.zeros.iloc[0], 0.3 * limit, color="0.85", edgecolor="0.2", hatch="///")
+    ax.bar(
+        place,
+        bins.zeros.iloc[0],
+        0.3 * limit,
+        color="0.85",
+        edgecolor="0.2",
+        hatch="///",
+    )
     ax.set(yscale="log", xlim=(-1.1 * limit, 2.1 * limit))
     ax.set_xticks([-limit, 0, limit, place], [f"−{limit:.2g}", "0", f"{limit:.2g}", "zeros"])
     ax.grid(False, axis="x")
@@ -1168,7 +1271,9 @@ def _histogram(ax, bins, limit):
 
 @styled
 def heat_map(frame, *, value, label):
-    """Draw a value by block (down) and role (across), written into each cell; empty where there is none.
+    """Draw a value by block (down) and role (across), written into each cell.
+
+    Cells without a value are empty.
 
     frame: columns block, role and value.
     value: name of the column.
@@ -1215,7 +1320,12 @@ def _heat(table, width, *, label, fmt):
     """
     beside, column = width
     ax = _axes(beside + column * table.shape[1], 1.1 + 0.42 * len(table))
-    style = {"annot": True, "annot_kws": {"fontsize": 9}, "linewidths": 0.5, "cmap": "rocket_r"}
+    style = {
+        "annot": True,
+        "annot_kws": {"fontsize": 9},
+        "linewidths": 0.5,
+        "cmap": "rocket_r",
+    }
     sns.heatmap(table, ax=ax, fmt=fmt, cbar_kws={"label": label}, **style)
     ax.tick_params(left=False, bottom=False)
     ax.tick_params(axis="y", rotation=0)
@@ -1225,10 +1335,10 @@ def _heat(table, width, *, label, fmt):
 
 @styled
 def image_grid(images, *, labels=None, classes):
-    """Draw pictures in a grid with their class above: one of each class, or a batch as the model sees it.
+    """Draw pictures with their class above: one of each class, or a batch as the model sees it.
 
-    images: a data.Split, shown as stored, or a batch, float [B, 3, H, W], which is stretched to the full
-    range for the eye.
+    images: a data.Split, shown as stored, or a batch, float [B, 3, H, W], which is stretched to the
+    full range for the eye.
     labels: those of the batch.
     classes: names of the classes.
     Returns a Figure.
@@ -1238,21 +1348,24 @@ def image_grid(images, *, labels=None, classes):
         labels, first = labels[:30], first[:30]
         pictures = images.store[images.indices[first]]
     else:
-        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        low, high = (
+            images.amin((1, 2, 3), keepdim=True),
+            images.amax((1, 2, 3), keepdim=True),
+        )
         pictures = ((images - low) / (high - low)).permute(0, 2, 3, 1).cpu().numpy()
     names = [classes[int(label)][:12] for label in labels]
     return _grid(pictures, names, 10, (1.1, 1.35))
 
 
 @styled
-def changed_images(images, frame, classes=None):
+def changed_images(images, frame):
     """Draw the pictures whose prediction changed most, with "true: before → after" above each.
 
     The furthest come first. Green is newly right, red newly wrong, black neither.
 
     images: the data.Split that was compared, shown as stored.
-    frame: columns image (place in the split), label, before, after, as in evaluate.compare's images.
-    classes: names, where frame has numbers of classes.
+    frame: columns image (place in the split) and label, before, after (names of classes), as in
+    evaluate.compare's images.
     Returns a Figure.
     Raises ValueError for no rows and for places that the split does not have.
     """
@@ -1260,27 +1373,23 @@ def changed_images(images, frame, classes=None):
         raise ValueError(
             f"need the places of images in a split of {len(images)}, got {frame.image.tolist()}"
         )
-    answers = frame[["label", "before", "after"]]
-    words = answers.map(lambda name: str(_class_name(name, classes))[:18])
+    words = frame[["label", "before", "after"]].map(lambda name: str(name)[:18])
     titles = words.label + ":\n" + words.before + "\n→ " + words.after
     pictures = images.store[images.indices[frame.image]]
     figure = _grid(pictures, titles, 6, (1.7, 2.15))
-    was_right, is_right = answers.before == answers.label, answers.after == answers.label
+    was_right, is_right = frame.before == frame.label, frame.after == frame.label
     colors = np.select(
-        [is_right & ~was_right, was_right & ~is_right], [COLORS[2], COLORS[3]], "0.1"
+        [is_right & ~was_right, was_right & ~is_right],
+        [COLORS[2], COLORS[3]],
+        "0.1",
     )
     for ax, color in zip(figure.axes, colors, strict=False):
         ax.title.set_color(color)
     return figure
 
 
-def _class_name(name, classes):
-    """Return the name of a class that may be a number of classes."""
-    return name if isinstance(name, str) or classes is None else classes[int(name)]
-
-
 def _grid(pictures, titles, columns, size):
-    """Return a Figure of pictures in rows of `columns`, each with its title; size: of one, in inches."""
+    """Return a Figure of pictures with titles, in rows of `columns`; size: of one, in inches."""
     width, height = size
     rows = -(-len(pictures) // columns)
     size = (width * columns, height * rows)
@@ -1298,18 +1407,27 @@ def _grid(pictures, titles, columns, size):
 
 @styled
 def save(drawn, path, *, caption=None):
-    """Write a Figure, or the one of an Axes, as path + ".svg", ".pdf" and ".png", its caption as ".txt".
+    """Write a Figure as path + ".svg", ".pdf" and ".png", and its caption as ".txt".
 
     The same drawing gives the same bytes. The figure is closed.
 
+    drawn: a Figure or Axes of it.
     path: without ending.
     caption: text.
     Returns the Figure, to be displayed.
     """
     figure = drawn.figure
-    for ending, date in (("svg", "Date"), ("pdf", "CreationDate"), ("png", "Software")):
+    for ending, date in (
+        ("svg", "Date"),
+        ("pdf", "CreationDate"),
+        ("png", "Software"),
+    ):
         # Without the date, or the version of matplotlib, the bytes are the same each time.
-        options = {"format": ending, "metadata": {date: None}, "bbox_inches": "tight"}
+        options = {
+            "format": ending,
+            "metadata": {date: None},
+            "bbox_inches": "tight",
+        }
         record.write_atomic(f"{path}.{ending}", functools.partial(figure.savefig, **options))
     if caption:
         record.write_atomic(f"{path}.txt", caption + "\n")
@@ -1338,20 +1456,23 @@ def draw_each(
     controls=None,
     **options,
 ):
-    """Draw a figure for each model, or for each model and target; save each with its caption and show it.
+    """Draw, save and show a figure for each model, or for each model and target.
 
     Where no notebook has left the table, nothing is drawn. The file of a figure is called
     `<name>-<model>`, or `<name>-<target_kind>-<target>-<model>` as far as the rows have these. The
-    caption says where the rows come from: rows of results.csv say it themselves, others have it from
-    the results of the same models and seeds.
+    caption says where the rows come from: rows of results.csv say it themselves, others have it
+    from the results of the same models and seeds.
 
     A notebook gives what all figures share once and then has a line for each kind of figure:
 
         draw_each = partial(plots.draw_each, results=results, folder=lab.figures)
         draw_each(tables, "agreement", plots.agreement)
-        draw_each(tables, "speedup", plots.speedup_bars, table="runtimes", note="Batches of {batch} images.")
-        draw_each(single, "kept", drawings.kept_widths, per="target", note="{method}, {target:g} x {target_kind}.")
-        draw_each({"ladder": reached}, "ladder", plots.ladder, per="target", controls=dense, names=names)
+        batches = "Batches of {batch} images."
+        draw_each(tables, "speedup", plots.speedup_bars, table="runtimes", note=batches)
+        plan = "{method}, {target:g} x {target_kind}."
+        draw_each(single, "kept", drawings.kept_widths, per="target", note=plan)
+        budgets = {"ladder": reached}
+        draw_each(budgets, "ladder", plots.ladder, per="target", controls=dense, names=names)
 
     tables: {name: frame}, of which the figures draw one.
     name: first part of the files' names, and of the table.
@@ -1361,7 +1482,7 @@ def draw_each(
     per: "model" or "target" (with its kind, target_kind).
     table: name of the table where it is another one.
     note: last sentence of the caption, with {column} for a value of the first row.
-    controls: rows that stand before those of each figure of the same model, such as the dense model's.
+    controls: rows that are drawn before those of the same model, such as the dense model's.
     options: handed on to draw.
     """
     rows = tables.get(table or name)
