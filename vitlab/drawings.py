@@ -10,13 +10,27 @@ import numpy as np
 import seaborn as sns
 from matplotlib.patches import Patch, Rectangle
 
-from vitlab.plots import COLORS, STAGES, in_words, panels_beside, shades, styled
+from vitlab.plots import (
+    COLORS,
+    STAGES,
+    in_words,
+    panels_beside,
+    shades,
+    styled,
+)
 
 _BLUES = plt.get_cmap("Blues")(
     np.linspace(0.45, 1, 9)
 )  # of what is kept, by the size of the weight
-_REMOVED = {"facecolor": "#fbe3d0", "edgecolor": COLORS[3], "linewidth": 0}
-_SIGNS = {"V": "×", "S": "+"}  # before a part that stands beside another
+_REMOVED = {
+    "facecolor": "#fbe3d0",
+    "edgecolor": COLORS[3],
+    "linewidth": 0,
+}
+_SIGNS = {
+    "V": "×",
+    "S": "+",
+}  # before a part that stands beside another
 
 
 @styled
@@ -47,10 +61,9 @@ def cuts(frame):
         aspect="equal",
     )
     ax.set_axis_off()
-    white = {"facecolor": "white", "edgecolor": "0.35"}
     handles = [
         Patch(color=_BLUES[5], label="kept, darker: larger"),
-        Patch(**white, label="zero"),
+        Patch(facecolor="white", edgecolor="0.35", label="zero"),
     ]
     if frame.cells.str.contains("x").any():
         handles.append(Patch(**_REMOVED, hatch="xxx", label="removed"))
@@ -78,7 +91,14 @@ def _arrange(ax, pictures):
         if x and x + width > line:
             x, y, tall = 0.0, y + tall + 5.5 * gap, 0
         ax.text(x, y - 1.6 * gap, title, fontsize=10, va="bottom")
-        ax.text(x, y - 0.5 * gap, layer, fontsize=8, va="bottom", color="0.35")
+        ax.text(
+            x,
+            y - 0.5 * gap,
+            layer,
+            fontsize=8,
+            va="bottom",
+            color="0.35",
+        )
         _product(ax, matrices, x, y, gap)
         x += width
         tall = max(tall, *map(len, matrices.values()))
@@ -98,8 +118,14 @@ def _product(ax, matrices, x, y, gap):
     for i, (part, letters) in enumerate(matrices.items()):
         m, n = letters.shape
         if i:
-            middle = {"ha": "center", "va": "center", "fontsize": 10}
-            ax.text(x - gap / 2, y + m / 2, _SIGNS.get(part, ""), **middle)
+            ax.text(
+                x - gap / 2,
+                y + m / 2,
+                _SIGNS.get(part, ""),
+                ha="center",
+                va="center",
+                fontsize=10,
+            )
         _matrix(ax, letters, x, y)
         ax.text(
             x,
@@ -118,14 +144,28 @@ def _matrix(ax, letters, x, y):
     colors = np.ones((m, n, 4))
     for letter, color in zip("abcdefghi", _BLUES, strict=True):
         colors[letters == letter] = color
-    ax.imshow(colors, extent=(x, x + n, y + m, y), interpolation="nearest", zorder=1)
+    ax.imshow(
+        colors,
+        extent=(x, x + n, y + m, y),
+        interpolation="nearest",
+        zorder=1,
+    )
     removed = letters == "x"
     for first, count in _runs(removed.all(axis=1)):
         _cross(ax, (x, y + first), n, count, count > 0.04 * max(m, n))
     for first, count in _runs(removed.all(axis=0)):
         _cross(ax, (x + first, y), count, m, count > 0.04 * max(m, n))
-    frame = {"fill": False, "edgecolor": "0.35", "linewidth": 0.8}
-    ax.add_patch(Rectangle((x, y), n, m, zorder=3, **frame))
+    ax.add_patch(
+        Rectangle(
+            (x, y),
+            n,
+            m,
+            zorder=3,
+            fill=False,
+            edgecolor="0.35",
+            linewidth=0.8,
+        )
+    )
 
 
 def _runs(flags):
@@ -163,7 +203,13 @@ def kept_widths(frame):
         ax.barh(y, 1, 0.75, color="0.92")
         ax.barh(y, widths.kept / widths.whole, 0.75, color=COLORS[0])
         for place, row in zip(y, widths.itertuples(), strict=True):
-            ax.text(1.04, place, f"{row.kept} of {row.whole}", fontsize=8, va="center")
+            ax.text(
+                1.04,
+                place,
+                f"{row.kept} of {row.whole}",
+                fontsize=8,
+                va="center",
+            )
         ax.set(xlim=(0, 1), xticks=[0, 0.5, 1])
         ax.set_title(kind, fontsize=11)
         ax.xaxis.set_major_formatter("{x:.0%}")
@@ -188,87 +234,94 @@ def weight_violins(frame):
     Returns a Figure.
     """
     frame = frame.dropna(subset="block")
-    roles, blocks, stages = (
-        frame.role.unique(),
-        frame.block.unique(),
-        frame.stage.unique(),
-    )
+    roles, blocks = frame.role.unique(), frame.block.unique()
+    first, last = frame.stage.unique()[[0, -1]]
     size = (1.6 + 0.9 * max(5, len(blocks)), 0.9 + 1.15 * len(roles))
     figure, panels = plt.subplots(len(roles), 1, figsize=size, sharex=True, squeeze=False)
     for ax, role in zip(panels[:, 0], roles, strict=True):
-        of_role = frame[frame.role == role]
-        for place, block in enumerate(blocks):
-            bins = of_role[of_role.block == block]
-            _violin(
-                ax,
-                bins[bins.stage == stages[0]],
-                "count",
-                place,
-                side="low",
-                color="0.7",
-            )
-        for place, block in enumerate(blocks):
-            bins = of_role[(of_role.block == block) & (of_role.stage == stages[-1])]
-            _violin(ax, bins, "survivors", place, side="high", color=COLORS[0])
-            _zeros(ax, bins, place)
-        for sign in (1, -1):
-            ax.axhline(
-                sign * frame.threshold.iloc[0],
-                color="0.1",
-                linestyle=":",
-                linewidth=1,
-            )
-        reach = of_role.loc[of_role["count"] > 0, ["left", "right"]].abs().max(axis=None)
-        ax.set(ylim=(-1.5 * reach, 1.1 * reach), ylabel=role)
-        ax.grid(False, axis="x")
+        bins = frame[frame.role == role]
+        before = bins[bins.stage == first]
+        after = bins[bins.stage == last]
+        _violins(ax, before, "count", blocks, side="low", color="0.7")
+        _violins(ax, after, "survivors", blocks, side="high", color=COLORS[0])
+        _zeros(ax, after, blocks)
+        _limits(ax, bins)
+        ax.set_ylabel(role)
     words = [str(block).replace("layers.", "").replace("blocks.", "") for block in blocks]
     ax.set_xticks(range(len(blocks)), words)
     ax.set_xlabel("block; the share of zeros stands below")
     figure.supylabel("value of the weight", fontsize=12)
-    before, after = (STAGES.get(stage, stage) for stage in stages[[0, -1]])
     handles = [
-        Patch(color="0.7", label=before),
-        Patch(color=COLORS[0], label=after),
+        Patch(color="0.7", label=STAGES.get(first, first)),
+        Patch(color=COLORS[0], label=STAGES.get(last, last)),
+        plt.Line2D(
+            [],
+            [],
+            color="0.1",
+            linestyle=":",
+            label="where magnitude would cut as many",
+        ),
     ]
-    dotted = {"color": "0.1", "linestyle": ":"}
-    handles.append(plt.Line2D([], [], label="where magnitude would cut as many", **dotted))
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure
 
 
-def _violin(ax, bins, column, place, *, side, color):
-    """Draw half a violin from counts of bins, as long as these; of fewer than three bins nothing.
+def _violins(ax, bins, column, blocks, *, side, color):
+    """Draw half a violin from the bins of each block, as long as these are filled.
 
-    column: of the counts.
+    Of fewer than three filled bins there is no shape.
+
+    column: name of the counts.
     """
-    filled = np.flatnonzero(bins[column])
-    if len(filled) < 3:
-        return
-    bins = bins.iloc[filled[0] : filled[-1] + 1]
-    middle = (bins.left + bins.right) / 2
-    shape = {
-        "coords": middle,
-        "vals": bins[column],
-        "min": middle.min(),
-        "max": middle.max(),
-    }
-    shape |= {"mean": 0, "median": 0}
-    violins = ax.violin([shape], [place], widths=0.85, side=side, showextrema=False)
-    violins["bodies"][0].set(facecolor=color, edgecolor="0.25", linewidth=0.5, alpha=1)
+    for block, rows in bins.groupby("block", sort=False):
+        filled = np.flatnonzero(rows[column])
+        if len(filled) < 3:
+            continue
+        rows = rows.iloc[filled[0] : filled[-1] + 1]
+        middle = (rows.left + rows.right) / 2
+        shape = {
+            "coords": middle,
+            "vals": rows[column],
+            "mean": 0,
+            "median": 0,
+        }
+        shape |= {"min": middle.min(), "max": middle.max()}
+        place = list(blocks).index(block)
+        violins = ax.violin([shape], [place], widths=0.85, side=side, showextrema=False)
+        violins["bodies"][0].set(facecolor=color, edgecolor="0.25", linewidth=0.5, alpha=1)
 
 
-def _zeros(ax, bins, place):
-    """Write the share of zeros of one layer at the bottom of the axes."""
-    if bins.empty:
-        return
-    zeros = bins.zeros.iloc[0]
-    share = zeros / (zeros + bins["count"].sum())
-    bottom = {
+def _limits(ax, bins):
+    """Set the axis of the weights, and draw where magnitude would have cut as many."""
+    threshold = bins.threshold.iloc[0]
+    for height in (threshold, -threshold):
+        ax.axhline(height, color="0.1", linestyle=":", linewidth=1)
+    filled = bins[bins["count"] > 0]
+    reach = filled[["left", "right"]].abs().max(axis=None)
+    ax.set_ylim(-1.5 * reach, 1.1 * reach)
+    ax.grid(False, axis="x")
+
+
+def _zeros(ax, bins, blocks):
+    """Write the share of zeros of each block at the bottom of the axes."""
+    groups = bins.groupby("block", sort=False)
+    zeros = groups.zeros.first()
+    shares = zeros / (zeros + groups["count"].sum())
+    style = {
+        "fontsize": 8,
+        "color": "0.25",
         "ha": "center",
         "va": "bottom",
-        "transform": ax.get_xaxis_transform(),
     }
-    ax.text(place, 0.01, f"{share:.0%}", fontsize=8, color="0.25", **bottom)
+    for block, share in shares.items():
+        place = list(blocks).index(block)
+        ax.text(
+            place,
+            0.01,
+            f"{share:.0%}",
+            transform=ax.get_xaxis_transform(),
+            **style,
+        )
 
 
 @styled
@@ -285,37 +338,45 @@ def spectra(frame):
     """
     largest = frame.groupby("layer").sigma.transform("max")
     full = frame[["m", "n"]].min(axis=1)
-    frame = frame.assign(full=full, relative=frame.sigma / largest, share=frame["rank"] / full)
+    frame = frame.assign(
+        full=full,
+        relative=frame.sigma / largest,
+        share=frame["rank"] / full,
+    )
     roles = frame.role.unique()
     colors = shades(frame.block.dropna().unique())
     size = (1.8 + 1.9 * len(roles), 4.4)
     figure, panels = plt.subplots(
-        2, len(roles), figsize=size, sharex=True, sharey="row", squeeze=False
+        2,
+        len(roles),
+        figsize=size,
+        sharex=True,
+        sharey="row",
+        squeeze=False,
     )
     for (above, below), role in zip(panels.T, roles, strict=True):
-        values = frame[frame.role == role]
-        for _, line in values.groupby("layer", sort=False):
-            style = {
-                "color": colors.get(line.block.iloc[0], "0.3"),
-                "linewidth": 1.3,
-            }
-            above.plot(line.share, line.relative, **style)
-            below.plot(line.share, line.energy, **style)
-            _mark_faster(below, line, style)
-        for share in (values.break_even / values.full).round(6).unique():
-            for ax in (above, below):
-                ax.axvline(share, color="0.1", linestyle="--", linewidth=1)
+        _spectra_of_role(above, below, frame[frame.role == role], colors)
         above.set_title(role, fontsize=12)
         below.xaxis.set_major_formatter("{x:.0%}")
         below.set(xlim=(0, 1.02), xticks=[0, 0.5, 1])
     floor = max(frame.relative[frame.relative > 0].min(), 1e-4)
-    panels[0, 0].set(yscale="log", ylim=(floor, 1.5), ylabel="singular value,\nof the largest")
+    panels[0, 0].set(
+        yscale="log",
+        ylim=(floor, 1.5),
+        ylabel="singular value,\nof the largest",
+    )
     panels[1, 0].set(ylim=(0, 1.03), ylabel="energy up to the rank")
     panels[1, 0].yaxis.set_major_formatter("{x:.0%}")
     figure.supxlabel("rank, as a share of the full rank", fontsize=12)
+    _spectra_legend(figure, colors, "faster" in frame)
+    return figure
+
+
+def _spectra_legend(figure, colors, has_marks):
+    """Name the colours of blocks, the dashed line and, if there are some, the marks."""
     styles = {block: {"color": color} for block, color in colors.items()}
     styles["break-even in MACs"] = {"color": "0.1", "linestyle": "--"}
-    if "faster" in frame:
+    if has_marks:
         styles["faster up to here"] = {
             "color": "0.35",
             "marker": "o",
@@ -323,16 +384,24 @@ def spectra(frame):
         }
     handles = [plt.Line2D([], [], label=label, **style) for label, style in styles.items()]
     figure.legend(handles=handles, loc="outside right center")
-    return figure
 
 
-def _mark_faster(ax, line, style):
-    """Mark on a line of energy the rank up to which factoring is faster, if any is."""
-    rank = line.get("faster", default=line["rank"] * 0).iloc[0]
-    if rank > 0:
-        share = rank / line.full.iloc[0]
-        energy = np.interp(share, line.share, line.energy)
-        ax.plot(share, energy, marker="o", markersize=5, **style)
+def _spectra_of_role(above, below, frame, colors):
+    """Draw the lines of one role's layers, with marks where they are faster, and the break-even."""
+    for _, line in frame.groupby("layer", sort=False):
+        style = {
+            "color": colors.get(line.block.iloc[0], "0.3"),
+            "linewidth": 1.3,
+        }
+        above.plot(line.share, line.relative, **style)
+        below.plot(line.share, line.energy, **style)
+        if "faster" in line and line.faster.iloc[0] > 0:
+            share = line.faster.iloc[0] / line.full.iloc[0]
+            energy = np.interp(share, line.share, line.energy)
+            below.plot(share, energy, marker="o", markersize=5, **style)
+    for share in (frame.break_even / frame.full).round(6).unique():
+        for ax in (above, below):
+            ax.axvline(share, color="0.1", linestyle="--", linewidth=1)
 
 
 @styled

@@ -628,21 +628,16 @@ def tradeoff(rows, x="macs", *, names=()):
     _front(ax, points)
     for name in _controls_first(points.series.unique()):
         line = points[points.series == name]
-        for is_hollow, part in line.groupby(line.stage == "reconstructed"):
-            _points(ax, part, styles[name], is_hollow)
-        if line.stage.iloc[0] in DENSE_POINTS:
-            color = styles[name]["color"]
-            ax.axhline(
-                line.top1_mean.mean(),
-                color=color,
-                linewidth=0.8,
-                linestyle=":",
-                zorder=0,
-            )
-        ax.scatter([], [], s=55, label=name + marks[name], **styles[name])
+        _line(ax, line, styles[name], name + marks[name])
     if (points.stage == "reconstructed").any():
-        hollow = {"facecolor": "white", "edgecolor": "0.35"}
-        ax.scatter([], [], s=40, label="hollow: reconstructed,\nnot trained", **hollow)
+        ax.scatter(
+            [],
+            [],
+            s=40,
+            label="hollow: reconstructed,\nnot trained",
+            facecolor="white",
+            edgecolor="0.35",
+        )
     ax.set(xlabel=unit, ylabel=TOP1)
     _stretch_top(ax, final.top1.min(), final.top1.max())
     _legend_beside(ax)
@@ -691,17 +686,40 @@ def _front(ax, points):
     most = counts[~is_dense].max()
     ranked = points[is_dense | (counts == most)]
     best = ranked[pareto(ranked.cost_mean, ranked.top1_mean)].sort_values("cost_mean")
-    style = {"color": "0.25", "linewidth": 1.2}
     edge = points.cost_mean.max() + 0.04 * np.ptp(points.cost_mean)
     costs = [*best.cost_mean, edge]
     heights = [*best.top1_mean, best.top1_mean.iloc[-1]]
-    ax.plot(costs, heights, drawstyle="steps-post", zorder=1, **style)
-    ring = {"facecolor": "none", "edgecolor": "0.25", "linewidth": 1.2}
-    ax.scatter(best.cost_mean, best.top1_mean, s=150, zorder=5, **ring)
+    ax.plot(
+        costs,
+        heights,
+        drawstyle="steps-post",
+        zorder=1,
+        color="0.25",
+        linewidth=1.2,
+    )
+    ax.scatter(
+        best.cost_mean,
+        best.top1_mean,
+        s=150,
+        zorder=5,
+        facecolor="none",
+        edgecolor="0.25",
+        linewidth=1.2,
+    )
     label = "best for its cost"
     if len(ranked) < len(points):
         label += f",\nof {most:g} seeds"
     _legend_entry(ax, label, color="0.25", marker="o", markersize=11, markerfacecolor="none")
+
+
+def _line(ax, points, style, label):
+    """Draw the points of one series, with a line across if they are of dense models."""
+    for is_hollow, part in points.groupby(points.stage == "reconstructed"):
+        _points(ax, part, style, is_hollow)
+    if points.stage.iloc[0] in DENSE_POINTS:
+        top1 = points.top1_mean.mean()
+        ax.axhline(top1, color=style["color"], linewidth=0.8, linestyle=":", zorder=0)
+    ax.scatter([], [], s=55, label=label, **style)
 
 
 def _points(ax, points, style, is_hollow):
@@ -710,8 +728,15 @@ def _points(ax, points, style, is_hollow):
     places = points.cost_mean, points.top1_mean
     color, marker = style["color"], style["marker"]
     if is_hollow:
-        fill = {"facecolor": "white", "edgecolor": color, "linewidth": 1.4}
-        ax.scatter(*places, s=30, marker=marker, zorder=4, **fill)
+        ax.scatter(
+            *places,
+            s=30,
+            marker=marker,
+            zorder=4,
+            facecolor="white",
+            edgecolor=color,
+            linewidth=1.4,
+        )
     else:
         ax.scatter(
             *places,
@@ -846,14 +871,15 @@ def _dense_lines(ax, rows, cuts):
         for stage, line in (("dense", "-"), ("dense+epochs", "-.")):
             top1 = dense.top1[dense.stage == stage]
             label = STAGES[stage] + (_of_seeds(seeds) if len(sets) > 1 else "")
-            style = {
-                "color": color,
-                "linestyle": line,
-                "linewidth": 1,
-                "zorder": 0,
-            }
             if len(top1):
-                ax.axhline(top1.mean(), label=label, **style)
+                ax.axhline(
+                    top1.mean(),
+                    label=label,
+                    color=color,
+                    linestyle=line,
+                    linewidth=1,
+                    zorder=0,
+                )
         color = "0.65"
 
 
@@ -923,13 +949,13 @@ def speedup_bars(table):
     if "promised" in table:
         promised = table.groupby("model").promised.mean()[names]
         places = np.arange(len(names))
-        style = {"color": "0.1", "linewidth": 1.2}
         ax.hlines(
             promised,
             places - 0.45,
             places + 0.45,
             label="promised by the MACs",
-            **style,
+            color="0.1",
+            linewidth=1.2,
         )
     ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
     ax.set(ylabel=f"times as fast as\n{names[0]}")
@@ -966,14 +992,15 @@ def roofline(table):
         size = max(24, 160 * 0.6**i)  # the earlier ones show behind others at the same place
         for way, marker in markers.items():
             is_here = (table.model == name) & (ways == way)
-            style = {"color": color, "marker": marker, "edgecolor": "white"}
             if is_here.any():
                 ax.scatter(
                     intensity[is_here],
                     rate[is_here],
                     s=size,
                     zorder=2 + i / 100,
-                    **style,
+                    color=color,
+                    marker=marker,
+                    edgecolor="white",
                 )
     markers.pop("", None)  # where nothing varies there is no way to name
     _legend_of(ax, colors, markers)
@@ -1090,35 +1117,40 @@ def calibration(frame):
     )  # inches: the legend has as many lines
     ax = _axes(height + 2.4, height)
     _diagonal(ax, np.array([floor / 1.5, 1.8 * top]))
-    below = (frame[["predicted", "measured"]] < floor).any(axis=1)
+    frame = frame.assign(is_below=(values < floor).any(axis=1))
     for (criterion, kind), cuts in frame.groupby(["criterion", "kind"], sort=False):
-        color = colors[criterion]
-        for is_hollow, part in cuts.groupby(below):
-            places = (
-                part.predicted.clip(lower=floor),
-                part.measured.clip(lower=floor),
+        for is_below, part in cuts.groupby("is_below"):
+            fill, edge = colors[criterion], "white"
+            if is_below:
+                fill, edge = edge, fill
+            _rises(
+                ax,
+                part,
+                floor,
+                marker=markers[kind],
+                facecolor=fill,
+                edgecolor=edge,
+                zorder=2 + is_below,
             )
-            fill, edge = ("white", color) if is_hollow else (color, "white")
-            style = {
-                "facecolor": fill,
-                "edgecolor": edge,
-                "zorder": 2 + is_hollow,
-            }
-            ax.scatter(*places, s=45, marker=markers[kind], clip_on=False, **style)
     _legend_of(ax, colors, markers)
-    if below.any():
-        hollow = {
-            "color": "0.4",
-            "linestyle": "",
-            "marker": "o",
-            "markerfacecolor": "white",
-        }
-        _legend_entry(ax, f"hollow: below {floor:g}", **hollow)
-        edge = {"color": "0.35", "linestyle": ":", "linewidth": 0.8}
-        ax.axhline(floor, **edge)
-        ax.axvline(floor, **edge)
+    if frame.is_below.any():
+        _floor(ax, floor)
     _legend_beside(ax)
     return ax
+
+
+def _floor(ax, floor):
+    """Draw the edges at which what is below the floor is drawn, and name the hollow marker."""
+    style = {"linestyle": "", "marker": "o", "markerfacecolor": "white"}
+    _legend_entry(ax, f"hollow: below {floor:g}", color="0.4", **style)
+    for line in (ax.axhline, ax.axvline):
+        line(floor, color="0.35", linestyle=":", linewidth=0.8)
+
+
+def _rises(ax, cuts, floor, **style):
+    """Draw cuts at their predicted and measured rise of the loss, at the edge what is below."""
+    predicted, measured = cuts.predicted.clip(floor), cuts.measured.clip(floor)
+    ax.scatter(predicted, measured, s=45, clip_on=False, **style)
 
 
 def _diagonal(ax, reach):
@@ -1175,8 +1207,15 @@ def class_change(frame):
     if lengths is None:
         ax.bar_label(bars, fmt="{:+.1f}", fontsize=8, padding=3)
     else:
-        style = {"fmt": "none", "ecolor": "0.2", "capsize": 2, "elinewidth": 1}
-        ax.errorbar(means, places, xerr=lengths, **style)
+        ax.errorbar(
+            means,
+            places,
+            xerr=lengths,
+            fmt="none",
+            ecolor="0.2",
+            capsize=2,
+            elinewidth=1,
+        )
     if hidden:
         _gap(ax, f"… {hidden} classes between …", 12.25)
     ax.axvline(0, color="0.35", linewidth=0.8)
@@ -1195,12 +1234,17 @@ def class_change(frame):
 def _gap(ax, words, height):
     """Write words across the axes at a height of the y axis."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    middle = {
-        "ha": "center",
-        "va": "center",
-        "transform": ax.get_yaxis_transform(),
-    }
-    ax.text(0.5, height, words, fontsize=9, color="0.35", bbox=box, **middle)
+    ax.text(
+        0.5,
+        height,
+        words,
+        fontsize=9,
+        color="0.35",
+        bbox=box,
+        ha="center",
+        va="center",
+        transform=ax.get_yaxis_transform(),
+    )
 
 
 # -- drawings: of layers and images
@@ -1252,9 +1296,15 @@ def _histogram(ax, bins, limit):
         ax.stairs(bins["count"], edges, fill=True, color="0.75", label="will go")
     ax.stairs(bins.survivors, edges, fill=True, color=COLORS[0], label="stay")
     threshold = bins.threshold.iloc[0]
-    style = {"color": "0.1", "linestyle": ":", "linewidth": 1.2, "zorder": 3}
     for place in (-threshold, threshold):
-        ax.axvline(place, label="where magnitude\nwould cut as many", **style)
+        ax.axvline(
+            place,
+            label="where magnitude\nwould cut as many",
+            color="0.1",
+            linestyle=":",
+            linewidth=1.2,
+            zorder=3,
+        )
     place = 1.7 * limit  # of the zeros
     ax.bar(
         place,
@@ -1300,9 +1350,14 @@ def head_map(frame, *, value="score", label="score of the head"):
         removed = frame[~frame.kept.astype(bool)]
         x = table.columns.get_indexer(removed["head"]) + 0.86
         y = table.index.get_indexer(removed.block) + 0.25
-        style = {"color": "black", "markeredgecolor": "white", "markersize": 10}
         for place in zip(x, y, strict=True):
-            ax.plot(*place, marker="X", **style)
+            ax.plot(
+                *place,
+                marker="X",
+                color="black",
+                markeredgecolor="white",
+                markersize=10,
+            )
     return ax
 
 
@@ -1320,13 +1375,16 @@ def _heat(table, width, *, label, fmt):
     """
     beside, column = width
     ax = _axes(beside + column * table.shape[1], 1.1 + 0.42 * len(table))
-    style = {
-        "annot": True,
-        "annot_kws": {"fontsize": 9},
-        "linewidths": 0.5,
-        "cmap": "rocket_r",
-    }
-    sns.heatmap(table, ax=ax, fmt=fmt, cbar_kws={"label": label}, **style)
+    sns.heatmap(
+        table,
+        ax=ax,
+        fmt=fmt,
+        cbar_kws={"label": label},
+        annot=True,
+        annot_kws={"fontsize": 9},
+        linewidths=0.5,
+        cmap="rocket_r",
+    )
     ax.tick_params(left=False, bottom=False)
     ax.tick_params(axis="y", rotation=0)
     ax.grid(False)
@@ -1423,12 +1481,15 @@ def save(drawn, path, *, caption=None):
         ("png", "Software"),
     ):
         # Without the date, or the version of matplotlib, the bytes are the same each time.
-        options = {
-            "format": ending,
-            "metadata": {date: None},
-            "bbox_inches": "tight",
-        }
-        record.write_atomic(f"{path}.{ending}", functools.partial(figure.savefig, **options))
+        record.write_atomic(
+            f"{path}.{ending}",
+            functools.partial(
+                figure.savefig,
+                format=ending,
+                metadata={date: None},
+                bbox_inches="tight",
+            ),
+        )
     if caption:
         record.write_atomic(f"{path}.txt", caption + "\n")
     plt.close(figure)
