@@ -18,18 +18,18 @@ def no_figure_stays_open():
 @pytest.fixture
 def rows():
     """Two seeds of a dense model and of three ways to cut it; top1 falls with the share, less when tuned."""
-    found = []
+    measured = []
     for seed in (0, 1):
         for stage in ("dense", "dense+epochs"):
-            found.append({"method": "dense", "stage": stage, "seed": seed, "top1": 80.0, "macs": 4e6})
+            measured.append({"method": "dense", "stage": stage, "seed": seed, "top1": 80.0, "macs": 4e6})
         for method, form in [("unstructured", "masked"), ("structured", "masked"), ("structured", "removed")]:
             for target in (0.5, 0.9):
                 for stage, loss in (("cut", 60), ("finetuned", 10)):
                     macs = 4e6 * (1 - target if form == "removed" else 1)
                     cut = {"method": method, "form": form, "target_kind": "sparsity", "target": target}
                     cut |= {"stage": stage, "seed": seed}
-                    found.append(cut | {"top1": 80 - loss * target + seed, "macs": macs})
-    return pd.DataFrame(found)
+                    measured.append(cut | {"top1": 80 - loss * target + seed, "macs": macs})
+    return pd.DataFrame(measured)
 
 
 @pytest.fixture
@@ -143,8 +143,8 @@ def test_cuts_of_one_seed_have_a_dense_line_of_their_own(uneven, draw):
     half = uneven[(uneven.target == 0.5) | (uneven.method == "dense")]
     half = half.assign(form="masked").drop_duplicates(["method", "target", "stage", "seed"])
     ax = draw(half)
-    found = {label: height for label, height in levels(ax).items() if label.startswith("dense, seed")}
-    assert found == {"dense, seeds 0, 1": 75, "dense, seed 0": 80}
+    dense_lines = {label: height for label, height in levels(ax).items() if label.startswith("dense, seed")}
+    assert dense_lines == {"dense, seeds 0, 1": 75, "dense, seed 0": 80}
     if draw is plots.recovery:
         assert [tick.get_text() for tick in ax.get_xticklabels()] == ["unstructured\n50%", "structured\n50%\nseed 0"]
     else:
@@ -307,9 +307,9 @@ def test_a_caption_is_of_what_is_drawn():
 def test_means_over_seeds_are_of_the_same_seeds():
     frame = pd.DataFrame({"method": list("aabbc"), "seed": [0, 1, 0, 1, 0], "cut": [1.0, 3, 5, 7, 9]})
     frame["distilled"] = [2.0, 4, 6, np.nan, np.nan]
-    found = plots.over_seeds(frame, ["method"]).set_index("method")
-    assert found.seeds.to_dict() == {"a": 2, "b": 1, "c": 1}  # b: the fullest
-    assert found.cut.to_dict() == {"a": 2, "b": 5, "c": 9} and found.distilled.to_dict() == pytest.approx(
+    means = plots.over_seeds(frame, ["method"]).set_index("method")
+    assert means.seeds.to_dict() == {"a": 2, "b": 1, "c": 1}  # b: the fullest
+    assert means.cut.to_dict() == {"a": 2, "b": 5, "c": 9} and means.distilled.to_dict() == pytest.approx(
         {"a": 3, "b": 6, "c": np.nan}, nan_ok=True
     )
 
@@ -346,15 +346,15 @@ def test_agreement_draws_a_bar_per_criterion_and_kind():
 @pytest.fixture
 def timed():
     """Three models, eagerly in two precisions and exported, as bench.bounds returns them."""
-    found = []
+    runs = []
     for i, name in enumerate(["dense", "masked", "half"]):
         for j, (runtime, precision) in enumerate([("eager", "float32"), ("eager", "bf16"), ("onnxruntime", "float32")]):
             speedup, half = (1 + j) * (2 if name == "half" else 1), name == "half"
             times = {"latency_ms": 8 / speedup, "speedup": speedup, "speedup_q1": speedup - 0.1, "speedup_q3": speedup}
             work = {"batch_macs": 4e8 / (1 + half), "batch_bytes": 1e7 - i, "promised": 1 + half, "batch": 8}
             ceilings = {"macs_per_s": 1e11 * (1 + j % 2), "bytes_per_s": 5e10}
-            found.append({"model": name, "runtime": runtime, "precision": precision} | times | work | ceilings)
-    return pd.DataFrame(found)
+            runs.append({"model": name, "runtime": runtime, "precision": precision} | times | work | ceilings)
+    return pd.DataFrame(runs)
 
 
 def test_speedup_bars(timed):
@@ -390,14 +390,14 @@ def test_roofline(timed):
 @pytest.fixture
 def study():
     """Rows of two models and three seeds, of random accuracy and cost, and of their dense models."""
-    rng, found = np.random.default_rng(0), []
+    rng, measured = np.random.default_rng(0), []
     for model, seed in [(model, seed) for model in ("vit", "swin") for seed in range(3)]:
         about = {"model": model, "seed": seed}
-        found.append(about | {"method": "dense", "stage": "dense", "top1": 80 + seed, "macs": 1000 + seed})
+        measured.append(about | {"method": "dense", "stage": "dense", "top1": 80 + seed, "macs": 1000 + seed})
         for method, target, stage in [(m, t, s) for m in "abc" for t in (0.2, 0.6) for s in ("cut", "finetuned")]:
             row = about | {"method": method, "form": "removed", "target": target, "stage": stage}
-            found.append(row | {"top1": rng.uniform(10, 80), "macs": 1000 * target * rng.uniform(0.9, 1.1)})
-    return pd.DataFrame(found)
+            measured.append(row | {"top1": rng.uniform(10, 80), "macs": 1000 * target * rng.uniform(0.9, 1.1)})
+    return pd.DataFrame(measured)
 
 
 @pytest.mark.parametrize("limits", [(0.75, 0.5, 0.25), (1,), (0.6, 0.61, 0.001)])
@@ -474,8 +474,8 @@ def test_the_audit_has_the_rank_correlation_of_pandas(count):
     for row in table.itertuples():
         part = frame[frame.kind == row.kind]
         if row.cuts > 2 and part.predicted.nunique() > 1:
-            known = part[["predicted", "measured"]].corr("spearman").iloc[0, 1]
-            assert row.spearman == pytest.approx(known)
+            expected = part[["predicted", "measured"]].corr("spearman").iloc[0, 1]
+            assert row.spearman == pytest.approx(expected)
         else:
             assert np.isnan(row.spearman)
         ratios = (part.measured / part.predicted)[part.predicted > 0]  # from 1 nat on
@@ -580,10 +580,10 @@ def test_classes_are_sorted_by_what_was_forgotten(count, shown, seeds):
     ax = plots.class_change(frame)
     (bars,) = [each for each in ax.containers if type(each).__name__ == "BarContainer"]
     change = frame.groupby("class").change.mean().sort_values()
-    known = change if shown == count else pd.concat([change.head(12), change.tail(12)])
-    assert [bar.get_width() for bar in bars] == known.tolist() and len(bars) == shown
+    expected = change if shown == count else pd.concat([change.head(12), change.tail(12)])
+    assert [bar.get_width() for bar in bars] == expected.tolist() and len(bars) == shown
     names = [tick.get_text() for tick in ax.get_yticklabels()]
-    assert names == [f"{name} ({name[1:]})" for name in known.index]  # class ci has i images
+    assert names == [f"{name} ({name[1:]})" for name in expected.index]  # class ci has i images
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the worst on top
     gap = [text.get_text() for text in ax.texts if "classes" in text.get_text()]
     assert gap == ([f"… {count - 24} classes between …"] if count > 30 else [])
@@ -643,10 +643,10 @@ def test_a_figure_for_each_model_is_saved_with_its_caption_and_shown(results, sh
     assert sorted(path.stem for path in tmp_path.glob("*.svg")) == names and len(shown) == 4
     plots.save(plots.agreement(table[table.model == "swin"]), tmp_path / "known")
     assert (tmp_path / "known.svg").read_bytes() == (tmp_path / "agreement-swin.svg").read_bytes()
-    said = plots.caption(results, table[table.model == "swin"])
-    assert "; swin; seeds 0, split" in said and "commit swin0," in said
-    assert (tmp_path / "agreement-swin.txt").read_text() == said + "\n"
-    assert (tmp_path / "ranks-swin.txt").read_text() == said + " First: fisher, 80%.\n"
+    words = plots.caption(results, table[table.model == "swin"])
+    assert "; swin; seeds 0, split" in words and "commit swin0," in words
+    assert (tmp_path / "agreement-swin.txt").read_text() == words + "\n"
+    assert (tmp_path / "ranks-swin.txt").read_text() == words + " First: fisher, 80%.\n"
 
 
 def test_where_a_table_is_missing_nothing_is_drawn(results, shown, tmp_path):

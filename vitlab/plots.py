@@ -8,7 +8,7 @@ Public: over_seeds, beside_dense, seeds_of, pareto, best_under, audit_table, ser
 in_words, caption, save_table, styled, looks, shades, panels_beside, mean_and_range,
 training_curves, accuracy_curve, tradeoff, recovery, ladder, speedup_bars, roofline,
 sensitivity_curves, agreement, calibration, class_change, weight_histograms, head_map, heat_map,
-image_grid, changed_images, save, draw_each.
+image_grid, changed_images, save, draw_each, and the constants without an underscore.
 """
 
 import functools
@@ -26,7 +26,7 @@ from vitlab import record
 
 # -- statistics: frames in, frames out
 
-CUT = (
+CUT = (  # columns; rows of one cut have the same values in all of them
     "model",
     "method",
     "criterion",
@@ -34,7 +34,7 @@ CUT = (
     "target_kind",
     "target",
     "stage",
-)  # one cut is a value of each
+)
 STAGES = {  # in the order in which a model goes through them
     "dense": "dense",
     "dense+epochs": "dense, same epochs",
@@ -215,12 +215,10 @@ def pareto(cost, value):
     Returns a bool Series.
     """
     costs, values = cost.to_numpy(), value.to_numpy()
-    own_cost, own_value = (
-        costs[:, None],
-        values[:, None],
-    )  # points down, their rivals across
-    by_value = (own_cost >= costs) & (own_value < values)
-    by_cost = (own_cost > costs) & (own_value <= values)
+    # The comparisons have points down and their rivals across.
+    cost_down, value_down = costs[:, None], values[:, None]
+    by_value = (cost_down >= costs) & (value_down < values)
+    by_cost = (cost_down > costs) & (value_down <= values)
     return pd.Series(~(by_value | by_cost).any(axis=1), cost.index)
 
 
@@ -423,16 +421,6 @@ HUES = COLORS[:7] + COLORS[8:]  # without the grey, which is for controls
 MARKERS = "os^DvPX"  # fewer than hues, so that the tenth series differs from the first
 KINDS = MARKERS + "<>*phd"  # markers of kinds of cuts, of which there are more
 DENSE = {"color": "0.35", "marker": "_"}
-FILLS = {  # colour and hatch of a stage's bars
-    "dense": ("0.35", ""),
-    "dense+epochs": ("0.35", ""),
-    "cut": ("0.85", "///"),
-    "folded": (COLORS[8], "--"),
-    "compensated": (COLORS[9], ".."),
-    "reconstructed": (COLORS[1], "xx"),
-    "finetuned": (COLORS[0], ""),
-    "distilled": (COLORS[2], "\\\\"),
-}
 LINES = {  # of stages
     "distilled": {"linestyle": (0, (8, 2))},
     "finetuned": {"linestyle": "-"},
@@ -752,6 +740,18 @@ def _points(ax, points, style, is_hollow):
         ax.errorbar(*places, xerr=x, yerr=y, fmt="none", ecolor=color, capsize=2, zorder=2)
 
 
+_FILLS = {  # colour and hatch of a stage's bars
+    "dense": ("0.35", ""),
+    "dense+epochs": ("0.35", ""),
+    "cut": ("0.85", "///"),
+    "folded": (COLORS[8], "--"),
+    "compensated": (COLORS[9], ".."),
+    "reconstructed": (COLORS[1], "xx"),
+    "finetuned": (COLORS[0], ""),
+    "distilled": (COLORS[2], "\\\\"),
+}
+
+
 @styled
 def recovery(rows):
     """Draw test top-1 (%) of every cut as bars: after it and after each step of recovery.
@@ -769,7 +769,7 @@ def recovery(rows):
     stages = [stage for stage in STAGES if stage in heights]
     ax = _bar_axes(marks.index + marks, 0.2 + 0.175 * max(4, len(stages)))
     heights = heights[stages].rename(columns=STAGES)
-    colors, hatches = zip(*map(FILLS.get, stages), strict=True)
+    colors, hatches = zip(*map(_FILLS.get, stages), strict=True)
     _bar_groups(ax, heights, colors, hatches, form="{:.0f}", fontsize=9, pad=0.5)
     _dense_lines(ax, rows, cuts.dropna(subset="top1"))
     ax.set(ylabel=TOP1, ylim=(0, 105))
@@ -1112,9 +1112,8 @@ def calibration(frame):
     styles = looks(frame.criterion)
     colors = {criterion: styles[criterion]["color"] for criterion in frame.criterion}
     markers = dict(zip(frame.kind.unique(), itertools.cycle(KINDS), strict=False))
-    height = max(
-        4.4, 1.4 + 0.23 * (len(colors) + len(markers))
-    )  # inches: the legend has as many lines
+    # The legend has as many lines, in inches.
+    height = max(4.4, 1.4 + 0.23 * (len(colors) + len(markers)))
     ax = _axes(height + 2.4, height)
     _diagonal(ax, np.array([floor / 1.5, 1.8 * top]))
     frame = frame.assign(is_below=(values < floor).any(axis=1))
