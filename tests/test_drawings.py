@@ -144,7 +144,8 @@ def test_what_survives_is_counted_apart_and_magnitude_has_its_threshold(model):
     assert [ax.get_ylabel() for ax in figure.axes] == roles
     assert [len(ax.collections) for ax in figure.axes] == [2 * len(view.blocks)] * len(roles)
     assert all(len(ax.lines) == 2 for ax in figure.axes)
-    lines = [line for ax in plots.weight_histograms(by_role[by_role.role == "all"]).axes for line in ax.lines]
+    whole_model = by_role[by_role.role == "all"].assign(method="unstructured", target=0.7)
+    lines = [line for ax in plots.weight_histograms(whole_model).axes for line in ax.lines]
     assert sorted({round(line.get_xdata()[0], 6) for line in lines}) == pytest.approx(
         [-by_role.threshold[0], by_role.threshold[0]], abs=1e-5
     )

@@ -1,250 +1,452 @@
-"""Drawings of what is inside a model, before and after a cut: its weights, widths, spectra and attention; frames in,
-figures out, in the style of `plots`. No torch."""
+"""Drawings of what is inside a model before and after a cut: weights, widths, spectra, attention.
+
+Frames come in, figures go out, in the style of `plots`. No torch.
+
+Public: cuts, kept_widths, weight_violins, spectra, attention_maps.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.patches import Patch, Rectangle
 
-from vitlab.plots import COLORS, STAGES, styled
+from vitlab.plots import (
+    COLORS,
+    STAGES,
+    in_words,
+    panels_beside,
+    shades,
+    styled,
+)
 
-KEPT = plt.get_cmap("Blues")(np.linspace(0.45, 1, 9))  # by the size of the weight
-GONE = {"facecolor": "#fbe3d0", "edgecolor": COLORS[3], "linewidth": 0}
-SIGNS = {"V": "×", "S": "+"}  # before a part that stands beside another
+_BLUES = plt.get_cmap("Blues")(
+    np.linspace(0.45, 1, 9)
+)  # of what is kept, by the size of the weight
+_REMOVED = {
+    "facecolor": "#fbe3d0",
+    "edgecolor": COLORS[3],
+    "linewidth": 0,
+}
+_SIGNS = {
+    "V": "×",
+    "S": "+",
+}  # before a part that stands beside another
 
 
 @styled
 def cuts(frame):
-    """What each method leaves of a layer, matrix by matrix: a picture per method, target and layer, weight by weight.
+    """Draw what each method leaves of a layer, weight by weight.
 
-    frame: columns method, layer, part, row and cells, as layers.picture tells them, and target (a share) if there is
-    one. Blue is kept, the darker the larger; white is zero, crossed is not there any more. Sizes are of what is shown.
-    Returns a Figure. Raises ValueError for a frame without rows.
+    There is a picture for each method, target and layer. Blue is kept, the darker the larger. White
+    is zero. Crossed is what is not there any more. Sizes are of what is shown.
+
+    frame: columns method, layer, part, row and cells, as layers.picture returns them, and target (a
+    share) if there is one.
+    Returns a Figure.
+    Raises ValueError for a frame without rows.
     """
     if frame.empty:
         raise ValueError("no layer to draw")
-    marks = [column for column in ("method", "target", "layer") if column in frame]
-    pictures = list(frame.groupby(marks, sort=False, dropna=False))
-    matrices = [{part: _letters(own) for part, own in found.groupby("part", sort=False)} for _, found in pictures]
-    high = max(len(m) for parts in matrices for m in parts.values())  # in cells, as all that follows
-    gap = 0.1 * high
-    widths = [sum(m.shape[1] + gap for m in parts.values()) for parts in matrices]
-    widths = [max(width, 1.05 * high) + 1.5 * gap for width in widths]
-    line = max(6.5 * high, max(widths))
+    titles = in_words(frame, {"method": "{}", "target": "{:.0%}"}, " ")
+    keys = [column for column in ("method", "target", "layer") if column in frame]
+    pictures = []
+    for _, rows in frame.assign(title=titles).groupby(keys, sort=False, dropna=False):
+        matrices = {part: _letters(cells) for part, cells in rows.groupby("part", sort=False)}
+        pictures.append((rows.title.iloc[0], rows.layer.iloc[0], matrices))
     figure, ax = plt.subplots()
-    x, y, tall = 0.0, 0.0, 0
-    for (name, _), parts, width in zip(pictures, matrices, widths, strict=True):
-        if x and x + width > line:
-            x, y, tall = 0.0, y + tall + 5.5 * gap, 0
-        name = dict(zip(marks, name, strict=True))
-        target = f" {name['target']:.0%}" if name.get("target", np.nan) == name.get("target") else ""
-        ax.text(x, y - 1.6 * gap, f"{name['method']}{target}", fontsize=10, va="bottom")
-        ax.text(x, y - 0.5 * gap, name["layer"], fontsize=8, va="bottom", color="0.35")
-        _product(ax, parts, x, y, gap)
-        x, tall = x + width, max(tall, *(len(m) for m in parts.values()))
-    ax.set(xlim=(-gap / 2, min(line, sum(widths))), ylim=(y + tall + 3 * gap, -3.4 * gap), aspect="equal")
+    width, height, gap = _arrange(ax, pictures)
+    ax.set(
+        xlim=(-gap / 2, width),
+        ylim=(height + 3 * gap, -3.4 * gap),
+        aspect="equal",
+    )
     ax.set_axis_off()
-    inches = 10 / line  # of a cell
-    figure.set_size_inches(max(5.5, inches * min(line, sum(widths))), inches * (y + tall + 6.4 * gap) + 0.4)
-    white = {"facecolor": "white", "edgecolor": "0.35"}
-    handles = [Patch(color=KEPT[5], label="kept, darker: larger"), Patch(**white, label="zero")]
-    if any((m == "x").any() for parts in matrices for m in parts.values()):
-        handles.append(Patch(**GONE, hatch="xxx", label="removed"))
+    handles = [
+        Patch(color=_BLUES[5], label="kept, darker: larger"),
+        Patch(facecolor="white", edgecolor="0.35", label="zero"),
+    ]
+    if frame.cells.str.contains("x").any():
+        handles.append(Patch(**_REMOVED, hatch="xxx", label="removed"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 
-def _letters(own):
-    """The cells of one matrix as an array of letters [rows, columns]."""
-    return np.array([list(line) for line in own.sort_values("row").cells])
+def _arrange(ax, pictures):
+    """Draw pictures beside each other in lines, and set the size of the figure.
+
+    pictures: (title, name of the layer, {part: letters}) of each.
+    Returns width, height and the gap between matrices, all in cells.
+    """
+    high = 0
+    for _, _, matrices in pictures:
+        high = max(high, *map(len, matrices.values()))
+    gap = 0.1 * high
+    widths = []
+    for _, _, matrices in pictures:
+        width = sum(letters.shape[1] + gap for letters in matrices.values())
+        widths.append(max(width, 1.05 * high) + 1.5 * gap)
+    line = max(6.5 * high, *widths)
+    x, y, tall = 0.0, 0.0, 0
+    for (title, layer, matrices), width in zip(pictures, widths, strict=True):
+        if x and x + width > line:
+            x, y, tall = 0.0, y + tall + 5.5 * gap, 0
+        ax.text(x, y - 1.6 * gap, title, fontsize=10, va="bottom")
+        ax.text(
+            x,
+            y - 0.5 * gap,
+            layer,
+            fontsize=8,
+            va="bottom",
+            color="0.35",
+        )
+        _product(ax, matrices, x, y, gap)
+        x += width
+        tall = max(tall, *map(len, matrices.values()))
+    cell = 10 / line  # inches
+    width, height = min(line, sum(widths)), y + tall
+    ax.figure.set_size_inches(max(5.5, cell * width), cell * (height + 6.4 * gap) + 0.4)
+    return width, height, gap
 
 
-def _product(ax, parts, x, y, gap):
-    """Draw the matrices of one layer beside each other, with their signs between and their sizes below."""
-    for i, (part, letters) in enumerate(parts.items()):
+def _letters(rows):
+    """Return the cells of one matrix as an array of letters [rows, columns]."""
+    return np.array(list(map(list, rows.sort_values("row").cells)))
+
+
+def _product(ax, matrices, x, y, gap):
+    """Draw the matrices of one layer in a row, with signs between and their sizes below."""
+    for i, (part, letters) in enumerate(matrices.items()):
+        m, n = letters.shape
         if i:
-            middle = {"ha": "center", "va": "center", "fontsize": 10}
-            ax.text(x - gap / 2, y + len(letters) / 2, SIGNS.get(part, ""), **middle)
+            ax.text(
+                x - gap / 2,
+                y + m / 2,
+                _SIGNS.get(part, ""),
+                ha="center",
+                va="center",
+                fontsize=10,
+            )
         _matrix(ax, letters, x, y)
-        size = f"{part}\n{letters.shape[0]} × {letters.shape[1]}"
-        ax.text(x, y + len(letters) + 0.3 * gap, size, fontsize=8, va="top", color="0.35")
-        x += letters.shape[1] + gap
+        ax.text(
+            x,
+            y + m + 0.3 * gap,
+            f"{part}\n{m} × {n}",
+            fontsize=8,
+            va="top",
+            color="0.35",
+        )
+        x += n + gap
 
 
 def _matrix(ax, letters, x, y):
-    """Draw the cells with their upper left corner at (x, y), 1 wide and high each, gone rows and columns crossed."""
-    colors = np.ones((*letters.shape, 4))
-    for letter, color in zip("abcdefghi", KEPT, strict=True):
-        colors[letters == letter] = color
+    """Draw cells, each 1 wide and high, with their upper left corner at (x, y)."""
     m, n = letters.shape
-    ax.imshow(colors, extent=(x, x + n, y + m, y), interpolation="nearest", zorder=1)
-    for way, gone in ((0, (letters == "x").all(1)), (1, (letters == "x").all(0))):
-        for run in np.ma.clump_masked(np.ma.masked_array(gone, gone)):
-            first, count = run.start, run.stop - run.start
-            corner, size = ((x, y + first), (n, count)) if way == 0 else ((x + first, y), (count, m))
-            hatch = "xxx" if count > 0.04 * max(m, n) else None  # in a thin line crosses would be a thick one
-            ax.add_patch(Rectangle(corner, *size, zorder=2, hatch=hatch, **GONE))
-    ax.add_patch(Rectangle((x, y), n, m, fill=False, edgecolor="0.35", linewidth=0.8, zorder=3))
+    colors = np.ones((m, n, 4))
+    for letter, color in zip("abcdefghi", _BLUES, strict=True):
+        colors[letters == letter] = color
+    ax.imshow(
+        colors,
+        extent=(x, x + n, y + m, y),
+        interpolation="nearest",
+        zorder=1,
+    )
+    removed = letters == "x"
+    for first, count in _runs(removed.all(axis=1)):
+        _cross(ax, (x, y + first), n, count, count > 0.04 * max(m, n))
+    for first, count in _runs(removed.all(axis=0)):
+        _cross(ax, (x + first, y), count, m, count > 0.04 * max(m, n))
+    ax.add_patch(
+        Rectangle(
+            (x, y),
+            n,
+            m,
+            zorder=3,
+            fill=False,
+            edgecolor="0.35",
+            linewidth=0.8,
+        )
+    )
+
+
+def _runs(flags):
+    """Return (first place, length) of each run of true flags."""
+    runs = np.ma.clump_masked(np.ma.masked_array(flags, flags))
+    return [(run.start, run.stop - run.start) for run in runs]
+
+
+def _cross(ax, corner, width, height, is_wide):
+    """Draw a removed part of a matrix; in a thin one, crosses would look like a thick line."""
+    hatch = "xxx" if is_wide else None
+    ax.add_patch(Rectangle(corner, width, height, zorder=2, hatch=hatch, **_REMOVED))
 
 
 @styled
 def kept_widths(frame):
-    """How much of each place is left, as a share of the dense model: a panel per kind, a bar per block (or stage,
-    convolution, layer) with "kept of whole" beside it.
+    """Draw how much of each place is left, as a share of the dense model.
 
-    frame: columns where, kind, kept and whole, as budget.kept returns it. Kinds of which nothing went are left out, but
-    for heads and neurons. Returns a Figure.
+    The numbers stand beside it as "kept of whole". There is a panel for each kind and a bar for
+    each block (or stage, convolution, layer). Kinds of which nothing went are left out, except
+    heads and neurons.
+
+    frame: columns where, kind, kept and whole, as budget.kept returns it.
+    Returns a Figure.
     """
-    less = frame.groupby("kind", sort=False)[["kept", "whole"]].sum()
-    kinds = [kind for kind in less.index if kind in ("heads", "neurons") or less.kept[kind] < less.whole[kind]]
+    sums = frame.groupby("kind", sort=False)[["kept", "whole"]].sum()
+    is_shown = (sums.kept < sums.whole) | sums.index.isin(["heads", "neurons"])
+    kinds = sums.index[is_shown]
     frame = frame[frame.kind.isin(kinds)]
-    places = {where: i for i, where in enumerate(dict.fromkeys(frame["where"]))}
-    size = (1.6 + 1.55 * len(kinds), 1 + 0.3 * len(places))
-    figure, panels = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False)
-    for ax, kind in zip(panels[0], kinds, strict=True):
-        own = frame[frame.kind == kind]
-        y = own["where"].map(places)
+    places = frame["where"].unique()
+    figure, panels = panels_beside(len(kinds), 1.6 + 1.55 * len(kinds), 1 + 0.3 * len(places))
+    for ax, kind in zip(panels, kinds, strict=True):
+        widths = frame[frame.kind == kind].set_index("where")
+        y = [list(places).index(where) for where in widths.index]
         ax.barh(y, 1, 0.75, color="0.92")
-        bars = ax.barh(y, own.kept / own.whole, 0.75, color=COLORS[0])
-        for bar, row in zip(bars, own.itertuples(), strict=True):
-            ax.text(1.04, bar.get_y() + 0.375, f"{row.kept} of {row.whole}", fontsize=8, va="center")
+        ax.barh(y, widths.kept / widths.whole, 0.75, color=COLORS[0])
+        for place, row in zip(y, widths.itertuples(), strict=True):
+            ax.text(
+                1.04,
+                place,
+                f"{row.kept} of {row.whole}",
+                fontsize=8,
+                va="center",
+            )
         ax.set(xlim=(0, 1), xticks=[0, 0.5, 1])
         ax.set_title(kind, fontsize=11)
         ax.xaxis.set_major_formatter("{x:.0%}")
         ax.tick_params(axis="x", labelsize=9)
         ax.grid(False, axis="y")
-    panels[0][0].set_yticks(range(len(places)), places, fontsize=9)
-    panels[0][0].set_ylim(len(places) - 0.4, -0.6)
+    panels[0].set_yticks(range(len(places)), places, fontsize=9)
+    panels[0].set_ylim(len(places) - 0.4, -0.6)
     figure.supxlabel("share of the dense model's that stays", fontsize=12)
     return figure
 
 
 @styled
 def weight_violins(frame):
-    """Distributions of weights by role (a panel each) and block: at the left of each place those of the first stage in
-    grey, at its right the survivors of the last one, all equally wide; dotted where magnitude would have cut as many.
+    """Draw distributions of weights by role (a panel each) and block.
 
-    frame: as prune.histogram(by="layer") returns it, of one cut. Layers outside of blocks are left out. The share of
-    zeros of the last stage stands below. Returns a Figure.
+    At the left of each place stand the weights of the first stage in grey, at its right the
+    survivors of the last one, all equally wide. The share of zeros of the last stage stands below.
+    Dotted lines show where magnitude would have cut as many.
+
+    frame: as prune.histogram(by="layer") returns it, of one cut; layers outside of blocks are left
+    out.
+    Returns a Figure.
     """
     frame = frame.dropna(subset="block")
-    roles, blocks, stages = (list(dict.fromkeys(frame[column])) for column in ("role", "block", "stage"))
+    roles, blocks = frame.role.unique(), frame.block.unique()
+    first, last = frame.stage.unique()[[0, -1]]
     size = (1.6 + 0.9 * max(5, len(blocks)), 0.9 + 1.15 * len(roles))
     figure, panels = plt.subplots(len(roles), 1, figsize=size, sharex=True, squeeze=False)
-    sides = ((stages[0], "count", "low", "0.7"), (stages[-1], "survivors", "high", COLORS[0]))
     for ax, role in zip(panels[:, 0], roles, strict=True):
-        for stage, column, side, color in sides:
-            part = frame[(frame.role == role) & (frame.stage == stage)]
-            for block, own in part.groupby("block", sort=False):
-                place = blocks.index(block)
-                _violin(ax, own, own[column], place, side=side, color=color)
-                if side == "high":
-                    zeros = own.zeros.iloc[0] / (own.zeros.iloc[0] + own["count"].sum())
-                    words = {"ha": "center", "va": "bottom", "transform": ax.get_xaxis_transform()}
-                    ax.text(place, 0.01, f"{zeros:.0%}", fontsize=8, color="0.25", **words)
-        for sign in (1, -1):
-            ax.axhline(sign * frame.threshold.iloc[0], color="0.1", linestyle=":", linewidth=1)
-        own = frame[(frame.role == role) & (frame["count"] > 0)]
-        reach = own[["left", "right"]].abs().to_numpy().max()
-        ax.set(ylim=(-1.5 * reach, 1.1 * reach), ylabel=role)
-        ax.grid(False, axis="x")
-    ax.set_xticks(range(len(blocks)), [str(block).replace("layers.", "").replace("blocks.", "") for block in blocks])
+        bins = frame[frame.role == role]
+        before = bins[bins.stage == first]
+        after = bins[bins.stage == last]
+        _violins(ax, before, "count", blocks, side="low", color="0.7")
+        _violins(ax, after, "survivors", blocks, side="high", color=COLORS[0])
+        _zeros(ax, after, blocks)
+        _limits(ax, bins)
+        ax.set_ylabel(role)
+    words = [str(block).replace("layers.", "").replace("blocks.", "") for block in blocks]
+    ax.set_xticks(range(len(blocks)), words)
     ax.set_xlabel("block; the share of zeros stands below")
     figure.supylabel("value of the weight", fontsize=12)
-    handles = [Patch(color=color, label=STAGES.get(stage, stage)) for stage, _, _, color in sides]
-    handles.append(plt.Line2D([], [], color="0.1", linestyle=":", label="where magnitude would cut as many"))
+    handles = [
+        Patch(color="0.7", label=STAGES.get(first, first)),
+        Patch(color=COLORS[0], label=STAGES.get(last, last)),
+        plt.Line2D(
+            [],
+            [],
+            color="0.1",
+            linestyle=":",
+            label="where magnitude would cut as many",
+        ),
+    ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure
 
 
-def _violin(ax, bins, counts, place, *, side, color):
-    """Half a violin from counts of bins, no longer than there is something; of fewer than three bins no shape."""
-    seen = np.flatnonzero(counts)
-    if len(seen) < 3:
-        return
-    middle = ((bins.left + bins.right) / 2).iloc[seen[0] : seen[-1] + 1]
-    shape = {"coords": middle, "vals": counts.iloc[seen[0] : seen[-1] + 1], "mean": 0, "median": 0}
-    shape |= {"min": middle.min(), "max": middle.max()}
-    (drawn,) = ax.violin([shape], [place], widths=0.85, side=side, showextrema=False)["bodies"]
-    drawn.set(facecolor=color, edgecolor="0.25", linewidth=0.5, alpha=1)
+def _violins(ax, bins, column, blocks, *, side, color):
+    """Draw half a violin from the bins of each block, as long as these are filled.
+
+    Of fewer than three filled bins there is no shape.
+
+    column: name of the counts.
+    """
+    for block, rows in bins.groupby("block", sort=False):
+        filled = np.flatnonzero(rows[column])
+        if len(filled) < 3:
+            continue
+        rows = rows.iloc[filled[0] : filled[-1] + 1]
+        middle = (rows.left + rows.right) / 2
+        shape = {
+            "coords": middle,
+            "vals": rows[column],
+            "mean": 0,
+            "median": 0,
+        }
+        shape |= {"min": middle.min(), "max": middle.max()}
+        place = list(blocks).index(block)
+        violins = ax.violin([shape], [place], widths=0.85, side=side, showextrema=False)
+        violins["bodies"][0].set(facecolor=color, edgecolor="0.25", linewidth=0.5, alpha=1)
+
+
+def _limits(ax, bins):
+    """Set the axis of the weights, and draw where magnitude would have cut as many."""
+    threshold = bins.threshold.iloc[0]
+    for height in (threshold, -threshold):
+        ax.axhline(height, color="0.1", linestyle=":", linewidth=1)
+    filled = bins[bins["count"] > 0]
+    reach = filled[["left", "right"]].abs().max(axis=None)
+    ax.set_ylim(-1.5 * reach, 1.1 * reach)
+    ax.grid(False, axis="x")
+
+
+def _zeros(ax, bins, blocks):
+    """Write the share of zeros of each block at the bottom of the axes."""
+    groups = bins.groupby("block", sort=False)
+    zeros = groups.zeros.first()
+    shares = zeros / (zeros + groups["count"].sum())
+    style = {
+        "fontsize": 8,
+        "color": "0.25",
+        "ha": "center",
+        "va": "bottom",
+    }
+    for block, share in shares.items():
+        place = list(blocks).index(block)
+        ax.text(
+            place,
+            0.01,
+            f"{share:.0%}",
+            transform=ax.get_xaxis_transform(),
+            **style,
+        )
 
 
 @styled
 def spectra(frame):
-    """Singular values (above, of the largest) and the share of their squares up to each rank (below): a panel per role,
-    a line per block; dashed the rank at which two thin layers have as many MACs as one.
+    """Draw singular values (above, of the largest) and the energy up to each rank (below).
 
-    frame: as shrink.spectra returns it; with a column faster (rank up to which factoring was measured to be faster, as
-    bench.break_even tells it), a small mark on each line. Ranks are shares of the full one, so that stages of several
-    widths compare. Returns a Figure.
+    Energy is the share of the squares. There is a panel for each role and a line for each block.
+    Dashed is the rank at which two thin layers have as many MACs as one. Ranks are shares of the
+    full one, so that stages of several widths compare.
+
+    frame: as shrink.spectra returns it; with a column faster (the rank up to which factoring was
+    measured to be faster, as bench.break_even returns it), each line has a small mark there.
+    Returns a Figure.
     """
     largest = frame.groupby("layer").sigma.transform("max")
-    frame = frame.assign(full=frame[["m", "n"]].min(axis=1), relative=frame.sigma / largest)
-    frame["share"] = frame["rank"] / frame.full
-    roles, blocks = list(dict.fromkeys(frame.role)), list(dict.fromkeys(frame.block.dropna()))
-    shades = dict(zip(blocks, sns.color_palette("viridis", len(blocks)), strict=True))
+    full = frame[["m", "n"]].min(axis=1)
+    frame = frame.assign(
+        full=full,
+        relative=frame.sigma / largest,
+        share=frame["rank"] / full,
+    )
+    roles = frame.role.unique()
+    colors = shades(frame.block.dropna().unique())
     size = (1.8 + 1.9 * len(roles), 4.4)
-    figure, panels = plt.subplots(2, len(roles), figsize=size, sharex=True, sharey="row", squeeze=False)
+    figure, panels = plt.subplots(
+        2,
+        len(roles),
+        figsize=size,
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
     for (above, below), role in zip(panels.T, roles, strict=True):
-        own = frame[frame.role == role]
-        for _, line in own.groupby("layer", sort=False):
-            style = {"color": shades.get(line.block.iloc[0], "0.3"), "linewidth": 1.3}
-            above.plot(line.share, line.relative, **style)
-            below.plot(line.share, line.energy, **style)
-            if "faster" in line and line.faster.iloc[0] > 0:
-                end = line.faster.iloc[0] / line.full.iloc[0]
-                below.plot(end, np.interp(end, line.share, line.energy), marker="o", markersize=5, **style)
-        for share in (own.break_even / own.full).round(6).unique():
-            for ax in (above, below):
-                ax.axvline(share, color="0.1", linestyle="--", linewidth=1)
+        _spectra_of_role(above, below, frame[frame.role == role], colors)
         above.set_title(role, fontsize=12)
+        below.xaxis.set_major_formatter("{x:.0%}")
+        below.set(xlim=(0, 1.02), xticks=[0, 0.5, 1])
     floor = max(frame.relative[frame.relative > 0].min(), 1e-4)
-    panels[0, 0].set(yscale="log", ylim=(floor, 1.5), ylabel="singular value,\nof the largest")
+    panels[0, 0].set(
+        yscale="log",
+        ylim=(floor, 1.5),
+        ylabel="singular value,\nof the largest",
+    )
     panels[1, 0].set(ylim=(0, 1.03), ylabel="energy up to the rank")
-    for ax in panels[1]:
-        ax.xaxis.set_major_formatter("{x:.0%}")
-        ax.set(xlim=(0, 1.02), xticks=[0, 0.5, 1])
     panels[1, 0].yaxis.set_major_formatter("{x:.0%}")
     figure.supxlabel("rank, as a share of the full rank", fontsize=12)
-    handles = [plt.Line2D([], [], color=color, label=block) for block, color in shades.items()]
-    handles.append(plt.Line2D([], [], color="0.1", linestyle="--", label="break-even in MACs"))
-    if "faster" in frame:
-        handles.append(plt.Line2D([], [], color="0.35", marker="o", linestyle="", label="faster up to here"))
-    figure.legend(handles=handles, loc="outside right center")
+    _spectra_legend(figure, colors, "faster" in frame)
     return figure
+
+
+def _spectra_legend(figure, colors, has_marks):
+    """Name the colours of blocks, the dashed line and, if there are some, the marks."""
+    styles = {block: {"color": color} for block, color in colors.items()}
+    styles["break-even in MACs"] = {"color": "0.1", "linestyle": "--"}
+    if has_marks:
+        styles["faster up to here"] = {
+            "color": "0.35",
+            "marker": "o",
+            "linestyle": "",
+        }
+    handles = [plt.Line2D([], [], label=label, **style) for label, style in styles.items()]
+    figure.legend(handles=handles, loc="outside right center")
+
+
+def _spectra_of_role(above, below, frame, colors):
+    """Draw the lines of one role's layers, with marks where they are faster, and the break-even."""
+    for _, line in frame.groupby("layer", sort=False):
+        style = {
+            "color": colors.get(line.block.iloc[0], "0.3"),
+            "linewidth": 1.3,
+        }
+        above.plot(line.share, line.relative, **style)
+        below.plot(line.share, line.energy, **style)
+        if "faster" in line and line.faster.iloc[0] > 0:
+            share = line.faster.iloc[0] / line.full.iloc[0]
+            energy = np.interp(share, line.share, line.energy)
+            below.plot(share, energy, marker="o", markersize=5, **style)
+    for share in (frame.break_even / frame.full).round(6).unique():
+        for ax in (above, below):
+            ax.axvline(share, color="0.1", linestyle="--", linewidth=1)
 
 
 @styled
 def attention_maps(frame, images=None):
-    """Where two models look: a column per image, and per block a row before and one after the cut, in the same scale.
+    """Draw where two models look, on several images.
 
-    frame: as evaluate.attention returns it, with a column label for a word above each image if there is one. images:
-    the data.Split that the places are of, to show its pictures on top; None for none. Returns a Figure.
+    There is a column for each image, and for each block a row before and one after the cut. Both
+    rows of a block have the same scale.
+
+    frame: as evaluate.attention returns it; a column label, if there is one, is written above each
+    image.
+    images: the data.Split that the places are of, whose pictures then stand on top.
+    Returns a Figure.
     """
-    blocks, shown = list(dict.fromkeys(frame.block)), list(dict.fromkeys(frame.image))
-    rows = [None] * (images is not None) + [(block, when) for block in blocks for when in ("before", "after")]
-    size = (1.9 + 1.25 * len(shown), 0.6 + 1.25 * len(rows))
-    figure, panels = plt.subplots(len(rows), len(shown), figsize=size, squeeze=False)
-    tops = frame.groupby("block")[["before", "after"]].quantile(0.98).max(axis=1)  # the largest would darken all others
-    for line, row in zip(panels, rows, strict=True):
-        for ax, image in zip(line, shown, strict=True):
-            own = frame[frame.image == image]
-            if row is None:
-                ax.imshow(images.store[images.indices[image]])
-            else:
-                own = own[own.block == row[0]].pivot(index="row", columns="column", values=row[1])
-                drawn = ax.imshow(own, cmap="rocket", vmin=0, vmax=tops[row[0]])
-            ax.set(xticks=[], yticks=[])
-            ax.grid(False)
-            sns.despine(ax=ax, left=True, bottom=True)
-        words = {"before": "dense", "after": "cut"}
-        line[0].set_ylabel("image" if row is None else f"{row[0]}\n{words[row[1]]}", fontsize=9)
-        if row and row[1] == "after":
-            pair = list(panels[[rows.index((row[0], "before")), rows.index(row)]].flat)
-            bar = figure.colorbar(drawn, ax=pair, shrink=0.9, extend="max")
-            bar.ax.tick_params(labelsize=9)
-            bar.set_label("attention received,\ntimes the equal share", fontsize=9)
+    blocks, shown = frame.block.unique(), frame.image.unique()
+    above = int(images is not None)  # rows of pictures
+    count = above + 2 * len(blocks)
+    size = (1.9 + 1.25 * len(shown), 0.6 + 1.25 * count)
+    figure, panels = plt.subplots(count, len(shown), figsize=size, squeeze=False)
+    for ax in panels.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+        sns.despine(ax=ax, left=True, bottom=True)
+    if above:
+        panels[0][0].set_ylabel("image", fontsize=9)
+        for ax, image in zip(panels[0], shown, strict=True):
+            ax.imshow(images.store[images.indices[image]])
+    for i, block in enumerate(blocks):
+        rows = panels[above + 2 * i :][:2]
+        _attention(figure, rows, frame[frame.block == block])
     if "label" in frame:
-        for ax, label in zip(panels[0], frame.groupby("image", sort=False).label.first(), strict=True):
+        labels = frame.groupby("image", sort=False).label.first()
+        for ax, label in zip(panels[0], labels, strict=True):
             ax.set_title(str(label)[:14], fontsize=9)
     return figure
+
+
+def _attention(figure, panels, maps):
+    """Draw the maps of one block: a row before and one after the cut, with one colour bar."""
+    top = maps[["before", "after"]].quantile(0.98).max()  # the largest would darken all others
+    for axes, when, word in zip(panels, ("before", "after"), ("dense", "cut"), strict=True):
+        axes[0].set_ylabel(f"{maps.block.iloc[0]}\n{word}", fontsize=9)
+        for ax, (_, of_image) in zip(axes, maps.groupby("image", sort=False), strict=True):
+            table = of_image.pivot(index="row", columns="column", values=when)
+            picture = ax.imshow(table, cmap="rocket", vmin=0, vmax=top)
+    bar = figure.colorbar(picture, ax=list(panels.flat), shrink=0.9, extend="max")
+    bar.ax.tick_params(labelsize=9)
+    bar.set_label("attention received,\ntimes the equal share", fontsize=9)
