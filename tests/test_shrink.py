@@ -1,4 +1,4 @@
-"""Removed equals masked, thinner models cost and lose what they say, and any of them can be built again."""
+"""Removed equals masked, thinner models cost and lose what they report, and all can be rebuilt."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from vitlab import cost, layers, lowrank, masks, models, scores, shrink
 
 
 def heads_and_neurons(model):
-    """A drop of other heads and neurons in every block, one block down to a single head."""
+    """Return a drop of different heads and neurons in each block; one block keeps a single head."""
     drop = {}
     for i, block in enumerate(models.view(model).blocks):
         gone = list(range(1, block.num_heads)) if i == 1 else [i % block.num_heads]
@@ -25,7 +25,7 @@ def heads_and_neurons(model):
 
 
 def some_rows(model):
-    """A drop of every third row of each linear layer, fc1 (its MLP's neurons) among them."""
+    """Return a drop of every third row of each linear layer; rows of fc1 are neurons."""
     return {
         (name, "rows"): list(range(i % 3, layer.out_features, 3))
         for i, (name, layer) in enumerate(models.view(model).linears().items())
@@ -33,7 +33,10 @@ def some_rows(model):
 
 
 def masked(model, drop):
-    """A copy of model with the units zeroed where they act, by hooks that know nothing of how weights are stored."""
+    """Return a copy of model with the units zeroed where they act.
+
+    Hooks do it, which know nothing of how weights are stored.
+    """
     model = copy.deepcopy(model)
     view = models.view(model)
     for (name, kind), indices in drop.items():
@@ -80,7 +83,7 @@ def fuse(model, fused):
 
 
 def grams(model, x):
-    """{layer: mean of inputs times their transpose} of every linear layer."""
+    """Return {layer: mean of x x^T} and {layer: mean of x} of the inputs x of every linear layer."""
     sums, hooks = {}, []
 
     def see(name):
@@ -118,7 +121,10 @@ def test_removed_equals_masked(model, batch, drop, fused):
 
 
 def every_kind(model):
-    """{kind: a drop of some units of it everywhere}; of heads and neurons all of one block, of blocks one."""
+    """Return {kind: a drop of some of its units everywhere}.
+
+    All heads and all neurons of one block go, and one block.
+    """
     view = models.view(model)
     drops = {}
     for kind in models.UNITS:
@@ -142,7 +148,7 @@ def every_kind(model):
 
 
 def masked_as_well(model, drop):
-    """As `masked`, for the other kinds."""
+    """Return a copy of model with units of every kind zeroed where they act, as `masked` does."""
     model = masked(
         model, {key: gone for key, gone in drop.items() if key[1] in ("heads", "neurons", "rows")}
     )
@@ -171,7 +177,7 @@ def masked_as_well(model, drop):
 
 
 def mask_stream(model, stream, indices):
-    """Dead channels are zero wherever they are written, and norms look at the others alone."""
+    """Zero channels wherever they are written, and let norms look at the others alone."""
     size = len(stream[0][0].weight)
     wide = [j * size + i for j in range(4) for i in indices]
     for thing, how in stream:
@@ -208,7 +214,9 @@ def test_removed_equals_masked_for_every_kind_and_architecture(any_model, batch,
     )
     assert error(small(batch[0]), expected(batch[0])) < 1e-5
     assert error(fuse(small, True)(batch[0]), expected(batch[0])) < 1e-5
-    small, expected = (without_drops(each).train() for each in (copy.deepcopy(small), expected))
+    small, expected = (
+        without_drops(network).train() for network in (copy.deepcopy(small), expected)
+    )
     wanted = input_gradient(expected, batch)
     for fused in (False, True):
         assert error(input_gradient(fuse(small, fused), batch), wanted) < 1e-5
@@ -235,12 +243,11 @@ NOTHING = [row for row in shrink._REMOVERS if row[0] != ("block",)]  # a block g
 @pytest.mark.parametrize("kinds, remover", NOTHING, ids=["+".join(kinds) for kinds, _ in NOTHING])
 @torch.no_grad()
 def test_a_removal_of_nothing_is_bit_equal(any_model, batch, kinds, remover):
-    """`remove` refuses it as a mistake; what each remover makes anew, with and without grams, is as it was."""
+    """`remove` refuses it as a mistake; here each remover puts new layers that compute the same."""
     logits = any_model(batch[0])
     view = models.view(any_model)
-    if kinds == ("rows",):
-        names = list(view.linears())
-    else:
+    names = list(view.linears())
+    if kinds != ("rows",):
         names = dict.fromkeys(name for name, _ in view.units(kinds))
     second_moments, means = grams(any_model, batch[0])
     for fill in (shrink._Fill({}, {}, 1e-3), shrink._Fill(means, second_moments, 1e-3)):
@@ -354,9 +361,11 @@ def test_units_under_a_norm_of_their_own_are_refused(option, key):
 def test_kept_weights_get_the_gradients_of_the_masked_model(model, batch):
     drop = heads_and_neurons(model)
     small, whole = shrink.remove(model, drop).train(), masked(model, drop).train()
-    for each in (small, whole):
-        nn.functional.cross_entropy(each(batch[0]), batch[1]).backward()
-    mine, theirs = ({k: p.grad for k, p in each.named_parameters()} for each in (small, whole))
+    for network in (small, whole):
+        nn.functional.cross_entropy(network(batch[0]), batch[1]).backward()
+    mine, theirs = (
+        {k: p.grad for k, p in network.named_parameters()} for network in (small, whole)
+    )
     assert mine.keys() == theirs.keys()
     for block in models.view(model).blocks:
         gone = drop[block.name, "neurons"]
@@ -397,11 +406,11 @@ def test_without_all_heads_or_neurons_the_mean_of_what_they_gave_is_left(model, 
 
 def test_narrower_streams_are_refitted_where_their_readers_can(model, batch):
     name = "stages.0"
-    seen, _ = grams(model, batch[0])
+    second_moments, _ = grams(model, batch[0])
     plain = shrink.remove(model, {(name, "width"): [0, 5]})
-    fitted = shrink.remove(model, {(name, "width"): [0, 5]}, grams=seen)
+    fitted = shrink.remove(model, {(name, "width"): [0, 5]}, grams=second_moments)
     reader = f"{models.view(model).blocks[0].name}.mlp.fc1"
-    weight, gram = model.get_submodule(reader).weight, seen[reader]
+    weight, gram = model.get_submodule(reader).weight, second_moments[reader]
     keep = [i for i in range(weight.shape[1]) if i not in (0, 5)]
 
     def lost(small):
@@ -413,7 +422,7 @@ def test_narrower_streams_are_refitted_where_their_readers_can(model, batch):
 
 
 def test_filters_that_say_the_same_can_stand_in_for_each_other(model, batch):
-    """Of two equal filters one goes: with grams nothing is lost, without a lot."""
+    """One of two equal filters goes: with grams nothing is lost, without grams a lot."""
     first, second = list(dict(models.view(model).stem))[:2]
     norm = model.get_submodule(models.norm_after(model, first))
     with torch.no_grad():
@@ -425,9 +434,9 @@ def test_filters_that_say_the_same_can_stand_in_for_each_other(model, batch):
             norm.running_var,
         ):
             tensor[5] = tensor[2]
-    seen = scores.grams(model, [batch], layers=[second])
+    second_moments = scores.grams(model, [batch], layers=[second])
     drop = {(first, "filters"): [5]}
-    fitted = shrink.remove(model, drop, grams=seen, damping=1e-9)
+    fitted = shrink.remove(model, drop, grams=second_moments, damping=1e-9)
     assert (
         error(fitted(batch[0]), model(batch[0]))
         < 1e-4
@@ -439,7 +448,7 @@ def test_filters_that_say_the_same_can_stand_in_for_each_other(model, batch):
 
 
 def test_factors_of_the_stem_and_linear_layers(any_model, batch):
-    """What has low rank already stays as it is, costs rank (m + n) at each position, and is built again."""
+    """A matrix of low rank computes the same in factors, which cost rank (m + n) a position."""
     view = models.view(any_model)
     ranks = {
         name: min(3, int(lowrank.break_even_rank(*m.weight.flatten(1).shape)))
@@ -457,8 +466,8 @@ def test_factors_of_the_stem_and_linear_layers(any_model, batch):
     before, after = (cost.breakdown(m).groupby("layer").macs.sum() for m in (any_model, thin))
     for name, rank in ranks.items():
         m, n = any_model.get_submodule(name).weight.flatten(1).shape
-        found = sum(macs for layer, macs in after.items() if f"{layer}.".startswith(f"{name}."))
-        assert found * m * n == before[name] * rank * (m + n)
+        executed = sum(macs for layer, macs in after.items() if f"{layer}.".startswith(f"{name}."))
+        assert executed * m * n == before[name] * rank * (m + n)
     same = shrink.rebuild(
         models.create(**recipe(thin)), json.loads(json.dumps(shrink.structure(thin)))
     ).eval()
@@ -469,29 +478,29 @@ def test_factors_of_the_stem_and_linear_layers(any_model, batch):
 
 
 def test_a_filter_that_hardly_varies_leaves_its_mean(model, batch):
-    """A filter as good as constant goes: what it gave on average stays in the next convolution's norm or bias."""
+    """A filter that is nearly constant goes: its mean stays in the norm or bias behind."""
     first, second = list(dict(models.view(model).stem))[:2]
     norm = model.get_submodule(models.norm_after(model, first))
     with torch.no_grad():
         norm.weight[5], norm.bias[5] = 0, 3
-    seen = scores.grams(model, [batch], layers=[second], affine=True)[second]
-    drop, mean = {(first, "filters"): [5]}, {second: seen[-1, :-1]}
+    second_moments = scores.grams(model, [batch], layers=[second], affine=True)[second]
+    drop, mean = {(first, "filters"): [5]}, {second: second_moments[-1, :-1]}
     lost = error(shrink.remove(model, drop)(batch[0]), model(batch[0]))
     centred = error(shrink.remove(model, drop, means=mean)(batch[0]), model(batch[0]))
     assert centred < 0.5 * lost  # not zero: at the rim the padding is no constant
-    both = shrink.remove(model, drop, means=mean, grams={second: seen[:-1, :-1]})
+    both = shrink.remove(model, drop, means=mean, grams={second: second_moments[:-1, :-1]})
     assert error(both(batch[0]), model(batch[0])) < 0.5 * lost
 
 
 def test_a_factored_stem_loses_filters_and_its_factors_where_they_cost_more(model, batch):
-    """The filters are those of the whole, not its ranks; below break-even the two parts become one again."""
+    """Filters are outputs of both factors together; where these cost more, they are merged."""
     first, second, last = list(dict(models.view(model).stem))
     counts = models.view(model).units(["filters"])
     thin = shrink.factorise(model, {first: 3, second: 8, last: 8})
     assert models.view(thin).units(["filters"]) == counts
     assert set(models.view(thin).matrices) == set(models.view(thin).linears())
-    found = scores.units(thin, [batch], criteria=["fisher"], kinds=["filters"])["fisher"]
-    assert {key: len(score) for key, score in found.items()} == counts
+    scores_by_units = scores.units(thin, [batch], criteria=["fisher"], kinds=["filters"])["fisher"]
+    assert {key: len(score) for key, score in scores_by_units.items()} == counts
     drop = {(second, "filters"): range(counts[second, "filters"] - 4)}
     expected = copy.deepcopy(thin)
     behind = expected.get_submodule(models.norm_after(expected, second))
@@ -529,7 +538,7 @@ def test_errors_of_factorising(vit):
 
 
 def test_what_stays_makes_up_for_masked_weights(model, batch):
-    seen, _ = grams(model, batch[0])
+    second_moments, _ = grams(model, batch[0])
     generator = torch.Generator().manual_seed(0)
     layers_ = models.view(model).linears()
     keep = {
@@ -537,45 +546,45 @@ def test_what_stays_makes_up_for_masked_weights(model, batch):
         for n, m in layers_.items()
     }
     stem = models.view(model).stem[1][0]
-    seen |= scores.grams(model, [batch], layers=[stem])
+    second_moments |= scores.grams(model, [batch], layers=[stem])
     keep[f"{stem}.weight"] = (
         torch.rand(model.get_submodule(stem).weight.shape, generator=generator) < 0.4
     )
     norm = f"{models.view(model).blocks[0].name}.norm1.weight"
     keep[norm] = torch.arange(len(model.get_parameter(norm))) > 2
-    fitted = shrink.refit(model, keep, seen)
+    fitted = shrink.refit(model, keep, second_moments)
     for name, mask in keep.items():
         weight, new = model.get_parameter(name), fitted.get_parameter(name)
         assert new[~mask].count_nonzero() == 0
         if name == norm:
             assert torch.equal(new, weight * mask)
             continue
-        gram = lowrank.damped(seen[name.removesuffix(".weight")])
+        gram = lowrank.damped(second_moments[name.removesuffix(".weight")])
         weight, new, mask = (tensor.flatten(1) for tensor in (weight, new, mask))
         assert lowrank.objective(weight, new, gram) < lowrank.objective(weight, weight * mask, gram)
     assert fitted(batch[0]).isfinite().all() and not torch.equal(model.get_parameter(name), new)
-    swept = shrink.refit(model, keep, seen, method="obs")
+    swept = shrink.refit(model, keep, second_moments, method="obs")
     for name, mask in keep.items():
-        weight, best, new = (each.get_parameter(name) for each in (model, fitted, swept))
+        weight, best, new = (network.get_parameter(name) for network in (model, fitted, swept))
         if name == norm:
             assert torch.equal(new, weight * mask)
             continue
-        gram = lowrank.damped(seen[name.removesuffix(".weight")])
+        gram = lowrank.damped(second_moments[name.removesuffix(".weight")])
         weight, best, new, mask = (tensor.flatten(1) for tensor in (weight, best, new, mask))
         assert torch.equal(new, lowrank.obs_update(weight, gram, mask))
         assert lowrank.objective(weight, best, gram) <= lowrank.objective(weight, new, gram)
     with pytest.raises(ValueError, match="unknown method 'obd', did you mean 'obs'"):
-        shrink.refit(model, keep, seen, method="obd")
+        shrink.refit(model, keep, second_moments, method="obd")
     with pytest.raises(ValueError, match="unknown parameter 'norm.weigth'"):
-        shrink.refit(model, {"norm.weigth": keep[norm]}, seen)
+        shrink.refit(model, {"norm.weigth": keep[norm]}, second_moments)
     with pytest.raises(ValueError, match="none of the layers in keep"):
-        shrink.refit(model, {norm: keep[norm]}, seen)
+        shrink.refit(model, {norm: keep[norm]}, second_moments)
 
 
 def test_all_that_a_head_has_goes_with_it(swin):
     block = models.view(swin).blocks[1].name
     small = shrink.remove(swin, {(block, "heads"): [1]})
-    attn, whole = (each.get_submodule(f"{block}.attn") for each in (small, swin))
+    attn, whole = (network.get_submodule(f"{block}.attn") for network in (small, swin))
     assert attn.num_heads == 2 and attn.scale == whole.scale
     assert attn.qkv.weight.shape == (3 * 16, 24) and attn.proj.weight.shape == (24, 16)
     assert torch.equal(
@@ -586,7 +595,7 @@ def test_all_that_a_head_has_goes_with_it(swin):
 
 
 def test_a_forgotten_bias_table_is_caught(swin, batch):
-    """What the laws above would see: with one head left, Swin broadcasts a whole table without a word."""
+    """The laws would see it: with one head left, Swin broadcasts a whole table in silence."""
     drop = heads_and_neurons(swin)
     small = shrink.remove(swin, drop)
     block = models.view(swin).blocks[0].name
@@ -678,17 +687,19 @@ def test_means_and_least_squares_make_up_for_what_goes(model, batch):
             for key, value in drop.items()
             if (key[1] == "heads") == reader.endswith("proj")
         }
-        seen = []
-        hook = whole.register_forward_hook(lambda m, args, y, seen=seen: seen.append((args[0], y)))
+        records = []
+        hook = whole.register_forward_hook(
+            lambda m, args, y, records=records: records.append((args[0], y))
+        )
         model(x)
         hook.remove()
-        inputs, outputs = seen[0]
+        inputs, outputs = records[0]
         gone = drop_one.popitem()
         width = block.head_dim if gone[0][1] == "heads" else 1
         keep = [i for i in range(whole.in_features) if i // width not in gone[1]]
         losses = []
-        for known in ({}, {"means": mean}, {"grams": gram}, {"grams": gram, "means": mean}):
-            small = shrink.remove(model, dict([gone]), **known).get_submodule(reader)
+        for statistics in ({}, {"means": mean}, {"grams": gram}, {"grams": gram, "means": mean}):
+            small = shrink.remove(model, dict([gone]), **statistics).get_submodule(reader)
             assert small.in_features == len(keep)
             losses.append((small(inputs[..., keep]) - outputs).square().mean().item())
         plain, centred, fitted, both = losses

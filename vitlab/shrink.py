@@ -136,7 +136,7 @@ def _complement(indices, size):
 
 
 def _remove_rows(model, name, removed, fill):
-    """Compute the rows that stay, and put zeros in the place of the others."""
+    """Let a layer compute only the rows that stay, with zeros in the place of the others."""
     layer = model.get_submodule(name)
     rows = range(layer.out_features)
     if isinstance(layer, layers.RowLinear):
@@ -187,6 +187,7 @@ def _kept_dimensions(block, heads, removed, kind, size):
 
 
 def _remove_neurons(model, name, removed, fill):
+    """Take neurons out of a block's MLP."""
     reader = f"{name}.mlp.fc2"
     keep = _complement(removed["neurons"], models.view(model).block(name).neurons)
     if not len(keep):
@@ -223,7 +224,7 @@ def _remove_channels(model, stage, removed, fill):
     for thing, how in stream:
         name = names[id(thing)]
         kept = merged if how == "merged" else keep
-        if how == "last":
+        if how == "last":  # a parameter of the model itself, such as a class token
             _keep_entries(model, name, kept, axis=-1)
         elif how == "columns" or (how == "merged" and hasattr(thing, "in_features")):
             fill.narrow(model, name, kept)
@@ -238,7 +239,8 @@ def _keep_outputs(model, name, keep):
     module = model.get_submodule(name)
     if hasattr(module, "in_features"):
         return _put(model, name, layers.select(module, rows=keep))
-    # A convolution, norm or scale: each tensor but the count of batches has an entry a channel.
+    # Each tensor of a convolution, norm or scale has an entry for each channel, except for a batch
+    # norm's count of batches.
     for tensor_name, tensor in module.state_dict().items():
         if tensor.ndim:
             _keep_entries(module, tensor_name, keep)
@@ -247,7 +249,7 @@ def _keep_outputs(model, name, keep):
 
 
 def _merge_factors(model):
-    """Make one convolution again of two whose product no longer executes less than the whole."""
+    """Merge the factors of a convolution where they no longer execute less than the whole."""
     for name, module in _modules_of(model, layers.FactoredConv2d).items():
         first, second = module
         limit = lowrank.break_even_rank(len(second.weight), first.weight[0].numel())
@@ -256,6 +258,7 @@ def _merge_factors(model):
 
 
 def _remove_block(model, name, removed, fill):
+    """Let the residual stream pass where a block was."""
     _put(model, name, layers.Skip())
 
 
@@ -344,27 +347,16 @@ def compress(
         rank, count = _plan(m, n, budget, method, support, kappa, multiple)
         if rank + count == 0:
             raise ValueError(
-                f"ratio {ratio} leaves nothing of {name} [{m}, {n}] by {method!r}; give a lower one"
+                f"ratio {ratio} leaves nothing of {name} by {method}; give a lower one"
             )
         fit = _fit(weight, gram, rank, count, method, support, whiten, rounds, generator)
         new = _layer_of(fit, support, layer.bias)
         _put(model, path, new)
-        report.append(
-            {
-                "layer": name,
-                "role": view.role(name),
-                "m": m,
-                "n": n,
-                "rank": rank,
-                "count": count,
-                "objective_magnitude": _magnitude_objective(weight, gram, budget, count, support),
-                "objective_start": fit.objectives[0],
-                "objective": fit.objectives[-1],
-                "macs_dense": m * n,
-                "macs": layers.macs(new),
-                "macs_ideal": layers.macs(new, ideal=True),
-            }
-        )
+        shape = {"m": m, "n": n, "rank": rank, "count": count}
+        losses = _losses(weight, gram, budget, count, support, fit)
+        costs = {"macs_dense": m * n, "macs": layers.macs(new)}
+        costs["macs_ideal"] = layers.macs(new, ideal=True)
+        report.append({"layer": name, "role": view.role(name), **shape, **losses, **costs})
     return model, pd.DataFrame(report)
 
 
@@ -376,10 +368,9 @@ def _check_request(ratio, method, support, kappa, grams):
             f"above 0, which changes no layer, and below 1; got {ratio}"
         )
     _check_known("method", method, METHODS)
-    is_pattern = lowrank.neighbours(support) is not None
-    if not is_pattern:
+    if not lowrank.neighbours(support):
         _check_known("support", support, layers.SUPPORTS)
-    if is_pattern and "iht" not in method:
+    elif "iht" not in method:
         raise ValueError(
             f"{support} is how a sparse part is stored, and {method} has none; "
             "give support='entries'"
@@ -410,23 +401,25 @@ def _plan(m, n, budget, method, support, kappa, multiple):
     """
     if lowrank.neighbours(support):
         return _plan_pattern(m, n, budget, method, support, multiple)
-    share = budget / (m * n)
+    share = budget / (m * n)  # of the dense layer's MACs
     if method == "iht":
         return 0, budget // _price(m, n, support)
     if method == "svd+iht":
+        # The rank takes kappa of the budget, and the sparse part what is left.
         rank = max(lowrank.rank_for(m, n, share * kappa, multiple=multiple), 1)
         left = max(budget - rank * (m + n), 0)
         count = left // _price(m, n, support)
         return (rank, count) if count else (0, 0)
     rank = lowrank.rank_for(m, n, share, multiple=multiple)
     if method == "threshold" and rank:
+        # The product of that rank keeps as many entries as the budget has weights.
         return rank, budget
     return rank, 0
 
 
 def _plan_pattern(m, n, budget, method, support, multiple):
     """Return the rank beside a pattern, and the count of entries that the pattern keeps."""
-    few, of = lowrank.neighbours(support)
+    few, of = lowrank.neighbours(support)  # few of each group of neighbours stay
     if n % of or not 0 < few < of:
         raise ValueError(
             f"{support} does not fit a [{m}, {n}] matrix: it divides rows into groups of {of}"
@@ -455,6 +448,7 @@ def _fit(weight, gram, rank, count, method, support, whiten, rounds, generator):
         return lowrank.low_rank_plus_sparse(
             weight, gram, rank, count, support=support, rounds=rounds
         )
+    # The other methods start from the plain truncated SVD.
     u, v = lowrank.svd(weight, rank)
     start = lowrank.objective(weight, u @ v, gram)
     sparse = torch.zeros_like(weight)
@@ -486,12 +480,16 @@ def _layer_of(fit, support, bias):
     )
 
 
-def _magnitude_objective(weight, gram, budget, count, support):
-    """Return the objective of magnitude pruning with all of the budget on the support."""
+def _losses(weight, gram, budget, count, support, fit):
+    """Return the objectives of a fit, and of magnitude pruning with all of its budget."""
     if not lowrank.neighbours(support):
         count = budget // _price(*weight.shape, support)
     pruned = lowrank.project(weight, count, support=support)
-    return lowrank.objective(weight, pruned, gram)
+    return {
+        "objective_magnitude": lowrank.objective(weight, pruned, gram),
+        "objective_start": fit.objectives[0],
+        "objective": fit.objectives[-1],
+    }
 
 
 @torch.no_grad()
@@ -574,14 +572,15 @@ def refit(model, keep, grams, *, method="least squares", damping=1e-3):
     for name, mask in keep.items():
         _check_known("parameter", name, parameters)
         if mask.shape != parameters[name].shape:
-            raise ValueError(f"{name} is {list(parameters[name].shape)}, its mask not")
+            shape = list(parameters[name].shape)
+            raise ValueError(f"the mask of {name} must be {shape}; got {list(mask.shape)}")
     if not {name.removesuffix(".weight") for name in keep} & grams.keys():
         raise ValueError("grams has none of the layers in keep: give scores.grams of them")
     for name, mask in keep.items():
         weight = parameters[name]
         mask = mask.to(weight.device)
-        layer, n = name.removesuffix(".weight"), weight[0].numel()
-        gram = _fitting(grams, layer, n, damping, partial=True)
+        layer = name.removesuffix(".weight")
+        gram = _fitting(grams, layer, weight[0].numel(), damping, partial=True)
         if gram is None or not mask.any():
             weight.mul_(mask)
             continue
@@ -646,8 +645,8 @@ class _Fill:
     def _solve(self, layer, name, columns):
         """Return what makes up for the inputs of a layer that are not in columns.
 
-        Inputs x are about transfer (x[columns] - centre[columns]) + centre, with centre their mean
-        or, without means, zero.
+        Inputs x are about transfer (x[columns] - centre[columns]) + centre, where centre is their
+        mean, or zero without means.
 
         Returns transfer [n, kept], float64, or None without a gram; and what each output loses on
         average, [m], or None without a mean or a place for it.
@@ -666,8 +665,10 @@ class _Fill:
         centre = centre.to(weight.device, torch.float64)
         columns = columns.to(weight.device)
         transfer = None
-        unexplained = centre.index_fill(0, columns, 0)  # mean of the inputs that go
+        # Without a gram, what the outputs lose on average is what the removed inputs gave them.
+        unexplained = centre.index_fill(0, columns, 0)
         if gram is not None:
+            # With a gram, the inputs that stay predict the removed ones, about the mean.
             covariance = gram.to(weight.device) - centre[:, None] * centre
             transfer = lowrank.regression(covariance, columns)
             unexplained = centre - transfer @ centre[columns]
@@ -815,7 +816,7 @@ def _put(model, name, new):
 
 
 def _set_heads(attn, heads):
-    """Keep these heads in all that attention has one entry a head of. `scale` stays."""
+    """Keep these heads wherever attention holds an entry for each head. `scale` stays."""
     attn.num_heads = len(heads)
     if hasattr(attn, "attn_dim"):  # timm's ViT
         attn.attn_dim = attn.proj.in_features
