@@ -83,7 +83,7 @@ def fuse(model, fused):
 
 
 def grams(model, x):
-    """Return {layer: mean of x x^T} and {layer: mean of x} of the inputs x of every linear layer."""
+    """Return {layer: mean of x x^T} and {layer: mean of x} for the inputs x of linear layers."""
     sums, hooks = {}, []
 
     def see(name):

@@ -346,9 +346,7 @@ def compress(
         budget = int((1 - ratio) * m * n + 1e-6)  # 1 - 0.9 is a little less than 0.1
         rank, count = _plan(m, n, budget, method, support, kappa, multiple)
         if rank + count == 0:
-            raise ValueError(
-                f"ratio {ratio} leaves nothing of {name} by {method}; give a lower one"
-            )
+            raise ValueError(f"ratio {ratio} leaves nothing of {name} by {method}; lower it")
         fit = _fit(weight, gram, rank, count, method, support, whiten, rounds, generator)
         new = _layer_of(fit, support, layer.bias)
         _put(model, path, new)
