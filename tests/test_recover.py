@@ -10,40 +10,46 @@ from vitlab import budget, layers, masks, models, prune, recover, scores, shrink
 @pytest.fixture
 def batches():
     generator = torch.Generator().manual_seed(2)
-    return [(torch.randn(32, 3, 16, 16, generator=generator), torch.arange(32) % 3) for _ in range(4)]
+    return [
+        (torch.randn(32, 3, 16, 16, generator=generator), torch.arange(32) % 3) for _ in range(4)
+    ]
 
 
 def cut(model, batches, macs=0.75):
-    """A model without units of every kind, factored where it saves most, and what was removed."""
+    """Return a model without some units of every kind, with factored layers, and its drops."""
     kinds = ["heads", "neurons", "filters", "width", "v"]
-    found = scores.units(model, batches, criteria=["fisher"], kinds=kinds)["fisher"]
-    plan = budget.plan(model, found, macs=macs, kinds=kinds, multiple=2)
+    unit_scores = scores.units(model, batches, criteria=["fisher"], kinds=kinds)["fisher"]
+    plan = budget.plan(model, unit_scores, macs=macs, kinds=kinds, multiple=2)
     small = shrink.remove(model, plan.drop)
     matrices = list(models.view(small).matrices)
-    seen = scores.grams(small, batches, layers=matrices)
-    felt = scores.gradient_grams(small, batches, layers=matrices)
-    return shrink.factorise(small, budget.ranks(small, seen, felt, macs=0.8, multiple=1), grams=seen), [plan.drop]
+    grams = scores.grams(small, batches, layers=matrices)
+    gradient_grams = scores.gradient_grams(small, batches, layers=matrices)
+    return shrink.factorise(
+        small, budget.ranks(small, grams, gradient_grams, macs=0.8, multiple=1), grams=grams
+    ), [plan.drop]
 
 
 @torch.no_grad()
 def gap(model, dense, batches):
-    """Mean squared difference of the logits."""
+    """Return the mean squared difference of the logits."""
     return torch.cat([model(x) - dense(x) for x, _ in batches]).square().mean().item()
 
 
 def inputs(model, name, x):
-    """What goes into a module."""
-    seen = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    """Return what goes into a module, [positions, channels]."""
+    recorded = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, arguments: recorded.append(arguments[0])
+    )
     with torch.no_grad():
         model(x)
     handle.remove()
-    return seen[0].flatten(0, -2)
+    return recorded[0].flatten(0, -2)
 
 
 @pytest.mark.parametrize("tokens", [64, 5])
 def test_what_was_not_cut_stays_as_it_is(any_model, batches, tokens):
-    """Also if few positions are looked at: dense and small model must be seen in the same ones."""
+    """Also with few positions: they must be the same ones in the dense and the small model."""
     new = recover.reconstruct(any_model, any_model, batches, tokens=tokens, drops={})
     x = batches[0][0]
     torch.testing.assert_close(new(x), any_model(x), rtol=1e-3, atol=1e-3)
@@ -51,27 +57,38 @@ def test_what_was_not_cut_stays_as_it_is(any_model, batches, tokens):
 
 def test_the_logits_come_nearer_to_those_of_the_dense_model(any_model, batches):
     small, drops = cut(any_model, batches)
-    before, shapes = gap(small, any_model, batches), {n: p.shape for n, p in small.state_dict().items()}
-    given = {name: tensor.clone() for m in (small, any_model) for name, tensor in m.state_dict().items()}
+    before, shapes = (
+        gap(small, any_model, batches),
+        {n: p.shape for n, p in small.state_dict().items()},
+    )
+    tensors_before = {
+        name: tensor.clone() for m in (small, any_model) for name, tensor in m.state_dict().items()
+    }
     new = recover.reconstruct(small.train(), any_model, batches, drops=drops)
     assert gap(new.eval(), any_model, batches) < 0.7 * before
     assert {n: p.shape for n, p in new.state_dict().items()} == shapes
-    assert small.training and not any_model.training and all(p.requires_grad for p in new.parameters())
-    now = {name: tensor for m in (small, any_model) for name, tensor in m.state_dict().items()}
-    assert all(torch.equal(tensor, now[name]) for name, tensor in given.items())  # neither is touched
+    assert (
+        small.training and not any_model.training and all(p.requires_grad for p in new.parameters())
+    )
+    tensors_after = {
+        name: tensor for m in (small, any_model) for name, tensor in m.state_dict().items()
+    }
+    assert all(
+        torch.equal(tensor, tensors_after[name]) for name, tensor in tensors_before.items()
+    )  # neither is touched
     small.eval()
     assert gap(small, any_model, batches) == pytest.approx(before)
 
 
 def least_squares(x, y):
-    """weight and bias of the affine map from x [N, n] to y [N, m], by torch's own solver in float64."""
+    """Return weight and bias of the affine map from x [N, n] to y [N, m], by torch in float64."""
     x = torch.nn.functional.pad(x.double(), (0, 1), value=1)
     solved = torch.linalg.lstsq(x, y.double()).solution.T
     return solved[:, :-1], solved[:, -1]
 
 
 def test_fc2_and_classifier_are_least_squares_by_hand(vit, batches):
-    """After the last block lost heads and neurons, fc2 makes up for both and the classifier for what is left."""
+    """fc2 makes up for the heads and neurons of its block, the classifier for the rest."""
     drop = {("blocks.1", "neurons"): range(0, 64, 3), ("blocks.1", "heads"): [1]}
     small = shrink.remove(vit, drop)
     new = recover.reconstruct(small, vit, batches, drops=drop, damping=1e-12)
@@ -81,33 +98,45 @@ def test_fc2_and_classifier_are_least_squares_by_hand(vit, batches):
     torch.testing.assert_close(new.blocks[1].mlp.fc2.weight.double(), weight, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(new.blocks[1].mlp.fc2.bias.double(), bias, rtol=1e-3, atol=1e-4)
     weight, bias = least_squares(inputs(new, "head", x), vit(x).detach())
-    best = inputs(new, "head", x).double() @ weight.T + bias  # a norm ties its outputs together: weights are not unique
+    best = (
+        inputs(new, "head", x).double() @ weight.T + bias
+    )  # a norm ties its outputs together: weights are not unique
     torch.testing.assert_close(new(x).detach().double(), best, rtol=1e-3, atol=1e-3)
 
 
 def test_a_factored_layer_gets_the_best_map_of_its_rank(vit, batches):
-    """Against torch's own SVD: of least squares onto the dense outputs, the leading directions of the fitted ones."""
+    """The best map has the leading directions of the outputs that least squares fits."""
     small = shrink.factorise(vit, {"blocks.0.mlp.fc1": 5})
     new = recover.reconstruct(small, vit, batches, damping=1e-12)
     x = torch.cat([x for x, _ in batches])
-    seen = inputs(new, "blocks.0.mlp.fc1", x).double()
+    features = inputs(new, "blocks.0.mlp.fc1", x).double()
     target = torch.nn.functional.linear(
         inputs(vit, "blocks.0.mlp.fc1", x).double(), vit.blocks[0].mlp.fc1.weight.double()
     )
-    seen, target = seen - seen.mean(0), target - target.mean(0)
-    fitted = seen @ torch.linalg.lstsq(seen, target).solution
+    features, target = features - features.mean(0), target - target.mean(0)
+    fitted = features @ torch.linalg.lstsq(features, target).solution
     sigma = torch.linalg.svdvals(fitted)
     best = (target - fitted).square().sum() + sigma[5:].square().sum()
     layer = new.blocks[0].mlp.fc1
     assert isinstance(layer, layers.FactoredLinear) and layer.rank == 5
-    assert (target - seen @ layer.weight.double().T).square().sum().item() == pytest.approx(best.item(), rel=1e-4)
+    assert (target - features @ layer.weight.double().T).square().sum().item() == pytest.approx(
+        best.item(), rel=1e-4
+    )
 
 
 def test_removed_in_two_steps_as_in_one(model, batches):
     block = models.view(model).blocks[1].name
     first = {(block, "neurons"): [3, 5, 8], ("stages.0", "width"): [0, 7]}
-    second = {(block, "neurons"): [0, 3], ("stages.0", "width"): [6], (block, "heads"): [0]}  # once 0, 4 and 8
-    whole = {(block, "neurons"): [0, 3, 4, 5, 8], ("stages.0", "width"): [0, 7, 8], (block, "heads"): [0]}
+    second = {
+        (block, "neurons"): [0, 3],
+        ("stages.0", "width"): [6],
+        (block, "heads"): [0],
+    }  # once 0, 4 and 8
+    whole = {
+        (block, "neurons"): [0, 3, 4, 5, 8],
+        ("stages.0", "width"): [0, 7, 8],
+        (block, "heads"): [0],
+    }
     small = shrink.remove(shrink.remove(model, first), second)
     steps = recover.reconstruct(small, model, batches, drops=[first, second])
     once = recover.reconstruct(shrink.remove(model, whole), model, batches, drops=whole)
@@ -116,10 +145,12 @@ def test_removed_in_two_steps_as_in_one(model, batches):
 
 
 def test_masked_layers_keep_their_support(model, batches):
-    found = scores.rows(model, batches, criteria=["fisher"])["fisher"]
-    keep = prune.rows_to_masks(model, masks.keep_largest(found, sparsity=0.2, floor=1))
+    row_scores = scores.rows(model, batches, criteria=["fisher"])["fisher"]
+    keep = prune.rows_to_masks(model, masks.keep_largest(row_scores, sparsity=0.2, floor=1))
     single = scores.weights(model, criteria=["magnitude"])["magnitude"]
-    single = masks.keep_largest({name: s for name, s in single.items() if "qkv" not in name}, sparsity=0.6)
+    single = masks.keep_largest(
+        {name: s for name, s in single.items() if "qkv" not in name}, sparsity=0.6
+    )
     keep |= {name: mask & keep[name] for name, mask in single.items()}
     sparse = shrink.refit(model, keep, scores.grams(model, batches))
     new = recover.reconstruct(sparse, model, batches, keep=keep)
@@ -135,13 +166,22 @@ def test_masks_of_rows_computed_alone_and_of_biases(vit, batches):
     small = shrink.remove(vit, drop)
     generator = torch.Generator().manual_seed(0)
     masked = {f"{name}.kept.weight": torch.rand(30, 64, generator=generator) < 0.5}
-    masked |= {"head.bias": torch.tensor([True, False, True]), "blocks.0.norm1.weight": torch.arange(32) > 0}
+    masked |= {
+        "head.bias": torch.tensor([True, False, True]),
+        "blocks.0.norm1.weight": torch.arange(32) > 0,
+    }
     prune.apply(small, masked)
     new = recover.reconstruct(small, vit, batches, drops=drop, keep=masked)
     parameters = dict(new.named_parameters())
-    assert all((parameters[key][~mask] == 0).all() and parameters[key][mask].any() for key, mask in masked.items())
+    assert all(
+        (parameters[key][~mask] == 0).all() and parameters[key][mask].any()
+        for key, mask in masked.items()
+    )
     assert gap(new, vit, batches) < 0.5 * gap(small, vit, batches)
-    for key, word in [("no.such", "no parameter 'no.such'"), ("blocks.0.mlp.fc1.first.weight", "factored layer")]:
+    for key, word in [
+        ("no.such", "no parameter 'no.such'"),
+        ("blocks.0.mlp.fc1.first.weight", "factored layer"),
+    ]:
         thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 5})
         shape = dict(thin.named_parameters()).get(key, torch.zeros(1)).shape
         with pytest.raises(ValueError, match=word):
@@ -149,7 +189,7 @@ def test_masks_of_rows_computed_alone_and_of_biases(vit, batches):
 
 
 def test_a_row_without_its_bias_goes_through_the_origin(vit, batches):
-    """By hand, the classifier again: the class whose bias is masked is fitted without a constant."""
+    """The class of the classifier whose bias is masked is fitted without a constant, by hand."""
     drop = {("blocks.1", "neurons"): range(0, 64, 3)}
     keep = {"head.bias": torch.tensor([True, False, True])}
     small = shrink.remove(vit, drop)
@@ -164,14 +204,14 @@ def test_a_row_without_its_bias_goes_through_the_origin(vit, batches):
 
 
 def error_behind(small, dense, batches, name):
-    """Mean squared difference of what comes out of a module."""
-    seen = []
+    """Return the mean squared difference of what comes out of a module."""
+    outputs = []
     for model in (small, dense):
-        handle = model.get_submodule(name).register_forward_hook(lambda *a: seen.append(a[2]))
+        handle = model.get_submodule(name).register_forward_hook(lambda *a: outputs.append(a[2]))
         with torch.no_grad():
             model(torch.cat([x for x, _ in batches]))
         handle.remove()
-    return (seen[0] - seen[1]).square().mean().item()
+    return (outputs[0] - outputs[1]).square().mean().item()
 
 
 def test_what_compensation_put_into_a_batch_norm_is_not_counted_twice(vit, batches):
@@ -186,13 +226,15 @@ def test_what_compensation_put_into_a_batch_norm_is_not_counted_twice(vit, batch
     small = shrink.remove(vit, drop, means=means)
     new = recover.reconstruct(small, vit, shifted, drops=drop)
     norm = models.norm_after(vit, second)
-    assert not torch.equal(small.get_submodule(norm).running_mean, vit.get_submodule(norm).running_mean)
+    assert not torch.equal(
+        small.get_submodule(norm).running_mean, vit.get_submodule(norm).running_mean
+    )
     assert error_behind(new, vit, shifted, norm) < 0.8 * error_behind(small, vit, shifted, norm)
 
 
 @pytest.mark.parametrize("factor", [1.5, 0.0, 1e-6])
 def test_layer_scale_of_its_own(batches, factor):
-    """The small model's LayerScale differs from dense's: it is written through as it is, and too faint is let be."""
+    """A LayerScale unlike that of dense is taken as it is; a channel that is too faint stays."""
     dense = toy("conv_vit", embed_dim=24, depth=2, num_heads=3, init_values=0.5)
     drop = {("blocks.0", "heads"): [1]}
     small = shrink.remove(dense, drop)
@@ -208,7 +250,10 @@ def test_layer_scale_of_its_own(batches, factor):
 
 def test_queries_whole_attention_and_blocks_of_a_swin(swin, batches):
     first, second = "layers.0.blocks.0", "layers.1.blocks.0"
-    drops = [{(first, "qk"): [0, 8, 16], (second, "block"): [0]}, {("layers.0.blocks.1", "heads"): range(3)}]
+    drops = [
+        {(first, "qk"): [0, 8, 16], (second, "block"): [0]},
+        {("layers.0.blocks.1", "heads"): range(3)},
+    ]
     small = shrink.remove(shrink.remove(swin, drops[0]), drops[1])
     new = recover.reconstruct(small, swin, batches, drops=drops)
     assert gap(new, swin, batches) < 0.5 * gap(small, swin, batches)
@@ -216,7 +261,7 @@ def test_queries_whole_attention_and_blocks_of_a_swin(swin, batches):
 
 @pytest.mark.parametrize("mean", [0, 100])
 def test_inputs_that_vary_little_about_a_large_mean_do_not_blow_up_rounding(vit, batches, mean):
-    """Nothing was cut, so the weights that are there are the answer. Products about 0 moved one by 7 times as much."""
+    """Nothing was cut, so the weights are the answer; products about 0 moved one 7 times as far."""
     new = recover.reconstruct(vit, vit, [(x + mean, y) for x, y in batches])
     for name, parameter in new.named_parameters():
         before = vit.get_parameter(name)
@@ -225,25 +270,33 @@ def test_inputs_that_vary_little_about_a_large_mean_do_not_blow_up_rounding(vit,
 
 
 def test_images_that_do_not_vary_and_layers_that_see_too_little(vit, batches):
-    """Rounding must not be blown up to weights, and what is not determined stays."""
+    """Rounding must not become weights, and weights that nothing determines stay."""
     drop = {("blocks.1", "neurons"): [0, 1]}
     small = shrink.remove(vit, drop)
     same = [(torch.ones_like(x), y) for x, y in batches]
     new = recover.reconstruct(small, vit, same, drops=drop)
     for name, parameter in new.named_parameters():
         assert parameter.abs().max() < 10 * small.get_parameter(name).abs().max() + 1, name
-    few = [(x[:15], y[:15]) for x, y in batches[:4]]  # 60 images for 32 features and a classifier's 64 at least
+    few = [
+        (x[:15], y[:15]) for x, y in batches[:4]
+    ]  # 60 images for 32 features and a classifier's 64 at least
     new = recover.reconstruct(small, vit, few, drops=drop)
     assert torch.equal(new.head.weight, small.head.weight)
     assert not torch.equal(new.blocks[1].mlp.fc2.weight, small.blocks[1].mlp.fc2.weight)
 
 
 def test_layers_that_compute_some_rows_and_blocks_without_layers(vit, batches):
-    drop = {("blocks.0.attn.proj", "rows"): [1, 4], ("blocks.0", "neurons"): range(64), ("stages.0", "width"): [2]}
+    drop = {
+        ("blocks.0.attn.proj", "rows"): [1, 4],
+        ("blocks.0", "neurons"): range(64),
+        ("stages.0", "width"): [2],
+    }
     drop["blocks.1.mlp.fc2", "rows"] = [0, 9]
     small = shrink.remove(vit, drop)
     new = recover.reconstruct(small, vit, batches, drops=drop)
-    assert isinstance(new.blocks[0].attn.proj, layers.RowLinear) and isinstance(new.blocks[0].mlp, layers.Constant)
+    assert isinstance(new.blocks[0].attn.proj, layers.RowLinear) and isinstance(
+        new.blocks[0].mlp, layers.Constant
+    )
     assert gap(new, vit, batches) < 0.5 * gap(small, vit, batches)
     without = shrink.remove(vit, {("blocks.0", "block"): [0]})
     new = recover.reconstruct(without, vit, batches, drops={("blocks.0", "block"): [0]})
@@ -255,12 +308,16 @@ def test_what_does_not_fit_is_said(vit, batches):
     small = shrink.remove(vit, drop)
     with pytest.raises(ValueError, match="no batches"):
         recover.reconstruct(small, vit, [], drops=drop)
-    with pytest.raises(ValueError, match="model has 62 outputs of blocks.0.mlp.fc1, dense without drops 64"):
+    with pytest.raises(
+        ValueError, match="model has 62 outputs of blocks.0.mlp.fc1, dense without drops 64"
+    ):
         recover.reconstruct(small, vit, batches)
     without = {("blocks.0", "block"): [0]}
     with pytest.raises(ValueError, match="model has no outputs of blocks.0.attn.qkv"):
         recover.reconstruct(shrink.remove(vit, without), vit, batches)
-    with pytest.raises(ValueError, match="model has 96 outputs of blocks.0.attn.qkv, dense without drops none"):
+    with pytest.raises(
+        ValueError, match="model has 96 outputs of blocks.0.attn.qkv, dense without drops none"
+    ):
         recover.reconstruct(vit, vit, batches, drops=without)
     stem = models.view(vit).stem[0][0]
     with pytest.raises(ValueError, match=f"outputs of {stem}"):

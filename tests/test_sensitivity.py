@@ -1,4 +1,4 @@
-"""sensitivity: what is measured is the loss of the model that was really cut, and nothing is left changed."""
+"""sensitivity measures the loss of the model that was really cut, and leaves it unchanged."""
 
 import copy
 
@@ -35,11 +35,13 @@ def test_curves_of_a_role_cut_all_its_layers_together(model, batch):
     layers = sensitivity.curves(model, saliency, [batch], ratios=[0.5, 0.9])
     assert list(table) == list(layers) and not {"all"} & {*layers.layer, *layers.block}
     for row in table[table.ratio == 0.9].itertuples():
-        own = {f"{name}.weight": saliency[f"{name}.weight"] for name in view.linears([row.role])}
+        of_role = {
+            f"{name}.weight": saliency[f"{name}.weight"] for name in view.linears([row.role])
+        }
         cut = copy.deepcopy(model)
-        prune.apply(cut, masks.keep_largest(own, sparsity=0.9, per="layer"))
+        prune.apply(cut, masks.keep_largest(of_role, sparsity=0.9, per="layer"))
         assert scores.loss(cut, [batch]) == pytest.approx(row.loss, rel=1e-6)
-        if len(own) == 1:  # a role of one layer is that layer
+        if len(of_role) == 1:  # a role of one layer is that layer
             assert row.loss == layers[(layers.role == row.role) & (layers.ratio == 0.9)].loss.item()
 
 
@@ -66,10 +68,12 @@ def test_a_perfect_score_agrees_and_a_reversed_one_disagrees(vit, batch):
     perfect = {key: torch.zeros(count) for key, count in models.view(vit).units().items()}
     for row in measured.itertuples():
         perfect[row.block, row.kind][row.unit] = row.increase
-    found = sensitivity.agreement({"right": perfect, "wrong": {k: -v for k, v in perfect.items()}}, measured)
-    assert found[found.criterion == "right"].spearman.values == pytest.approx(1)
-    assert found[found.criterion == "wrong"].spearman.values == pytest.approx(-1)
-    assert found.units.tolist() == [8, 128, 8, 128]
+    table = sensitivity.agreement(
+        {"right": perfect, "wrong": {k: -v for k, v in perfect.items()}}, measured
+    )
+    assert table[table.criterion == "right"].spearman.values == pytest.approx(1)
+    assert table[table.criterion == "wrong"].spearman.values == pytest.approx(-1)
+    assert table.units.tolist() == [8, 128, 8, 128]
 
 
 def test_all_heads_go_one_by_one_and_some_neurons(model, batch):
@@ -84,24 +88,36 @@ def test_layers_are_ranked_by_what_a_cut_takes_from_them(model, batch):
     table = sensitivity.curves(model, saliency, [batch], ratios=[0.5, 0.75])
     half = table[table.ratio == 0.5].set_index("layer").increase
     size = {name: score.numel() for name, score in saliency.items()}
-    right = {n: torch.full_like(s, half[n.removesuffix(".weight")] / size[n]) for n, s in saliency.items()}
-    given = {"right": right, "wrong": {n: -s for n, s in right.items()}, "taylor": saliency}
-    found = sensitivity.layer_agreement(given, saliency, table[table.ratio == 0.5])
-    assert list(found) == sensitivity.AGREEMENT and set(found.kind) == {"weights"}
-    assert found.spearman[:2].tolist() == pytest.approx([1, -1]) and (found.units == len(half)).all()
+    right = {
+        n: torch.full_like(s, half[n.removesuffix(".weight")] / size[n])
+        for n, s in saliency.items()
+    }
+    weight_scores = {"right": right, "wrong": {n: -s for n, s in right.items()}, "taylor": saliency}
+    ranked = sensitivity.layer_agreement(weight_scores, saliency, table[table.ratio == 0.5])
+    assert list(ranked) == ["criterion", "kind", "spearman", "units"] and set(ranked.kind) == {
+        "weights"
+    }
+    assert (
+        ranked.spearman[:2].tolist() == pytest.approx([1, -1]) and (ranked.units == len(half)).all()
+    )
     lost = []
     for score in saliency.values():  # by hand: the sum of what goes
         lost.append(score.flatten().sort().values[: round(0.5 * score.numel())].sum().item())
     expected = pd.Series(lost).rank().corr(half.reset_index(drop=True).rank())
-    assert found.spearman[2] == pytest.approx(expected)
-    both = sensitivity.layer_agreement(given, saliency, table)
-    alone = [sensitivity.layer_agreement(given, saliency, part).spearman for _, part in table.groupby("ratio")]
+    assert ranked.spearman[2] == pytest.approx(expected)
+    both = sensitivity.layer_agreement(weight_scores, saliency, table)
+    alone = [
+        sensitivity.layer_agreement(weight_scores, saliency, part).spearman
+        for _, part in table.groupby("ratio")
+    ]
     assert both.spearman.tolist() == pytest.approx(((alone[0] + alone[1]) / 2).tolist())
 
 
 def test_kinds_can_be_chosen(vit, batch):
     assert set(sensitivity.ablations(vit, [batch], per_block=1, kinds=["heads"]).kind) == {"heads"}
     with pytest.raises(ValueError, match="sparsity is a share"):
-        sensitivity.curves(vit, scores.weights(vit, criteria=["magnitude"])["magnitude"], [batch], ratios=[50])
+        sensitivity.curves(
+            vit, scores.weights(vit, criteria=["magnitude"])["magnitude"], [batch], ratios=[50]
+        )
     with pytest.raises(ValueError, match='per must be "layer" or "role"; got \'block\''):
         sensitivity.curves(vit, {}, [batch], ratios=[0.5], per="block")
