@@ -8,8 +8,8 @@ Public: reconstruct.
 """
 
 import copy
+import dataclasses
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +198,7 @@ def _watch(module, x, *watched):
     return seen
 
 
-@dataclass
+@dataclasses.dataclass
 class _Place:
     """One layer to be solved for, where it stands in dense and in the model."""
 
@@ -213,7 +213,7 @@ class _Place:
     norm: nn.Module | None = None  # sees the stream in front of it, if the layer ends a block
     dense_norm: nn.Module | None = None
     shift: Tensor | float = 0.0  # of a batch norm's mean against dense's
-    targets: list = field(default_factory=list)  # [positions, outputs] of each batch
+    targets: list = dataclasses.field(default_factory=list)  # [positions, outputs] of each batch
 
 
 def _place(dense_view, view, name, rows):
