@@ -34,7 +34,7 @@ study: install
 	    $(if $(SEED),seed=$(SEED)) $(ARGS) || { echo "Study $(NAME) is not complete: the reason stands above."; \
 	    echo "What is done is kept, and the same command goes on from there."; exit 1; }
 	@# runs of another clone may lie in the data root, and its figures not here
-	@$(if $(filter -n,$(ARGS)),true,[ -d figures/$(NAME) ] || $(BIN)/python -m vitlab.run 7_report --study $(STUDY))
+	@$(if $(filter -n,$(ARGS)),true,[ -d figures/$(NAME) ] || $(BIN)/python -m vitlab run 7_report --study $(STUDY))
 	@$(if $(filter -n,$(ARGS)),true,cd figures/$(NAME) && cat summary.md 2>/dev/null || cat efficiency.md)
 	@echo
 	@echo "Figures and tables: figures/$(NAME)/"
@@ -47,10 +47,10 @@ reproduce: install
 	    esac; done
 	@for seed in $(or $(SEEDS),0); do VITLAB_DATA=$(AGAIN) $(BIN)/snakemake rows --cores $(CORES) \
 	    --config study=$(STUDY) $(if $(MODEL),model=$(MODEL)) seed=$$seed $(ARGS) || exit 1; done
-	@VITLAB_DATA=$(AGAIN) $(BIN)/python -m vitlab.record $(STUDY) --compare
+	@VITLAB_DATA=$(AGAIN) $(BIN)/python -m vitlab results $(STUDY) --compare
 
 figures: install
-	@$(BIN)/python -m vitlab.run 7_report --study $(STUDY)
+	@$(BIN)/python -m vitlab run 7_report --study $(STUDY)
 	@$(BIN)/python slides $(STUDY)
 	@echo "Figures and tables: figures/$(NAME)/"
 

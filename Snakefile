@@ -31,7 +31,7 @@ AFTER = {  # step: the steps whose files it reads
     "6_efficiency": ["3_global_pruning", "4_heads_svd_iht", "5_budget"],
 }
 GPU = config.get("gpu", int(shutil.which("nvidia-smi") is not None))
-RUN = "{sys.executable} -m vitlab.run {input.notebook} --study {config[study]} --out {output}"
+RUN = "{sys.executable} -m vitlab run {input.notebook} --study {config[study]} --out {output}"
 RUN_MODEL = RUN + " --model {wildcards.model} --seed {wildcards.seed}"
 PROCESSES = int(config.get("processes", 1))
 EACH = f"OMP_NUM_THREADS=$(( {{threads}} > {PROCESSES} ? {{threads}} / {PROCESSES} : 1 )) "

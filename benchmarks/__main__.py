@@ -25,12 +25,23 @@ CASES = USUAL | accuracy.CASES | targets.CASES
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="python benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(USUAL), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CASES,
+        default=list(USUAL),
+        metavar="CASE",
+        help=", ".join(CASES),
+    )
     parser.add_argument("--out", help="folder for tables and pictures (figures/bench)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["VITLAB_HEADLESS"] = "1"  # no bars

@@ -42,21 +42,14 @@ import torch
 from common import SMALL, folder, model_of
 from peers import torch_pruning, torch_pruning_to
 
-from vitlab import (
-    bench,
-    budget,
-    checkpoint,
-    cost,
-    data,
-    evaluate,
-    models,
-    plots,
-    record,
-    recover,
-    scores,
-    shrink,
-    train,
-)
+from vitlab import files, models
+from vitlab.evaluation import bench, cost, evaluate
+from vitlab.models import checkpoint
+from vitlab.pruning import budget, factor, recover, scores
+from vitlab.pruning.ranks import allocate, uniform
+from vitlab.report import style, tables
+from vitlab.studies import runs
+from vitlab.training import data, train
 
 MODELS = {Path(path).name: name for name, path in SMALL.items()}
 BUDGETS, SEEDS = (0.75, 0.5, 0.25), (0, 1, 2)
@@ -65,9 +58,25 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ABOUT = ["tool", "model", "budget"]
 KEY = [*ABOUT, "seed", "stage"]
 SPEED = ["speedup", "speedup_q1", "speedup_q3", "latency_ms", "speed_threads"]
-COLUMNS = [*KEY, "top1", "macs", *SPEED, "correct", "total", "loss", "val_top1", "params", "seconds"]
+COLUMNS = [
+    *KEY,
+    "top1",
+    "macs",
+    *SPEED,
+    "correct",
+    "total",
+    "loss",
+    "val_top1",
+    "params",
+    "seconds",
+]
 COLUMNS += ["lr", "epochs", "images", "note"]
-RECIPE = {"batch_size": 64, "augment": {"crop": 4, "flip": True}, "label_smoothing": 0.1, "warmup_epochs": 0.1}
+RECIPE = {
+    "batch_size": 64,
+    "augment": {"crop": 4, "flip": True},
+    "label_smoothing": 0.1,
+    "warmup_epochs": 0.1,
+}
 
 
 class Given:
@@ -83,7 +92,9 @@ class Given:
 
     @functools.cached_property
     def candidates(self):
-        return budget.candidates(self.dense, self.calibration, kinds=[*KINDS, "ranks"], grams=self.affine)
+        return budget.candidates(
+            self.dense, self.calibration, kinds=[*KINDS, "ranks"], grams=self.affine
+        )
 
     @property
     def units(self):
@@ -95,7 +106,9 @@ class Given:
 
     @functools.cached_property
     def affine(self):
-        return scores.grams(self.dense, self.calibration, layers=list(models.view(self.dense).matrices), affine=True)
+        return scores.grams(
+            self.dense, self.calibration, layers=list(models.view(self.dense).matrices), affine=True
+        )
 
     @property
     def grams(self):
@@ -103,7 +116,9 @@ class Given:
 
     @functools.cached_property
     def gradient_grams(self):
-        return scores.gradient_grams(self.dense, self.calibration, layers=list(models.view(self.dense).matrices))
+        return scores.gradient_grams(
+            self.dense, self.calibration, layers=list(models.view(self.dense).matrices)
+        )
 
     @functools.cached_property
     def gradients(self):
@@ -119,7 +134,9 @@ class Given:
 
 def pool(given, share):
     """Units of all KINDS and singular directions in one pool, reconstructed."""
-    plan = budget.plan(given.dense, given.units, directions=given.directions, macs=share, kinds=[*KINDS, "ranks"])
+    plan = budget.plan(
+        given.dense, given.units, directions=given.directions, macs=share, kinds=[*KINDS, "ranks"]
+    )
     options = {"grams": given.affine, "compensate": "least squares"}
     model, drops = budget.cut(given.dense, plan, given.calibration, **options)
     return recover.reconstruct(model, given.dense, given.calibration, drops=drops), ""
@@ -138,21 +155,27 @@ def units_of(kinds, given, share, chosen=None, solved=True):
 def random_units(given, share):
     """As many units of each place as units_of takes of all kinds, but random ones: its scores are shuffled there."""
     generator = torch.Generator().manual_seed(given.seed)
-    shuffled = {key: score[torch.randperm(len(score), generator=generator)] for key, score in given.units.items()}
+    shuffled = {
+        key: score[torch.randperm(len(score), generator=generator)]
+        for key, score in given.units.items()
+    }
     return units_of(KINDS, given, share, shuffled)
 
 
 def ranks(given, share):
-    found = budget.ranks(given.dense, given.grams, given.gradient_grams, macs=share, multiple=4)
-    model = shrink.factorise(given.dense, found, grams=given.grams)
+    found = allocate(given.dense, given.grams, given.gradient_grams, macs=share, multiple=4)
+    model = factor.factorise(given.dense, found, grams=given.grams)
     return recover.reconstruct(model, given.dense, given.calibration), ""
 
 
 def svd(whitened, given, share):
-    """The same share of each layer, as budget.uniform_ranks has it."""
+    """The same share of each layer, as ranks.uniform has it."""
     options = {"grams": given.grams if whitened else None}
-    found = budget.uniform_ranks(given.dense, given.calibration, macs=share, **options)
-    model, linears = shrink.factorise(given.dense, found, **options), models.view(given.dense).linears()
+    found = uniform(given.dense, given.calibration, macs=share, **options)
+    model, linears = (
+        factor.factorise(given.dense, found, **options),
+        models.view(given.dense).linears(),
+    )
     return model, f"convolutions of the stem: {sum(name not in linears for name in found)}"
 
 
@@ -166,7 +189,9 @@ CRITERIA = ("magnitude", "Taylor")
 FAMILIES = {
     "vitlab, pool": {"vitlab, pool": pool},
     "vitlab, units": {"vitlab, units": functools.partial(units_of, KINDS)},
-    "vitlab, units, cut alone": {"vitlab, units, cut alone": functools.partial(units_of, KINDS, solved=False)},
+    "vitlab, units, cut alone": {
+        "vitlab, units, cut alone": functools.partial(units_of, KINDS, solved=False)
+    },
     "vitlab, single kinds": {
         "vitlab, ranks": ranks,
         "vitlab, heads and neurons": functools.partial(units_of, ("heads", "neurons")),
@@ -181,8 +206,13 @@ FAMILIES = {
         f"Torch-Pruning, {word}, heads and neurons": functools.partial(peer, word, everything=False)
         for word in CRITERIA
     },
-    "SVD": {"SVD, whitened": functools.partial(svd, True), "SVD, plain": functools.partial(svd, False)},
-    "dense": {"dense": lambda given, share: (copy.deepcopy(given.dense), "the control: nothing is cut")},
+    "SVD": {
+        "SVD, whitened": functools.partial(svd, True),
+        "SVD, plain": functools.partial(svd, False),
+    },
+    "dense": {
+        "dense": lambda given, share: (copy.deepcopy(given.dense), "the control: nothing is cut")
+    },
 }
 TOOLS = {name: make for family in FAMILIES.values() for name, make in family.items()}
 
@@ -200,14 +230,18 @@ def change(edit):
     lock = os.open(folder(), os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        record.write_atomic(folder("accuracy.csv"), edit(read()).convert_dtypes().to_csv(index=False))
+        files.write_atomic(
+            folder("accuracy.csv"), edit(read()).convert_dtypes().to_csv(index=False)
+        )
     finally:
         os.close(lock)
 
 
 def those(table, **key):
     """Which rows are of this key."""
-    return functools.reduce(lambda a, b: a & b, (table[name] == value for name, value in key.items()))
+    return functools.reduce(
+        lambda a, b: a & b, (table[name] == value for name, value in key.items())
+    )
 
 
 def chosen(table):
@@ -222,7 +256,7 @@ def chosen(table):
 
 def keep(key, **row):
     """Put a row in the place of the one of its key, with the speed that other stages and seeds know of its model."""
-    source = record.provenance()
+    source = runs.provenance()
     row = key | row | source
     about = {name: key[name] for name in ABOUT}
 
@@ -234,12 +268,17 @@ def keep(key, **row):
 
     change(edit)
     told = f"{row['top1']:.2f} %" if "top1" in row else row["note"]
-    record.say(f"{row['model']}, {row['budget']:g} x MACs, seed {row['seed']}, {row['tool']}: {row['stage']}, {told}")
+    files.log(
+        f"{row['model']}, {row['budget']:g} x MACs, seed {row['seed']}, {row['tool']}: {row['stage']}, {told}"
+    )
 
 
 def measured(model, images):
     test = evaluate.accuracy(model, images.test)
-    counts = {"macs": cost.macs(model), "params": sum(parameter.numel() for parameter in model.parameters())}
+    counts = {
+        "macs": cost.macs(model),
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+    }
     shown = {"top1": test.top1, "correct": test.correct, "total": test.total, "loss": test.loss}
     return shown | {"val_top1": evaluate.accuracy(model, images.val).top1} | counts
 
@@ -247,7 +286,7 @@ def measured(model, images):
 def cut_folder(key):
     own = f"accuracy-{folder().resolve().name}"  # of rows elsewhere other models
     parts = [own, key["model"], f"{key['budget']:g}", f"seed{key['seed']}", key["tool"]]
-    return record.root().joinpath("bench", *(re.sub(r"[^\w.]+", "-", part) for part in parts))
+    return files.root().joinpath("bench", *(re.sub(r"[^\w.]+", "-", part) for part in parts))
 
 
 def measure(given, share, tool, *, rates=None, epochs=1, images=None):
@@ -260,15 +299,23 @@ def measure(given, share, tool, *, rates=None, epochs=1, images=None):
     kept, table = cut_folder(key), read()
     there, recipe = table[those(table, **key)], {"epochs": epochs, "images": images}
     tuned = there[there.stage == "finetuned"]
-    if epochs and tuned[list(recipe)].fillna(0).ne([each or 0 for each in recipe.values()]).any(axis=None):
-        raise ValueError(f"{key} is there by another recipe than {recipe}: give --again or another --out")
+    if epochs and tuned[list(recipe)].fillna(0).ne([each or 0 for each in recipe.values()]).any(
+        axis=None
+    ):
+        raise ValueError(
+            f"{key} is there by another recipe than {recipe}: give --again or another --out"
+        )
     earlier = table[those(table, **{name: key[name] for name in ABOUT}) & (table.seed < given.seed)]
     if not rates and not next_rate(earlier):
         rates = chosen(earlier).lr.dropna().unique()
 
     def missing():
         tuned = (now := read())[those(now, **key, stage="finetuned")]
-        left = [lr for lr in rates if lr not in set(tuned.lr)] if rates is not None else [next_rate(tuned)]
+        left = (
+            [lr for lr in rates if lr not in set(tuned.lr)]
+            if rates is not None
+            else [next_rate(tuned)]
+        )
         return left[0] if epochs and left else None
 
     done = set(there.stage)
@@ -281,14 +328,18 @@ def measure(given, share, tool, *, rates=None, epochs=1, images=None):
         try:
             model, note = TOOLS[tool](given, share)
         except ValueError as error:
-            if "cut" in done or not (floor := re.search(r"cannot reach .*: ([\d.]+) stays", str(error))):
+            if "cut" in done or not (
+                floor := re.search(r"cannot reach .*: ([\d.]+) stays", str(error))
+            ):
                 raise
             floor = round(float(floor[1]) * cost.macs(given.dense))
             return keep(key | {"stage": "unreachable"}, macs=floor, note=str(error))
         seconds, found = time.perf_counter() - begun, measured(model, given.images)
         before = there[there.stage == "cut"][["macs", "params"]].to_dict("records")
         if before and before[0] != {name: found[name] for name in before[0]}:
-            raise ValueError(f"{key} has {before[0]} in its rows, and is cut otherwise now: give --again")
+            raise ValueError(
+                f"{key} has {before[0]} in its rows, and is cut otherwise now: give --again"
+            )
         checkpoint.save(model, kept)
         keep(key | {"stage": "cut"}, **found, note=note, seconds=seconds)
     while lr := missing():
@@ -297,7 +348,9 @@ def measure(given, share, tool, *, rates=None, epochs=1, images=None):
         options = {"folder": kept, "stage": stage_of(lr)}
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                history = train.fit(model, given.images.train, given.images.val, settings, **options)
+                history = train.fit(
+                    model, given.images.train, given.images.val, settings, **options
+                )
         except FloatingPointError as error:  # such a rate is the worst of all
             keep(key | {"stage": "finetuned"}, val_top1=0.0, note=str(error), **own)
             continue
@@ -342,7 +395,9 @@ def speed(given, budgets, *, batch=64, rounds=30):
         table, made = read(), {"dense": given.dense}
         own = table[those(table, model=given.name, budget=share, stage="cut")]
         for tool in [tool for tool in TOOLS if tool in set(own.tool)]:
-            kept = cut_folder({"tool": tool, "model": given.name, "budget": share, "seed": given.seed})
+            kept = cut_folder(
+                {"tool": tool, "model": given.name, "budget": share, "seed": given.seed}
+            )
             is_kept = (kept / checkpoint.RECORD).exists()
             made[tool] = checkpoint.load(kept) if is_kept else TOOLS[tool](given, share)[0].eval()
         times = bench.latency(made, batch=batch, repeats=rounds, seconds=600).set_index("model")
@@ -350,12 +405,18 @@ def speed(given, budgets, *, batch=64, rounds=30):
 
         def edit(table, times=times, share=share):
             for tool in times.index:
-                about = {"model": given.name, "budget": 1.0 if tool == "dense" else share, "tool": tool}
+                about = {
+                    "model": given.name,
+                    "budget": 1.0 if tool == "dense" else share,
+                    "tool": tool,
+                }
                 table.loc[those(table, **about), SPEED] = times.loc[tool, SPEED].to_list()
             return table
 
         change(edit)
-        record.say(f"{given.name}, {share:g} x MACs: {len(made)} models timed in {times.rounds.iloc[0]} rounds")
+        files.log(
+            f"{given.name}, {share:g} x MACs: {len(made)} models timed in {times.rounds.iloc[0]} rounds"
+        )
 
 
 # -- table and figure
@@ -381,19 +442,38 @@ def summary(table, model, share):
             both = own[own.stage == stage].pivot(index="seed", columns="tool", values="top1")
             if tool in both:
                 line[word] = mean_and_range(both[tool])
-            if tool != POOL and {tool, POOL} <= set(both) and len(pairs := (both[POOL] - both[tool]).dropna()):
+            if (
+                tool != POOL
+                and {tool, POOL} <= set(both)
+                and len(pairs := (both[POOL] - both[tool]).dropna())
+            ):
                 line[f"pool − tool, {word}"] = mean_and_range(pairs, "{:+.2f}")
         if mine.lr.notna().any():
             is_searched = not next_rate(every[those(every, model=model, budget=share, tool=tool)])
             line["learning rate"] = f"{mine.lr.max():g}" + ("" if is_searched else " \\*")
         if mine.speedup.notna().any():
             timed = mine.dropna(subset=["speedup"]).iloc[0]
-            line["times as fast"] = f"{timed.speedup:.2f} ({timed.speedup_q1:.2f} to {timed.speedup_q3:.2f})"
-        counts = [mine[mine.stage == stage].seed.nunique() for stage in STAGES if stage in set(mine.stage)]
-        lines.append(line | {"seeds": " / ".join(map(str, dict.fromkeys(counts or [mine.seed.nunique()])))})
-    words = [*STAGES.values(), *(f"pool − tool, {word}" for word in STAGES.values()), "learning rate", "times as fast"]
+            line["times as fast"] = (
+                f"{timed.speedup:.2f} ({timed.speedup_q1:.2f} to {timed.speedup_q3:.2f})"
+            )
+        counts = [
+            mine[mine.stage == stage].seed.nunique() for stage in STAGES if stage in set(mine.stage)
+        ]
+        lines.append(
+            line | {"seeds": " / ".join(map(str, dict.fromkeys(counts or [mine.seed.nunique()])))}
+        )
+    words = [
+        *STAGES.values(),
+        *(f"pool − tool, {word}" for word in STAGES.values()),
+        "learning rate",
+        "times as fast",
+    ]
     words += ["seeds"]
-    return pd.DataFrame(lines, columns=["tool", "MACs", *words]).dropna(axis="columns", how="all").fillna("")
+    return (
+        pd.DataFrame(lines, columns=["tool", "MACs", *words])
+        .dropna(axis="columns", how="all")
+        .fillna("")
+    )
 
 
 POOL = "vitlab, pool"
@@ -404,12 +484,22 @@ def table_and_figure():
     """accuracy.md and the figure, from the rows there are."""
     table, text = read(), []
     controls = chosen(table[table.tool == "dense"])
-    for model, share in product(dict.fromkeys(table.model), sorted(set(table.budget) - {1.0}, reverse=True)):
+    for model, share in product(
+        dict.fromkeys(table.model), sorted(set(table.budget) - {1.0}, reverse=True)
+    ):
         control = controls[controls.model == model].set_index("stage").top1
-        dense = [f"{words} {mean_and_range(control[[stage]])}" for stage, words in CONTROL.items() if stage in control]
+        dense = [
+            f"{words} {mean_and_range(control[[stage]])}"
+            for stage, words in CONTROL.items()
+            if stage in control
+        ]
         text.append(f"**{model}, {share:g} × MACs.** Test top-1 (%); {', '.join(dense)}.\n")
-        text.append(summary(table, model, share).to_markdown(index=False, disable_numparse=True) + "\n")
-    seeds, threads = (sorted(table[name].dropna().astype(int).unique()) for name in ("seed", "speed_threads"))
+        text.append(
+            summary(table, model, share).to_markdown(index=False, disable_numparse=True) + "\n"
+        )
+    seeds, threads = (
+        sorted(table[name].dropna().astype(int).unique()) for name in ("seed", "speed_threads")
+    )
     tests = table.total.dropna().astype(int).max()
     text.append(
         f"Mean (lowest to highest) of seeds {', '.join(map(str, seeds))}, which draw calibration images, random "
@@ -422,36 +512,50 @@ def table_and_figure():
         "batches of 64, "
         f"threads: {', '.join(map(str, threads)) or 'not timed yet'}.\n"
     )
-    record.write_atomic(folder("accuracy.md"), "\n".join(text))
-    said = plots.caption(table.assign(study="benchmark", data="CIFAR-10 (JPEG)", split_seed=0))
+    files.write_atomic(folder("accuracy.md"), "\n".join(text))
+    said = tables.caption(table.assign(study="benchmark", data="CIFAR-10 (JPEG)", split_seed=0))
     said += " Of each family the tool that is best on test at that budget, of those with the most seeds there; "
     said += "bars from the lowest to the highest seed."
-    plots.save(figure(table), folder("accuracy"), caption=said)
+    style.save(figure(table), folder("accuracy"), caption=said)
 
 
 CONTROL = {"cut": "dense", "finetuned": "dense, fine-tuned as much"}
 
 
-@plots.styled
+@style.styled
 def figure(table):
     """Test top-1 (%) over the budget, after the cut and after fine-tuning; models below each other, a line a family."""
     table = chosen(table)
     names = list(dict.fromkeys(table.model))
     families = [family for family in FAMILIES if family != "dense"]
     figure, panels = plt.subplots(len(names), 2, figsize=(10.5, 3.4 * len(names)), squeeze=False)
-    look = plots.looks(families)
-    for (line, model), (column, (stage, word)) in product(zip(panels, names, strict=True), enumerate(STAGES.items())):
+    look = style.looks(families)
+    for (line, model), (column, (stage, word)) in product(
+        zip(panels, names, strict=True), enumerate(STAGES.items())
+    ):
         ax, own = line[column], table[those(table, model=model, stage=stage)]
         for family in families:
             mine = own[own.tool.isin(FAMILIES[family])].set_index(["budget", "tool"]).top1
-            each = mine.groupby(level=["budget", "tool"]).agg(["count", "mean"]).sort_values(["count", "mean"])
+            each = (
+                mine.groupby(level=["budget", "tool"])
+                .agg(["count", "mean"])
+                .sort_values(["count", "mean"])
+            )
             best = mine[mine.index.isin(each.groupby("budget").tail(1).index)]
-            label = family + (f" (best of {len(FAMILIES[family])})" if len(FAMILIES[family]) > 1 else "")
-            plots.mean_and_range(ax, best.groupby("budget"), label=label, **look[family])
+            label = family + (
+                f" (best of {len(FAMILIES[family])})" if len(FAMILIES[family]) > 1 else ""
+            )
+            style.mean_and_range(ax, best.groupby("budget"), label=label, **look[family])
         dense = own[own.tool == "dense"].top1.mean()
-        ax.axhline(dense, color="0.35", linewidth=1, zorder=0, label="dense (right: fine-tuned as much)")
+        ax.axhline(
+            dense, color="0.35", linewidth=1, zorder=0, label="dense (right: fine-tuned as much)"
+        )
         ax.xaxis.set_major_formatter("{x:.0%}")
-        ax.set(xlabel="MACs kept", ylabel=f"{model}, {word}:\ntest top-1 (%)", xticks=sorted(set(own.budget) - {1}))
+        ax.set(
+            xlabel="MACs kept",
+            ylabel=f"{model}, {word}:\ntest top-1 (%)",
+            xticks=sorted(set(own.budget) - {1}),
+        )
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
     return figure
@@ -462,7 +566,10 @@ def figure(table):
 
 def given_of(names):
     images = data.load("cifar10", image_size=32)
-    return {name: functools.partial(Given, MODELS[name], model_of(MODELS[name]), images) for name in names}
+    return {
+        name: functools.partial(Given, MODELS[name], model_of(MODELS[name]), images)
+        for name in names
+    }
 
 
 def accuracy(rounds):
@@ -475,31 +582,52 @@ def accuracy(rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the MACs (%(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="(%(default)s)")
-    parser.add_argument("--tools", nargs="+", default=["*"], metavar="PATTERN", help=" | ".join(TOOLS))
-    parser.add_argument(
-        "--lr", type=float, nargs="+", help="of fine-tuning, at every seed (RATES upward, at later seeds the best)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning; 0: the cuts alone (%(default)s)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the MACs (%(default)s)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="(%(default)s)")
+    parser.add_argument(
+        "--tools", nargs="+", default=["*"], metavar="PATTERN", help=" | ".join(TOOLS)
+    )
+    parser.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        help="of fine-tuning, at every seed (RATES upward, at later seeds the best)",
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=1, help="of fine-tuning; 0: the cuts alone (%(default)s)"
+    )
     parser.add_argument("--images", type=int, help="for fine-tuning, for a trial (all)")
     parser.add_argument(
-        "--again", action="store_true", help="drop the rows of these models, budgets, seeds and tools first"
+        "--again",
+        action="store_true",
+        help="drop the rows of these models, budgets, seeds and tools first",
     )
-    parser.add_argument("--speed", action="store_true", help="time the cut models of seed 0 instead")
+    parser.add_argument(
+        "--speed", action="store_true", help="time the cut models of seed 0 instead"
+    )
     parser.add_argument("--table", action="store_true", help="write table and figure instead")
     parser.add_argument("--rounds", type=int, default=30, help="timed rounds (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)"
+    )
     parser.add_argument("--out", help="folder for rows, table and figure (figures/bench)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["VITLAB_HEADLESS"] = "1"  # no bars
     os.environ["BENCH_OUT"] = options.out or ""
-    tools = [tool for tool in TOOLS if any(fnmatch.fnmatch(tool, pattern) for pattern in options.tools)]
+    tools = [
+        tool for tool in TOOLS if any(fnmatch.fnmatch(tool, pattern) for pattern in options.tools)
+    ]
     if not tools:
-        parser.error(f"no tool is called {' or '.join(options.tools)}; there are: {' | '.join(TOOLS)}")
+        parser.error(
+            f"no tool is called {' or '.join(options.tools)}; there are: {' | '.join(TOOLS)}"
+        )
     if options.speed:
         for make in given_of(options.models).values():
             speed(make(0), options.budgets, rounds=options.rounds)
@@ -509,7 +637,12 @@ def main():
         how = {"rates": options.lr, "epochs": options.epochs, "images": options.images}
         if options.again:
             names = [MODELS[name] for name in options.models]
-            gone = {"model": names, "budget": [*options.budgets, 1.0], "seed": options.seeds, "tool": tools}
+            gone = {
+                "model": names,
+                "budget": [*options.budgets, 1.0],
+                "seed": options.seeds,
+                "tool": tools,
+            }
             change(lambda table: table[~table[list(gone)].isin(gone).all(axis=1)])
         measure_all(given_of(options.models), options.budgets, options.seeds, tools, **how)
 

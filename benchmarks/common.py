@@ -8,7 +8,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from vitlab import checkpoint, cost, models, plots, record
+from vitlab import files, models
+from vitlab.evaluation import cost
+from vitlab.models import checkpoint
+from vitlab.report import tables
+from vitlab.studies import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = {"ViT-S": "vit_small_patch16_224", "Swin-T": "swin_tiny_patch4_window7_224"}
@@ -63,16 +67,16 @@ def told(case, seconds, against):
 def folder(name=""):
     """The folder for results, BENCH_OUT or figures/bench, or the file of that name in it."""
     path = Path(os.environ.get("BENCH_OUT") or ROOT / "figures" / "bench")
-    record.make_folder(path)
+    files.make_folder(path)
     return path / name
 
 
 def publish(name, rows, *, shown=None):
     """Print a table and write it, with where it comes from, as <name>.csv and (shown columns) .md to folder()."""
     table = pd.DataFrame(rows)
-    plots.save_table(table.assign(**record.provenance()), folder(name), kinds=["csv"])
+    tables.save_table(table.assign(**runs.provenance()), folder(name), kinds=["csv"])
     short = table[[column for column in shown or table.columns if column in table]]
     formats = dict.fromkeys(short.select_dtypes("float"), "{:.3g}")
-    plots.save_table(short, folder(name), formats=formats, kinds=["md"])
+    tables.save_table(short, folder(name), formats=formats, kinds=["md"])
     print(f"\n{name}\n\n{folder(f'{name}.md').read_text()}", flush=True)
     return table

@@ -20,22 +20,13 @@ import torch
 from common import images_of, interleaved, model_of, publish, told
 from torch.nn.utils import prune as torch_prune
 
-from vitlab import (
-    budget,
-    checkpoint,
-    cost,
-    data,
-    evaluate,
-    lowrank,
-    masks,
-    models,
-    prune,
-    record,
-    recover,
-    scores,
-    shrink,
-    train,
-)
+from vitlab import models
+from vitlab.evaluation import cost, evaluate, memory
+from vitlab.files import repository
+from vitlab.models import checkpoint
+from vitlab.pruning import budget, lowrank, masks, prune, recover, scores, shrink
+from vitlab.studies import runs
+from vitlab.training import data, train
 
 GRADIENTS = {  # every criterion that needs a backward pass
     "weights": ["gradient", "taylor", "fisher", "obd", "snip"],
@@ -47,12 +38,23 @@ GRADIENTS = {  # every criterion that needs a backward pass
 def passes(rounds):
     """Scores, grams and reconstruction in units of forward and backward passes over the same batches."""
     rows = []
-    for name, images in [("small ViT", 256), ("small Swin", 256), ("ViT-S", 16), ("Swin-T", 16), ("ViT-B", 16)]:
+    for name, images in [
+        ("small ViT", 256),
+        ("small Swin", 256),
+        ("ViT-S", 16),
+        ("Swin-T", 16),
+        ("ViT-B", 16),
+    ]:
         model = model_of(name) if name.startswith("small") else model_of(name, num_classes=10)
         both = images_of(model, images).chunk(2)
         batches = [(x, torch.randint(0, 10, (len(x),))) for x in both]
         kinds = ["heads", "neurons"]
-        plan = budget.plan(model, scores.units(model, batches, criteria=["fisher"])["fisher"], macs=0.7, kinds=kinds)
+        plan = budget.plan(
+            model,
+            scores.units(model, batches, criteria=["fisher"])["fisher"],
+            macs=0.7,
+            kinds=kinds,
+        )
         thin = shrink.remove(model, plan.drop)
         calls = {
             "forward and backward": lambda m=model, b=batches: plain(m, b),
@@ -63,9 +65,13 @@ def passes(rounds):
             "all gradient criteria": lambda m=model, b=batches: scores.measure(m, b, **GRADIENTS),
             "grams": lambda m=model, b=batches: scores.grams(m, b),
             "gradient grams": lambda m=model, b=batches: scores.gradient_grams(m, b),
-            "reconstruct": lambda m=model, b=batches, t=thin, d=plan.drop: recover.reconstruct(t, m, b, drops=d),
+            "reconstruct": lambda m=model, b=batches, t=thin, d=plan.drop: recover.reconstruct(
+                t, m, b, drops=d
+            ),
         }
-        rows += told(f"passes, {name}, {images} images", interleaved(calls, rounds), "forward and backward")
+        rows += told(
+            f"passes, {name}, {images} images", interleaved(calls, rounds), "forward and backward"
+        )
     publish("passes", rows)
 
 
@@ -92,9 +98,13 @@ def svd(rounds):
             yield lowrank.svd(weight, rank)
 
     calls = {"torch.linalg.svd": lambda: list(optimum()), "lowrank.svd": lambda: list(ours())}
-    rows = told("factorise Swin-T, half the weights", interleaved(calls, rounds), "torch.linalg.svd")
+    rows = told(
+        "factorise Swin-T, half the weights", interleaved(calls, rounds), "torch.linalg.svd"
+    )
     triples = zip(weights, ours(), optimum(), strict=True)
-    excess = max(((w - a[0] @ a[1]).norm() / (w - b[0] @ b[1]).norm() - 1).item() for w, a, b in triples)
+    excess = max(
+        ((w - a[0] @ a[1]).norm() / (w - b[0] @ b[1]).norm() - 1).item() for w, a, b in triples
+    )
     rows[-1]["note"] = f"error above the optimum by at most {excess:.1e} of it"
     publish("svd", rows)
 
@@ -103,20 +113,32 @@ def files(rounds):
     """Checkpoints of a ViT-B, dense and with 90 % of its linear weights masked: bytes, and time to load a model from
     them, beside that of reading the files and nothing else."""
     model, rows = model_of("ViT-B", num_classes=10), []
-    weights = {f"{name}.weight": layer.weight for name, layer in models.view(model).linears().items()}
-    keep = masks.keep_largest({name: weight.detach().abs() for name, weight in weights.items()}, sparsity=0.9)
+    weights = {
+        f"{name}.weight": layer.weight for name, layer in models.view(model).linears().items()
+    }
+    keep = masks.keep_largest(
+        {name: weight.detach().abs() for name, weight in weights.items()}, sparsity=0.9
+    )
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(model, f"{folder}/dense")
         prune.apply(model, keep)
         checkpoint.save(model, f"{folder}/masked", masks=keep)
         both = ("dense", "masked")
-        calls = {f"read {n}": lambda n=n: len(Path(folder, n, checkpoint.WEIGHTS).read_bytes()) for n in both}
+        calls = {
+            f"read {n}": lambda n=n: len(Path(folder, n, checkpoint.WEIGHTS).read_bytes())
+            for n in both
+        }
         calls |= {f"load {n}": lambda n=n: checkpoint.load(f"{folder}/{n}") for n in both}
         seconds = interleaved(calls, rounds)
         size = [sum(p.stat().st_size for p in Path(folder, name).iterdir()) for name in both]
     case = "checkpoints of ViT-B, 90 % of linear weights zero"
-    rows = told(case, seconds, "read dense") + told(case, seconds[["read masked", "load masked"]], "read masked")[1:]
-    rows[1]["note"] = f"{size[1] / 1e6:.1f} of {size[0] / 1e6:.1f} MB, a share of {size[1] / size[0]:.3f}"
+    rows = (
+        told(case, seconds, "read dense")
+        + told(case, seconds[["read masked", "load masked"]], "read masked")[1:]
+    )
+    rows[1]["note"] = (
+        f"{size[1] / 1e6:.1f} of {size[0] / 1e6:.1f} MB, a share of {size[1] / size[0]:.3f}"
+    )
     publish("files", rows)
 
 
@@ -147,10 +169,10 @@ def mask_here(name, threads):
         linears = models.view(models.create("vit_base_patch16_224", num_classes=1000)).linears()
     found = {layer: torch.rand(module.weight.shape) for layer, module in linears.items()}
     mask_calls()[name]({"warm": torch.rand(8, 8), "up": torch.rand(8, 8)})
-    cost.reset_peak_memory()
-    before = cost.peak_memory_mb("cpu")
+    memory.reset_peak_memory()
+    before = memory.peak_memory_mb("cpu")
     stored = mask_calls()[name](found)
-    extra = cost.peak_memory_mb("cpu") - before
+    extra = memory.peak_memory_mb("cpu") - before
     kept = sum(mask.numel() * mask.element_size() for mask in stored) / 1e6
     count = sum(int(mask.count_nonzero()) for mask in stored)
     total = sum(score.numel() for score in found.values())
@@ -172,21 +194,38 @@ def masks_of_vit_b(rounds):
                 found.append(pool.apply(mask_here, (name, torch.get_num_threads())))
         seconds, extra, kept, share = pd.DataFrame(found).median()
         note = f"{extra:.0f} MB beyond scores and {kept:.0f} MB of masks; keeps {share:.8f}"
-        lines.append({"case": "masks of ViT-B", "what": name, "seconds": seconds, "rounds": len(found), "note": note})
+        lines.append(
+            {
+                "case": "masks of ViT-B",
+                "what": name,
+                "seconds": seconds,
+                "rounds": len(found),
+                "note": note,
+            }
+        )
     first = lines[-1]["seconds"]
     against = {"against": lines[-1]["what"]}
-    publish("masks_of_vit_b", [line | against | {"ratio": line["seconds"] / first} for line in lines])
+    publish(
+        "masks_of_vit_b", [line | against | {"ratio": line["seconds"] / first} for line in lines]
+    )
 
 
 def training(rounds):
     """The loop of train.fit, without its validation, against a bare loop of the same model, batches and bf16."""
     rows = []
-    for name, images, batch in [("small ViT", 768, 128), ("small Swin", 768, 128), ("ViT-S", 32, 8), ("Swin-T", 32, 8)]:
+    for name, images, batch in [
+        ("small ViT", 768, 128),
+        ("small Swin", 768, 128),
+        ("ViT-S", 32, 8),
+        ("Swin-T", 32, 8),
+    ]:
         model = model_of(name) if name.startswith("small") else model_of(name, num_classes=10)
         split = data_of(model, images)
         calls = {
             "bare loop": lambda m=model, s=split, b=batch: bare_loop(m, s, b),
-            "bare loop, attention not fused": lambda m=model, s=split, b=batch: bare_loop(m, s, b, fused=False),
+            "bare loop, attention not fused": lambda m=model, s=split, b=batch: bare_loop(
+                m, s, b, fused=False
+            ),
             "train.fit": lambda m=model, s=split, b=batch: fitted(m, s, b),
         }
         rows += told(f"training, {name}, {images} images", interleaved(calls, rounds), "bare loop")
@@ -199,7 +238,9 @@ def data_of(model, images):
     store = rng.integers(0, 256, (images, size, size, 3), dtype=np.uint8)
     labels = torch.from_numpy(rng.integers(0, 10, images))
     half = (0.5, 0.5, 0.5)
-    return data.Split(store, np.arange(images), labels, image_size=size, window=size, mean=half, std=half)
+    return data.Split(
+        store, np.arange(images), labels, image_size=size, window=size, mean=half, std=half
+    )
 
 
 OPTIONS = {"lr": 1e-4, "weight_decay": 0.05}
@@ -211,7 +252,14 @@ def fitted(model, split, batch):
     with contextlib.redirect_stdout(io.StringIO()):
         history = train.fit(
             *(model, split, split.subset(8)),
-            OPTIONS | {"epochs": 1, "warmup_epochs": 0, "batch_size": batch, "augment": {}, "precision": "bf16"},
+            OPTIONS
+            | {
+                "epochs": 1,
+                "warmup_epochs": 0,
+                "batch_size": batch,
+                "augment": {},
+                "precision": "bf16",
+            },
         )
     return history.seconds.iloc[0]
 
@@ -237,13 +285,13 @@ def bare_loop(model, split, batch, fused=True):
 def moves(rounds):
     """Moves of the explorer's widgets on the demo's models, of random weights: seconds from a new value until picture
     and tables are ready to be sent, what the browser takes left out. Three moves of each widget a round."""
-    sys.path.insert(0, str(record.repository() / "notebooks"))  # the explorer lies beside its notebook
+    sys.path.insert(0, str(repository() / "notebooks"))  # the explorer lies beside its notebook
     from explore import Explorer
 
     rows = []
     for name in ("vit", "swin"):
         with tempfile.TemporaryDirectory() as root, mock.patch.dict("os.environ", VITLAB_DATA=root):
-            lab = record.open_run("demo", name, 0)
+            lab = runs.open_run("demo", name, 0)
             torch.manual_seed(0)
             model = models.create(**lab.model, num_classes=10, image_size=32)
             checkpoint.save(model, lab.path("dense"))
@@ -259,7 +307,10 @@ def moves(rounds):
         gc.unfreeze()
         case = f"moves in the explorer, the demo's {name}"
         slowest = seconds.max()
-        rows += [row | {"slowest": slowest[row["what"]]} for row in told(case, seconds, "forward, 64 images")]
+        rows += [
+            row | {"slowest": slowest[row["what"]]}
+            for row in told(case, seconds, "forward, 64 images")
+        ]
     publish("moves", rows)
 
 

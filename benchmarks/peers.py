@@ -18,7 +18,9 @@ from speed import COLUMNS, cut_in_half, factored_in_half
 from timm.models.swin_transformer import PatchMerging
 from torch.nn.utils import prune as torch_prune
 
-from vitlab import bench, budget, cost, masks, models, scores, shrink
+from vitlab import models
+from vitlab.evaluation import bench, cost, roofline
+from vitlab.pruning import masks, pool, scores, shrink
 
 
 def attentions(model):
@@ -42,7 +44,11 @@ def torch_pruning_cut(model, ratio, importance, *, heads=None, everything=False,
             left_out += [getattr(module, table)] if hasattr(module, table) else []
         elif not everything and (name.endswith(("fc2", "reduction")) or is_stem(name, module)):
             left_out.append(module)
-    options = {"pruning_ratio": ratio, "head_pruning_ratio": ratio if heads is None else heads, "prune_num_heads": True}
+    options = {
+        "pruning_ratio": ratio,
+        "head_pruning_ratio": ratio if heads is None else heads,
+        "prune_num_heads": True,
+    }
     kept = {layer: 1 - 1 / count for layer, count in num_heads.items()}
     position = getattr(model, "pos_embed", None)
     with warnings.catch_warnings(action="ignore"):
@@ -64,7 +70,10 @@ def torch_pruning_cut(model, ratio, importance, *, heads=None, everything=False,
         module.num_heads = pruner.num_heads[module.qkv]
         if module.num_heads == 0:
             raise RuntimeError("every head of a block was removed")
-        module.attn_dim, module.head_dim = module.proj.in_features, module.proj.in_features // module.num_heads
+        module.attn_dim, module.head_dim = (
+            module.proj.in_features,
+            module.proj.in_features // module.num_heads,
+        )
         if hasattr(module, table) and module.proj in gone:
             old = getattr(module, table).data
             keep = [i for i in range(old.shape[1]) if i not in gone[module.proj]]
@@ -100,7 +109,7 @@ class Merging(torch_pruning.BasePruningFunc):
 
 
 class Floored:
-    """A Torch-Pruning importance, infinite for the best units of each place, so many as budget.FLOORS says.
+    """A Torch-Pruning importance, infinite for the best units of each place, so many as pool.FLOORS says.
 
     Its own max_pruning_ratio is looked at between steps, and one step of a global ranking may empty a layer, or take
     its last head. sizes: (units that may go, units) of each place seen; heads go by a ratio of their own: (0, units).
@@ -119,8 +128,12 @@ class Floored:
             self.sizes.append((0, found.shape[1]))
             return found.flatten()
         layers = {dependency.target.module for dependency, _ in group}
-        weighted = {layer for layer in layers if isinstance(layer, torch.nn.Module) and list(layer.parameters())}
-        floor = budget.FLOORS["filters" if weighted <= self.stem else "width"]
+        weighted = {
+            layer
+            for layer in layers
+            if isinstance(layer, torch.nn.Module) and list(layer.parameters())
+        }
+        floor = pool.FLOORS["filters" if weighted <= self.stem else "width"]
         found[found.topk(floor).indices] = math.inf
         self.sizes.append((len(found) - floor, len(found)))
         return found
@@ -141,22 +154,30 @@ def torch_pruning_to(dense, share, importance, *, gradients=None, everything=Tru
     """
     counts, whole, tried = [module.num_heads for module in attentions(dense)], cost.macs(dense), []
     options = {"everything": everything, "ranked": ranked}
-    stay = 1 / min(counts) if ranked == "uniform" else len(counts) / sum(counts)  # one of each block
+    stay = (
+        1 / min(counts) if ranked == "uniform" else len(counts) / sum(counts)
+    )  # one of each block
 
     def left(ratio, heads):
         model, heads = copy.deepcopy(dense), min(heads, 1 - stay - 1e-6)
-        for parameter, gradient in zip(model.parameters(), gradients or (), strict=gradients is not None):
+        for parameter, gradient in zip(
+            model.parameters(), gradients or (), strict=gradients is not None
+        ):
             parameter.grad = gradient.clone()
         floored = Floored(importance, model)
         torch_pruning_cut(model, ratio, floored, heads=heads, **options)
         model.zero_grad()
-        tried.append((cost.macs(model) / whole, model, f"ratio {ratio:.4f}, of heads {heads:.4f}", floored))
+        tried.append(
+            (cost.macs(model) / whole, model, f"ratio {ratio:.4f}, of heads {heads:.4f}", floored)
+        )
         return tried[-1][0]
 
     left(0.5, 0.5)
     most = tried[-1][-1].most(ranked) - 1e-3
     if (floor := left(most, most)) > share:
-        raise ValueError(f"Torch-Pruning cannot reach {share:g} x MACs: {floor:.3f} stays at its highest ratio")
+        raise ValueError(
+            f"Torch-Pruning cannot reach {share:g} x MACs: {floor:.3f} stays at its highest ratio"
+        )
     low = 0.0
     for tied in (True, False):
         high, heads = most, low
@@ -210,14 +231,20 @@ def removal(rounds):
 
         calls, found = {"vitlab": (lambda m=model: m, vitlab_cut)}, {}
         for name, make in IMPORTANCE.items():
-            calls[f"Torch-Pruning, {name}"] = with_gradients, lambda m, make=make: torch_pruning_cut(m, 0.5, make())
+            calls[f"Torch-Pruning, {name}"] = (
+                with_gradients,
+                lambda m, make=make: torch_pruning_cut(m, 0.5, make()),
+            )
         for name, (prepare, cut) in calls.items():
             try:
                 found[name] = {"macs_share": cost.macs(cut(prepare())) / whole, "outcome": "runs"}
             except Exception as error:  # whatever a peer raises is the result
                 found[name] = {"outcome": f"{type(error).__name__}: {error}".splitlines()[0]}
         timed = {name: call for name, call in calls.items() if "macs_share" in found[name]}
-        times = {row["what"]: row for row in told(f"remove half of {case}", interleaved(timed, rounds), "vitlab")}
+        times = {
+            row["what"]: row
+            for row in told(f"remove half of {case}", interleaved(timed, rounds), "vitlab")
+        }
         for name, result in found.items():
             line = times.get(name, {"case": f"remove half of {case}", "what": name})
             rows.append(line | result | {"settings": SETTINGS[name.partition(",")[0]]})
@@ -228,7 +255,10 @@ def alone(rounds):
     """Torch-Pruning as its example for timm's ViT has it, on Swin too: what comes out, or why nothing does."""
     rows = []
     for case in LARGE:
-        model, row = model_of(case), {"case": case, "what": "Torch-Pruning, nothing corrected by hand"}
+        model, row = (
+            model_of(case),
+            {"case": case, "what": "Torch-Pruning, nothing corrected by hand"},
+        )
         images, before = images_of(model, 1), cost.macs(model)
         num_heads = {module.qkv: module.num_heads for module in attentions(model)}
         try:
@@ -243,7 +273,9 @@ def alone(rounds):
                 module.attn_dim = module.qkv.out_features // 3
                 module.head_dim = module.attn_dim // module.num_heads
             model(images)
-            row["outcome"] = f"runs with {cost._torch(model.eval(), images) / before:.3f} of the MACs"
+            row["outcome"] = (
+                f"runs with {cost._torch(model.eval(), images) / before:.3f} of the MACs"
+            )
         except Exception as error:  # whatever a peer raises is the result
             row["outcome"] = f"{type(error).__name__}: {error}".splitlines()[0]
         rows.append(row)
@@ -285,11 +317,19 @@ def results(rounds):
         made["plain SVD, half of each layer"] = factored_in_half(dense)
         made["vitlab, half the MACs"] = cut_in_half(dense)
         made["Torch-Pruning, half the MACs"], ratio = at_half_the_macs(case)
-        print(f"{case}: Torch-Pruning at ratio {ratio:.3f}; made in {math.ceil(time.perf_counter() - begun)} s")
-        table = bench.bounds(made, bench.latency(made, batch=8, repeats=rounds)).assign(case=case)
+        print(
+            f"{case}: Torch-Pruning at ratio {ratio:.3f}; made in {math.ceil(time.perf_counter() - begun)} s"
+        )
+        table = roofline.bounds(made, bench.latency(made, batch=8, repeats=rounds)).assign(
+            case=case
+        )
         table["macs"] = table.model.map({name: cost.macs(model) for name, model in made.items()})
-        table["params"] = table.model.map({n: sum(p.numel() for p in m.parameters()) for n, m in made.items()})
-        table["bytes_disk"] = table.model.map({name: cost.bytes_disk(model) for name, model in made.items()})
+        table["params"] = table.model.map(
+            {n: sum(p.numel() for p in m.parameters()) for n, m in made.items()}
+        )
+        table["bytes_disk"] = table.model.map(
+            {name: cost.bytes_disk(model) for name, model in made.items()}
+        )
         rows += table.to_dict("records")
     publish("results", rows, shown=["case", "model", "macs", "params", "bytes_disk", *COLUMNS[4:]])
 

@@ -6,13 +6,28 @@ import pandas as pd
 import torch
 from common import LARGE, SMALL, folder, images_of, model_of, publish
 
-from vitlab import bench, budget, lowrank, masks, models, plots, prune, record, scores, shrink
+from vitlab import models
+from vitlab.evaluation import bench, roofline
+from vitlab.pruning import budget, factor, lowrank, masks, prune, scores, shrink
+from vitlab.pruning.ranks import allocate
+from vitlab.report import plots, style
+from vitlab.studies import runs
 
 ON_GPU = torch.cuda.is_available()  # for `cuts`; the other cases run on the CPU
 WAYS = [("eager", "float32"), ("compiled", "float32"), ("eager", "bf16"), ("compiled", "bf16")]
 WAYS += [] if ON_GPU else [("onnxruntime", "float32")]  # which runs on CPUs here
 BATCHES = [1, 8, 64, 256] if ON_GPU else [1, 8, 64]
-COLUMNS = ["case", "model", "runtime", "precision", "batch", "speedup_q1", "speedup", "speedup_q3", "promised"]
+COLUMNS = [
+    "case",
+    "model",
+    "runtime",
+    "precision",
+    "batch",
+    "speedup_q1",
+    "speedup",
+    "speedup_q3",
+    "promised",
+]
 COLUMNS += ["achieved", "achieved_here", "bound", "reached", "memory_mb", "note"]
 
 
@@ -23,16 +38,23 @@ def cut_in_half(model, multiple=8):
 
 
 def masked_in_half(model):
-    weights = {f"{name}.weight": layer.weight for name, layer in models.view(model).linears().items()}
+    weights = {
+        f"{name}.weight": layer.weight for name, layer in models.view(model).linears().items()
+    }
     model = copy.deepcopy(model)
-    prune.apply(model, masks.keep_largest({name: w.detach().abs() for name, w in weights.items()}, sparsity=0.5))
+    prune.apply(
+        model,
+        masks.keep_largest({name: w.detach().abs() for name, w in weights.items()}, sparsity=0.5),
+    )
     return model
 
 
 def factored_in_half(model, share=0.5):
     """Every linear layer as two thin ones of half its MACs."""
     sizes = {name: layer.weight.shape for name, layer in models.view(model).linears().items()}
-    return shrink.factorise(model, {name: lowrank.rank_for(m, n, share) for name, (m, n) in sizes.items()})
+    return factor.factorise(
+        model, {name: lowrank.rank_for(m, n, share) for name, (m, n) in sizes.items()}
+    )
 
 
 def cuts(rounds):
@@ -46,9 +68,15 @@ def cuts(rounds):
         dense = model_of(case).to("cuda" if ON_GPU else "cpu")
         made = {"dense": dense, "masked": masked_in_half(dense), "removed": cut_in_half(dense)}
         made["factored"] = factored_in_half(dense)
-        settings = {f"{name} {' '.join(way)}": bench.Setting(m, *way) for name, m in made.items() for way in WAYS}
-        table = bench.latency(settings, batch=BATCHES, repeats=4 * rounds, seconds=240)  # large batches: fewer
-        table = bench.bounds(settings, table).assign(case=case)
+        settings = {
+            f"{name} {' '.join(way)}": bench.Setting(m, *way)
+            for name, m in made.items()
+            for way in WAYS
+        }
+        table = bench.latency(
+            settings, batch=BATCHES, repeats=4 * rounds, seconds=240
+        )  # large batches: fewer
+        table = roofline.bounds(settings, table).assign(case=case)
         table["model"] = table.model.str.split().str[0]
         tables.append(table.join(memory(made), on=["model", "runtime", "precision", "batch"]))
         publish("cuts", pd.concat(tables), shown=COLUMNS)
@@ -69,12 +97,12 @@ def memory(made):
 def draw_cuts(table):
     for case, rows in table[table.batch == 8].groupby("case", sort=False):
         said = f"{case} at 224 px, random weights, half the MACs or half the weights, batches of 8, threads: "
-        source = record.provenance()
+        source = runs.provenance()
         said += f"{rows.threads.iloc[0]}; {source['device']}, commit {source['commit']}, {source['date'][:10]}; "
         said += "python benchmarks --only cuts."
         name = case.lower()
-        plots.save(plots.speedup_bars(rows), folder(f"speedup-{name}"), caption=said)
-        plots.save(plots.roofline(rows), folder(f"roofline-{name}"), caption=said)
+        style.save(plots.speedup_bars(rows), folder(f"speedup-{name}"), caption=said)
+        style.save(plots.roofline(rows), folder(f"roofline-{name}"), caption=said)
 
 
 def widths(rounds):
@@ -84,8 +112,11 @@ def widths(rounds):
         dense = model_of(case)
         made = {str(multiple): cut_in_half(dense, multiple) for multiple in (1, 4, 8, 16, 32, 64)}
         for precision in bench.PRECISIONS:
-            settings = {name: bench.Setting(m, precision=precision) for name, m in ({"dense": dense} | made).items()}
-            table = bench.bounds(settings, bench.latency(settings, batch=8, repeats=rounds))
+            settings = {
+                name: bench.Setting(m, precision=precision)
+                for name, m in ({"dense": dense} | made).items()
+            }
+            table = roofline.bounds(settings, bench.latency(settings, batch=8, repeats=rounds))
             rows.append(table.assign(case=case).rename(columns={"model": "multiple"}))
     shown = ["multiple" if column == "model" else column for column in COLUMNS]
     publish("widths", pd.concat(rows), shown=shown)
@@ -96,10 +127,22 @@ def small(rounds):
     rows = []
     for case in SMALL:
         dense = model_of(case)
-        units = scores.units(dense, criteria=["random"], kinds=["heads", "neurons", "filters", "width"])["random"]
-        drop = budget.plan(dense, units, macs=0.5, kinds=["heads", "neurons", "filters", "width"]).drop
-        made = {"dense": dense, "removed": shrink.remove(dense, drop), "factored": factored_in_half(dense)}
-        rows.append(bench.bounds(made, bench.latency(made, batch=[1, 8, 64], repeats=4 * rounds)).assign(case=case))
+        units = scores.units(
+            dense, criteria=["random"], kinds=["heads", "neurons", "filters", "width"]
+        )["random"]
+        drop = budget.plan(
+            dense, units, macs=0.5, kinds=["heads", "neurons", "filters", "width"]
+        ).drop
+        made = {
+            "dense": dense,
+            "removed": shrink.remove(dense, drop),
+            "factored": factored_in_half(dense),
+        }
+        rows.append(
+            roofline.bounds(made, bench.latency(made, batch=[1, 8, 64], repeats=4 * rounds)).assign(
+                case=case
+            )
+        )
     publish("small", pd.concat(rows), shown=COLUMNS)
 
 
@@ -114,10 +157,25 @@ def ranks(rounds):
             role = "stem" if own.kind.iloc[0] == "convolution" else view.role(name)
             half = own.iloc[(own["rank"] - own.break_even / 2).abs().argmin()]
             rows.append(
-                {"case": case, "batch": batch, "role": role, "m": half.m, "n": half.n, "positions": half.positions}
+                {
+                    "case": case,
+                    "batch": batch,
+                    "role": role,
+                    "m": half.m,
+                    "n": half.n,
+                    "positions": half.positions,
+                }
                 | {"break_even_macs": half.break_even, "break_even_time": limits[name]}
-                | {"share": limits[name] / half.break_even, "rank": half["rank"], "promised": half.promised}
-                | {"speedup_q1": half.speedup_q1, "speedup": half.speedup, "speedup_q3": half.speedup_q3}
+                | {
+                    "share": limits[name] / half.break_even,
+                    "rank": half["rank"],
+                    "promised": half.promised,
+                }
+                | {
+                    "speedup_q1": half.speedup_q1,
+                    "speedup": half.speedup,
+                    "speedup_q3": half.speedup_q3,
+                }
                 | {"achieved": half.achieved}
                 | intensities(half)
             )
@@ -129,7 +187,10 @@ def intensities(row):
     """MACs per number moved, of the dense layer and of its factors together."""
     m, n, p, r = (int(row[key]) for key in ("m", "n", "positions", "rank"))
     dense = m * n * p / (p * (m + n) + m * n)
-    return {"macs_per_number": dense, "factored": r * (m + n) * p / (p * (m + n + 2 * r) + r * (m + n))}
+    return {
+        "macs_per_number": dense,
+        "factored": r * (m + n) * p / (p * (m + n + 2 * r) + r * (m + n)),
+    }
 
 
 def factors(rounds):
@@ -146,13 +207,17 @@ def factors(rounds):
         for name, limit in {"by MACs": None, "by measurement": most}.items():
             for macs in (0.75, 0.5):
                 try:
-                    chosen = budget.ranks(dense, grams, gradients, macs=macs, most=limit)
+                    chosen = allocate(dense, grams, gradients, macs=macs, most=limit)
                 except ValueError as error:
                     print(f"{case}, {macs} x MACs, {name}: {error}")
                     continue
-                made[f"{macs} {name}"] = shrink.factorise(dense, chosen, grams=grams)
+                made[f"{macs} {name}"] = factor.factorise(dense, chosen, grams=grams)
         made["0.5 every layer"] = factored_in_half(dense)
-        rows.append(bench.bounds(made, bench.latency(made, batch=batch, repeats=2 * rounds)).assign(case=case))
+        rows.append(
+            roofline.bounds(made, bench.latency(made, batch=batch, repeats=2 * rounds)).assign(
+                case=case
+            )
+        )
     publish("factors", pd.concat(rows), shown=COLUMNS)
 
 

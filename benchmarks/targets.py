@@ -6,11 +6,24 @@ import torch
 from accuracy import KINDS, MODELS, given_of
 from common import publish
 
-from vitlab import bench, budget, cost, evaluate, recover
+from vitlab.evaluation import bench, cost, evaluate
+from vitlab.pruning import budget, pool, recover
 
 TARGETS, SHARES = ("params", "bytes", "latency"), (0.75, 0.5)
 POOLS = {"pool": (*KINDS, "ranks"), "units": KINDS}
-COLUMNS = ["model", "target", "kinds", "asked", "planned", "met", "met_q1", "met_q3", "macs", "params", "top1"]
+COLUMNS = [
+    "model",
+    "target",
+    "kinds",
+    "asked",
+    "planned",
+    "met",
+    "met_q1",
+    "met_q3",
+    "macs",
+    "params",
+    "top1",
+]
 
 
 def targets(rounds):
@@ -33,27 +46,46 @@ def of_model(given, rounds, *, batch=64):
         limits = {"most": most, "batch": batch} if what == "latency" else {}
         try:
             plan = budget.plan(dense, **given.candidates, kinds=kinds, **limits, **{what: share})
-        except budget.Unreachable as floor:
+        except pool.Unreachable as floor:
             rows.append(row | {"note": str(floor)})
             continue
-        small, drops = budget.cut(dense, plan, given.calibration, grams=given.affine, compensate="least squares")
+        small, drops = budget.cut(
+            dense, plan, given.calibration, grams=given.affine, compensate="least squares"
+        )
         small = recover.reconstruct(small, dense, given.calibration, drops=drops)
         made[len(rows)] = small
-        row |= {"planned": plan.share, "met": share_of(small, dense, what), "macs": cost.macs(small) / cost.macs(dense)}
-        row |= {"params": share_of(small, dense, "params"), "top1": evaluate.accuracy(small, given.images.test).top1}
-        rows.append(row | {"threads": torch.get_num_threads(), "batch": batch if what == "latency" else None})
+        row |= {
+            "planned": plan.share,
+            "met": share_of(small, dense, what),
+            "macs": cost.macs(small) / cost.macs(dense),
+        }
+        row |= {
+            "params": share_of(small, dense, "params"),
+            "top1": evaluate.accuracy(small, given.images.test).top1,
+        }
+        rows.append(
+            row
+            | {"threads": torch.get_num_threads(), "batch": batch if what == "latency" else None}
+        )
     timed = {"dense": dense} | {str(number): small for number, small in made.items()}
     times = bench.latency(timed, batch=batch, repeats=4 * rounds, seconds=600).set_index("model")
     for number in made:
         if rows[number]["target"] == "latency":
             own = times.loc[str(number)]
-            rows[number] |= {"met": 1 / own.speedup, "met_q1": 1 / own.speedup_q3, "met_q3": 1 / own.speedup_q1}
+            rows[number] |= {
+                "met": 1 / own.speedup,
+                "met_q1": 1 / own.speedup_q3,
+                "met_q3": 1 / own.speedup_q1,
+            }
     return rows
 
 
 def share_of(small, dense, what):
     """What small keeps of the dense model's parameters or bytes; None of what has to be timed."""
-    counts = {"params": lambda m: sum(p.numel() for p in m.parameters()), "bytes": cost.bytes_memory}
+    counts = {
+        "params": lambda m: sum(p.numel() for p in m.parameters()),
+        "bytes": cost.bytes_memory,
+    }
     return counts[what](small) / counts[what](dense) if what in counts else None
 
 

@@ -29,7 +29,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from vitlab import budget, checkpoint, cost, data, evaluate, masks, models, plots, prune, record, scores
+from vitlab import files, models
+from vitlab.evaluation import cost, evaluate
+from vitlab.models import checkpoint
+from vitlab.pruning import budget, masks, pool, prune, scores
+from vitlab.report import drawings, style
+from vitlab.studies import runs, settings
+from vitlab.studies.runs import checkpoint_id
+from vitlab.training import data
 
 _FORMAT = 2  # of saved scores: another one where their meaning changes
 _WEIGHTS = ("taylor", "fisher", "obd", "gradient", "snip", "magnitude", "random")
@@ -37,7 +44,7 @@ _UNITS = ("fisher", "taylor", "michel")
 _SHOWN = 12  # validation images as pictures
 _TESTED = 256  # validation images that accuracy is measured on
 _BINS = 60  # of histograms
-_STATES = {"masked": "0.85", "goes with its unit": plots.COLORS[1], "kept": plots.COLORS[0]}
+_STATES = {"masked": "0.85", "goes with its unit": style.COLORS[1], "kept": style.COLORS[0]}
 
 
 # -- checkpoints
@@ -53,11 +60,11 @@ def _checkpoints(lab):
     lab: a Run
     Raises FileNotFoundError, with the commands that make a checkpoint, if there are none.
     """
-    runs = record.root() / "runs"
-    shipped = record.repository() / "checkpoints"
+    runs = files.root() / "runs"
+    shipped = files.repository() / "checkpoints"
     folders = {"/".join(folder.parts[-4:]): folder for folder in runs.glob("*/*/seed*/*")}
     for folder in shipped.glob("*/*"):
-        study, model, seed = record.of_shipped(folder)
+        study, model, seed = checkpoint_id(folder)
         folders[f"{study}/{model}/seed{seed}/shipped"] = folder
 
     def order(label):
@@ -105,7 +112,7 @@ class _Subject:
         study, model, seed, _ = label.split("/")
         if folder.parent != lab.folder:
             study = lab._given if study == lab.study else study  # perhaps a path
-            lab = record.open_run(study, model, int(seed.removeprefix("seed")))
+            lab = runs.open_run(study, model, int(seed.removeprefix("seed")))
         self.lab = lab
         self.model = checkpoint.load(folder, device=device)
         self.weights, self.units = self._scores(folder)
@@ -136,7 +143,7 @@ class _Subject:
         path = self.lab.path("explore") / f"{folder.name}-{key}.pt"
         if not path.is_file():
             passes = f"one pass over {calibration.images} images"
-            record.say(f"taking the scores of {folder.name}, once: {passes}")
+            files.log(f"taking the scores of {folder.name}, once: {passes}")
             measured = scores.measure(
                 self.model,
                 self.calibration(),
@@ -145,7 +152,7 @@ class _Subject:
                 labels=calibration.labels,
                 seed=self.lab.seed,
             )
-            record.write_atomic(path, partial(torch.save, [measured["weights"], measured["units"]]))
+            files.write_atomic(path, partial(torch.save, [measured["weights"], measured["units"]]))
         return torch.load(path, map_location="cpu", weights_only=True)
 
     @cached_property
@@ -171,7 +178,7 @@ class _Subject:
         """
 
         def is_reached(hundredth):
-            with suppress(budget.Unreachable):
+            with suppress(pool.Unreachable):
                 return bool(self.plan("fisher", hundredth / 100))
             return False
 
@@ -219,7 +226,7 @@ class _Subject:
                 masked += self.weights["obd"][name][counted].sum().item()
         fisher = self.units["fisher"]
         removed = sum(fisher[key][indices].sum().item() for key, indices in drop.items())
-        return record.Values(
+        return settings.Values(
             keep=keep,
             drop=drop,
             stay=stay,
@@ -303,7 +310,7 @@ class _LayerPicture:
     drawn only when `background` is None.
     """
 
-    @plots.styled
+    @style.styled
     def __init__(self):
         self.figure = Figure((9, 3.4), layout="none")
         self.canvas = FigureCanvasAgg(self.figure)
@@ -373,7 +380,7 @@ class _LayerPicture:
         self.line.set_xdata([x, x])
         self.line.set_visible(np.isfinite(threshold))
 
-    @plots.styled
+    @style.styled
     def png(self):
         """Return the bytes of a PNG, lightly compressed, as it is looked at for a moment."""
         if self.background is None:
@@ -458,7 +465,7 @@ class Explorer:
 
     def show(self):
         """Display the widgets; headless, where nobody can move them, their pictures and tables."""
-        if record.headless():
+        if files.headless():
             picture = Image(data=self.layer_image.value)
             display(picture, HTML(self.heads.value), HTML(self.table.value))
         else:
@@ -535,7 +542,7 @@ class Explorer:
         moved = evaluate.compare(before, after, split, most=count, classes=images.classes).images
         dense = (moved.before == moved.label).sum()
         cut = (moved.after == moved.label).sum()
-        figure = plots.changed_images(split, moved.head(_SHOWN))
+        figure = drawings.changed_images(split, moved.head(_SHOWN))
         self.test_image.value = print_figure(figure)
         self.test_image.layout.display = None
         plt.close(figure)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import deck
 
-from vitlab import record
+from vitlab import files
 
 
 def main(arguments=None):
@@ -18,12 +18,15 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     name = re.sub(r"\.ya?ml$", "", Path(options.study).name)
     try:
-        deck.write(record.repository() / "figures" / name, options.out)
+        deck.write(files.repository() / "figures" / name, options.out)
     except FileNotFoundError as error:
         print(f"slides: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(f"slides: no slides.pptx, as {error.name} is missing: pip install python-pptx", file=sys.stderr)
+        print(
+            f"slides: no slides.pptx, as {error.name} is missing: pip install python-pptx",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

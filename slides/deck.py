@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib import font_manager
 from PIL import Image, ImageFont
 
-from vitlab import record
+from vitlab import files
 
 WIDTH, HEIGHT = 13.333, 7.5  # inches of a slide
 PADDING = 0.2  # inches beside the text of a cell, both sides together
@@ -181,14 +181,19 @@ def to_pptx(slides, *, title, date):
     number = _slide_number(layout)
     for content in slides:
         slide = deck.slides.add_slide(layout)
-        slide.shapes._spTree.append(copy.deepcopy(number._element))  # python-pptx leaves it in the layout
+        slide.shapes._spTree.append(
+            copy.deepcopy(number._element)
+        )  # python-pptx leaves it in the layout
         _fill(slide, content)
     return _same_bytes(deck)
 
 
 def _widen(deck):
     """Stretch the layouts of the template, which are 4:3, to 16:9."""
-    for layout in [*deck.slide_layouts, deck.slide_master]:  # the master last, as the others inherit from it
+    for layout in [
+        *deck.slide_layouts,
+        deck.slide_master,
+    ]:  # the master last, as the others inherit from it
         for shape in layout.placeholders:
             place = shape.left * 4 // 3, shape.top, shape.width * 4 // 3, shape.height
             shape.left, shape.top, shape.width, shape.height = place
@@ -217,7 +222,13 @@ def _fill(slide, content):
     if content.picture:
         drawn = slide.shapes.add_picture(str(content.picture), *map(Inches, (0.5, top, wide, high)))
         drawn._element.nvPicPr.cNvPr.set("descr", content.shows)
-        _write(_box(slide), content.shows, (0.5, top + high + 0.05, wide, 0.3), range(11, 6, -1), grey=True)
+        _write(
+            _box(slide),
+            content.shows,
+            (0.5, top + high + 0.05, wide, 0.3),
+            range(11, 6, -1),
+            grey=True,
+        )
     if content.note:
         _write(_box(slide), content.note, (0.5, 6.3, 12.33, 0.45), range(12, 6, -1))
     _write(_box(slide), content.source, (0.5, 6.85, 11.6, 0.4), range(10, 5, -1), grey=True)
@@ -368,7 +379,9 @@ def _section(slide, number, count):
     figure = ""
     if slide.picture:
         layout = "" if _ratio(slide.picture) < 2.5 else " tall"
-        figure = f"<figure>{_image(slide)}<figcaption>{html.escape(slide.shows)}</figcaption></figure>"
+        figure = (
+            f"<figure>{_image(slide)}<figcaption>{html.escape(slide.shows)}</figcaption></figure>"
+        )
     return [
         f'<section id="slide-{number}">\n<h2>{html.escape(slide.title)}</h2>',
         f'<div class="body{layout}">{figure}',
@@ -398,7 +411,9 @@ def _html_table(table):
 
 def _html_line(cells, tag, sides):
     """Return one line of a table. sides: the class of each column."""
-    marked = [f"<{tag}{side}>{html.escape(cell)}</{tag}>" for cell, side in zip(cells, sides, strict=True)]
+    marked = [
+        f"<{tag}{side}>{html.escape(cell)}</{tag}>" for cell, side in zip(cells, sides, strict=True)
+    ]
     return f"<tr>{''.join(marked)}</tr>"
 
 
@@ -414,7 +429,7 @@ def write(folder, out=None):
     title = slides[0].title
     dates = re.findall(r"\d{4}-\d\d-\d\d", slides[0].source)
     date = dates[0] if dates else "2000-01-01"
-    record.write_atomic(out / "slides.html", to_html(slides, title=title))
-    record.write_atomic(out / "slides.pptx", to_pptx(slides, title=title, date=date))
-    record.say(f"{len(slides)} slides: {out / 'slides.pptx'}, {out / 'slides.html'}")
+    files.write_atomic(out / "slides.html", to_html(slides, title=title))
+    files.write_atomic(out / "slides.pptx", to_pptx(slides, title=title, date=date))
+    files.log(f"{len(slides)} slides: {out / 'slides.pptx'}, {out / 'slides.html'}")
     return out / "slides.pptx", out / "slides.html"

@@ -12,7 +12,8 @@ import pandas as pd
 import published
 from published import SOLVED, TRAINED, Absent, model_name, number, share, signed
 
-from vitlab import plots, record
+from vitlab import files
+from vitlab.report import tables
 
 MOST = 8  # lines of a slide's table
 WHAT = {"unstructured": "weights", "structured": "rows"}
@@ -58,7 +59,7 @@ COLUMNS = {
     "spread_finetuned": ("spread, fine-tuned", "{:.3f}".format),
     "spread_pruned": ("spread, pruned", "{:.3f}".format),
     "spread_unpruned": ("spread, unpruned", "{:.3f}".format),
-    "stage": ("stage", lambda stage: plots.STAGES.get(stage, stage)),
+    "stage": ("stage", lambda stage: tables.STAGES.get(stage, stage)),
     "target": ("share cut or kept", share),
     "times": ("measured / predicted", two_digits),
     "top1": ("top-1 (%)", number),
@@ -138,7 +139,7 @@ def comparable(results):
     Where all are random controls, they stay.
     """
     results = results[results.seeds == results.seeds.max()]
-    chosen = results[~results.series.map(plots.is_random)]
+    chosen = results[~results.series.map(tables.is_random)]
     return results if chosen.empty else chosen
 
 
@@ -149,11 +150,11 @@ def summary(study, model, kinds):
     (points against dense), share (MACs of dense), seeds.
     """
     lines = study.read("summary", model)
-    lines = lines.reindex(columns=lines.columns.union([*plots.STAGES, "macs"], sort=False))
+    lines = lines.reindex(columns=lines.columns.union([*tables.STAGES, "macs"], sort=False))
     lines = present(lines[lines.target_kind.isin(kinds)])
     if "seeds" not in lines:
         lines = lines.assign(seeds=1)
-    series = plots.series(lines)
+    series = tables.series(lines)
     untrained = lines[["cut", *SOLVED]].max(axis=1)
     trained = lines[TRAINED].max(axis=1)
     return lines.assign(
@@ -175,7 +176,7 @@ def timed(study, model=None):
     dense_macs = lines.model.map(dense_macs)
     lines = lines.assign(promised=dense_macs / lines.macs, ideal=dense_macs / lines.macs_ideal)
     lines = present(lines[(lines.method != "dense") & lines.speedup.notna()])
-    series = plots.series(lines)
+    series = tables.series(lines)
     arrives = lines.speedup / lines.promised
     return lines.assign(series=series, name=with_target(series, lines.target), arrives=arrives)
 
@@ -202,7 +203,9 @@ def best_first(lines, column):
 
 def title_slide(study):
     """What the study is."""
-    dense = [f"{model_name(model)} {number(top1)} % top-1" for model, top1 in study.dense.top1.items()]
+    dense = [
+        f"{model_name(model)} {number(top1)} % top-1" for model, top1 in study.dense.top1.items()
+    ]
     facts = {"data": published.listed(study.results, "data"), "dense models": ", ".join(dense)}
     for fact in ("seed", "device", "commit"):
         facts[fact] = published.listed(study.results, fact)
@@ -214,9 +217,11 @@ def title_slide(study):
 
 def dense_models(study):
     """How good the dense models are."""
-    lines = plots.beside_dense(study.read("dense"), "top1")
+    lines = tables.beside_dense(study.read("dense"), "top1")
     change = (lines.top1 - lines.dense_top1).where(lines.stage != "dense")
-    lines = published.mean_over_seeds(lines.assign(change=change), ["model", "stage", "epochs"]).head(MOST)
+    lines = published.mean_over_seeds(
+        lines.assign(change=change), ["model", "stage", "epochs"]
+    ).head(MOST)
     best = lines[lines.stage == "dense"].sort_values("top1").iloc[-1]
     return Slide(
         f"The dense {model_name(best.model)} reaches {number(best.top1)}\u00a0% top-1",
@@ -256,7 +261,9 @@ def agreement(study, model):
 def criteria(study, model):
     """What each score keeps, before any training."""
     keys = ["criterion", "method", "target"]
-    lines = published.mean_over_seeds(study.read("table-criteria", model), keys).replace({"method": WHAT})
+    lines = published.mean_over_seeds(study.read("table-criteria", model), keys).replace(
+        {"method": WHAT}
+    )
     lines = lines.assign(name=with_target(lines.method, lines.target))
     most = lines[lines.target == lines.target.max()]
     best = most.loc[most.val_top1.idxmax()]
@@ -318,7 +325,9 @@ def weights(study, model):
     most = wide.loc[wide.target.idxmax()]
     return Slide(
         f"Fine-tuned, the {model_name(model)} keeps {share(most.zero_finetuned)} zeros ({most['name']})",
-        columns_of(wide, "name zero_pruned zero_finetuned spread_unpruned spread_pruned spread_finetuned"),
+        columns_of(
+            wide, "name zero_pruned zero_finetuned spread_unpruned spread_pruned spread_finetuned"
+        ),
         study.picture(f"weights-{model}"),
         f"Weights of all prunable layers, seed {bins.seed.min():g}; hatched: exact zeros.",
         "Spread: root mean square of the weights that are not zero, over all seeds.",
@@ -365,14 +374,17 @@ def recovered(study):
     lines = summary(study, None, [*published.BUDGETS])
     solved = lines[SOLVED].max(axis=1)
     is_cut = lines.cut.notna() & solved.notna() & (lines.target < 1)
-    lines = lines.assign(lost=lines.dense - lines.cut, back=solved - lines.cut, left=lines.trained - lines.cut)
-    lines = present(best_first(lines[is_cut & ~lines.series.map(plots.is_random)], "back"))
+    lines = lines.assign(
+        lost=lines.dense - lines.cut, back=solved - lines.cut, left=lines.trained - lines.cut
+    )
+    lines = present(best_first(lines[is_cut & ~lines.series.map(tables.is_random)], "back"))
     best = lines.iloc[0]
     return Slide(
         f"Solved anew, without training: {number(best.back)} of {number(best.lost)} points won back "
         f"({model_name(best.model)}, {best['name']})",
         columns_of(lines, "model name cut lost back left seeds"),
-        note="Won back: the best of folding, least squares and reconstruction, in points above the model after the cut.",
+        note="Won back: the best of folding, least squares and reconstruction, "
+        "in points above the model after the cut.",
     )
 
 
@@ -428,20 +440,20 @@ def _ends(lines):
 
 def trade_off(study, model, cost):
     """The models that no other beats in accuracy and cost."""
-    whole = [*plots.DENSE_POINTS]
+    whole = [*tables.DENSE_POINTS]
     results = study.untimed[study.untimed.model == model]
-    results = results.assign(series=plots.series(results))
-    results = plots.beside_dense(results, "top1", cost)
+    results = results.assign(series=tables.series(results))
+    results = tables.beside_dense(results, "top1", cost)
     change = results.top1 - results.dense_top1
     results = results.assign(change=change, share=results[cost] / results[f"dense_{cost}"])
     results = results[results.stage.isin([*whole, "reconstructed", *TRAINED])]
     results = results[results[cost].notna() & results.top1.notna()]
     keys = ["series", "target", "stage"]
-    lines = plots.over_seeds(results[[*keys, "seed", "top1", "change", "share", cost]], keys)
+    lines = tables.over_seeds(results[[*keys, "seed", "top1", "change", "share", cost]], keys)
     is_dense = lines.stage.isin(whole)
     # Means over fewer seeds are not ranked with those over all.
     ranked = lines[is_dense | (lines.seeds == lines.seeds[~is_dense].max())]
-    front = ranked[plots.pareto(ranked[cost], ranked.top1)].sort_values(cost, kind="stable")
+    front = ranked[tables.pareto(ranked[cost], ranked.top1)].sort_values(cost, kind="stable")
     cuts = present(comparable(front[~front.stage.isin(whole)]))
     # The cheapest cut within a point of dense; where none is, the one that loses least.
     near = cuts[cuts.change >= -1].head(1)
@@ -453,7 +465,7 @@ def trade_off(study, model, cost):
     front = front.assign(name=with_target(front.series, front.target))
     return Slide(
         f"{share(best.share)} of the {published.COSTS[cost]}: {signed(best.change)} points "
-        f"({model_name(model)}, {best.series}, {plots.STAGES[best.stage]})",
+        f"({model_name(model)}, {best.series}, {tables.STAGES[best.stage]})",
         columns_of(front, "name stage share top1 change"),
         study.picture(f"tradeoff-{cost}-{model}"),
         f"Test top-1 over {published.COSTS[cost]}; ringed: no other model is better and cheaper.",
@@ -466,7 +478,9 @@ def best_under_a_limit(study, model):
     lines = study.read("best", model)
     lowest = sorted(set(lines.limit))[:2]
     lines = lines[lines.limit.isin(lowest)].head(MOST)
-    lines = lines.assign(change=lines.top1 - lines.dense, name=with_target(lines.method, lines.target))
+    lines = lines.assign(
+        change=lines.top1 - lines.dense, name=with_target(lines.method, lines.target)
+    )
     chosen_on = " and ".join(published.distinct(lines, "chosen_on"))
     return Slide(
         f"The best {model_name(model)} under each limit",
@@ -549,7 +563,7 @@ def method(study):
     facts = {
         "images (train, val, test)": ", ".join(images),
         f"standard error of {number(100 * top1)} % top-1": f"{error} points",
-        "seeds": f"{plots.seeds_of(results)}; split {published.listed(results, 'split_seed')}",
+        "seeds": f"{tables.seeds_of(results)}; split {published.listed(results, 'split_seed')}",
         "MACs": "multiply-accumulates of one image, closed form; FLOPs = 2 × MACs; masked models execute all",
         "time": how_timed(study) if results.latency_ms.notna().any() else "not measured",
         "choice": "scores from training images, the best epoch by val; top-1 is on test where nothing else stands",
@@ -557,7 +571,9 @@ def method(study):
         "commit": published.listed(results.sort_values("date"), "commit"),
     }
     table = pd.DataFrame(facts.items(), columns=["method", study.folder.name])
-    return Slide(f"{splits['test']:,} test images: a top-1 has a standard error of {error} points", table)
+    return Slide(
+        f"{splits['test']:,} test images: a top-1 has a standard error of {error} points", table
+    )
 
 
 # -- all slides
@@ -612,7 +628,7 @@ def slides(folder):
         try:
             slide = make(study, *arguments)
         except Absent as reason:
-            record.say(f"no slide {' '.join(map(str, (make.__name__, *arguments)))}: {reason}")
+            files.log(f"no slide {' '.join(map(str, (make.__name__, *arguments)))}: {reason}")
             continue
         made.append(replace(slide, source=source_of(study, slide, file, *arguments[:1])))
     return made

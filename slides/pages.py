@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import published
 
-from vitlab import plots, record
+from vitlab import files
+from vitlab.report import tables
 
 STUDIES = ("cifar10-small", "caltech101-small")  # of the front page
 LABELS = {  # method and form: what was done, in the order of a table
@@ -139,12 +140,14 @@ def _value(study, model, method, form, target, quantity):
     quantity, _, stage = quantity.partition(", ")
     if quantity == "rise":
         audit = study.read("table-audit", model)
-        audit = audit[audit.criterion.eq("fisher") & audit.kind.eq(method) & audit.target.eq(target)]
+        audit = audit[
+            audit.criterion.eq("fisher") & audit.kind.eq(method) & audit.target.eq(target)
+        ]
         return published.signed(_present(audit, "measured", model, method).mean(), 3)
     cuts = study.read("efficiency" if quantity == "speedup" else "summary", model)
     in_macs = ~cuts.target_kind.isin(published.BUDGETS.keys() - {"macs"})
     cuts = cuts[cuts.method.eq(method) & cuts.form.eq(form) & cuts.target.eq(target) & in_macs]
-    if quantity in plots.STAGES:
+    if quantity in tables.STAGES:
         changes = _present(cuts, quantity, model, method) - cuts.dense
         return published.signed(changes.mean())
     if quantity in ("macs", "bytes_disk"):
@@ -191,7 +194,7 @@ def _lines(study, front):
     orders = {
         "target_kind": ["sparsity", "ratio", *published.BUDGETS],
         "cut": [*LABELS],
-        "stage": [*plots.STAGES],
+        "stage": [*tables.STAGES],
     }
     for name, order in orders.items():
         results[name] = pd.Categorical(results[name], order)
@@ -208,7 +211,7 @@ def _words(result):
     if result.target_kind in published.BUDGETS:
         part = published.part_of(result.target, result.target_kind)
     done = LABELS[result.cut].format(share=published.share(result.target), part=part)
-    return f"{done}, {plots.STAGES[result.stage]}".removeprefix(", ")
+    return f"{done}, {tables.STAGES[result.stage]}".removeprefix(", ")
 
 
 def _columns(results, front):
@@ -256,7 +259,9 @@ def _mean_millions(counts):
 
 def _seed_note(lines):
     """Return what ± means, if a line has it, and of which seed the lines without it are."""
-    seeds_of_line = lines.groupby(["model", "words"]).seed.agg(lambda seeds: tuple(sorted(set(seeds))))
+    seeds_of_line = lines.groupby(["model", "words"]).seed.agg(
+        lambda seeds: tuple(sorted(set(seeds)))
+    )
     counts = set(seeds_of_line.map(len))
     if max(counts) == 1:
         return []
@@ -278,10 +283,14 @@ def _table(studies, lines, names):
     columns = {}
     for study in studies:
         prefix = f"{_data(study)} " if len(studies) > 1 else ""
-        columns |= _column_of_each_model(lines[study], names[study], "top1", _spread, prefix, "top-1 (%)")
+        columns |= _column_of_each_model(
+            lines[study], names[study], "top1", _spread, prefix, "top-1 (%)"
+        )
     first = studies[0]
     for measure, header in {"macs": "MACs (M)", "nonzero": "non-zero (M)"}.items():
-        columns |= _column_of_each_model(lines[first], names[first], measure, _mean_millions, "", header)
+        columns |= _column_of_each_model(
+            lines[first], names[first], measure, _mean_millions, "", header
+        )
     order = pd.concat(lines.values()).words.unique()
     return pd.DataFrame(columns).reindex(order).fillna("")
 
@@ -368,7 +377,7 @@ def fill(text, *, page):
     text: of the page. page: the folder that it lies in, from which links go.
     Raises FileNotFoundError for a study without published results.
     """
-    figures = record.repository() / "figures"
+    figures = files.repository() / "figures"
 
     def block(mark):
         names = [mark[2]] if mark[2] else STUDIES
@@ -380,15 +389,19 @@ def fill(text, *, page):
 
 def main(arguments=None):
     """Write results into the pages that the command line names; return its exit status."""
-    parser = argparse.ArgumentParser("python slides/pages.py", description="Write results of studies into pages.")
-    parser.add_argument("pages", nargs="+", type=Path, help="pages in Markdown with marks, such as README.md")
+    parser = argparse.ArgumentParser(
+        "python slides/pages.py", description="Write results of studies into pages."
+    )
+    parser.add_argument(
+        "pages", nargs="+", type=Path, help="pages in Markdown with marks, such as README.md"
+    )
     for page in parser.parse_args(arguments).pages:
         try:
             text = fill(page.read_text(), page=page.resolve().parent)
         except FileNotFoundError as error:
             print(f"pages: {error}", file=sys.stderr)
             return 1
-        record.write_atomic(page, text)
+        files.write_atomic(page, text)
     return 0
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from vitlab import plots
+from vitlab.report import tables
+from vitlab.report.tables import seeds_of
 
 PARTS = {0.25: "a quarter of the", 0.5: "half the", 0.75: "three quarters of the"}
 BUDGETS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "measured time"}
@@ -104,7 +105,7 @@ class Published:
             raise FileNotFoundError(_how_to_make(self.folder))
         self.results = self.read("results")
         self.untimed = self.results[self.results.latency_ms.isna()]
-        is_dense = self.untimed.stage.isin([*plots.DENSE_POINTS])
+        is_dense = self.untimed.stage.isin([*tables.DENSE_POINTS])
         cut = self.untimed[~is_dense & self.untimed.top1.notna()]
         dense = self.untimed[self.untimed.stage == "dense"]
         self.dense = dense.groupby("model").mean(numeric_only=True)
@@ -135,7 +136,9 @@ class Published:
 
     def budgets(self):
         """Return (model, target_kind, target) of all budgets below 1, the mildest first."""
-        budgets = self.untimed[self.untimed.target_kind.isin([*BUDGETS]) & self.untimed.top1.notna()]
+        budgets = self.untimed[
+            self.untimed.target_kind.isin([*BUDGETS]) & self.untimed.top1.notna()
+        ]
         budgets = budgets[budgets.model.isin(self.models) & (budgets.target < 1)]
         budgets = budgets[["model", "target_kind", "target"]].drop_duplicates()
         rank = {model: place for place, model in enumerate(self.models)}
@@ -152,7 +155,7 @@ class Published:
         results = self.results if results is None else results
         results = results.sort_values("date", kind="stable")
         frames = [frame for frame in tables if "seed" in frame] or [results]
-        seeds = max(map(plots.seeds_of, frames), key=len)
+        seeds = max(map(seeds_of, frames), key=len)
         averaged = "means over seeds" if "," in seeds else "seed"
         commits = distinct(results, "commit")
         if len(commits) > 3:

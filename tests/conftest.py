@@ -8,10 +8,13 @@ import torch
 from invented import COMMITTED, FIGURES, invent
 from timm.layers import set_fused_attn
 
-from vitlab import models, record
+from vitlab import files, models
 
-for folder in ("notebooks", "slides"):  # where a notebook's kernel and `python slides` find their modules
-    sys.path.insert(0, str(record.repository() / folder))
+for folder in (
+    "notebooks",
+    "slides",
+):  # where a notebook's kernel and `python slides` find their modules
+    sys.path.insert(0, str(files.repository() / folder))
 os.environ["VITLAB_HEADLESS"] = "1"
 torch.set_num_threads(1)
 set_fused_attn(False)  # on a CPU torch's counter cannot see inside the fused kernel
@@ -38,21 +41,40 @@ def swin():  # a grid of 4 x 4 in windows of 2 (shifted in every second block), 
 
 
 OTHERS = {  # toys of 16 px, unless said otherwise; 3 classes
-    "distilled": dict(name="deit_tiny_distilled_patch16_224", embed_dim=24, depth=2, num_heads=3, patch_size=4),
+    "distilled": dict(
+        name="deit_tiny_distilled_patch16_224", embed_dim=24, depth=2, num_heads=3, patch_size=4
+    ),
     "deit3": dict(name="deit3_small_patch16_224", embed_dim=24, depth=2, num_heads=3, patch_size=4),
-    "registers": dict(name="vit_small_patch14_reg4_dinov2", embed_dim=24, depth=2, num_heads=3, patch_size=4),
-    "qk norm": dict(name="conv_vit", embed_dim=24, depth=2, num_heads=3, qk_norm=True, init_values=0.5),
-    "norms last": dict(name="vit_base_patch16_rpn_224", embed_dim=24, depth=2, num_heads=3, patch_size=4),
-    "no biases": dict(name="conv_vit", embed_dim=24, depth=2, num_heads=3, qkv_bias=False, proj_bias=False),
+    "registers": dict(
+        name="vit_small_patch14_reg4_dinov2", embed_dim=24, depth=2, num_heads=3, patch_size=4
+    ),
+    "qk norm": dict(
+        name="conv_vit", embed_dim=24, depth=2, num_heads=3, qk_norm=True, init_values=0.5
+    ),
+    "norms last": dict(
+        name="vit_base_patch16_rpn_224", embed_dim=24, depth=2, num_heads=3, patch_size=4
+    ),
+    "no biases": dict(
+        name="conv_vit", embed_dim=24, depth=2, num_heads=3, qkv_bias=False, proj_bias=False
+    ),
     "swinv2": dict(
-        name="swinv2_tiny_window8_256", embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=2, patch_size=4
+        name="swinv2_tiny_window8_256",
+        embed_dim=24,
+        depths=(2, 2),
+        num_heads=(3, 6),
+        window_size=2,
+        patch_size=4,
     ),
 }
 
 
 @pytest.fixture(params=["vit", "swin", *OTHERS])
 def any_model(request):
-    return toy(**OTHERS[request.param]) if request.param in OTHERS else request.getfixturevalue(request.param)
+    return (
+        toy(**OTHERS[request.param])
+        if request.param in OTHERS
+        else request.getfixturevalue(request.param)
+    )
 
 
 @pytest.fixture(params=["vit", "swin"])

@@ -4,14 +4,24 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from vitlab import plots, record
+from vitlab import files
+from vitlab.report import tables
 
-FIGURES = record.repository() / "figures"
+FIGURES = files.repository() / "figures"
 COMMITTED = sorted(path.parent.name for path in FIGURES.glob("*-small/results.csv"))
 MODELS = ["swin", "vit"]
 ALONE = ["heads+iht", "heads+threshold", "random"]  # methods that the second seed does not have
-PICTURES = ["sensitivity", "agreement", "recovery", "training", "weights", "heads_svd_iht", "audit", "speedup"]
-PICTURES += ["ladder-macs-0.5", "classes-macs-0.5", *(f"tradeoff-{cost}" for cost in plots.AXES)]
+PICTURES = [
+    "sensitivity",
+    "agreement",
+    "recovery",
+    "training",
+    "weights",
+    "heads_svd_iht",
+    "audit",
+    "speedup",
+]
+PICTURES += ["ladder-macs-0.5", "classes-macs-0.5", *(f"tradeoff-{cost}" for cost in tables.AXES)]
 
 
 def invent(folder, number):
@@ -36,27 +46,50 @@ def invent(folder, number):
         made.to_csv(folder / f"{name}.csv", index=False)
         return made
 
-    costs = dict.fromkeys(("params", "nonzero", "macs", "macs_ideal", "bytes_disk"), (100000.0, 90000000.0))
+    costs = dict.fromkeys(
+        ("params", "nonzero", "macs", "macs_ideal", "bytes_disk"), (100000.0, 90000000.0)
+    )
     names = ["method", "form", "target_kind", "target", "stage"]
-    masked = [(m, "masked", "sparsity", t) for m in ("unstructured", "structured") for t in (0.5, 0.9)]
+    masked = [
+        (m, "masked", "sparsity", t) for m in ("unstructured", "structured") for t in (0.5, 0.9)
+    ]
     ratios = [(f"heads+{form}", "factored", "ratio", 0.4) for form in ("svd", "iht", "threshold")]
     budgets = [(m, "removed", "macs", 0.5) for m in ("pool", "units", "random")]
     cuts = [*masked, *ratios, *budgets]
     whole = [("dense", "masked", None, None, stage) for stage in ("dense", "dense+epochs")]
     drawn = {"top1": (low, 80), "epochs": (5, 5), "mean_per_class": (low, 80)} | costs
     stages = ["cut", "compensated", "reconstructed", "finetuned"]
-    rows = frame("results", [*whole, *((*c, s) for c in cuts for s in stages)], names=names, drawn=drawn)
-    about = dict(
-        latency_ms=np.nan, batch=np.nan, total=10_000, threads=1, precision="float32", data="shapes", split_seed=0
+    rows = frame(
+        "results", [*whole, *((*c, s) for c in cuts for s in stages)], names=names, drawn=drawn
     )
-    about |= dict(commit="0123456789", torch="2.15.0", timm="1.0.31", device="a machine", date="2026-11-24T01:02:03Z")
+    about = dict(
+        latency_ms=np.nan,
+        batch=np.nan,
+        total=10_000,
+        threads=1,
+        precision="float32",
+        data="shapes",
+        split_seed=0,
+    )
+    about |= dict(
+        commit="0123456789",
+        torch="2.15.0",
+        timm="1.0.31",
+        device="a machine",
+        date="2026-11-24T01:02:03Z",
+    )
     rows = rows.assign(**about)
     timed = rows.assign(latency_ms=1.0, batch=64.0)
     pd.concat([rows, timed]).to_csv(folder / "results.csv", index=False)
     rows[rows.method == "dense"].to_csv(folder / "dense.csv", index=False)
     points = dict.fromkeys(("dense", *stages), (low, 80)) | {"macs": costs["macs"]}
     frame("summary", cuts, names=names[:4], drawn=points)
-    frame("efficiency", [whole[0][:4], *cuts], names=names[:4], drawn=costs | {"speedup": (0.5, 4), "top1": (low, 80)})
+    frame(
+        "efficiency",
+        [whole[0][:4], *cuts],
+        names=names[:4],
+        drawn=costs | {"speedup": (0.5, 4), "top1": (low, 80)},
+    )
     tuned = [(method, target, 5) for method, _, _, target in masked]
     drawn = {"train_top1": (low, 99), "val_top1": (low, 99), "training_mb": (9, 99)}
     frame("training", tuned, names=["method", "target", "epoch"], drawn=drawn)
@@ -65,7 +98,12 @@ def invent(folder, number):
     drawn = {"spearman": (-1, 1), "ratio": (0.01, 9), "cuts": (2, 2)}
     frame("audit-spearman", scored, names=["criterion", "kind"], drawn=drawn)
     masked = [(m, c, t) for m, _, _, t in masked for c in ("random", "taylor")]
-    frame("table-criteria", masked, names=["method", "criterion", "target"], drawn={"val_top1": (low, 80)})
+    frame(
+        "table-criteria",
+        masked,
+        names=["method", "criterion", "target"],
+        drawn={"val_top1": (low, 80)},
+    )
     layers = [(f"blocks.{i}.mlp.fc1", ratio) for i in range(9) for ratio in (0.3, 0.9)]
     frame("table-curves", layers, names=["layer", "ratio"], drawn={"increase": (-1, 1)})
     bins = [
@@ -79,14 +117,28 @@ def invent(folder, number):
     named = [(f"a class with a long name, {i}", "macs", 0.5, "pool") for i in range(12)]
     drawn = {"before": (low, 80), "after": (low, 80), "change": (-9, 9), "images": (9, 9)}
     frame("table-classes", named, names=["class", "target_kind", "target", "method"], drawn=drawn)
-    ways = [(c, r, p, 64) for c in ("dense", "budget-pool-0.5") for r in ("eager", "onnxruntime") for p in ("bf16",)]
-    frame("table-runtimes", ways, names=["checkpoint", "runtime", "precision", "batch"], drawn={"speedup": (0.5, 9)})
+    ways = [
+        (c, r, p, 64)
+        for c in ("dense", "budget-pool-0.5")
+        for r in ("eager", "onnxruntime")
+        for p in ("bf16",)
+    ]
+    frame(
+        "table-runtimes",
+        ways,
+        names=["checkpoint", "runtime", "precision", "batch"],
+        drawn={"speedup": (0.5, 9)},
+    )
     limits = [
-        (c, x, "pool", "removed", 0.5, "finetuned", "val") for c in ("macs", "relative_latency") for x in (0.5, 1)
+        (c, x, "pool", "removed", 0.5, "finetuned", "val")
+        for c in ("macs", "relative_latency")
+        for x in (0.5, 1)
     ]
     names = ["cost", "limit", "method", "form", "target", "stage", "chosen_on"]
     frame("best", limits, names=names, drawn={"top1": (low, 80), "dense": (80, 80)})
-    meters = {f"macs_{meter} / macs": (0.9, 1.1) for meter in ("torchprofile", "thop")} | {"macs_torch / macs": (1, 1)}
+    meters = {f"macs_{meter} / macs": (0.9, 1.1) for meter in ("torchprofile", "thop")} | {
+        "macs_torch / macs": (1, 1)
+    }
     frame("meters", cuts, names=["method", "form", "target_kind", "target"], drawn=meters)
     splits = [("train", 90), ("val", 10), ("test", 20)]
     pd.DataFrame(splits, columns=["split", "images"]).to_csv(folder / "table-data.csv", index=False)

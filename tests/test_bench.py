@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab import bench, checkpoint, cost, masks, models, prune, shrink
+from vitlab import models
+from vitlab.evaluation import bench, cost, roofline
+from vitlab.models import checkpoint
+from vitlab.pruning import factor, masks, prune, shrink
 
 
 def test_one_row_per_model(vit, swin):
@@ -16,9 +19,13 @@ def test_one_row_per_model(vit, swin):
     threads = torch.get_num_threads()
     table = bench.latency({"vit": vit, "swin": swin, "again": vit}, batch=2, repeats=4, warmup=1)
     assert table.model.tolist() == ["vit", "swin", "again"]
-    assert (table[["rounds", "batch", "image_size", "threads"]] == [4, 2, 16, threads]).all(axis=None)
+    assert (table[["rounds", "batch", "image_size", "threads"]] == [4, 2, 16, threads]).all(
+        axis=None
+    )
     assert (table.precision == "float32").all() and (table.device == "cpu").all()
-    assert (table.latency_q1 <= table.latency_ms).all() and (table.latency_ms <= table.latency_q3).all()
+    assert (table.latency_q1 <= table.latency_ms).all() and (
+        table.latency_ms <= table.latency_q3
+    ).all()
     assert (table.speedup_q1 <= table.speedup).all() and (table.speedup <= table.speedup_q3).all()
     assert table.image_ms.tolist() == (table.latency_ms / 2).tolist()
     assert (table.images_per_s * table.image_ms).tolist() == pytest.approx([1000] * 3)
@@ -69,7 +76,10 @@ def test_memory_of_what_cannot_run(vit, tmp_path, monkeypatch):
         bench.memory_mb(tmp_path / "nothing")
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: not enough memory")
     monkeypatch.setattr(subprocess, "run", lambda *command, **options: failed)
-    with pytest.raises(RuntimeError, match="vitlab.bench .*--batch=9 .*failed: RuntimeError: not enough memory"):
+    with pytest.raises(
+        RuntimeError,
+        match="vitlab.evaluation.bench .*--batch=9 .*failed: RuntimeError: not enough memory",
+    ):
         bench.memory_mb(vit, batch=9)
 
 
@@ -78,7 +88,9 @@ def test_bad_input(vit):
         bench.latency({})
     with pytest.raises(ValueError, match="unknown precision 'fp16'; known are float32, bf16"):
         bench.latency({"vit": vit}, precision="fp16")
-    with pytest.raises(ValueError, match="unknown runtime 'jit'; known are eager, compiled, onnxruntime"):
+    with pytest.raises(
+        ValueError, match="unknown runtime 'jit'; known are eager, compiled, onnxruntime"
+    ):
         bench.Setting(vit, "jit")
     with pytest.raises(ValueError, match="onnxruntime has no bf16 on a CPU"):
         bench.Setting(vit, "onnxruntime", "bf16")
@@ -106,7 +118,9 @@ def test_settings_side_by_side(vit):
 
 @pytest.mark.long
 def test_a_compiled_model(vit):
-    table = bench.latency({"dense": vit, "compiled": bench.Setting(vit, "compiled")}, batch=[1, 2], repeats=3)
+    table = bench.latency(
+        {"dense": vit, "compiled": bench.Setting(vit, "compiled")}, batch=[1, 2], repeats=3
+    )
     assert table.runtime.tolist() == 2 * ["eager", "compiled"]
     assert "_orig_mod" not in "".join(dict(vit.named_parameters()))  # a copy was compiled
 
@@ -117,13 +131,17 @@ def cut(model, kind):
     first, last, stem = view.blocks[0].name, view.blocks[-1].name, [name for name, _ in view.stem]
     if kind == "units":
         drop = {(first, "heads"): [1], (first, "neurons"): range(5), (stem[0], "filters"): [0, 3]}
-        return shrink.remove(model, drop | {(last, "block"): [0], (next(iter(view.units(["width"])))): [0, 2]})
+        return shrink.remove(
+            model, drop | {(last, "block"): [0], (next(iter(view.units(["width"])))): [0, 2]}
+        )
     if kind == "rows":
         return shrink.remove(model, {(name, "rows"): [0, 5] for name in view.linears(["proj"])})
     if kind == "ranks":
-        return shrink.factorise(model, dict.fromkeys([*view.linears(["fc1", "fc2"]), stem[-1]], 4))
+        return factor.factorise(model, dict.fromkeys([*view.linears(["fc1", "fc2"]), stem[-1]], 4))
     grams = {name: torch.eye(layer.in_features) for name, layer in view.linears(["fc1"]).items()}
-    return shrink.compress(model, ratio=0.5, support=kind, grams=grams, roles=["fc1"], multiple=1, rounds=1)[0]
+    return factor.compress(
+        model, ratio=0.5, support=kind, grams=grams, roles=["fc1"], multiple=1, rounds=1
+    )[0]
 
 
 KINDS = ["units", "ranks", "rows", "entries", "columns"]
@@ -132,10 +150,14 @@ KINDS = ["units", "ranks", "rows", "entries", "columns"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_models_in_bf16(model, batch, kind):
     small = cut(model, kind)
-    table = bench.latency({"dense": model, kind: bench.Setting(small, precision="bf16")}, batch=2, repeats=1, warmup=0)
+    table = bench.latency(
+        {"dense": model, kind: bench.Setting(small, precision="bf16")}, batch=2, repeats=1, warmup=0
+    )
     assert table.precision.tolist() == ["float32", "bf16"]
     expected, logits = small(batch[0]), copy.deepcopy(small).bfloat16()(batch[0].bfloat16())
-    torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+    torch.testing.assert_close(
+        logits.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item()
+    )
 
 
 @pytest.mark.long
@@ -158,32 +180,46 @@ def test_cut_models_compiled(name, batch, precision, request):
 
 def test_traffic_by_hand():
     layer, x = torch.nn.Linear(3, 5), torch.randn(2, 3)
-    with torch.no_grad(), bench.Traffic() as traffic:
+    with torch.no_grad(), roofline.OpCounter() as traffic:
         torch.relu(layer(x)).view(10)
     # the product reads x, weight and bias and writes [2, 5]; relu reads and writes it; the view is free
     assert traffic.operations == 2
     assert traffic.bytes == 4 * (6 + 15 + 5 + 10) + 4 * (10 + 10)
-    with torch.no_grad(), bench.Traffic() as traffic:
+    with torch.no_grad(), roofline.OpCounter() as traffic:
         torch.empty_like(torch.ops.aten._unsafe_view(x, [6])).copy_(torch.empty(6).new_empty(6))
-    assert (traffic.operations, traffic.bytes) == (1, 4 * (6 + 6 + 6))  # the copy: two arguments and what comes back
+    assert (traffic.operations, traffic.bytes) == (
+        1,
+        4 * (6 + 6 + 6),
+    )  # the copy: two arguments and what comes back
 
 
 def whole_numbers(model, images):
     """Bytes of indices, the same in every precision: that max pooling writes, and of Swin's position tables."""
     written = []
     pools = [module for module in model.modules() if isinstance(module, torch.nn.MaxPool2d)]
-    hooks = [pool.register_forward_hook(lambda _, args, out: written.append(8 * out.numel())) for pool in pools]
+    hooks = [
+        pool.register_forward_hook(lambda _, args, out: written.append(8 * out.numel()))
+        for pool in pools
+    ]
     model(images)
     for hook in hooks:
         hook.remove()
-    read = [8 * each.numel() for name, each in model.named_buffers() if name.endswith("relative_position_index")]
+    read = [
+        8 * each.numel()
+        for name, each in model.named_buffers()
+        if name.endswith("relative_position_index")
+    ]
     return sum(written + read)
 
 
 def test_bounds_in_bf16_count_the_batch_and_not_its_conversion(model, batch, monkeypatch):
     rates = {"float32": 1e9, "bf16": 4e9}
     ceilings = {
-        precision: {"macs_per_s": rate, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, rate)}
+        precision: {
+            "macs_per_s": rate,
+            "launch_s": 1e-6,
+            "bytes_per_s": dict.fromkeys(roofline._SIZES, rate),
+        }
         for precision, rate in rates.items()
     }
     monkeypatch.setattr(bench, "ceilings", lambda device, precision, threads: ceilings[precision])
@@ -193,27 +229,41 @@ def test_bounds_in_bf16_count_the_batch_and_not_its_conversion(model, batch, mon
         for precision in rates:
             named[f"{name} {precision}"] = bench.Setting(each, precision=precision)
             rows.append({"model": f"{name} {precision}", "precision": precision})
-    times = pd.DataFrame(rows).assign(latency_ms=[8, 2, 4, 1.6], speedup=[1, 4, 2, 5], batch=6, threads=1)
-    table = bench.bounds(named, times.assign(runtime="eager", device="cpu")).set_index("model")
+    times = pd.DataFrame(rows).assign(
+        latency_ms=[8, 2, 4, 1.6], speedup=[1, 4, 2, 5], batch=6, threads=1
+    )
+    table = roofline.bounds(named, times.assign(runtime="eager", device="cpu")).set_index("model")
     for name, each in {"dense": model, "half": half}.items():
         full, short = table.loc[f"{name} float32"], table.loc[f"{name} bf16"]
         assert full.operations == short.operations
         assert 2 * short.batch_bytes == full.batch_bytes + whole_numbers(each, batch[0])
-        assert full.compute_ms == pytest.approx(4 * short.compute_ms) == pytest.approx(6 * cost.macs(each) / 1e6)
+        assert (
+            full.compute_ms
+            == pytest.approx(4 * short.compute_ms)
+            == pytest.approx(6 * cost.macs(each) / 1e6)
+        )
         assert short.memory_ms == pytest.approx(short.batch_bytes / 4e6)
     promised = cost.macs(model) / cost.macs(half)
     assert table.achieved.tolist() == pytest.approx([1, 4, 2 / promised, 5 / promised])
-    assert table.achieved_here.tolist() == pytest.approx([1, 1, 2 / promised, 1.25 / promised])  # beside dense bf16
+    assert table.achieved_here.tolist() == pytest.approx(
+        [1, 1, 2 / promised, 1.25 / promised]
+    )  # beside dense bf16
 
 
 def test_nothing_is_achieved_beside_a_dense_model_that_was_not_timed_so(vit, monkeypatch):
-    ceilings = {"macs_per_s": 1e9, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, 2e9)}
+    ceilings = {
+        "macs_per_s": 1e9,
+        "launch_s": 1e-6,
+        "bytes_per_s": dict.fromkeys(roofline._SIZES, 2e9),
+    }
     monkeypatch.setattr(bench, "ceilings", lambda *_: ceilings)
     half = shrink.remove(vit, {("blocks.0", "neurons"): range(20)})
     named = {"dense": vit, "exported": bench.Setting(half, "onnxruntime")}
-    times = pd.DataFrame({"model": list(named), "latency_ms": 4.0, "speedup": [1, 1.5], "batch": 2, "threads": 1})
+    times = pd.DataFrame(
+        {"model": list(named), "latency_ms": 4.0, "speedup": [1, 1.5], "batch": 2, "threads": 1}
+    )
     times = times.assign(runtime=["eager", "onnxruntime"], precision="float32", device="cpu")
-    table = bench.bounds(named, times)
+    table = roofline.bounds(named, times)
     assert table.achieved_here[0] == 1 and pd.isna(table.achieved_here[1]) and table.achieved[1] > 0
 
 
@@ -222,29 +272,39 @@ def test_notes_tell_whole_rows_from_other_zeros(model):
     rows = {name: torch.arange(layer.out_features) % 2 == 0 for name, layer in linears.items()}
     keep = prune.rows_to_masks(model, rows)
     prune.apply(model, keep)
-    assert bench._note(model) == "zeros of whole rows in dense tensors: no gain until removed"
+    assert roofline._note(model) == "zeros of whole rows in dense tensors: no gain until removed"
     with torch.no_grad():
         for layer in linears.values():
             layer.weight[:, ::2] = 0  # columns, as masked neurons leave them in fc2
-    assert bench._note(model) == bench.ROWS
+    assert roofline._note(model) == roofline._ROWS
     with torch.no_grad():
         for layer in linears.values():
             layer.weight[::4, 1::4] = 0
-    assert bench._note(model) == bench.ZEROS
+    assert roofline._note(model) == roofline._ZEROS
 
 
 def test_bounds_by_hand(vit, monkeypatch):
     weights = {f"{name}.weight": layer.weight for name, layer in models.view(vit).linears().items()}
-    half = shrink.remove(vit, {("blocks.0", "neurons"): range(20), ("blocks.1", "neurons"): range(20)})
-    keep = masks.keep_largest({name: weight.detach().abs() for name, weight in weights.items()}, sparsity=0.5)
+    half = shrink.remove(
+        vit, {("blocks.0", "neurons"): range(20), ("blocks.1", "neurons"): range(20)}
+    )
+    keep = masks.keep_largest(
+        {name: weight.detach().abs() for name, weight in weights.items()}, sparsity=0.5
+    )
     masked = copy.deepcopy(vit)
     prune.apply(masked, keep)
-    ceilings = {"macs_per_s": 1e9, "launch_s": 1e-6, "bytes_per_s": dict.fromkeys(bench.SIZES, 2e9)}
+    ceilings = {
+        "macs_per_s": 1e9,
+        "launch_s": 1e-6,
+        "bytes_per_s": dict.fromkeys(roofline._SIZES, 2e9),
+    }
     monkeypatch.setattr(bench, "ceilings", lambda *_: ceilings)
     named = {"dense": vit, "masked": masked, "half": half}
-    times = pd.DataFrame({"model": list(named), "latency_ms": 4.0, "speedup": [1, 1, 1.5], "batch": 2})
+    times = pd.DataFrame(
+        {"model": list(named), "latency_ms": 4.0, "speedup": [1, 1, 1.5], "batch": 2}
+    )
     times = times.assign(threads=1, runtime="eager", precision="float32", device="cpu")
-    table = bench.bounds(named, times).set_index("model")
+    table = roofline.bounds(named, times).set_index("model")
     macs = {name: cost.macs(model) for name, model in named.items()}
     assert table.batch_macs.to_dict() == {name: 2 * count for name, count in macs.items()}
     assert table.compute_ms.tolist() == pytest.approx([2 * count / 1e6 for count in macs.values()])
@@ -260,10 +320,10 @@ def test_bounds_by_hand(vit, monkeypatch):
 
 
 def test_ceilings_are_measured_once():
-    ceilings = bench.ceilings("cpu", "float32", 1)
+    ceilings = roofline._ceilings("cpu", "float32", 1)
     assert ceilings["macs_per_s"] > 0 and ceilings["launch_s"] > 0
-    assert list(ceilings["bytes_per_s"]) == list(bench.SIZES)
-    assert bench.ceilings("cpu", "float32", 1) is ceilings
+    assert list(ceilings["bytes_per_s"]) == list(roofline._SIZES)
+    assert roofline._ceilings("cpu", "float32", 1) is ceilings
 
 
 def test_rank_speed_covers_every_layer(any_model):
@@ -278,13 +338,17 @@ def test_rank_speed_covers_every_layer(any_model):
 
 
 def test_rank_speed_of_a_model_without_plain_layers(vit):
-    thin = shrink.factorise(vit, dict.fromkeys(models.view(vit).matrices, 2))
+    thin = factor.factorise(vit, dict.fromkeys(models.view(vit).matrices, 2))
     with pytest.raises(ValueError, match="nothing to factor"):
         bench.rank_speed(thin)
 
 
 def test_break_even_ends_at_the_first_rank_that_is_no_faster():
-    columns = {"layer": list("aaabbb"), "rank": [8, 16, 24, 24, 8, 16], "speedup_q1": [2, 1.1, 0.9, 1.2, 0.9, 1.5]}
+    columns = {
+        "layer": list("aaabbb"),
+        "rank": [8, 16, 24, 24, 8, 16],
+        "speedup_q1": [2, 1.1, 0.9, 1.2, 0.9, 1.5],
+    }
     assert bench.break_even(pd.DataFrame(columns)) == {"a": 16, "b": 0}
 
 
@@ -294,5 +358,7 @@ def test_times_of_layers_add_up_to_the_model(any_model):
     times = bench.layer_times(any_model, table, batch=2, repeats=3)
     assert times.shape == (len(table),) and (times >= 0).all()
     named = set(dict(any_model.named_modules()))
-    assert (times[[layer in named for layer in table.layer]] > 0).all() or "position" in set(table.role)
+    assert (times[[layer in named for layer in table.layer]] > 0).all() or "position" in set(
+        table.role
+    )
     assert sum(len(layer._forward_hooks) for layer in any_model.modules()) == hooks

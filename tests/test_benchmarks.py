@@ -9,9 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab import checkpoint, cost, data, models, record, shapes
+from vitlab import files, models
+from vitlab.evaluation import cost
+from vitlab.models import checkpoint
+from vitlab.training import data, shapes
 
-ROOT = record.repository()
+ROOT = files.repository()
 
 
 def run(*arguments):
@@ -21,7 +24,11 @@ def run(*arguments):
 
 def test_an_unknown_case_names_those_there_are():
     done = run("--only", "everything")
-    assert done.returncode and "invalid choice: 'everything'" in done.stderr and "removal" in done.stderr
+    assert (
+        done.returncode
+        and "invalid choice: 'everything'" in done.stderr
+        and "removal" in done.stderr
+    )
 
 
 TOYS = {  # wide enough that a channel is less than the 1 % within which a budget is to be met
@@ -48,7 +55,9 @@ def drawn(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["conv_vit", pytest.param("conv_swin", marks=pytest.mark.long)])
-def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(name, accuracy, drawn, monkeypatch):
+def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(
+    name, accuracy, drawn, monkeypatch
+):
     torch.manual_seed(0)
     dense = models.create(name, num_classes=10, image_size=16, **TOYS[name]).eval()
     given_of = {name: lambda seed: accuracy.Given(name, dense, drawn, seed)}
@@ -57,9 +66,13 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(nam
     assert set(table.index) == set(accuracy.TOOLS)
     share = table.macs / cost.macs(dense) / table.budget
     reached = table.stage == "cut"
-    assert (share[~reached] > 1.01).all() and table.note[~reached].str.contains("cannot reach").all()
+    assert (share[~reached] > 1.01).all() and table.note[~reached].str.contains(
+        "cannot reach"
+    ).all()
     assert not reached["vitlab, filters"] and reached["vitlab, pool"]
-    assert share[reached].max() <= 1.01 and share[reached].drop(GROUPS, errors="ignore").min() >= 0.99
+    assert (
+        share[reached].max() <= 1.01 and share[reached].drop(GROUPS, errors="ignore").min() >= 0.99
+    )
     for tool in table.index[reached]:
         key = {"tool": tool, "model": name, "budget": table.budget[tool], "seed": 0}
         model = checkpoint.load(accuracy.cut_folder(key))
@@ -67,7 +80,9 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(nam
         model.train()(torch.zeros(2, 3, 16, 16)).sum().backward()
         assert all(block.attn.num_heads for block in models.view(model).blocks)
 
-    monkeypatch.setattr(accuracy, "TOOLS", dict.fromkeys(accuracy.TOOLS))  # nothing can be cut any more
+    monkeypatch.setattr(
+        accuracy, "TOOLS", dict.fromkeys(accuracy.TOOLS)
+    )  # nothing can be cut any more
     chosen = ["vitlab, pool", "Torch-Pruning, Taylor, isomorphic", "vitlab, filters", "dense"]
     accuracy.measure_all(given_of, [0.5], [0], chosen, rates=[1e-4])
     rows = accuracy.read()
@@ -83,10 +98,16 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(nam
     assert accuracy.read().set_index("stage").loc[["cut", "finetuned"]].speedup.gt(0).all()
     accuracy.table_and_figure()
     text = (accuracy.folder("accuracy.md")).read_text()
-    assert text.count("vitlab, pool") == 1 and "not below" in text and accuracy.folder("accuracy.png").exists()
+    assert (
+        text.count("vitlab, pool") == 1
+        and "not below" in text
+        and accuracy.folder("accuracy.png").exists()
+    )
 
 
-def test_the_first_seed_tries_learning_rates_until_val_falls_and_others_take_its_best(accuracy, drawn, monkeypatch):
+def test_the_first_seed_tries_learning_rates_until_val_falls_and_others_take_its_best(
+    accuracy, drawn, monkeypatch
+):
     dense = models.create("conv_vit", num_classes=10, image_size=16, **TOYS["conv_vit"]).eval()
     given_of = {"m": lambda seed: accuracy.Given("m", dense, drawn, seed)}
     monkeypatch.setattr(accuracy, "RATES", (1e-5, 1e-4, 1e-3, 1e-2))
@@ -107,10 +128,18 @@ def test_the_first_seed_tries_learning_rates_until_val_falls_and_others_take_its
     monkeypatch.setattr(accuracy.train, "fit", fit)
     monkeypatch.setattr(accuracy, "measured", measured)
     accuracy.measure_all(given_of, [0.5], [0, 1], ["dense"])
-    accuracy.measure_all(given_of, [0.5], [1], ["dense"], rates=[1e-3])  # the best, but of another seed
+    accuracy.measure_all(
+        given_of, [0.5], [1], ["dense"], rates=[1e-3]
+    )  # the best, but of another seed
     rows = accuracy.read()
     tuned = rows[rows.stage == "finetuned"]
-    assert list(zip(tuned.seed, tuned.lr, strict=True)) == [(0, 1e-5), (0, 1e-4), (0, 1e-3), (1, 1e-4), (1, 1e-3)]
+    assert list(zip(tuned.seed, tuned.lr, strict=True)) == [
+        (0, 1e-5),
+        (0, 1e-4),
+        (0, 1e-3),
+        (1, 1e-4),
+        (1, 1e-3),
+    ]
     left = accuracy.chosen(rows)
     assert set(left.lr.dropna()) == {1e-4} and left.top1.to_list() == [0.5, 35, 35, 25]
     line = accuracy.summary(rows.replace({"tool": {"dense": "vitlab, pool"}}), "m", 1.0).iloc[0]
@@ -145,20 +174,32 @@ def test_the_table_counts_seeds_of_a_stage_and_marks_those_that_cannot_reach_it(
 
 def test_the_figure_takes_of_a_family_what_is_best_of_the_most_seeds(accuracy):
     tops = {"dense": [90.0], "vitlab, ranks": [10.7] * 3, "vitlab, heads": [88.0]}
-    rows = [(tool, 0.5, seed, "cut", top1) for tool, each in tops.items() for seed, top1 in enumerate(each)]
+    rows = [
+        (tool, 0.5, seed, "cut", top1)
+        for tool, each in tops.items()
+        for seed, top1 in enumerate(each)
+    ]
     table = pd.DataFrame(rows, columns=["tool", "budget", "seed", "stage", "top1"]).assign(
         model="m", val_top1=1.0, lr=1
     )
-    assert table.groupby("tool").top1.mean()["vitlab, ranks"] != 10.7  # which would be a bar of negative length
+    assert (
+        table.groupby("tool").top1.mean()["vitlab, ranks"] != 10.7
+    )  # which would be a bar of negative length
     drawn = {line.get_label(): line for line in accuracy.figure(table).axes[0].containers}
     assert drawn["vitlab, single kinds (best of 6)"].lines[0].get_ydata().tolist() == [10.7]
 
 
-GROUPS = ["vitlab, units", "random units", "vitlab, heads and neurons", "vitlab, width"]  # go by eight, or by the head
+GROUPS = [
+    "vitlab, units",
+    "random units",
+    "vitlab, heads and neurons",
+    "vitlab, width",
+]  # go by eight, or by the head
 
 
 LONG = [
-    pytest.param(case, marks=pytest.mark.long) for case in ("removal", "svd", "files", "training", "moves")
+    pytest.param(case, marks=pytest.mark.long)
+    for case in ("removal", "svd", "files", "training", "moves")
 ]  # of ViT-B and Swin-T
 
 
@@ -167,7 +208,9 @@ def test_a_case_writes_its_table_with_where_it_comes_from(case, tmp_path):
     done = run("--only", case, "--rounds", "1", "--threads", "2", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / f"{case}.csv")
-    assert {"commit", "torch", "timm", "device", "date", "threads"} <= set(table) and table.threads.eq(2).all()
+    assert {"commit", "torch", "timm", "device", "date", "threads"} <= set(
+        table
+    ) and table.threads.eq(2).all()
     assert (tmp_path / f"{case}.md").exists()
     if case == "alone":  # what the peer cannot do without help
         assert table.set_index("case").outcome["Swin-T"].startswith("RuntimeError")
@@ -186,8 +229,15 @@ def test_shares_of_parameters_and_bytes_are_met_by_what_is_handed_out(accuracy, 
     monkeypatch.setattr(targets, "SHARES", (0.7,))
     table = pd.DataFrame(targets.of_model(accuracy.Given("m", dense, drawn, 0), 1, batch=2))
     counted = table[table.target != "latency"]
-    assert list(zip(counted.target, counted.kinds, strict=True)) == list(product(("params", "bytes"), targets.POOLS))
-    assert counted.planned.between(0.69, 0.7).all() and (counted.met / counted.planned).between(0.99, 1.01).all()
+    assert list(zip(counted.target, counted.kinds, strict=True)) == list(
+        product(("params", "bytes"), targets.POOLS)
+    )
+    assert (
+        counted.planned.between(0.69, 0.7).all()
+        and (counted.met / counted.planned).between(0.99, 1.01).all()
+    )
     assert (table.target == "latency").sum() == 2
-    timed = table.reindex(columns=["met_q1", "met", "met_q3"]).dropna()  # none where time cannot be had so
+    timed = table.reindex(
+        columns=["met_q1", "met", "met_q3"]
+    ).dropna()  # none where time cannot be had so
     assert (timed.diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)

@@ -10,7 +10,11 @@ import pytest
 import torch
 from conftest import OTHERS, toy
 
-from vitlab import budget, cost, lowrank, models, recover, scores, shrink
+from vitlab import models
+from vitlab.evaluation import cost
+from vitlab.pruning import budget, factor, lowrank, pool, ranks, recover, scores, shrink
+from vitlab.pruning.ranks import allocate, uniform
+from vitlab.report import inside
 
 # -- one call
 
@@ -59,7 +63,7 @@ def test_kinds_that_a_model_lacks_are_left_out_unless_they_are_named(batch):
             "width",
             "filters",
         }
-    with pytest.raises(budget.Unreachable, match="nothing of filters may go"):
+    with pytest.raises(pool.Unreachable, match="nothing of filters may go"):
         budget.reach(without_filters, [batch], macs=0.8, kinds=["filters"])
     with pytest.raises(ValueError, match="normalises queries and keys"):
         budget.reach(normed, [batch], macs=0.8, kinds=["heads", "qk"])
@@ -72,7 +76,7 @@ def test_reach_says_at_once_what_is_wrong(vit, batch):
         budget.reach(vit, [batch], macs=0.5, compensate="means")
     with pytest.raises(ValueError, match="the last two with batches"):
         budget.reach(vit, [], macs=0.5)
-    with pytest.raises(budget.Unreachable, match=r"cannot reach 0.01 x MACs: 0\.\d+ stays"):
+    with pytest.raises(pool.Unreachable, match=r"cannot reach 0.01 x MACs: 0\.\d+ stays"):
         budget.reach(vit, [batch], macs=0.01)
 
 
@@ -105,7 +109,7 @@ def test_the_plan_costs_what_it_says_and_meets_the_target(model, batch, macs, ki
 def test_kinds_that_share_their_costs_are_counted_as_they_fall(any_model, macs):
     """Random scores for every kind there is: widths, heads and their dimensions multiply in what they save."""
     normed = models.view(any_model).blocks[0].normalises_queries
-    kinds = [kind for kind in budget.FLOORS if kind != "qk" or not normed]
+    kinds = [kind for kind in pool.FLOORS if kind != "qk" or not normed]
     generator = torch.Generator().manual_seed(0)
     counts = models.view(any_model).units(kinds)
     unit_scores = {key: torch.rand(count, generator=generator) for key, count in counts.items()}
@@ -120,7 +124,7 @@ def test_kinds_that_share_their_costs_are_counted_as_they_fall(any_model, macs):
     )
     for key, left in models.view(small).units(kinds).items():
         block = models.view(small).block(key[0]) if key[1] in ("qk", "v") else None
-        assert left >= budget.FLOORS[key[1]] * (block.num_heads if block else 1)
+        assert left >= pool.FLOORS[key[1]] * (block.num_heads if block else 1)
         assert (counts[key] - left) % 4 == 0 or key[1] not in ("neurons", "width", "filters")
 
 
@@ -133,7 +137,7 @@ def test_an_eighth_of_a_stream_stays_where_nothing_of_it_seems_to_matter():
     unit_scores = {
         key: torch.full((count,), float(key[1] == "neurons")) for key, count in counts.items()
     }
-    with pytest.raises(budget.Unreachable) as floor:
+    with pytest.raises(pool.Unreachable) as floor:
         budget.plan(vit, unit_scores, kinds=["neurons", "width"], macs=0.01)
     floor = float(re.search(r"(0\.\d+) stays", str(floor.value))[1])
     plan = budget.plan(vit, unit_scores, kinds=["neurons", "width"], macs=floor + 0.001)
@@ -202,7 +206,7 @@ def random_scores(model, kinds):
 @pytest.mark.parametrize("macs", [0.9, 0.6, 0.35])
 def test_units_ranks_and_blocks_in_one_pool_cost_what_the_plan_says(any_model, batch, macs):
     normed = models.view(any_model).blocks[0].normalises_queries
-    kinds = [kind for kind in [*budget.FLOORS, "ranks"] if kind != "qk" or not normed]
+    kinds = [kind for kind in [*pool.FLOORS, "ranks"] if kind != "qk" or not normed]
     plan = budget.plan(
         any_model,
         **random_scores(any_model, kinds),
@@ -295,7 +299,7 @@ def test_a_cut_is_compensated_as_asked_for(model, batch):
         if plan.ranks:
             seen = scores.grams(expected, [batch], layers=list(plan.ranks), affine=True)
             seen = {name: gram[:-1, :-1] for name, gram in seen.items()}
-            expected = shrink.factorise(expected, plan.ranks, grams=seen)
+            expected = factor.factorise(expected, plan.ranks, grams=seen)
         assert drops == [plan.drop]
         for given in ({}, {"grams": affine}):
             again, _ = budget.cut(model, plan, [batch], compensate=way, **given)
@@ -318,11 +322,11 @@ def test_what_a_plan_needs_is_asked_for(vit, batch):
         budget.plan(
             vit, directions={"blocks.0.attn.qkv": torch.zeros(32)}, kinds=["ranks"], macs=0.9
         )
-    thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 4})
+    thin = factor.factorise(vit, {"blocks.0.mlp.fc1": 4})
     with pytest.raises(ValueError, match="blocks.0.mlp.fc1 is a FactoredLinear: take units first"):
         budget.plan(thin, found["unit_scores"], kinds=["heads"], macs=0.9)
     with pytest.raises(
-        budget.Unreachable, match=r"ranks alone cannot reach 0.01 x MACs: 0\.\d+ stays"
+        pool.Unreachable, match=r"ranks alone cannot reach 0.01 x MACs: 0\.\d+ stays"
     ):
         budget.plan(vit, directions=found["directions"], kinds=["ranks"], macs=0.01)
     with pytest.raises(ValueError, match="nothing of ranks may go"):
@@ -392,7 +396,7 @@ def test_a_stage_that_lost_its_blocks_keeps_its_width(swin, batch):
         small, **budget.candidates(small, [batch], kinds=["width"]), kinds=["width"], macs=0.95
     )
     assert set(plan.drop) == {("stages.1", "width")}
-    table = budget.kept(small, budget.cut(small, plan)[0]).set_index(["where", "kind"])
+    table = inside.widths(small, budget.cut(small, plan)[0]).set_index(["where", "kind"])
     assert table.kept["stages.0", "width"] == table.whole["stages.0", "width"]
     assert table.kept["stages.1", "width"] < table.whole["stages.1", "width"]
 
@@ -422,14 +426,14 @@ def both_grams(model, batch):
 def test_ranks_meet_the_target_and_lose_less_the_more_stays(any_model, batch, macs):
     grams, gradients = both_grams(any_model, batch)
     found = {
-        share: budget.ranks(any_model, grams, gradients, macs=share, multiple=2)
+        share: allocate(any_model, grams, gradients, macs=share, multiple=2)
         for share in (macs, macs - 0.1)
     }
     lost = []
-    for share, ranks in found.items():
-        thin = shrink.factorise(any_model, ranks, grams=grams)
+    for share, rank_by_layer in found.items():
+        thin = factor.factorise(any_model, rank_by_layer, grams=grams)
         assert cost.macs(thin) <= share * cost.macs(any_model) * (1 + 1e-9)
-        assert all(rank % 2 == 0 for rank in ranks.values())
+        assert all(rank % 2 == 0 for rank in rank_by_layer.values())
         lost.append(predicted(any_model, ranks, grams, gradients))
         spare = share * cost.macs(any_model) - cost.macs(thin)
         table = cost.breakdown(any_model).set_index("layer").macs
@@ -449,19 +453,19 @@ def test_ranks_stay_below_what_measurement_allows(vit, batch):
     grams, gradients = both_grams(vit, batch)
     names = list(grams)
     most = {names[0]: 0, names[1]: 2} | dict.fromkeys(names[2:], 4)
-    found = budget.ranks(vit, grams, gradients, macs=0.7, multiple=2, most=most)
+    found = ranks.allocate(vit, grams, gradients, macs=0.7, multiple=2, most=most)
     assert (
         found and all(rank <= most[name] for name, rank in found.items()) and names[0] not in found
     )
     with pytest.raises(
         ValueError, match="no layer may be factored: most allows no rank that is a multiple of 2"
     ):
-        budget.ranks(vit, grams, gradients, macs=0.7, multiple=2, most=dict.fromkeys(names, 1))
+        ranks.allocate(vit, grams, gradients, macs=0.7, multiple=2, most=dict.fromkeys(names, 1))
 
 
 def predicted(model, ranks, grams, gradients):
     """Half of tr(G D H D^T) over layers, D the weight that goes: here by the factors that factorise makes."""
-    thin, total = shrink.factorise(model, ranks, grams=grams), 0
+    thin, total = factor.factorise(model, ranks, grams=grams), 0
     for name in ranks:
         weight, layer = model.get_submodule(name).weight.flatten(1), thin.get_submodule(name)
         new = (
@@ -483,19 +487,19 @@ def test_the_layer_that_costs_nothing_to_lose_goes_first_by_hand(vit):
     }
     table = cost.breakdown(vit).set_index("layer").macs
     share = 1 - 0.5 * table[names[1]] / table.sum()
-    assert budget.ranks(vit, grams, gradients, macs=share, multiple=1) == {
+    assert ranks.allocate(vit, grams, gradients, macs=share, multiple=1) == {
         names[1]: 10
     }  # 10 of 32 * 64 / 96 = 21.3
     with pytest.raises(ValueError, match=r"ranks alone cannot reach 0.5 x MACs: 0\.\d+ stays"):
-        budget.ranks(vit, grams, gradients, macs=0.5)
+        ranks.allocate(vit, grams, gradients, macs=0.5)
     with pytest.raises(ValueError, match="share to keep"):
-        budget.ranks(vit, grams, gradients, macs=1)
+        ranks.allocate(vit, grams, gradients, macs=1)
     with pytest.raises(ValueError, match="no plain layer of this model in common"):
-        budget.ranks(vit, grams, {}, macs=0.5)
+        ranks.allocate(vit, grams, {}, macs=0.5)
     with pytest.raises(ValueError, match=r"needs a gram \[32, 32\] and gradients \[64, 64\]"):
-        budget.ranks(vit, grams, grams, macs=0.95)
+        ranks.allocate(vit, grams, grams, macs=0.95)
     with pytest.raises(ValueError, match="no rank is predicted to matter"):
-        budget.ranks(
+        ranks.allocate(
             vit, grams, {name: 0 * matrix for name, matrix in gradients.items()}, macs=0.95
         )
 
@@ -503,11 +507,11 @@ def test_the_layer_that_costs_nothing_to_lose_goes_first_by_hand(vit):
 def test_layers_that_were_cut_before_keep_what_they_have(model, batch):
     first, second = list(models.view(model).linears(["qkv"]))[:2]
     cut = shrink.remove(model, {(first, "rows"): [0, 3]})
-    cut = shrink.factorise(cut, {second: 5})
+    cut = factor.factorise(cut, {second: 5})
     grams, gradients = both_grams(cut, batch)
-    ranks = budget.ranks(cut, grams, gradients, macs=0.8, multiple=1)
+    ranks = allocate(cut, grams, gradients, macs=0.8, multiple=1)
     assert not {first, second} & set(ranks)
-    thin = shrink.factorise(cut, ranks, grams=grams)
+    thin = factor.factorise(cut, ranks, grams=grams)
     assert 0.75 * cost.macs(cut) < cost.macs(thin) <= 0.8 * cost.macs(cut)
 
 
@@ -524,7 +528,7 @@ def test_one_price_for_all_is_as_good_as_trying_everything():
             costs[name] = np.array([1 + sum(steps[:i]) for i in range(5)])
         cheapest, dearest = (sum(options[i] for options in costs.values()) for i in (0, -1))
         room = draw.uniform(cheapest, dearest)
-        chosen = budget._priced(losses, costs, room)
+        chosen = ranks._priced(losses, costs, room)
 
         def total(table, options):
             return sum(table[name][option] for name, option in zip("abc", options, strict=True))
@@ -537,7 +541,7 @@ def test_one_price_for_all_is_as_good_as_trying_everything():
             if total(costs, options) <= max(room - largest, cheapest)
         )
         assert total(losses, chosen.values()) <= best + 1e-9
-        assert budget._priced(losses, costs, dearest) == dict.fromkeys("abc", 4)
+        assert ranks._priced(losses, costs, dearest) == dict.fromkeys("abc", 4)
 
 
 # -- the same share of each layer
@@ -553,8 +557,8 @@ def shares_of(model, ranks):
 
 @pytest.mark.parametrize("macs", [0.9, 0.5])
 def test_uniform_ranks_are_the_same_share_of_each_layer(any_model, batch, macs):
-    ranks = budget.uniform_ranks(any_model, [batch], macs=macs)
-    left = cost.macs(shrink.factorise(any_model, ranks)) / cost.macs(any_model)
+    ranks = uniform(any_model, [batch], macs=macs)
+    left = cost.macs(factor.factorise(any_model, ranks)) / cost.macs(any_model)
     found = shares_of(any_model, ranks)
     table = cost.breakdown(any_model).set_index("layer").macs
     step = sum(
@@ -581,9 +585,7 @@ def test_uniform_ranks_take_the_layers_that_lose_least(model, batch):
     x, _ = batch
     batches = [(x, model(x).argmax(1))]  # labels by which the dense model loses little
     grams = scores.grams(model, batches, layers=list(view.matrices))
-    chosen = shrink.factorise(
-        model, budget.uniform_ranks(model, batches, macs=0.8, grams=grams), grams=grams
-    )
+    chosen = factor.factorise(model, uniform(model, batches, macs=0.8, grams=grams), grams=grams)
     stem = [name for name in view.matrices if name not in view.linears()]
     for stays in ([], stem, stem[:1]):
         sizes = {
@@ -599,22 +601,22 @@ def test_uniform_ranks_take_the_layers_that_lose_least(model, batch):
                 for n, rank in ranks.items()
             )
             if gone >= 0.2 * table.sum():
-                other = shrink.factorise(model, ranks, grams=grams)
+                other = factor.factorise(model, ranks, grams=grams)
                 assert scores.loss(chosen, batches) <= scores.loss(other, batches) + 0.005
                 break
 
 
 def test_uniform_ranks_name_their_floor_and_leave_factored_layers(vit, batch):
     everywhere = dict.fromkeys(models.view(vit).matrices, 1)
-    floor = cost.macs(shrink.factorise(vit, everywhere)) / cost.macs(vit)
+    floor = cost.macs(factor.factorise(vit, everywhere)) / cost.macs(vit)
     with pytest.raises(
-        budget.Unreachable, match=f"cannot reach 0.01 x MACs: {floor:.3f} stays at rank 1"
+        pool.Unreachable, match=f"cannot reach 0.01 x MACs: {floor:.3f} stays at rank 1"
     ):
-        budget.uniform_ranks(vit, [batch], macs=0.01)
+        uniform(vit, [batch], macs=0.01)
     with pytest.raises(ValueError, match=r"in \(0, 1\); got 50"):
-        budget.uniform_ranks(vit, [batch], macs=50)
+        uniform(vit, [batch], macs=50)
     first, *_ = models.view(vit).linears()
-    thin = shrink.factorise(vit, {first: 2})
-    ranks = budget.uniform_ranks(thin, [batch], macs=0.9)
+    thin = factor.factorise(vit, {first: 2})
+    ranks = uniform(thin, [batch], macs=0.9)
     assert not [name for name in ranks if name.startswith(first)]
-    assert cost.macs(shrink.factorise(thin, ranks)) / cost.macs(thin) <= 0.9
+    assert cost.macs(factor.factorise(thin, ranks)) / cost.macs(thin) <= 0.9

@@ -11,7 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from vitlab import checkpoint, cost, masks, models, prune, record, shrink
+from vitlab import files, models
+from vitlab.evaluation import cost
+from vitlab.models import checkpoint
+from vitlab.pruning import factor, masks, prune, shrink
 
 
 def cut(model):
@@ -27,14 +30,14 @@ def without_rows(model):
 
 
 def factored(model):
-    return shrink.compress(model, ratio=0.5, method="svd", multiple=1)[0]
+    return factor.compress(model, ratio=0.5, method="svd", multiple=1)[0]
 
 
 def sparse(support):
     def change(model):
         linears = models.view(model).linears()
         grams = {name: torch.eye(m.in_features, dtype=torch.float64) for name, m in linears.items()}
-        return shrink.compress(model, ratio=0.3, support=support, grams=grams, multiple=1)[0]
+        return factor.compress(model, ratio=0.3, support=support, grams=grams, multiple=1)[0]
 
     return change
 
@@ -275,7 +278,7 @@ def test_checkpoints_of_older_formats_are_read(vit, written, tmp_path):
     assert torch.equal(checkpoint.load_masks(tmp_path)["apart"], masks["apart"])
 
 
-COMMITTED = sorted((record.repository() / "checkpoints").glob("*/*"))
+COMMITTED = sorted((files.repository() / "checkpoints").glob("*/*"))
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda path: path.name)

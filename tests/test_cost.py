@@ -8,7 +8,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlab import checkpoint, cost, layers, models, record, shrink
+from vitlab import files, models
+from vitlab.evaluation import cost, memory
+from vitlab.models import checkpoint, layers
+from vitlab.pruning import factor, shrink
 
 
 def macs_by_torch(model, image_size):
@@ -29,7 +32,12 @@ def macs_by_torch(model, image_size):
 )
 def test_macs_of_the_reference_models(name, classes, expected):
     model = models.create(name, num_classes=classes)
-    assert cost.macs(model) == cost.macs(model, image_size=224) == macs_by_torch(model, 224) == expected
+    assert (
+        cost.macs(model)
+        == cost.macs(model, image_size=224)
+        == macs_by_torch(model, 224)
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,13 +89,19 @@ def test_macs_of_models_with_cut_layers(model, kind):
             assert cost.breakdown(model).set_index("layer").macs[name] % cut(layer, kind).macs == 0
         assert cost.macs(model) == macs_by_torch(model, 16)
         if kind.get("support") == "entries" and models.view(model).linears([role]):
-            assert cost.macs(model) > before  # a sparse part that is stored dense costs more than the dense layer
+            assert (
+                cost.macs(model) > before
+            )  # a sparse part that is stored dense costs more than the dense layer
 
 
 def test_breakdown_by_hand(vit):
     table = cost.breakdown(vit)
     first = table[table.block.isin(["blocks.0"])].set_index("role").macs
-    assert table[table.role == "stem"].macs.tolist() == [9 * 3 * 32 * 256, 9 * 32 * 64 * 64, 9 * 64 * 32 * 16]
+    assert table[table.role == "stem"].macs.tolist() == [
+        9 * 3 * 32 * 256,
+        9 * 32 * 64 * 64,
+        9 * 64 * 32 * 16,
+    ]
     assert first.to_dict() == {
         "qkv": 16 * 32 * 96,
         "qk": 16 * 16 * 32,
@@ -113,8 +127,14 @@ def test_ideal_macs_leave_out_zeros(model):
     for parameter in model.parameters():
         parameter.fill_(1)
     assert cost.macs(model, ideal=True) == cost.macs(model)  # nothing is zero
-    layers_of = {role: module for role in ("fc1", "head") for module in models.view(model).linears([role]).values()}
-    layers_of["fc1"].weight.flatten()[:7] = 0  # the last block's: 16 tokens in the ViT, 2 x 2 in the Swin
+    layers_of = {
+        role: module
+        for role in ("fc1", "head")
+        for module in models.view(model).linears([role]).values()
+    }
+    layers_of["fc1"].weight.flatten()[:7] = (
+        0  # the last block's: 16 tokens in the ViT, 2 x 2 in the Swin
+    )
     layers_of["head"].weight[0, 0] = 0
     tokens = 16 if models.view(model).kind == "vit" else 4
     assert cost.macs(model) - cost.macs(model, ideal=True) == 7 * tokens + 1
@@ -145,10 +165,14 @@ def test_summary_puts_named_meters_beside_the_closed_form(model):
     fused = [m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")]
     row = cost.summary(model, image_size=16)
     assert row["flops"] == 2 * row["macs"] == 2 * row["macs_torch"]
-    assert row["macs"] < row["macs_torchprofile"] < 1.05 * row["macs"]  # norms weigh more in so small a model
+    assert (
+        row["macs"] < row["macs_torchprofile"] < 1.05 * row["macs"]
+    )  # norms weigh more in so small a model
     assert 0.9 * row["macs"] < row["macs_thop"] != row["macs"]
     assert row["meter_note"] == ""
-    assert row["params"] >= row["nonzero"] == sum(int(p.count_nonzero()) for p in model.parameters())
+    assert (
+        row["params"] >= row["nonzero"] == sum(int(p.count_nonzero()) for p in model.parameters())
+    )
     assert 4 * row["params"] < row["bytes_memory"]
     # the meters leave nothing behind: thop's buffers, modes, flags
     assert model.state_dict().keys() == state.keys() and model.training
@@ -170,10 +194,12 @@ def test_torchprofile_agrees_on_real_models_whole_and_cut(name):
     model = models.create(name, num_classes=1000)
     row = cost.meters(model)
     assert abs(row["macs_torchprofile"] / cost.macs(model) - 1) < 0.002
-    assert row["macs_thop"] < 0.98 * cost.macs(model)  # without the products of attention, 14 % of ViT-Ti
+    assert row["macs_thop"] < 0.98 * cost.macs(
+        model
+    )  # without the products of attention, 14 % of ViT-Ti
     halves = {key: range(count // 2) for key, count in models.view(model).units().items()}
     small = shrink.remove(model, halves)
-    thin = shrink.factorise(small, dict.fromkeys(models.view(small).linears(["fc1", "fc2"]), 32))
+    thin = factor.factorise(small, dict.fromkeys(models.view(small).linears(["fc1", "fc2"]), 32))
     for cut_model in (small, thin):
         row = cost.meters(cut_model)
         assert row["macs_torch"] == cost.macs(cut_model)
@@ -187,14 +213,18 @@ def test_meters_see_cut_layers(model, kind):
         model.set_submodule(name, cut(layer, kind))
     row, macs = cost.meters(model), cost.macs(model)
     assert row["macs_torch"] == macs
-    assert row["macs_torchprofile"] == macs + norms  # to the last one: what is stored is multiplied, and nothing else
+    assert (
+        row["macs_torchprofile"] == macs + norms
+    )  # to the last one: what is stored is multiplied, and nothing else
     assert 0.9 * macs < row["macs_thop"]
 
 
-@pytest.mark.parametrize("rank", [0, 16])  # what IHT and thresholding, or SVD + IHT on entries leave
+@pytest.mark.parametrize(
+    "rank", [0, 16]
+)  # what IHT and thresholding, or SVD + IHT on entries leave
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_torchprofile_agrees_on_the_committed_models_on_entries(name, rank):
-    model = checkpoint.load(record.repository() / "checkpoints" / "cifar10-small" / name)
+    model = checkpoint.load(files.repository() / "checkpoints" / "cifar10-small" / name)
     for layer, module in models.view(model).linears().items():
         count = module.weight.numel() // 2
         kind = {"type": "LowRankSparseLinear", "rank": rank, "support": "entries", "count": count}
@@ -219,7 +249,9 @@ def test_parameters_by_hand():
 
 
 def test_bytes_in_memory_by_hand():
-    module = nn.BatchNorm1d(5)  # weight, bias, running mean and variance in float32, a counter in int64
+    module = nn.BatchNorm1d(
+        5
+    )  # weight, bias, running mean and variance in float32, a counter in int64
     assert cost.bytes_memory(module) == 4 * 5 * 4 + 8
     assert cost.bytes_memory(module.half()) == 4 * 5 * 2 + 8
 
@@ -230,7 +262,9 @@ def test_a_size_that_the_model_cannot_run_at(model):
 
 
 def test_models_without_a_closed_form():
-    model = models.create("vit_tiny_patch16_224", num_classes=3, image_size=32, depth=1, global_pool="map")
+    model = models.create(
+        "vit_tiny_patch16_224", num_classes=3, image_size=32, depth=1, global_pool="map"
+    )
     with pytest.raises(TypeError, match=r"no closed form for attn_pool\.q \(Linear\)"):
         cost.macs(model)
     model = models.create("conv_vit", num_classes=3, depth=1)
@@ -240,23 +274,32 @@ def test_models_without_a_closed_form():
 
 
 def test_peak_memory_is_of_what_came_since_the_reset():
-    cost.reset_peak_memory()
-    before = cost.peak_memory_mb("cpu")
-    held = torch.ones(400_000_000 // 4)  # 400 MB, written to; some may be memory that was held before
-    assert cost.peak_memory_mb("cpu") - before >= 200
+    memory.reset_peak_memory()
+    before = memory.peak_memory_mb("cpu")
+    held = torch.ones(
+        400_000_000 // 4
+    )  # 400 MB, written to; some may be memory that was held before
+    assert memory.peak_memory_mb("cpu") - before >= 200
     del held
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 def test_own_memory_is_without_mapped_files_and_what_was_freed(tmp_path):
     np.ones(100_000_000, dtype=np.uint8).tofile(tmp_path / "images")
-    cost.release_memory()
-    before = cost.own_memory_mb("cpu")
+    memory.release_memory()
+    before = memory.own_memory_mb("cpu")
     mapped = np.memmap(tmp_path / "images", mode="r")
-    assert mapped.sum() == 100_000_000 and abs(cost.own_memory_mb("cpu") - before) < 20  # 100 MB came in
-    cost.reset_peak_memory()
-    held = [torch.ones(25_000) for _ in range(1000)]  # 100 MB in pieces that glibc keeps when they are freed
-    assert cost.own_memory_mb("cpu") - before > 80
+    assert (
+        mapped.sum() == 100_000_000 and abs(memory.own_memory_mb("cpu") - before) < 20
+    )  # 100 MB came in
+    memory.reset_peak_memory()
+    held = [
+        torch.ones(25_000) for _ in range(1000)
+    ]  # 100 MB in pieces that glibc keeps when they are freed
+    assert memory.own_memory_mb("cpu") - before > 80
     del held
-    cost.release_memory()
-    assert cost.own_memory_mb("cpu") - before < 20 and cost.own_memory_mb("cpu", peak=True) - before > 80
+    memory.release_memory()
+    assert (
+        memory.own_memory_mb("cpu") - before < 20
+        and memory.own_memory_mb("cpu", peak=True) - before > 80
+    )

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
 
-from vitlab import data, record, shapes
+from vitlab import files
+from vitlab.training import data, shapes, sources
 
 COUNTS = {"cat": 20, "dog": 30, "owl": 41}
 
@@ -56,7 +57,9 @@ def test_one_tree_is_split_70_10_20_disjoint_and_per_class(one_tree, split_seed)
     assert counts_of(images.val) == [2, 3, 4]
     assert counts_of(images.test) == [4, 6, 8]
     again = load(one_tree, split_seed=split_seed)
-    assert all((a == getattr(again, p).indices).all() for a, p in zip(rows, data.SPLITS, strict=True))
+    assert all(
+        (a == getattr(again, p).indices).all() for a, p in zip(rows, sources.SPLITS, strict=True)
+    )
 
 
 def test_another_split_seed_is_another_split(one_tree):
@@ -65,11 +68,13 @@ def test_another_split_seed_is_another_split(one_tree):
 
 def test_images_and_labels_stay_together(one_tree):
     images = load(one_tree)
-    for part in data.SPLITS:
+    for part in sources.SPLITS:
         split = getattr(images, part)
         assert split.images.shape == (len(split), 16, 16, 3) and split.images.dtype == np.uint8
         for name, count in COUNTS.items():
-            files = [np.asarray(Image.open(one_tree / name / f"image_{i:04d}.png")) for i in range(count)]
+            files = [
+                np.asarray(Image.open(one_tree / name / f"image_{i:04d}.png")) for i in range(count)
+            ]
             mine = split.images[split.labels == images.classes.index(name)]
             assert all(any((image == file).all() for file in files) for image in mine)
 
@@ -80,14 +85,14 @@ def test_images_and_labels_stay_together(one_tree):
         (("train",), {"train": [14, 21, 29], "val": [2, 3, 4], "test": [4, 6, 8]}),
         (("train", "test"), {"train": [18, 27, 37], "val": [2, 3, 4], "test": [20, 30, 41]}),
         (("train", "val"), {"train": [16, 24, 33], "val": [20, 30, 41], "test": [4, 6, 8]}),
-        (("train", "val", "test"), {part: [20, 30, 41] for part in data.SPLITS}),
+        (("train", "val", "test"), {part: [20, 30, 41] for part in sources.SPLITS}),
     ],
 )
 def test_given_splits_are_used_and_missing_ones_are_taken_from_train(tmp_path, given, sizes):
     for seed, part in enumerate(given):
         write_classes(tmp_path / "tree" / part, size=(8, 8), seed=seed)
     images = load(tmp_path / "tree")
-    assert {part: counts_of(getattr(images, part)) for part in data.SPLITS} == sizes
+    assert {part: counts_of(getattr(images, part)) for part in sources.SPLITS} == sizes
     assert not set(images.train.indices) & (set(images.val.indices) | set(images.test.indices))
 
 
@@ -141,7 +146,9 @@ def test_plain_batches_are_the_images_normalised(one_tree):
     expected = (split.images / 255 - np.array(split.mean)) / np.array(split.std)
     assert x.dtype == torch.float32 and y.dtype == torch.int64 and (y == split.labels).all()
     torch.testing.assert_close(x, torch.from_numpy(expected).float().permute(0, 3, 1, 2))
-    assert x.mean(dim=(0, 2, 3)).abs().max() < 1e-5 and (x.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
+    assert (
+        x.mean(dim=(0, 2, 3)).abs().max() < 1e-5 and (x.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
+    )
 
 
 def test_every_image_of_a_batch_has_its_own_offset_and_flip():
@@ -167,7 +174,9 @@ def test_border_of_a_crop_is_reflected_and_rows_stay_whole():
 def test_images_stored_larger_are_cropped_inside():
     split = ramp_split(side=37, window=32)
     x, _ = next(split.batches(64))
-    assert (x[:, 0, 0, 0] == 2).all() and (x[:, 1, 0, 31] == 33).all()  # the centre, without augmentation
+    assert (x[:, 0, 0, 0] == 2).all() and (
+        x[:, 1, 0, 31] == 33
+    ).all()  # the centre, without augmentation
     x, _ = next(split.batches(64, augment={"flip": False}))
     assert set(x[:, 0, 0, 0].tolist()) == {0, 1, 2, 3, 4, 5}
     assert (x[:, 0, 31, 0] - x[:, 0, 0, 0] == 31).all()
@@ -320,7 +329,9 @@ def test_changed_content_is_another_cache(tmp_path):
 def test_varying_sizes_are_stored_as_squares_a_little_larger_than_the_crop(tmp_path):
     folder = write_classes(tmp_path / "tree", size=None)
     for path in folder.rglob("*.png"):
-        image = Image.new("RGB", (90, 30), "black")  # two thirds fall away on centring, and they are white
+        image = Image.new(
+            "RGB", (90, 30), "black"
+        )  # two thirds fall away on centring, and they are white
         image.paste("white", (0, 0, 25, 30))
         image.paste("white", (65, 0, 90, 30))
         image.save(path)
@@ -357,20 +368,27 @@ def test_normalise(one_tree):
 
 def test_root(tmp_path, monkeypatch):
     monkeypatch.setenv("VITLAB_DATA", str(tmp_path))
-    assert record.root() == tmp_path
+    assert files.root() == tmp_path
     monkeypatch.delenv("VITLAB_DATA")
-    assert record.root().name == "data" and (record.root().parent / "pyproject.toml").exists()
+    assert files.root().name == "data" and (files.root().parent / "pyproject.toml").exists()
 
 
-@pytest.mark.parametrize(("suffix", "description"), [("jpg", "CIFAR-10 (JPEG)"), ("png", "CIFAR-10")])
+@pytest.mark.parametrize(
+    ("suffix", "description"), [("jpg", "CIFAR-10 (JPEG)"), ("png", "CIFAR-10")]
+)
 def test_cifar10_as_imagefolder_keeps_its_test_set(tmp_path, monkeypatch, suffix, description):
     for seed, part in enumerate(("train", "test")):
         write_classes(tmp_path / "cifar10" / part, size=(32, 32), suffix=suffix, seed=seed)
     with pytest.raises(
-        ValueError, match="of the 60000 images of CIFAR-10.*, as after half a download: unpack the whole"
+        ValueError,
+        match="of the 60000 images of CIFAR-10.*, as after half a download: unpack the whole",
     ):
         data.load("cifar10", root=tmp_path, image_size=64)
-    monkeypatch.setitem(data.WHOLE, "cifar10", sum(path.is_file() for path in (tmp_path / "cifar10").rglob("*.*")))
+    monkeypatch.setitem(
+        sources.WHOLE,
+        "cifar10",
+        sum(path.is_file() for path in (tmp_path / "cifar10").rglob("*.*")),
+    )
     images = data.load("cifar10", root=tmp_path, image_size=64)
     assert images.description == description
     assert counts_of(images.test) == [20, 30, 41] and counts_of(images.val) == [2, 3, 4]
@@ -383,7 +401,9 @@ def test_cifar10_in_torchvisions_layout(tmp_path, monkeypatch):
 
     def stand_in(root, train):  # the real one checks the MD5 of 170 MB
         pixels = rng.integers(0, 256, (200 if train else 40, 32, 32, 3), dtype=np.uint8)
-        return types.SimpleNamespace(data=pixels, targets=[0, 1] * (len(pixels) // 2), classes=["cat", "dog"])
+        return types.SimpleNamespace(
+            data=pixels, targets=[0, 1] * (len(pixels) // 2), classes=["cat", "dog"]
+        )
 
     monkeypatch.setattr(data.datasets, "CIFAR10", stand_in)
     (tmp_path / "cifar-10-batches-py").mkdir()
@@ -397,12 +417,18 @@ def test_caltech101_is_read_as_torchvision_does(tmp_path, monkeypatch):
     folder = tmp_path / "caltech101" / "101_ObjectCategories"
     write_classes(folder, COUNTS | {"BACKGROUND_Google": 7}, size=None, suffix="jpg")
     write_classes(folder, {"gray": 10}, size=(50, 40), mode="L", suffix="jpg")
-    leave = len(list((folder / "BACKGROUND_Google").glob("*"))) if (folder / "BACKGROUND_Google").exists() else 0
-    monkeypatch.setitem(data.WHOLE, "caltech101", sum(path.is_file() for path in folder.rglob("*.*")) - leave)
+    leave = (
+        len(list((folder / "BACKGROUND_Google").glob("*")))
+        if (folder / "BACKGROUND_Google").exists()
+        else 0
+    )
+    monkeypatch.setitem(
+        sources.WHOLE, "caltech101", sum(path.is_file() for path in folder.rglob("*.*")) - leave
+    )
     images = data.load("caltech101", root=tmp_path, image_size=20)
     theirs = datasets.Caltech101(tmp_path)
     assert images.classes == theirs.categories == ["cat", "dog", "gray", "owl"]
-    total = sum(np.array(counts_of(getattr(images, part))) for part in data.SPLITS)
+    total = sum(np.array(counts_of(getattr(images, part))) for part in sources.SPLITS)
     assert total.tolist() == np.bincount(theirs.y).tolist() == [20, 30, 10, 41]
     assert images.train.store.shape == (101, 23, 23, 3)
 
@@ -411,10 +437,13 @@ def test_caltech101_is_read_as_torchvision_does(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("cifar-10", "'cifar10'"), ("Caltech", "'caltech101'"), ("shape", "'shapes'")]
+    ("name", "near"),
+    [("cifar-10", "'cifar10'"), ("Caltech", "'caltech101'"), ("shape", "'shapes'")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(tmp_path, name, near):
-    with pytest.raises(ValueError, match=f"unknown dataset {name!r}, did you mean {near}.*its path as its name"):
+    with pytest.raises(
+        ValueError, match=f"unknown dataset {name!r}, did you mean {near}.*its path as its name"
+    ):
         data.load(name, root=tmp_path, image_size=32)
 
 
@@ -422,7 +451,9 @@ def test_nothing_is_downloaded_that_could_leave_its_folder(tmp_path, monkeypatch
     monkeypatch.setattr(data.datasets, "CIFAR10", lambda *_, **__: pytest.fail("downloaded"))
     monkeypatch.setattr(data.datasets.CIFAR10, "__name__", "CIFAR10")
     monkeypatch.delattr("tarfile.data_filter", raising=False)  # which 3.11.2 has not
-    with pytest.raises(RuntimeError, match=r"no images of CIFAR10 .*within its folder, 3\.11\.4 and newer can"):
+    with pytest.raises(
+        RuntimeError, match=r"no images of CIFAR10 .*within its folder, 3\.11\.4 and newer can"
+    ):
         data.load("cifar10", root=tmp_path, image_size=32)
 
 
@@ -437,7 +468,9 @@ def test_missing_images_say_where_to_put_them(tmp_path, monkeypatch, name, place
         raise OSError("no route to host")
 
     monkeypatch.setattr("tarfile.data_filter", None, raising=False)
-    monkeypatch.setattr(data.datasets, {"cifar10": "CIFAR10", "caltech101": "Caltech101"}[name], no_network)
+    monkeypatch.setattr(
+        data.datasets, {"cifar10": "CIFAR10", "caltech101": "Caltech101"}[name], no_network
+    )
     monkeypatch.setattr(no_network, "__name__", name, raising=False)
     with pytest.raises(RuntimeError, match=rf"no route to host.*{place}"):
         data.load(name, root=tmp_path, image_size=32)
@@ -449,13 +482,17 @@ def test_a_broken_file_is_named_and_skipped_only_if_asked(tmp_path, fault, size)
     folder = write_classes(tmp_path / "tree", size=size, suffix="jpg")
     bad = folder / "dog" / "image_0003.jpg"
     whole = bad.read_bytes()
-    bad.write_bytes({"truncated": whole[: len(whole) // 2], "no image": b"hello", "empty": b""}[fault])
+    bad.write_bytes(
+        {"truncated": whole[: len(whole) // 2], "no image": b"hello", "empty": b""}[fault]
+    )
     for _ in range(2):  # decoding, and from the cache
-        with pytest.raises(ValueError, match=r"1 unreadable.*dog.image_0003.jpg.* data.skip_broken=true"):
+        with pytest.raises(
+            ValueError, match=r"1 unreadable.*dog.image_0003.jpg.* data.skip_broken=true"
+        ):
             load(folder)
         images = load(folder, skip_broken=True)
         assert images.skipped == ["dog/image_0003.jpg"]
-        rows = np.concatenate([getattr(images, part).indices for part in data.SPLITS])
+        rows = np.concatenate([getattr(images, part).indices for part in sources.SPLITS])
         assert sorted(rows) == [i for i in range(91) if i != 23]
 
 
@@ -486,7 +523,9 @@ def test_too_few_images_or_classes_to_split(tmp_path):
 
 def test_a_cache_that_cannot_be_written_says_which_and_what_to_do(tmp_path):
     folder = write_classes(tmp_path / "tree")
-    (tmp_path / "home").write_text("a file where the folder should be, which stops even an administrator")
+    (tmp_path / "home").write_text(
+        "a file where the folder should be, which stops even an administrator"
+    )
     with pytest.raises(PermissionError, match="cannot write to .*home.cache.*VITLAB_DATA"):
         load(folder)
 
@@ -512,13 +551,18 @@ def test_sizes(one_tree):
     ("name", "place", "sizes", "classes"),
     [
         ("cifar10", "cifar10/train", {"train": 45000, "val": 5000, "test": 10000}, 10),
-        ("caltech101", "caltech101/101_ObjectCategories", {"train": 6073, "val": 868, "test": 1736}, 101),
+        (
+            "caltech101",
+            "caltech101/101_ObjectCategories",
+            {"train": 6073, "val": 868, "test": 1736},
+            101,
+        ),
     ],
 )
 def test_real_images_are_found_and_split(name, place, sizes, classes):
-    if not (record.root() / place).is_dir():
-        pytest.skip(f"the real images are not under {record.root() / place}")
-    found = data._find(name, record.root(), download=False)
+    if not (files.root() / place).is_dir():
+        pytest.skip(f"the real images are not under {files.root() / place}")
+    found = sources.find(name, files.root(), download=False)
     parts = data._split(found, np.ones(len(found.labels), dtype=bool), seed=0)
     assert {part: len(rows) for part, rows in parts.items()} == sizes
     assert len(np.unique(np.concatenate(list(parts.values())))) == sum(sizes.values())
@@ -539,7 +583,19 @@ def test_the_identity_of_a_split_changes_with_what_its_batches_show(tmp_path):
     shapes.make(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
 
     def identity(**options):
-        return data.load(tmp_path / "tree", root=tmp_path, **{"image_size": 16, **options}).train.identity
+        return data.load(
+            tmp_path / "tree", root=tmp_path, **{"image_size": 16, **options}
+        ).train.identity
 
     assert identity() == identity()
-    assert len({identity(), identity(image_size=32), identity(normalise="imagenet"), identity(images=30)}) == 4
+    assert (
+        len(
+            {
+                identity(),
+                identity(image_size=32),
+                identity(normalise="imagenet"),
+                identity(images=30),
+            }
+        )
+        == 4
+    )

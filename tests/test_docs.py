@@ -11,13 +11,25 @@ import pytest
 import torch
 from conftest import toy
 
-from vitlab import budget, data, layers, models, prune, record, recover, scores, shrink
+from vitlab import files
+from vitlab.models import anatomy, layers
+from vitlab.pruning import compensate, factor, pool, prune, recover, scores, shrink
+from vitlab.training import data
 
-ROOT = record.repository()
+ROOT = files.repository()
 INDEX, CONTRIBUTING = ROOT / "docs" / "methods" / "README.md", ROOT / "CONTRIBUTING.md"
 PAGES = sorted(set(INDEX.parent.glob("*.md")) - {INDEX})
 DOCS = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
-MODULES = {path.stem for path in (ROOT / "vitlab").glob("*.py")}
+PACKAGE = ROOT / "vitlab"
+# The file of each module by its stem, which is all that pages say; a folder stands for what it hands on.
+MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.startswith("__")}
+MODULES |= {"models": PACKAGE / "models" / "__init__.py"}
+
+
+def module(name):
+    """Return the module that pages call by this stem."""
+    parts = MODULES[name].relative_to(ROOT).with_suffix("").parts
+    return importlib.import_module(".".join(part for part in parts if part != "__init__"))
 
 
 def name_of(path):
@@ -47,11 +59,20 @@ def test_timings_stand_in_the_table_that_they_name(page):
         tables = re.findall(r"figures/bench/\w+\.md", paragraph)
         if not tables:
             continue
-        known = [float(each) for path in tables for each in re.findall(r"\d+(?:\.\d+)?", (ROOT / path).read_text())]
+        known = [
+            float(each)
+            for path in tables
+            for each in re.findall(r"\d+(?:\.\d+)?", (ROOT / path).read_text())
+        ]
         for told in re.findall(r"(?<![\w.])\d+\.\d+", paragraph):
             digits = len(told.partition(".")[2])
             within = 0.51 * 10**-digits  # a table rounds, too
-            near = [each for each in known for scale in (1, 1000) if abs(each / scale - float(told)) <= within]
+            near = [
+                each
+                for each in known
+                for scale in (1, 1000)
+                if abs(each / scale - float(told)) <= within
+            ]
             assert near, f"{told} is not in {' or '.join(tables)}"
 
 
@@ -79,15 +100,23 @@ def calls(code):
     for node in (node for node in found if isinstance(node.func, ast.Attribute)):
         if isinstance(node.func.value, ast.Name) and node.func.value.id in MODULES:
             keywords = [keyword.arg for keyword in node.keywords]
-            unpacks = None in keywords or any(isinstance(argument, ast.Starred) for argument in node.args)
+            unpacks = None in keywords or any(
+                isinstance(argument, ast.Starred) for argument in node.args
+            )
             named = [keyword for keyword in keywords if keyword]
-            yield node.func.value.id, node.func.attr, 0 if unpacks else len(node.args), named, unpacks
+            yield (
+                node.func.value.id,
+                node.func.attr,
+                0 if unpacks else len(node.args),
+                named,
+                unpacks,
+            )
 
 
 def check_calls(code):
     """TypeError for a call of code whose arguments its function does not take; AttributeError for no function."""
-    for module, function, count, named, unpacks in calls(code):
-        signature = inspect.signature(getattr(importlib.import_module(f"vitlab.{module}"), function))
+    for name, function, count, named, unpacks in calls(code):
+        signature = inspect.signature(getattr(module(name), function))
         bind = signature.bind_partial if unpacks else signature.bind
         bind(*[None] * count, **dict.fromkeys(named))
 
@@ -98,7 +127,9 @@ def test_calls_fit_their_functions(page):
         check_calls(code)
 
 
-@pytest.mark.parametrize("code", ["scores.weight(model)", "scores.weights(m, criterion='taylor')", "cost.macs()"])
+@pytest.mark.parametrize(
+    "code", ["scores.weight(model)", "scores.weights(m, criterion='taylor')", "cost.macs()"]
+)
 def test_calls_that_do_not_fit_are_found(code):
     with pytest.raises((AttributeError, TypeError)):
         check_calls(code)
@@ -106,15 +137,19 @@ def test_calls_that_do_not_fit_are_found(code):
 
 def unknown_names(text):
     """module.name in inline code, of modules of vitlab that have no such name."""
-    found = [re.findall(r"(?<![\w./])([a-z]+)\.(\w+)", code) for code in re.findall(r"`([^`\n]+)`", text)]
+    found = [
+        re.findall(r"(?<![\w./])([a-z]+)\.(\w+)", code) for code in re.findall(r"`([^`\n]+)`", text)
+    ]
     named = [(module, name) for pairs in found for module, name in pairs if module in MODULES]
-    return [pair for pair in named if not hasattr(importlib.import_module(f"vitlab.{pair[0]}"), pair[1])]
+    return [pair for pair in named if not hasattr(module(pair[0]), pair[1])]
 
 
 @pytest.mark.parametrize("page", [*PAGES, INDEX, CONTRIBUTING], ids=name_of)
 def test_names_in_prose_are_the_packages_own(page):
     assert unknown_names(prose(page)) == []
-    assert unknown_names("`scores.rows`, `scores.rwos(model)`, `vitlab/scores.py`") == [("scores", "rwos")]
+    assert unknown_names("`scores.rows`, `scores.rwos(model)`, `vitlab/scores.py`") == [
+        ("scores", "rwos")
+    ]
 
 
 def dead_links(page, text):
@@ -122,25 +157,30 @@ def dead_links(page, text):
     links = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
     top = "benchmarks|checkpoints|docs|figures|notebooks|profiles|tests|vitlab"
     paths = re.findall(rf"`((?:{top})/[\w./-]+)`", text)
-    return [t for t in links if not (page.parent / t).exists()] + [p for p in paths if not (ROOT / p).exists()]
+    return [t for t in links if not (page.parent / t).exists()] + [
+        p for p in paths if not (ROOT / p).exists()
+    ]
 
 
 @pytest.mark.parametrize("page", DOCS, ids=name_of)
 def test_links_lead_somewhere(page):
     assert dead_links(page, prose(page)) == []
-    assert dead_links(CONTRIBUTING, "[a](docs/b.md), [c](README.md), `tests/d.py`") == ["docs/b.md", "tests/d.py"]
+    assert dead_links(CONTRIBUTING, "[a](docs/b.md), [c](README.md), `tests/d.py`") == [
+        "docs/b.md",
+        "tests/d.py",
+    ]
 
 
 WORDS = {
     "criterion of weights": scores.WEIGHTS,
     "criterion of rows": scores.ROWS,
     "criterion of units": scores.UNITS,
-    "kind of unit": models.UNITS,
-    "method of compression": shrink.METHODS,
+    "kind of unit": anatomy.UNITS,
+    "method of compression": factor.METHODS,
     "support": layers.SUPPORTS,
-    "refit": shrink.REFITS,
+    "refit": compensate.REFITS,
     "compensation": ("mean", "least squares"),  # of budget.cut
-    "target": budget.TARGETS,
+    "target": pool.TARGETS,
     "schedule": ("one-shot", "cubic", "iterative"),  # of prune.shares
 }
 
@@ -158,7 +198,11 @@ def test_every_word_has_a_page(sort):
 
 
 def test_every_way_of_recovery_has_a_page():
-    own = [f"recover.{name}" for name, each in vars(recover).items() if inspect.isfunction(each) and name[0] != "_"]
+    own = [
+        f"recover.{name}"
+        for name, each in vars(recover).items()
+        if inspect.isfunction(each) and name[0] != "_"
+    ]
     text = "\n".join(page.read_text() for page in PAGES)
     assert own and [name for name in own if f"`{name}" not in text] == []
 
@@ -172,9 +216,14 @@ def changed(source, diff):
     """source after a diff as CONTRIBUTING shows it: hunks between @@ lines, put wherever their old lines stand; …
     stands for the rest of a line."""
     for hunk in re.split(r"^(?:---|@@).*\n", diff, flags=re.MULTILINE)[1:]:
-        old, new = ("".join(line[1:] for line in hunk.splitlines(True) if line[0] in kind) for kind in (" -", " +"))
+        old, new = (
+            "".join(line[1:] for line in hunk.splitlines(True) if line[0] in kind)
+            for kind in (" -", " +")
+        )
         pattern = re.compile("^" + re.escape(old).replace("…", "(.*)"), re.MULTILINE)
-        source, count = pattern.subn(lambda found, new=new: new.replace("…", found[found.re.groups]), source)
+        source, count = pattern.subn(
+            lambda found, new=new: new.replace("…", found[found.re.groups]), source
+        )
         assert count, f"CONTRIBUTING.md shows lines that are not there:\n{old}"
     return source
 
@@ -202,7 +251,9 @@ def the_largest_weight_of_each_layer_has_the_highest_score_of_all(vit, batch):
 
 def no_map_of_that_rank_is_nearer_than_the_whitened_one(vit, batch):
     grams = scores.grams(vit, [batch])
-    scaled, whitened = (shrink.compress(vit, ratio=0.5, method=m, grams=grams)[1] for m in ("asvd", "svd"))
+    scaled, whitened = (
+        factor.compress(vit, ratio=0.5, method=m, grams=grams)[1] for m in ("asvd", "svd")
+    )
     assert (scaled.objective >= whitened.objective).all() and scaled.macs.equals(whitened.macs)
 
 
@@ -215,10 +266,12 @@ def removed_heads_of_a_pit_equal_masked_ones(vit, batch):
 
 LAWS = {
     "scores": the_largest_weight_of_each_layer_has_the_highest_score_of_all,
-    "shrink": no_map_of_that_rank_is_nearer_than_the_whitened_one,
-    "models": removed_heads_of_a_pit_equal_masked_ones,
+    "factor": no_map_of_that_rank_is_nearer_than_the_whitened_one,
+    "anatomy": removed_heads_of_a_pit_equal_masked_ones,
 }
-EXAMPLES = {re.match(r"--- vitlab/(\w+)\.py\n", diff)[1]: diff for diff in blocks(CONTRIBUTING, "diff")}
+EXAMPLES = {
+    re.match(r"--- vitlab/\w+/(\w+)\.py\n", diff)[1]: diff for diff in blocks(CONTRIBUTING, "diff")
+}
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -226,8 +279,8 @@ def test_what_contributing_adds_keeps_its_law(name, vit, batch, rewritten):
     assert EXAMPLES.keys() == LAWS.keys()
     with pytest.raises((TypeError, ValueError)):  # it is about the lines that are not there yet
         LAWS[name](vit, batch)
-    module = importlib.import_module(f"vitlab.{name}")
-    rewritten(module, changed(Path(module.__file__).read_text(), EXAMPLES[name]))
+    source = module(name)
+    rewritten(source, changed(Path(source.__file__).read_text(), EXAMPLES[name]))
     LAWS[name](vit, batch)
 
 

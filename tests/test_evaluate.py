@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from vitlab import evaluate, record
+from vitlab.evaluation import evaluate
+from vitlab.studies import runs
 
 
 class Images:
@@ -37,10 +38,19 @@ class Identity(torch.nn.Module):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_counts_by_hand_do_not_depend_on_the_batches(batch_size):
-    logits = [[3.0, 0, 0, 0, 0, 0, 0], [0, 3.0, 0, 0, 0, 0, 0], [3.0, 2, 1, 0, -1, -2, -3], [5.0, 4, 3, 2, 1, 0, -1]]
+    logits = [
+        [3.0, 0, 0, 0, 0, 0, 0],
+        [0, 3.0, 0, 0, 0, 0, 0],
+        [3.0, 2, 1, 0, -1, -2, -3],
+        [5.0, 4, 3, 2, 1, 0, -1],
+    ]
     result = evaluate.accuracy(Identity(), Images(logits, [0, 1, 1, 6]), batch_size=batch_size)
     assert (result.correct, result.total, result.top1, result.top5) == (2, 4, 50.0, 75.0)
-    assert result.per_class[:2] == (100.0, 50.0) and result.per_class[6] == 0.0 and math.isnan(result.per_class[3])
+    assert (
+        result.per_class[:2] == (100.0, 50.0)
+        and result.per_class[6] == 0.0
+        and math.isnan(result.per_class[3])
+    )
     assert result.mean_per_class == pytest.approx(50.0)  # classes 0, 1, 6: (100 + 50 + 0) / 3
     expected = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor([0, 1, 1, 6]))
     assert result.loss == pytest.approx(expected.item())
@@ -73,7 +83,9 @@ def calibration_error_by_bins(probabilities, labels, bins):
             for row, label in zip(probabilities.tolist(), labels.tolist(), strict=True)
             if i / bins < max(row) <= (i + 1) / bins
         ]
-        total += abs(sum(right for _, right in in_bin) - sum(confidence for confidence, _ in in_bin))
+        total += abs(
+            sum(right for _, right in in_bin) - sum(confidence for confidence, _ in in_bin)
+        )
     return total / len(labels)
 
 
@@ -82,10 +94,15 @@ def calibration_error_by_bins(probabilities, labels, bins):
 @pytest.mark.parametrize("bins", [1, 2, 15])
 def test_calibration_error_is_that_of_its_definition(count, classes, bins):
     generator = torch.Generator().manual_seed(count)
-    probabilities = (4 * torch.randn(count, classes, generator=generator, dtype=torch.float64)).softmax(1)
+    probabilities = (
+        4 * torch.randn(count, classes, generator=generator, dtype=torch.float64)
+    ).softmax(1)
     labels = torch.randint(classes, (count,), generator=generator)
     error = evaluate._expected_calibration_error(probabilities, labels, bins=bins)
-    assert error == pytest.approx(calibration_error_by_bins(probabilities, labels, bins), abs=1e-12) and 0 <= error <= 1
+    assert (
+        error == pytest.approx(calibration_error_by_bins(probabilities, labels, bins), abs=1e-12)
+        and 0 <= error <= 1
+    )
 
 
 def test_calibration_error_by_hand():
@@ -93,10 +110,16 @@ def test_calibration_error_by_hand():
     probabilities = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.4, 0.6]])
     labels = torch.tensor([0, 1, 1, 0])
     assert evaluate._expected_calibration_error(probabilities, labels) == pytest.approx(1.3 / 4)
-    labels = torch.tensor([0, 1, 1, 1])  # the one at 0.6 is right: too sure here, not sure enough there
-    assert evaluate._expected_calibration_error(probabilities, labels) == pytest.approx((0.7 + 0.4) / 4)
+    labels = torch.tensor(
+        [0, 1, 1, 1]
+    )  # the one at 0.6 is right: too sure here, not sure enough there
+    assert evaluate._expected_calibration_error(probabilities, labels) == pytest.approx(
+        (0.7 + 0.4) / 4
+    )
     # in one bin both make up for each other in part: |3 - 3.3| / 4
-    assert evaluate._expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(0.3 / 4)
+    assert evaluate._expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(
+        0.3 / 4
+    )
 
 
 def test_calibration_error_ends():
@@ -125,8 +148,8 @@ def test_calibration_error_of_what_are_no_probabilities(probabilities, labels, w
 
 def test_columns_of_a_result_are_columns_of_a_row():
     columns = evaluate.accuracy(Identity(), Images([[1.0, 0.0]], [0]))._asdict()
-    assert set(columns) - {"top5", "per_class"} <= set(record.ROW) and "ece" in columns
-    assert record.ROW.index("ece") == record.ROW.index("loss") + 1
+    assert set(columns) - {"top5", "per_class"} <= set(runs.ROW) and "ece" in columns
+    assert runs.ROW.index("ece") == runs.ROW.index("loss") + 1
 
 
 # -- what changed
@@ -147,8 +170,12 @@ def test_changes_are_those_of_two_accuracies(count, most):
     first, second = evaluate.accuracy(before, images), evaluate.accuracy(after, images)
     table = changes.classes
     assert table["class"].tolist() == [0, 1, 2, 3] and table.images.sum() == count
-    torch.testing.assert_close(torch.tensor(table.before), torch.tensor(first.per_class).double(), equal_nan=True)
-    torch.testing.assert_close(torch.tensor(table.after), torch.tensor(second.per_class).double(), equal_nan=True)
+    torch.testing.assert_close(
+        torch.tensor(table.before), torch.tensor(first.per_class).double(), equal_nan=True
+    )
+    torch.testing.assert_close(
+        torch.tensor(table.after), torch.tensor(second.per_class).double(), equal_nan=True
+    )
     assert (table.images * table.change).sum() / count == pytest.approx(second.top1 - first.top1)
 
     moved = changes.images
@@ -156,30 +183,48 @@ def test_changes_are_those_of_two_accuracies(count, most):
     p, q = (model(images.logits).detach().double().softmax(1) for model in (before, after))
     mean = ((p + q) / 2).log()  # torch's own Kullback-Leibler divergences to the mean of both
     known = sum(kl_div(mean, of, reduction="none").sum(1) for of in (p, q)) / 2
-    torch.testing.assert_close(torch.tensor(moved.divergence), known.sort(descending=True).values[:most])
+    torch.testing.assert_close(
+        torch.tensor(moved.divergence), known.sort(descending=True).values[:most]
+    )
     assert moved.divergence.min() >= 0 and moved.divergence.max() <= math.log(2)
     assert moved.label.tolist() == images.labels[moved.image.tolist()].tolist()
     for row in moved.itertuples():
-        assert [row.p_before, row.p_after] == pytest.approx([of[row.image, row.label].item() for of in (p, q)])
+        assert [row.p_before, row.p_after] == pytest.approx(
+            [of[row.image, row.label].item() for of in (p, q)]
+        )
         assert (row.before, row.after) == (p[row.image].argmax(), q[row.image].argmax())
 
 
 def test_changes_by_hand():
     images = Images([[9.0, 9.0, 0.0], [100.0, 0.0, 0.0], [0.0, 0.0, 100.0]], [0, 0, 2])
-    changes = evaluate.compare(Identity(), Identity(order=[1, 0, 2]), images, classes=["ant", "bee", "cat"], most=2)
-    assert changes.classes["class"].tolist() == ["ant", "bee", "cat"] and changes.classes.images.tolist() == [2, 0, 1]
-    assert changes.classes.change.tolist()[::2] == [-50.0, 0.0]  # the first is a tie that stays with ant
+    changes = evaluate.compare(
+        Identity(), Identity(order=[1, 0, 2]), images, classes=["ant", "bee", "cat"], most=2
+    )
+    assert changes.classes["class"].tolist() == [
+        "ant",
+        "bee",
+        "cat",
+    ] and changes.classes.images.tolist() == [2, 0, 1]
+    assert changes.classes.change.tolist()[::2] == [
+        -50.0,
+        0.0,
+    ]  # the first is a tie that stays with ant
     assert math.isnan(changes.classes.change[1])  # no image of a bee
     furthest, second = changes.images.to_dict("records")
     assert furthest["divergence"] == pytest.approx(math.log(2)) and furthest["image"] == 1
     assert [furthest[name] for name in ("label", "before", "after")] == ["ant", "ant", "bee"]
     assert (furthest["p_before"], furthest["p_after"]) == pytest.approx((1, 0))
-    assert (second["image"], second["divergence"]) == (0, 0)  # of those that did not move, the first
+    assert (second["image"], second["divergence"]) == (
+        0,
+        0,
+    )  # of those that did not move, the first
 
 
 def test_nothing_changes_between_a_model_and_itself():
     changes = evaluate.compare(Identity(), Identity(), random_images(9))
-    assert (changes.images.divergence == 0).all() and changes.images.image.tolist() == list(range(9))
+    assert (changes.images.divergence == 0).all() and changes.images.image.tolist() == list(
+        range(9)
+    )
     assert (changes.classes.change.dropna() == 0).all()
 
 

@@ -5,7 +5,11 @@ import torch
 from conftest import OTHERS, toy
 from torch.nn.functional import cross_entropy
 
-from vitlab import budget, checkpoint, cost, masks, models, prune, recover, scores, shrink
+from vitlab import models
+from vitlab.evaluation import cost
+from vitlab.models import checkpoint
+from vitlab.pruning import budget, compensate, factor, masks, prune, recover, scores, shrink
+from vitlab.pruning.ranks import allocate
 
 
 def entries(criterion, **options):
@@ -13,7 +17,9 @@ def entries(criterion, **options):
         found = scores.weights(model, [batch], criteria=[criterion])[criterion]
         if options.get("per") == "role":
             view = models.view(model)
-            return masks.keep_largest(found, sparsity=0.5, per={n: view.role(n.removesuffix(".weight")) for n in found})
+            return masks.keep_largest(
+                found, sparsity=0.5, per={n: view.role(n.removesuffix(".weight")) for n in found}
+            )
         return masks.keep_largest(found, sparsity=0.5, **options)
 
     return keep
@@ -23,7 +29,7 @@ def gradual(model, batch):
     """The second of three steps: weights that are zero by then stay so."""
     for share in prune.shares("cubic", 3, final=0.8)[:2]:
         found = scores.weights(model, [batch], criteria=["taylor"])["taylor"]
-        keep = prune.further(model, found, sparsity=share)
+        keep = prune.keep_more_zero(model, found, sparsity=share)
         prune.apply(model, keep)
     return keep
 
@@ -45,7 +51,10 @@ def units(model, batch):
 
 
 MASKED = {  # masks: all MACs are executed, half or so of the weights are zero
-    **{name: entries(name) for name in ("random", "magnitude", "gradient", "taylor", "fisher", "obd", "snip")},
+    **{
+        name: entries(name)
+        for name in ("random", "magnitude", "gradient", "taylor", "fisher", "obd", "snip")
+    },
     "wanda by row": entries("wanda", per="row"),
     "obs by layer": entries("obs", per="layer"),
     "taylor by role": entries("taylor", per="role"),
@@ -63,7 +72,7 @@ def grams(model, batch):
 
 def compressed(**options):
     def change(model, batch):
-        return shrink.compress(model, grams=grams(model, batch), multiple=1, rounds=2, **options)[0]
+        return factor.compress(model, grams=grams(model, batch), multiple=1, rounds=2, **options)[0]
 
     return change
 
@@ -80,7 +89,7 @@ def pool(model, batch, macs=0.7):
 def ranks(model, batch, macs=0.7):
     seen = grams(model, batch)
     felt = scores.gradient_grams(model, [batch], layers=list(seen))
-    return shrink.factorise(model, budget.ranks(model, seen, felt, macs=macs, multiple=1), grams=seen)
+    return factor.factorise(model, allocate(model, seen, felt, macs=macs, multiple=1), grams=seen)
 
 
 def both(model, batch):
@@ -89,7 +98,9 @@ def both(model, batch):
 
 def solved(model, batch):
     drop = {(models.view(model).blocks[-1].name, "neurons"): range(0, 48, 2)}
-    return recover.reconstruct(ranks(shrink.remove(model, drop), batch, 0.8), model, [batch], drops=drop)
+    return recover.reconstruct(
+        ranks(shrink.remove(model, drop), batch, 0.8), model, [batch], drops=drop
+    )
 
 
 def without(kind):
@@ -104,7 +115,9 @@ def without(kind):
 def rows_gone(model, batch):
     found = scores.rows(model, [batch], criteria=["fisher"])["fisher"]
     keep = masks.keep_largest(found, sparsity=0.5, floor=1)
-    return shrink.remove(model, {(name, "rows"): gone for name, gone in masks.dropped(keep).items()})
+    return shrink.remove(
+        model, {(name, "rows"): gone for name, gone in masks.dropped(keep).items()}
+    )
 
 
 SMALLER = {  # less MACs are executed
@@ -135,7 +148,9 @@ METHODS = {
 }
 ARCHITECTURES = ["vit", "swin", *OTHERS]
 EVERY = [  # each method twice, on architectures that follow each other; the others take minutes
-    pytest.param(architecture, name, marks=[] if (i - j) % len(ARCHITECTURES) in (0, 4) else pytest.mark.long)
+    pytest.param(
+        architecture, name, marks=[] if (i - j) % len(ARCHITECTURES) in (0, 4) else pytest.mark.long
+    )
     for i, name in enumerate(METHODS)
     for j, architecture in enumerate(ARCHITECTURES)
 ]
@@ -143,14 +158,18 @@ EVERY = [  # each method twice, on architectures that follow each other; the oth
 
 @pytest.mark.parametrize("architecture, name", EVERY)
 def test_every_method_on_every_architecture(architecture, name, batch, request, tmp_path):
-    model = toy(**OTHERS[architecture]) if architecture in OTHERS else request.getfixturevalue(architecture)
+    model = (
+        toy(**OTHERS[architecture])
+        if architecture in OTHERS
+        else request.getfixturevalue(architecture)
+    )
     dense, before = cost.breakdown(model)[["macs", "macs_ideal"]].sum(), model(batch[0])
     keep = None
     if name.startswith(("masked", "refitted", "updated")):
         keep, new = METHODS[name](model, batch), model
         if not name.startswith("masked"):
             method = "obs" if name.startswith("updated") else "least squares"
-            new = shrink.refit(model, keep, grams(model, batch), method=method)
+            new = compensate.refit(model, keep, grams(model, batch), method=method)
         prune.apply(new, keep)
     else:
         new = METHODS[name](model, batch)
@@ -161,15 +180,21 @@ def test_every_method_on_every_architecture(architecture, name, batch, request, 
     assert not torch.allclose(new(batch[0]), before)
 
     optimizer = torch.optim.AdamW(new.parameters(), lr=0.01, weight_decay=0.1)
-    holder = prune.Holder(new, keep, optimizer) if keep else None
+    holder = prune.MaskHolder(new, keep, optimizer) if keep else None
     for _ in range(2):
         optimizer.zero_grad()
         cross_entropy(new.train()(batch[0]), batch[1]).backward()
         optimizer.step()
         if holder:
             holder.step()
-    assert all((parameter[~keep[key]] == 0).all() for key, parameter in new.named_parameters() if key in (keep or {}))
-    assert name in SMALLER or cost.breakdown(new).macs_ideal.sum() <= macs.macs_ideal  # no support has grown
+    assert all(
+        (parameter[~keep[key]] == 0).all()
+        for key, parameter in new.named_parameters()
+        if key in (keep or {})
+    )
+    assert (
+        name in SMALLER or cost.breakdown(new).macs_ideal.sum() <= macs.macs_ideal
+    )  # no support has grown
 
     checkpoint.save(new.eval(), tmp_path / "model", masks=keep)
     same, after = checkpoint.load(tmp_path / "model"), new(batch[0])

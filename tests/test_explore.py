@@ -18,7 +18,12 @@ import pytest
 import torch
 from conftest import toy
 
-from vitlab import budget, checkpoint, cost, data, evaluate, masks, models, record, run, scores, shrink
+from vitlab import files, models
+from vitlab.evaluation import cost, evaluate
+from vitlab.models import checkpoint
+from vitlab.pruning import budget, factor, masks, pool, scores, shrink
+from vitlab.studies import notebooks, runs
+from vitlab.training import data
 
 
 def toy_images():
@@ -27,16 +32,20 @@ def toy_images():
     labels = torch.arange(60) % 3
 
     def split(low, high):
-        return data.Split(store, np.arange(low, high), labels[low:high], 16, 16, (0.5,) * 3, (0.25,) * 3)
+        return data.Split(
+            store, np.arange(low, high), labels[low:high], 16, 16, (0.5,) * 3, (0.25,) * 3
+        )
 
-    return data.Dataset("toy", ["a", "b", "c"], split(0, 24), split(24, 36), split(36, 60), 16, "toy")
+    return data.Dataset(
+        "toy", ["a", "b", "c"], split(0, 24), split(24, 36), split(36, 60), 16, "toy"
+    )
 
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     monkeypatch.setenv("VITLAB_DATA", str(tmp_path))
     monkeypatch.setattr(explore.data, "load", lambda **_: toy_images())
-    return record.open_run("smoke", "vit")
+    return runs.open_run("smoke", "vit")
 
 
 @pytest.fixture(scope="module", params=["vit", "swin"])
@@ -44,12 +53,14 @@ def opened(request, tmp_path_factory):
     """An Explorer of each toy, opened once for all tests."""
     toys = {
         "vit": dict(name="conv_vit", embed_dim=32, depth=2, num_heads=4),
-        "swin": dict(name="conv_swin", embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=2),
+        "swin": dict(
+            name="conv_swin", embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=2
+        ),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VITLAB_DATA", str(tmp_path_factory.mktemp("data")))
         patch.setattr(explore.data, "load", lambda **_: toy_images())
-        lab = record.open_run("smoke", "vit")
+        lab = runs.open_run("smoke", "vit")
         checkpoint.save(toy(**toys[request.param]), lab.path("dense"))
         return explore.Explorer(lab)
 
@@ -72,7 +83,9 @@ def states(explorer):
 # -- what goes
 
 
-@pytest.mark.parametrize("criterion, sparsity", [("taylor", 0), ("taylor", 0.5), ("magnitude", 0.9), ("random", 0.99)])
+@pytest.mark.parametrize(
+    "criterion, sparsity", [("taylor", 0), ("taylor", 0.5), ("magnitude", 0.9), ("random", 0.99)]
+)
 def test_the_mask_shown_is_that_of_the_exact_count(explorer, criterion, sparsity):
     explorer.macs.value, explorer.criterion.value, explorer.sparsity.value = 1, criterion, sparsity
     weights = explorer.subject.weights[criterion]
@@ -110,8 +123,12 @@ def test_struck_out_heads_and_missing_neurons_are_those_of_the_plan(explorer, cr
         for (block, neurons, *heads), name in zip(
             rows, dict.fromkeys(b for b, _ in subject.units[criterion]), strict=True
         ):
-            assert f">{name}<" in block and len(heads) == len(subject.units[criterion][name, "heads"])
-            assert [i for i, head in enumerate(heads) if "<s " in head] == sorted(plan.drop.get((name, "heads"), ()))
+            assert f">{name}<" in block and len(heads) == len(
+                subject.units[criterion][name, "heads"]
+            )
+            assert [i for i, head in enumerate(heads) if "<s " in head] == sorted(
+                plan.drop.get((name, "heads"), ())
+            )
             count = len(subject.units[criterion][name, "neurons"])
             assert f" {count - len(plan.drop.get((name, 'neurons'), ()))} of {count}<" in neurons
 
@@ -120,7 +137,7 @@ def test_the_slider_ends_at_the_least_share_that_a_plan_can_keep(explorer):
     subject, least = explorer.subject, explorer.macs.min
     assert least == subject.floor < 1
     budget.plan(subject.model, subject.units["taylor"], macs=least)
-    with pytest.raises(budget.Unreachable):
+    with pytest.raises(pool.Unreachable):
         budget.plan(subject.model, subject.units["taylor"], macs=least - 0.01)
 
 
@@ -130,10 +147,15 @@ def test_the_slider_ends_at_the_least_share_that_a_plan_can_keep(explorer):
 def test_costs_are_those_of_the_model_that_is_really_smaller(explorer):
     explorer.sparsity.value, explorer.macs.value, explorer.criterion.value = 0.7, 0.9, "magnitude"
     model = copy.deepcopy(explorer.subject.model)
-    magnitudes = {name: model.get_parameter(name).detach().abs() for name in explorer.subject.weights["magnitude"]}
+    magnitudes = {
+        name: model.get_parameter(name).detach().abs()
+        for name in explorer.subject.weights["magnitude"]
+    }
     for name, mask in masks.keep_largest(magnitudes, sparsity=0.7).items():
         model.get_parameter(name).data *= mask
-    small = shrink.remove(model, budget.plan(model, explorer.subject.units["fisher"], macs=0.9).drop)
+    small = shrink.remove(
+        model, budget.plan(model, explorer.subject.units["fisher"], macs=0.9).drop
+    )
     expected = {
         "MACs": cost.macs(small),
         "MACs if zeros were free": cost.macs(small, ideal=True),
@@ -146,7 +168,10 @@ def test_costs_are_those_of_the_model_that_is_really_smaller(explorer):
     dense = cost.macs(explorer.subject.model)
     for number in (*expected.values(), dense):
         assert f"{number:,}<" in explorer.table.value
-    assert f"{expected['MACs'] / dense:.1%}" in explorer.table.value and expected["MACs"] <= 0.9 * dense
+    assert (
+        f"{expected['MACs'] / dense:.1%}" in explorer.table.value
+        and expected["MACs"] <= 0.9 * dense
+    )
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(explorer.cut.model(x), small(x))
 
@@ -162,8 +187,12 @@ def test_without_a_cut_the_model_is_the_dense_one(explorer):
 def test_the_predicted_rise_is_the_sum_of_second_order_scores(explorer):
     subject = explorer.subject
     only_weights = subject.cut("taylor", 0.5, "fisher", 1)
-    masked = sum(subject.weights["obd"][name][~mask].sum() for name, mask in only_weights.keep.items())
-    assert only_weights.masked == pytest.approx(masked.item(), rel=1e-5) and only_weights.removed == 0
+    masked = sum(
+        subject.weights["obd"][name][~mask].sum() for name, mask in only_weights.keep.items()
+    )
+    assert (
+        only_weights.masked == pytest.approx(masked.item(), rel=1e-5) and only_weights.removed == 0
+    )
     only_units = subject.cut("taylor", 0, "fisher", 0.9)
     assert only_units.removed == pytest.approx(subject.plan("fisher", 0.9).predicted, rel=1e-5)
     both = subject.cut("taylor", 0.5, "fisher", 0.9)  # weights of units that go are counted once
@@ -178,18 +207,24 @@ def test_validation_images_are_tested_on_the_model_that_is_shown(explorer):
         correct = evaluate.accuracy(model, val).correct
         assert f"<b>{correct} ({correct / 12:.1%})</b>" in explorer.answer.value
     assert "Of 12 validation images" in explorer.answer.value
-    assert "95% of the weights" in explorer.answer.value and explorer.test_image.value[1:4] == b"PNG"
+    assert (
+        "95% of the weights" in explorer.answer.value and explorer.test_image.value[1:4] == b"PNG"
+    )
 
 
 def test_the_measured_rise_stands_beside_the_one_predicted_of_the_same_images(explorer):
     for explorer.sparsity.value, explorer.macs.value in [(0, 1), (0.02, 1), (0.95, 0.95)]:
         explorer.button.click()
         batches = explorer.subject.lab.calibration(toy_images().train)
-        rise = scores.loss(explorer.cut.model, batches) - scores.loss(explorer.subject.model, batches)
+        rise = scores.loss(explorer.cut.model, batches) - scores.loss(
+            explorer.subject.model, batches
+        )
         predicted = explorer.cut.masked + explorer.cut.removed
         assert f"<b>{rise:+.2g}</b> nats, predicted: {predicted:+.2g}" in explorer.answer.value
         is_near = predicted / 3 <= rise <= 3 * predicted
-        assert ("off by more than 3 times" in explorer.answer.value) != is_near and (is_near or predicted > 0)
+        assert ("off by more than 3 times" in explorer.answer.value) != is_near and (
+            is_near or predicted > 0
+        )
     explorer.cut["masked"] = 10 * abs(rise)
     explorer.button.click()
     assert "off by more than 3 times" in explorer.answer.value
@@ -211,7 +246,11 @@ def test_missing_images_are_reported_below_the_button(explorer, monkeypatch):
 def test_scores_are_saved_once_and_come_back_bit_equal(lab, model, monkeypatch):
     checkpoint.save(model, lab.path("dense"))
     batches = lab.calibration(toy_images().train)
-    options = {"weights": explore._WEIGHTS, "units": explore._UNITS, "labels": lab.params.calibration.labels}
+    options = {
+        "weights": explore._WEIGHTS,
+        "units": explore._UNITS,
+        "labels": lab.params.calibration.labels,
+    }
     fresh = scores.measure(model, batches, **options)
     explore._Subject("smoke/vit/seed0/dense", lab.path("dense"), lab)
     monkeypatch.setattr(explore.scores, "measure", None)  # calling it again would be an error
@@ -219,7 +258,9 @@ def test_scores_are_saved_once_and_come_back_bit_equal(lab, model, monkeypatch):
     for group, saved in (("weights", again.weights), ("units", again.units)):
         assert list(saved) == list(fresh[group])
         for criterion, measured in fresh[group].items():
-            assert list(saved[criterion]) == list(measured), "in the model's order, by which ties are decided"
+            assert list(saved[criterion]) == list(measured), (
+                "in the model's order, by which ties are decided"
+            )
             assert all(torch.equal(saved[criterion][key], score) for key, score in measured.items())
 
 
@@ -243,34 +284,45 @@ def test_another_checkpoint_or_calibration_is_another_key(lab, vit):
 def test_what_can_be_explored_is_listed_own_and_dense_ones_first(lab, vit):
     checkpoint.save(vit, lab.path("another"))
     checkpoint.save(vit, lab.path("dense"))
-    checkpoint.save(shrink.compress(vit, ratio=0.5, method="svd", multiple=1)[0], lab.path("thin"))
-    checkpoint.save(vit, record.open_run("demo", "swin", 3).path("dense"))
+    checkpoint.save(factor.compress(vit, ratio=0.5, method="svd", multiple=1)[0], lab.path("thin"))
+    checkpoint.save(vit, runs.open_run("demo", "swin", 3).path("dense"))
     folders = explore._checkpoints(lab)
-    assert list(folders)[:3] == ["smoke/vit/seed0/dense", "smoke/vit/seed0/another", "demo/swin/seed3/dense"]
-    assert list(folders)[3].endswith("/seed0/shipped") and not [label for label in folders if "thin" in label]
-    transferred = explore._checkpoints(record.open_run("caltech101-small", "swin-transfer"))
+    assert list(folders)[:3] == [
+        "smoke/vit/seed0/dense",
+        "smoke/vit/seed0/another",
+        "demo/swin/seed3/dense",
+    ]
+    assert list(folders)[3].endswith("/seed0/shipped") and not [
+        label for label in folders if "thin" in label
+    ]
+    transferred = explore._checkpoints(runs.open_run("caltech101-small", "swin-transfer"))
     assert next(iter(transferred)) == "caltech101-small/swin-transfer/seed0/shipped"
 
 
 def test_each_checkpoint_comes_with_the_images_of_its_own_run(lab, vit, tmp_path):
     checkpoint.save(vit, lab.path("dense"))
-    checkpoint.save(vit, record.open_run("demo", "swin", 3).path("dense"))
+    checkpoint.save(vit, runs.open_run("demo", "swin", 3).path("dense"))
     folders = explore._checkpoints(lab)
-    assert explore._Subject("smoke/vit/seed0/dense", folders["smoke/vit/seed0/dense"], lab).lab is lab
+    assert (
+        explore._Subject("smoke/vit/seed0/dense", folders["smoke/vit/seed0/dense"], lab).lab is lab
+    )
     other = explore._Subject("demo/swin/seed3/dense", folders["demo/swin/seed3/dense"], lab).lab
     assert (other.study, other.model_name, other.seed) == ("demo", "swin", 3)
 
     path = tmp_path / "own.yaml"
-    path.write_text((record.repository() / "notebooks" / "params" / "smoke.yaml").read_text())
-    checkpoint.save(vit, record.open_run(path, "vit", 0).path("dense"))
-    own = record.open_run(path, "vit", 1)  # of a study that is known by its path alone
+    path.write_text((files.repository() / "notebooks" / "params" / "smoke.yaml").read_text())
+    checkpoint.save(vit, runs.open_run(path, "vit", 0).path("dense"))
+    own = runs.open_run(path, "vit", 1)  # of a study that is known by its path alone
     folder = explore._checkpoints(own)["own/vit/seed0/dense"]
     assert explore._Subject("own/vit/seed0/dense", folder, own).lab.folder == folder.parent
 
 
 def test_without_any_checkpoint_the_commands_that_make_one_are_named(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "repository", lambda: tmp_path / "clone")
-    with pytest.raises(FileNotFoundError, match="make demo.*\n.*vitlab.run 1_train --study smoke --model vit --seed 0"):
+    monkeypatch.setattr(runs, "repository", lambda: tmp_path / "clone")
+    with pytest.raises(
+        FileNotFoundError,
+        match="make demo.*\n.*vitlab run 1_train --study smoke --model vit --seed 0",
+    ):
         explore.Explorer(lab)
 
 
@@ -280,7 +332,10 @@ def test_a_model_that_was_cut_before_can_be_cut_further(lab, vit):
         cut.blocks[1].mlp.fc1.weight[:16] = 0
     checkpoint.save(cut, lab.path("dense"))
     explorer = explore.Explorer(lab)
-    assert explorer.layer.options[0] == "fc1" and list(explorer.subject.layers["blocks.0"]) == ["fc1", "fc2"]
+    assert explorer.layer.options[0] == "fc1" and list(explorer.subject.layers["blocks.0"]) == [
+        "fc1",
+        "fc2",
+    ]
     explorer.block.value, explorer.layer.value, explorer.sparsity.value = "blocks.1", "qkv", 0.05
     explorer.block.value = "blocks.0"  # which has no such layer: its first one is shown
     assert (states(explorer) >= 0).all() and states(explorer).shape == (64, 32)
@@ -295,7 +350,10 @@ def test_a_checkpoint_that_cannot_be_opened_says_why_and_the_last_one_stays(lab,
     explorer = explore.Explorer(lab)
     before = explorer.checkpoint.value, explorer.cut
     explorer.checkpoint.value = "smoke/vit/seed0/other"
-    assert (explorer.checkpoint.value, explorer.cut) == before and "altered or cut short" in explorer.status.value
+    assert (
+        explorer.checkpoint.value,
+        explorer.cut,
+    ) == before and "altered or cut short" in explorer.status.value
 
 
 # -- in the browser
@@ -304,10 +362,12 @@ def test_a_checkpoint_that_cannot_be_opened_says_why_and_the_last_one_stays(lab,
 @pytest.fixture
 def jupyterlab(tmp_path):
     """Address of a JupyterLab that has a copy of the notebook, of the study smoke, whose ViT is there, untrained."""
-    lab = record.open_run("smoke", "vit")  # under tmp_path
+    lab = runs.open_run("smoke", "vit")  # under tmp_path
     checkpoint.save(models.create(**lab.model, num_classes=10, image_size=32), lab.path("dense"))
-    text = (record.repository() / "notebooks" / "explore.ipynb").read_text()
-    (tmp_path / "explore.ipynb").write_text(text.replace('study = \\"demo\\"', 'study = \\"smoke\\"'))
+    text = (files.repository() / "notebooks" / "explore.ipynb").read_text()
+    (tmp_path / "explore.ipynb").write_text(
+        text.replace('study = \\"demo\\"', 'study = \\"smoke\\"')
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -318,13 +378,28 @@ def jupyterlab(tmp_path):
         "JUPYTER_DATA_DIR": settings,
         "JUPYTER_RUNTIME_DIR": settings,
     }
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
-    command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--notebook-dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--allow-root",
+    ]
+    command += [
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--notebook-dir={tmp_path}",
+    ]
     with open(tmp_path / "server.log", "w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         for _ in range(120):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}"):
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}"),
+            ):
                 break
             assert server.poll() is None, (tmp_path / "server.log").read_text()
             time.sleep(0.5)
@@ -340,11 +415,15 @@ def chromium():
     sync_api = pytest.importorskip(
         "playwright.sync_api", reason="needs playwright: .venv/bin/pip install -e .[browser]"
     )
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if path is None:
         pytest.skip("needs Chromium on the PATH: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield browser.new_page(viewport={"width": 1400, "height": 1300})
         browser.close()
 
@@ -359,16 +438,23 @@ def test_sliders_and_the_button_answer_in_jupyterlab(chromium, lab, jupyterlab):
     page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     pictures, sliders = page.locator("img.widget-image"), page.locator(".noUi-handle")
-    shown = [pictures.nth(0), page.locator(".widget-html table").nth(0)]  # the mask; heads and neurons
+    shown = [
+        pictures.nth(0),
+        page.locator(".widget-html table").nth(0),
+    ]  # the mask; heads and neurons
     shown[1].wait_for()
     look = "each => each.src || each.innerText"
-    queries = "[document.querySelector('img.widget-image'), document.querySelector('.widget-html table')]"
+    queries = (
+        "[document.querySelector('img.widget-image'), document.querySelector('.widget-html table')]"
+    )
     for number in (0, 1):  # the sparsity moves the mask alone, the budget heads and neurons
         before, state = [each.screenshot() for each in shown], shown[number].evaluate(look)
         sliders.nth(number).focus()
         for _ in range(10):
             page.keyboard.press("ArrowLeft")
-        page.wait_for_function(f"([n, state]) => ({look})({queries}[n]) != state", arg=[number, state])
+        page.wait_for_function(
+            f"([n, state]) => ({look})({queries}[n]) != state", arg=[number, state]
+        )
         page.wait_for_timeout(3000)  # until the last of the moves is drawn
         after = [each.screenshot() for each in shown]
         assert before[number] != after[number] and (number == 1 or before[1] == after[1])
@@ -382,9 +468,14 @@ def test_sliders_and_the_button_answer_in_jupyterlab(chromium, lab, jupyterlab):
 @pytest.mark.long
 def test_the_notebook_runs_headless_and_keeps_pictures_instead_of_widgets(tmp_path, monkeypatch):
     monkeypatch.setenv("VITLAB_DATA", str(tmp_path))
-    lab = record.open_run("smoke", "vit")
+    lab = runs.open_run("smoke", "vit")
     checkpoint.save(models.create(**lab.model, num_classes=10, image_size=32), lab.path("dense"))
-    done = run.execute(run.find_notebook("explore"), {"study": "smoke"})
-    outputs = [out for cell in json.loads(done.read_text())["cells"] for out in cell.get("outputs", [])]
+    done = notebooks.execute(notebooks.find_notebook("explore"), {"study": "smoke"})
+    outputs = [
+        out for cell in json.loads(done.read_text())["cells"] for out in cell.get("outputs", [])
+    ]
     assert sum("image/png" in out.get("data", {}) for out in outputs) == 1
-    assert any("MACs if zeros were free" in "".join(out.get("data", {}).get("text/html", "")) for out in outputs)
+    assert any(
+        "MACs if zeros were free" in "".join(out.get("data", {}).get("text/html", ""))
+        for out in outputs
+    )

@@ -7,38 +7,57 @@ import sys
 import pytest
 import torch
 
-from vitlab import export, layers, masks, models, prune, shrink
+from vitlab import models
+from vitlab.evaluation import export
+from vitlab.models import layers
+from vitlab.pruning import factor, masks, prune, shrink
 
 CHANGES = {
     "whole": lambda model: model,
     "units": lambda model: shrink.remove(model, units(model)),
-    "rows": lambda model: shrink.remove(model, {(list(models.view(model).linears(["qkv"]))[-1], "rows"): [0, 5]}),
-    "ranks": lambda model: shrink.compress(shrink.remove(model, units(model)), ratio=0.5, method="svd", multiple=1)[0],
-    "stem": lambda model: thinner(shrink.factorise(model, {models.view(model).stem[-1][0]: 4})),
-    **{support: lambda model, support=support: sparse(model, support) for support in layers.SUPPORTS},
+    "rows": lambda model: shrink.remove(
+        model, {(list(models.view(model).linears(["qkv"]))[-1], "rows"): [0, 5]}
+    ),
+    "ranks": lambda model: factor.compress(
+        shrink.remove(model, units(model)), ratio=0.5, method="svd", multiple=1
+    )[0],
+    "stem": lambda model: thinner(factor.factorise(model, {models.view(model).stem[-1][0]: 4})),
+    **{
+        support: lambda model, support=support: sparse(model, support)
+        for support in layers.SUPPORTS
+    },
 }
 
 
 def units(model):
     first, last = (models.view(model).blocks[i] for i in (0, -1))
     thinner = [head * last.head_dim for head in range(last.num_heads)]
-    return {(first.name, "heads"): [1], (first.name, "neurons"): range(5), (last.name, "v"): thinner}
+    return {
+        (first.name, "heads"): [1],
+        (first.name, "neurons"): range(5),
+        (last.name, "v"): thinner,
+    }
 
 
 def thinner(model):
     """Return the model without a whole block, some channels and, where the stem has them, filters."""
     view = models.view(model)
     places = [*view.units(["width"]), *list(view.units(["filters"]))[:1]]
-    return shrink.remove(model, {(view.blocks[-1].name, "block"): [0], **{place: [0, 2] for place in places}})
+    return shrink.remove(
+        model, {(view.blocks[-1].name, "block"): [0], **{place: [0, 2] for place in places}}
+    )
 
 
 def sparse(model, support):
     """Return the model with fc1 low rank and sparse, and qkv sparse alone."""
     thin = model
     for role, method in (("fc1", "svd+iht"), ("qkv", "iht")):
-        grams = {name: torch.eye(layer.in_features) for name, layer in models.view(model).linears([role]).items()}
+        grams = {
+            name: torch.eye(layer.in_features)
+            for name, layer in models.view(model).linears([role]).items()
+        }
         options = {"ratio": 0.5, "support": support, "roles": [role], "multiple": 1, "rounds": 1}
-        thin, _ = shrink.compress(thin, method=method, grams=grams, **options)
+        thin, _ = factor.compress(thin, method=method, grams=grams, **options)
     return thin
 
 
@@ -82,7 +101,8 @@ def test_a_file_that_is_wrong_does_not_replace_one_that_is_there(vit, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(export, "_error", lambda model, session: float("nan"))
         with pytest.raises(
-            ValueError, match=r"vit.onnx was not written: its logits differ by nan of the largest .at most 1e-04."
+            ValueError,
+            match=r"vit.onnx was not written: its logits differ by nan of the largest .at most 1e-04.",
         ):
             export.to_onnx(vit, path)
     assert path.read_text() == "older" and len(list(tmp_path.iterdir())) == 1
@@ -90,35 +110,52 @@ def test_a_file_that_is_wrong_does_not_replace_one_that_is_there(vit, tmp_path, 
 
 def test_without_the_packages(vit, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ModuleNotFoundError, match=r'onnxruntime is missing: pip install "vitlab\[export\]"'):
+    with pytest.raises(
+        ModuleNotFoundError, match=r'onnxruntime is missing: pip install "vitlab\[export\]"'
+    ):
         export.Session(tmp_path / "any.onnx")
 
 
 def two_of_four(model):
-    weights = {f"{name}.weight": layer.weight for name, layer in models.view(model).linears().items()}
-    prune.apply(model, {name: masks.n_of_m(weight.detach().abs(), 2, 4) for name, weight in weights.items()})
+    weights = {
+        f"{name}.weight": layer.weight for name, layer in models.view(model).linears().items()
+    }
+    prune.apply(
+        model, {name: masks.n_of_m(weight.detach().abs(), 2, 4) for name, weight in weights.items()}
+    )
 
 
 def test_two_of_four_differs_from_other_zeros():
     weight = torch.tensor([[1.0, 2, 0, 0, 0, 0, 3, 4], [0, 0, 0, 0, 5, 0, 0, 0]])
     assert export._is_two_of_four(weight)
-    assert not export._is_two_of_four(torch.ones(2, 8)) and not export._is_two_of_four(torch.zeros(2, 8))
-    assert not export._is_two_of_four(weight[:, :6]) and not export._is_two_of_four(weight.roll(1, 1))
+    assert not export._is_two_of_four(torch.ones(2, 8)) and not export._is_two_of_four(
+        torch.zeros(2, 8)
+    )
+    assert not export._is_two_of_four(weight[:, :6]) and not export._is_two_of_four(
+        weight.roll(1, 1)
+    )
 
 
 def compressed(model, **options):
     linears = models.view(model).linears()
     grams = {name: torch.eye(layer.in_features) for name, layer in linears.items()}
-    return shrink.compress(model, grams=grams, support="2:4", multiple=1, rounds=1, **options)[0], list(linears)
+    return factor.compress(model, grams=grams, support="2:4", multiple=1, rounds=1, **options)[
+        0
+    ], list(linears)
 
 
 @pytest.mark.parametrize("ratio, method", [(0.5, "iht"), (0.25, "svd+iht")])
-def test_what_would_be_semi_structured_of_a_compressed_model(model, batch, ratio, method, monkeypatch):
+def test_what_would_be_semi_structured_of_a_compressed_model(
+    model, batch, ratio, method, monkeypatch
+):
     thin, linears = compressed(model, ratio=ratio, method=method)
     names = export._two_of_four(thin)
     assert names == [f"{name}.sparse" for name in linears]
     assert export._two_of_four(model) == []
-    with pytest.raises(RuntimeError, match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on cpu"):
+    with pytest.raises(
+        RuntimeError,
+        match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on cpu",
+    ):
         export.semi_structured(thin)
 
     def converted(weight):
@@ -134,7 +171,9 @@ def test_what_would_be_semi_structured_of_a_compressed_model(model, batch, ratio
         assert torch.equal(changed.get_parameter(name), times * weight)
         assert changed.get_parameter(name).requires_grad == (times == 1)
     with torch.no_grad():
-        assert not torch.equal(changed(batch[0]), thin(batch[0]))  # what was converted is what is computed with
+        assert not torch.equal(
+            changed(batch[0]), thin(batch[0])
+        )  # what was converted is what is computed with
 
 
 def test_semi_structured_off_such_a_gpu(vit):
@@ -143,7 +182,10 @@ def test_semi_structured_off_such_a_gpu(vit):
     two_of_four(vit)
     with pytest.raises(ValueError, match="precision is bf16 or float16; got 'float32'"):
         export.semi_structured(vit, precision="float32")
-    with pytest.raises(RuntimeError, match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on cpu"):
+    with pytest.raises(
+        RuntimeError,
+        match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on cpu",
+    ):
         export.semi_structured(vit)
 
 

@@ -18,7 +18,11 @@ import yaml
 from conftest import toy
 from PIL import Image
 
-from vitlab import checkpoint, data, prune, record
+from vitlab import files
+from vitlab.models import checkpoint
+from vitlab.pruning import prune
+from vitlab.studies import settings
+from vitlab.training import data, sources
 
 FEW, MANY = 50, 600  # cases of each of four kinds
 COUNTS = [FEW, pytest.param(MANY, marks=pytest.mark.long)]
@@ -43,7 +47,9 @@ def damaged(blob, draw):
     """blob with one of the faults that disks, transfers and people make."""
     blob, start = bytearray(blob), draw.randrange(len(blob))
     size = draw.choice([1, 1, 8, 100])
-    kind = draw.choice(["flip", "cut", "empty", "zeros", "insert", "delete", "double", "noise", "head", "swap"])
+    kind = draw.choice(
+        ["flip", "cut", "empty", "zeros", "insert", "delete", "double", "noise", "head", "swap"]
+    )
     if kind == "flip":
         for _ in range(size):
             blob[draw.randrange(len(blob))] ^= 1 << draw.randrange(8)
@@ -69,8 +75,31 @@ def damaged(blob, draw):
     return bytes(blob)
 
 
-VALUES = [0, -1, 1, 3, 10**9, 10**30, 1.5, float("nan"), float("inf"), "", "x", "../../etc/passwd", None, True, [], {}]
-VALUES += [[1, 2], {"a": 1}, "__import__('os').system('false')", "!!python/object/apply:os.system ['false']", "ü" * 500]
+VALUES = [
+    0,
+    -1,
+    1,
+    3,
+    10**9,
+    10**30,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../../etc/passwd",
+    None,
+    True,
+    [],
+    {},
+]
+VALUES += [
+    [1, 2],
+    {"a": 1},
+    "__import__('os').system('false')",
+    "!!python/object/apply:os.system ['false']",
+    "ü" * 500,
+]
 
 
 def altered(tree, draw):
@@ -141,7 +170,9 @@ def test_a_damaged_checkpoint_is_refused_or_unharmed(saved, count):
             assert str(folder) in str(error), f"case {case}: {error!r}"
             refused += 1
         else:
-            assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items()), f"case {case}"
+            assert all(
+                torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items()
+            ), f"case {case}"
             assert all(torch.equal(mask, keep[key]) for key, mask in masks.items()), f"case {case}"
     assert refused > 0.9 * count
 
@@ -164,7 +195,9 @@ def test_a_strangers_record_with_right_hashes_is_refused_or_harmless(saved, coun
             assert str(folder) in str(error), f"case {case}: {error!r}"
             refused += 1
         else:
-            assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items()), f"case {case}"
+            assert all(
+                torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items()
+            ), f"case {case}"
     assert refused > 0.2 * count  # what is left are notes and rates of drop-out
 
 
@@ -173,7 +206,7 @@ def test_a_strangers_record_with_right_hashes_is_refused_or_harmless(saved, coun
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_damaged_study_is_refused_or_still_a_study(tmp_path, count):
-    text = (record.repository() / "notebooks" / "params" / "demo.yaml").read_text()
+    text = (files.repository() / "notebooks" / "params" / "demo.yaml").read_text()
     values, path, refused = yaml.safe_load(text), tmp_path / "own.yaml", 0
     for case in range(count):
         draw = random.Random(2_000_000 + case)
@@ -183,12 +216,14 @@ def test_a_damaged_study_is_refused_or_still_a_study(tmp_path, count):
             path.write_text(yaml.safe_dump(altered(values, draw)))
         try:
             with no_hang():
-                study = record.study(str(path))
+                study = settings.study(str(path))
         except (ValueError, TypeError) as error:
-            assert "own.yaml" in str(error) or any(s in str(error) for s in record.SECTIONS), f"case {case}: {error!r}"
+            assert "own.yaml" in str(error) or any(s in str(error) for s in settings.SECTIONS), (
+                f"case {case}: {error!r}"
+            )
             refused += 1
         else:
-            assert set(record.SECTIONS) <= set(study), f"case {case}"
+            assert set(settings.SECTIONS) <= set(study), f"case {case}"
     assert refused > 0.3 * count
 
 
@@ -196,7 +231,9 @@ def test_a_damaged_study_is_refused_or_still_a_study(tmp_path, count):
     "text",
     [
         "a: &a [x, x]\n"
-        + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)),
+        + "".join(
+            f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)
+        ),
         "about: !!python/object/apply:os.system ['touch /tmp/owned']",
         "[" * 5000,
         "- 1\n- 2",
@@ -209,7 +246,7 @@ def test_a_damaged_study_is_refused_or_still_a_study(tmp_path, count):
 def test_a_strangers_study_neither_runs_nor_hangs(tmp_path, text):
     (tmp_path / "own.yaml").write_text(text)
     with no_hang(), pytest.raises((ValueError, TypeError), match="own.yaml"):
-        record.study(str(tmp_path / "own.yaml"))
+        settings.study(str(tmp_path / "own.yaml"))
     assert not os.path.exists("/tmp/owned")
 
 
@@ -217,8 +254,13 @@ def test_a_strangers_study_neither_runs_nor_hangs(tmp_path, text):
 
 
 def picture(ending):
-    pixels, file = np.random.default_rng(0).integers(0, 255, (12, 12, 3), dtype=np.uint8), io.BytesIO()
-    Image.fromarray(pixels).save(file, {"jpg": "JPEG", "png": "PNG", "bmp": "BMP", "gif": "GIF"}[ending])
+    pixels, file = (
+        np.random.default_rng(0).integers(0, 255, (12, 12, 3), dtype=np.uint8),
+        io.BytesIO(),
+    )
+    Image.fromarray(pixels).save(
+        file, {"jpg": "JPEG", "png": "PNG", "bmp": "BMP", "gif": "GIF"}[ending]
+    )
     return file.getvalue()
 
 
@@ -238,12 +280,14 @@ def test_a_damaged_image_is_named_or_read(tmp_path, count):
         path.write_bytes(damaged(picture(ending), draw))
         try:
             with no_hang():
-                images = data.load(tmp_path / "set", root=tmp_path / "root", image_size=12, progress=False)
+                images = data.load(
+                    tmp_path / "set", root=tmp_path / "root", image_size=12, progress=False
+                )
         except ValueError as error:
             assert str(path) in str(error), f"case {case}: {error!r}"
             refused += 1
         else:
-            assert sum(len(getattr(images, part)) for part in data.SPLITS) == 9
+            assert sum(len(getattr(images, part)) for part in sources.SPLITS) == 9
         path.unlink()
     assert refused > 0.2 * count
 
@@ -258,10 +302,20 @@ def test_an_image_that_would_fill_the_memory_is_named(tmp_path):
             (tmp_path / "set" / label / f"{i}.png").write_bytes(picture("png"))
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    blob = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    blob = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
     (tmp_path / "set" / "a" / "bomb.png").write_bytes(blob)
     with no_hang(), pytest.raises(ValueError, match=r"bomb\.png"):
         data.load(tmp_path / "set", root=tmp_path / "root", image_size=12, progress=False)

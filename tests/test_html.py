@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from vitlab import record
+from vitlab import files
 
 
 class Page(html.parser.HTMLParser):
@@ -35,7 +35,7 @@ class Page(html.parser.HTMLParser):
 def make_html(data):
     command = ["make", "-o", "install", "html", "STUDY=smoke"]
     command += [f"VITLAB_DATA={data}", f"BIN={Path(sys.executable).parent}"]
-    return subprocess.run(command, cwd=record.repository(), capture_output=True, text=True)
+    return subprocess.run(command, cwd=files.repository(), capture_output=True, text=True)
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
@@ -74,6 +74,8 @@ def test_without_runs_make_html_says_what_to_run(tmp_path):
 
 
 def test_notebooks_need_no_script_that_pages_leave_out():
-    for path in (record.repository() / "notebooks").glob("*.ipynb"):
+    for path in (files.repository() / "notebooks").glob("*.ipynb"):
         for cell in nbformat.read(path, 4).cells:
-            assert cell.cell_type == "code" or not re.search(r"\$|\\\(|```mermaid", cell.source), path.name
+            assert cell.cell_type == "code" or not re.search(r"\$|\\\(|```mermaid", cell.source), (
+                path.name
+            )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitlab import checkpoint
+from vitlab.models import checkpoint
 
 ROOT = Path(__file__).parents[1]
 KEPT = Path(__file__).parent / "kept"
@@ -25,11 +25,17 @@ def test_a_checkpoint_of_older_code_answers_as_it_did(folder):
     model = checkpoint.load(ROOT / folder).eval()
     size = checkpoint.read(ROOT / folder)["recipe"]["image_size"]
     # Other processors round otherwise; another architecture or another weight moves logits by far more.
-    torch.testing.assert_close(model(images(size)), torch.tensor(LOGITS[folder]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        model(images(size)), torch.tensor(LOGITS[folder]), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_every_committed_checkpoint_is_looked_at():
-    committed = {path.parent for top in ("checkpoints", "tests/kept") for path in (ROOT / top).rglob("model.json")}
+    committed = {
+        path.parent
+        for top in ("checkpoints", "tests/kept")
+        for path in (ROOT / top).rglob("model.json")
+    }
     assert {str(folder.relative_to(ROOT)) for folder in committed} == set(LOGITS)
     formats = {checkpoint.read(folder)["format"] for folder in committed}
     assert formats == {1, 3}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlab import layers
+from vitlab.models import layers
 
 M, N = 12, 8
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitlab import cost, masks
+from vitlab.evaluation import memory
+from vitlab.pruning import masks
 
 
 def reference(score, count):
@@ -46,7 +47,9 @@ def test_drops_exactly_the_asked_share(shape, sparsity, fill):
         assert masks.keep_largest(score, sparsity=sparsity).equal(reference(score, count))
 
 
-@pytest.mark.parametrize("fill", [torch.rand, torch.zeros, coarse, lambda *s: -torch.rand(*s).round(decimals=2)])
+@pytest.mark.parametrize(
+    "fill", [torch.rand, torch.zeros, coarse, lambda *s: -torch.rand(*s).round(decimals=2)]
+)
 @pytest.mark.parametrize("sparsity", [0.001, 0.3, 0.5, 0.77, 0.999])
 def test_bracket_is_exact(small_pieces, fill, sparsity):
     score = fill(37, 53)
@@ -82,7 +85,10 @@ def test_infinities_have_their_place(small_pieces):
 )
 def test_dict_is_ranked_as_if_concatenated(sizes, levels, share, seed):
     generator = torch.Generator().manual_seed(seed)
-    scores = {str(i): torch.randint(levels, (n,), generator=generator).float() for i, n in enumerate(sizes)}
+    scores = {
+        str(i): torch.randint(levels, (n,), generator=generator).float()
+        for i, n in enumerate(sizes)
+    }
     joined = torch.cat(list(scores.values()))
     count = min(int(share * joined.numel()), joined.numel() - 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -102,8 +108,14 @@ def test_by_hand():
         [True, True],
         [False, True],
     ]  # a's one is first
-    assert masks.keep_largest(scores, count=1, per="layer")["b"].tolist() == [[True, True], [False, True]]
-    assert masks.keep_largest(scores["b"], count=1, per="row").tolist() == [[False, True], [False, True]]
+    assert masks.keep_largest(scores, count=1, per="layer")["b"].tolist() == [
+        [True, True],
+        [False, True],
+    ]
+    assert masks.keep_largest(scores["b"], count=1, per="row").tolist() == [
+        [False, True],
+        [False, True],
+    ]
     assert masks.dropped({"a": keep["a"], "b": torch.tensor([True])}) == {"a": [1]}
 
 
@@ -124,11 +136,18 @@ def test_layers_and_rows_are_ranked_apart(per, fill, sparsity):
 @pytest.mark.parametrize("asked", [{"sparsity": 0.5}, {"count": 7}, {"count": 0}])
 def test_a_group_is_ranked_as_if_it_were_alone(fill, asked):
     scores = {"a": fill(6, 10), "b": fill(3, 4), "c": fill(5)}
-    keep = masks.keep_largest(scores, per={"c": "x", "b": "y", "a": "x", "elsewhere": "z"}, floor=1, **asked)
+    keep = masks.keep_largest(
+        scores, per={"c": "x", "b": "y", "a": "x", "elsewhere": "z"}, floor=1, **asked
+    )
     first = masks.keep_largest({name: scores[name] for name in ("a", "c")}, floor=1, **asked)
     second = masks.keep_largest({"b": scores["b"]}, floor=1, **asked)
-    assert list(keep) == ["a", "b", "c"] and all(mask.equal((first | second)[name]) for name, mask in keep.items())
-    for per, labels in (("global", [0, 0, 0]), ("layer", [0, 1, 2])):  # the ends: one group, each its own
+    assert list(keep) == ["a", "b", "c"] and all(
+        mask.equal((first | second)[name]) for name, mask in keep.items()
+    )
+    for per, labels in (
+        ("global", [0, 0, 0]),
+        ("layer", [0, 1, 2]),
+    ):  # the ends: one group, each its own
         keep = masks.keep_largest(scores, per=dict(zip(scores, labels, strict=True)), sparsity=0.3)
         known = masks.keep_largest(scores, per=per, sparsity=0.3)
         assert all(keep[name].equal(known[name]) for name in scores)
@@ -141,30 +160,52 @@ def test_every_score_needs_a_group():
 
 @pytest.mark.parametrize("fill", [torch.rand, torch.zeros, coarse])
 @pytest.mark.parametrize("per", ["global", "layer", "row"])
-@pytest.mark.parametrize("tile", [(1, 1), (2, 2), (1, 4), (3, 1), (1, None), (None, 2), (None, None)])
+@pytest.mark.parametrize(
+    "tile", [(1, 1), (2, 2), (1, 4), (3, 1), (1, None), (None, 2), (None, None)]
+)
 def test_tiles_go_whole_and_in_exact_number(fill, per, tile):
     scores, sums = {"a": fill(6, 8), "b": fill(2, 12, 4)}, {}
     for name, score in scores.items():
-        h, w = (own if side is None else side for side, own in zip(tile, score.shape[-2:], strict=True))
-        rows = [torch.stack([part.sum((-2, -1)) for part in band.split(w, -1)], -1) for band in score.split(h, -2)]
+        h, w = (
+            own if side is None else side for side, own in zip(tile, score.shape[-2:], strict=True)
+        )
+        rows = [
+            torch.stack([part.sum((-2, -1)) for part in band.split(w, -1)], -1)
+            for band in score.split(h, -2)
+        ]
         sums[name] = torch.stack(rows, -2)
-    if min(own.shape[-1] if per == "row" else own.numel() for own in sums.values()) == 1 and per != "global":
-        with pytest.raises(ValueError, match="at least one must stay"):  # of a layer or row that is one tile
+    if (
+        min(own.shape[-1] if per == "row" else own.numel() for own in sums.values()) == 1
+        and per != "global"
+    ):
+        with pytest.raises(
+            ValueError, match="at least one must stay"
+        ):  # of a layer or row that is one tile
             masks.keep_largest(scores, count=1, per=per, tile=tile)
         return
     expected = masks.keep_largest(sums, count=1, per=per)
     for name, mask in masks.keep_largest(scores, count=1, per=per, tile=tile).items():
-        h, w = (own // tiles for own, tiles in zip(mask.shape[-2:], sums[name].shape[-2:], strict=True))
-        assert mask.equal(torch.kron(expected[name].byte(), torch.ones(h, w, dtype=torch.uint8)).bool())
+        h, w = (
+            own // tiles for own, tiles in zip(mask.shape[-2:], sums[name].shape[-2:], strict=True)
+        )
+        assert mask.equal(
+            torch.kron(expected[name].byte(), torch.ones(h, w, dtype=torch.uint8)).bool()
+        )
 
 
 def test_tiles_by_hand():
-    score = torch.tensor([[1.0, 2.0, 0.0, 9.0], [3.0, 4.0, 0.0, 0.0], [5.0, 0.0, 1.0, 1.0], [0.0, 5.0, 1.0, 1.0]])
+    score = torch.tensor(
+        [[1.0, 2.0, 0.0, 9.0], [3.0, 4.0, 0.0, 0.0], [5.0, 0.0, 1.0, 1.0], [0.0, 5.0, 1.0, 1.0]]
+    )
     keep = masks.keep_largest(score, sparsity=0.5, tile=2)  # sums 10 and 9, 10 and 4
     assert keep.tolist() == [[True, True, False, False]] * 4
     assert keep.equal(masks.keep_largest(score, sparsity=0.5, tile=(2, 2)))
-    assert masks.keep_largest(score, count=2, tile=2, floor=2).sum() == 8  # counts and floors are of tiles
-    rows = masks.keep_largest(score, count=1, tile=(1, None))  # sums 12, 7, 8, 7: of the two sevens the first
+    assert (
+        masks.keep_largest(score, count=2, tile=2, floor=2).sum() == 8
+    )  # counts and floors are of tiles
+    rows = masks.keep_largest(
+        score, count=1, tile=(1, None)
+    )  # sums 12, 7, 8, 7: of the two sevens the first
     assert (~rows).nonzero()[:, 0].tolist() == [1] * 4
 
 
@@ -182,7 +223,9 @@ def test_only_matrices_have_tiles():
 def test_transposed_scores_keep_their_own_order():
     score = coarse(6, 9).T
     assert masks.keep_largest(score, sparsity=0.5).equal(reference(score, 27))
-    assert masks.keep_largest(score, count=2, per="row").equal(masks.keep_largest(score.clone(), count=2, per="row"))
+    assert masks.keep_largest(score, count=2, per="row").equal(
+        masks.keep_largest(score.clone(), count=2, per="row")
+    )
 
 
 @pytest.mark.parametrize("count", [0, 5, 9, 13])
@@ -191,7 +234,10 @@ def test_floor_protects_the_best_of_each_tensor(count, fill):
     # The first tensors are the weakest; the second has fewer than the floor. 13 is the most that can go.
     scores = {str(i): i + fill(n) for i, n in enumerate([4, 1, 6, 3, 8])}
     keep = masks.keep_largest(scores, count=count, floor=2)
-    protected = [torch.where(reference(score, max(len(score) - 2, 0)), torch.inf, score) for score in scores.values()]
+    protected = [
+        torch.where(reference(score, max(len(score) - 2, 0)), torch.inf, score)
+        for score in scores.values()
+    ]
     assert torch.cat(list(keep.values())).equal(reference(torch.cat(protected), count))
 
 
@@ -200,10 +246,16 @@ def test_floor_by_hand():
     keep = masks.keep_largest(scores, count=4, floor=1)
     assert keep["weak"].tolist() == [False, True, False]
     assert keep["strong"].tolist() == [False, True, False, True]
-    assert not masks.keep_largest(scores, count=4)["weak"].any()  # without a floor the weak layer is emptied
-    with pytest.raises(ValueError, match="dropping 2 of 7 leaves 5, but a floor of 3 keeps 6 in weak, strong"):
+    assert not masks.keep_largest(scores, count=4)[
+        "weak"
+    ].any()  # without a floor the weak layer is emptied
+    with pytest.raises(
+        ValueError, match="dropping 2 of 7 leaves 5, but a floor of 3 keeps 6 in weak, strong"
+    ):
         masks.keep_largest(scores, count=2, floor=3)
-    with pytest.raises(ValueError, match="dropping 2 of 3 leaves 1, but a floor of 2 keeps 2 in weak"):
+    with pytest.raises(
+        ValueError, match="dropping 2 of 3 leaves 1, but a floor of 2 keeps 2 in weak"
+    ):
         masks.keep_largest(scores, count=2, per="row", floor=2)
 
 
@@ -257,16 +309,21 @@ def test_other_errors_say_what_is_allowed():
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be reset here")
-@pytest.mark.parametrize("floor", [0, 5_000_000])  # of the tensors that hold nothing but small scores, many times
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK),
+    reason="the peak of memory cannot be reset here",
+)
+@pytest.mark.parametrize(
+    "floor", [0, 5_000_000]
+)  # of the tensors that hold nothing but small scores, many times
 def test_a_global_threshold_over_300_million_scores_takes_no_copy_of_them(floor):
     scores = {str(i): torch.rand(250, 100_000).add_(i > 5) for i in range(12)}
     masks.keep_largest({"a": torch.rand(1 << 20)}, sparsity=0.5)  # what torch sets up once
 
-    cost.reset_peak_memory()
-    before = cost.peak_memory_mb("cpu")
+    memory.reset_peak_memory()
+    before = memory.peak_memory_mb("cpu")
     keep = masks.keep_largest(scores, sparsity=0.6, floor=floor)
-    grown = cost.peak_memory_mb("cpu") - before
+    grown = memory.peak_memory_mb("cpu") - before
     assert sum(int((~mask).sum()) for mask in keep.values()) == 180_000_000
     # MB; masks take 300, a copy of the scores would take 1,200. A tensor that the floor holds up is ranked for itself.
     assert grown - 300 < (150 if floor else 40)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitlab import checkpoint, models
+from vitlab import models
+from vitlab.models import anatomy, checkpoint
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_local_weights_move_to_another_size_and_other_classes(name, tmp_path):
     with pytest.warns(UserWarning, match="the head is left out and starts new with 5 classes"):
         large = models.create(name, num_classes=5, image_size=64, patch_size=8, weights=tmp_path)
     old, new = small.state_dict(), large.state_dict()
-    heads = models.classifier_names(large)
+    heads = anatomy.classifier_names(large)
     for key in old:
         if key.rsplit(".", 1)[0] not in heads:
             assert torch.equal(old[key], new[key]), key

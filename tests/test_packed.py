@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitlab import packed
+from vitlab.models import packed
 
 
 def total(tensors):
@@ -44,7 +44,7 @@ def test_bits_are_the_mask_where_it_was_applied():
     tensor[:3], mask[:5] = 1.0, True  # two zeros stay: they may be trained
     stored, shapes = packed.pack({"w": tensor}, {"w": mask})
     assert len(stored["w:values"]) == 5 and torch.equal(
-        packed.to_mask(stored["w:bits"], [400]), mask
+        packed.bits_to_mask(stored["w:bits"], [400]), mask
     )
     assert torch.equal(packed.unpack(stored, shapes)["w"], tensor)
     tensor[9] = 1.0  # outside

@@ -10,7 +10,8 @@ import published
 import pytest
 from invented import COMMITTED, FIGURES, invent
 
-from vitlab import record
+from vitlab import files
+from vitlab.studies import settings
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +19,17 @@ def invented(tmp_path_factory):
     return invent(tmp_path_factory.mktemp("invented"), 3)
 
 
-ROOT = record.repository()
+ROOT = files.repository()
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 
 
 def table_of(text):
     """The frame of the one table of a text in Markdown, its first column as index."""
-    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line[:1] == "|"]
+    lines = [
+        [cell.strip() for cell in line[1:-1].split("|")]
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ]
     return pd.DataFrame(lines[2:], columns=lines[0]).set_index("")
 
 
@@ -32,7 +37,9 @@ def table_of(text):
 def test_pages_show_what_the_tables_say(page):
     text = page.read_text()
     assert pages.MARKS.search(text)
-    assert pages.fill(text, page=page.parent) == text, f"make readme writes the results into {page.name}"
+    assert pages.fill(text, page=page.parent) == text, (
+        f"make readme writes the results into {page.name}"
+    )
 
 
 def test_a_changed_number_of_a_page_is_put_right(tmp_path, capsys):
@@ -42,7 +49,9 @@ def test_a_changed_number_of_a_page_is_put_right(tmp_path, capsys):
     made = (tmp_path / "page.md").read_text()
     assert table_of(pages.MARKS.search(made)[0]).equals(table_of(pages.MARKS.search(text)[0]))
     assert made.partition("<!--")[0] == text.partition("<!--")[0]
-    (tmp_path / "page.md").write_text("<!-- results of never-run -->\nwhat was there\n<!-- /results -->\n")
+    (tmp_path / "page.md").write_text(
+        "<!-- results of never-run -->\nwhat was there\n<!-- /results -->\n"
+    )
     assert pages.main([str(tmp_path / "page.md")]) == 1
     assert "never-run has no results.csv" in capsys.readouterr().err
     assert "what was there" in (tmp_path / "page.md").read_text()
@@ -65,7 +74,9 @@ def test_cells_are_the_means_of_their_rows(folder):
             cell = shown.loc[words, f"{'ViT' if model.startswith('vit') else 'Swin'} top-1 (%)"]
             mean, _, spread = cell.partition("±")
             assert float(mean) == pytest.approx(own.top1.mean(), abs=0.0501)
-            assert float(spread or 0) == pytest.approx((own.top1.max() - own.top1.min()) / 2, abs=0.0501)
+            assert float(spread or 0) == pytest.approx(
+                (own.top1.max() - own.top1.min()) / 2, abs=0.0501
+            )
             assert bool(spread) == (own.seed.nunique() > 1)
 
 
@@ -100,8 +111,12 @@ def test_claims_are_read_from_the_results(name):
     assert numbers_after("Half of the MACs**") == pytest.approx(change("pool", 0.5), **near)
     assert numbers_after("A quarter of the MACs**") == pytest.approx(change("pool", 0.25), **near)
     assert numbers_after("A quarter by random") == pytest.approx(change("random", 0.25), **near)
-    assert numbers_after("A quarter of the MACs, ranks") == pytest.approx(change("ranks", 0.25), **near)
-    assert numbers_after("A quarter of the MACs, units") == pytest.approx(change("units", 0.25), **near)
+    assert numbers_after("A quarter of the MACs, ranks") == pytest.approx(
+        change("ranks", 0.25), **near
+    )
+    assert numbers_after("A quarter of the MACs, units") == pytest.approx(
+        change("units", 0.25), **near
+    )
     by_units = "method == 'units' and target == 0.25 and stage == 'cut'"
     expected = means("top1", by_units)
     assert numbers_after("A quarter of the MACs by units") == pytest.approx(expected, **near)
@@ -118,7 +133,9 @@ def test_claims_are_read_from_the_results(name):
     timed = pd.read_csv(FIGURES / name / "efficiency.csv")
     timed = timed.query("target == 0.9 and form == 'removed'")
     least = timed.groupby("model").speedup.min().sort_index(ascending=False)
-    assert numbers_after("90\u00a0% of the rows removed** save") == pytest.approx(least.tolist(), **near)
+    assert numbers_after("90\u00a0% of the rows removed** save") == pytest.approx(
+        least.tolist(), **near
+    )
     audit = pd.read_csv(FIGURES / name / "table-audit.csv")
     audit = audit.query("criterion == 'fisher' and target == 0.9")
     rises = audit.groupby(["kind", "model"]).measured.mean().sort_index(ascending=[True, False])
@@ -147,7 +164,9 @@ def test_what_was_not_run_is_not_claimed(invented, tmp_path):
 def by_hand(folder, rows):
     """A study whose results are rows: (model, seed, method, form, target_kind, target, stage, top1)."""
     names = ["model", "seed", "method", "form", "target_kind", "target", "stage", "top1"]
-    frame = pd.DataFrame(rows, columns=names).assign(macs=2e6, nonzero=1e6, latency_ms=np.nan, total=100, data="shapes")
+    frame = pd.DataFrame(rows, columns=names).assign(
+        macs=2e6, nonzero=1e6, latency_ms=np.nan, total=100, data="shapes"
+    )
     (folder / "made").mkdir()
     frame.assign(date="2026-11-25").to_csv(folder / "made" / "results.csv", index=False)
     return folder / "made"
@@ -155,7 +174,11 @@ def by_hand(folder, rows):
 
 def test_lines_by_hand(tmp_path):
     none = (None, None, None)
-    whole = [("vit", seed, "dense", *none, stage, 80 + seed) for seed in (0, 1) for stage in ("dense", "dense+epochs")]
+    whole = [
+        ("vit", seed, "dense", *none, stage, 80 + seed)
+        for seed in (0, 1)
+        for stage in ("dense", "dense+epochs")
+    ]
     cut = ("unstructured", "masked", "sparsity")
     rows = [
         *whole,
@@ -168,7 +191,9 @@ def test_lines_by_hand(tmp_path):
         ("vit", 0, "unheard of", "removed", "macs", 0.5, "reconstructed", 3),
     ]
     text = pages.results([by_hand(tmp_path, rows)], page=tmp_path, front=True)
-    assert text.startswith("![Top-1 after each step of recovery](made/ladder-macs-0.25-vit.png)\n\n||")
+    assert text.startswith(
+        "![Top-1 after each step of recovery](made/ladder-macs-0.25-vit.png)\n\n||"
+    )
     assert table_of(text)["ViT top-1 (%)"].to_dict() == {
         "dense": "80.5±0.5",
         "dense, same epochs": "80.5±0.5",
@@ -183,20 +208,31 @@ def test_lines_by_hand(tmp_path):
 
 def test_models_of_one_family_are_kept_apart_or_the_one_most_cut_is_shown(tmp_path):
     none, cut = (None, None, None), ("pool", "factored", "macs", 0.5)
-    rows = [(model, 0, "dense", *none, "dense", top1) for model, top1 in [("vit", 10), ("vit-transfer", 20)]]
+    rows = [
+        (model, 0, "dense", *none, "dense", top1)
+        for model, top1 in [("vit", 10), ("vit-transfer", 20)]
+    ]
     rows += [("vit", 0, *cut, "reconstructed", 9), ("vit-transfer", 0, *cut, "reconstructed", 19)]
     folder = by_hand(tmp_path, rows)
     given = pd.read_csv(folder / "results.csv").assign(weights=[np.nan, "given/vit/x"] * 2)
     given.to_csv(folder / "results.csv", index=False)
-    text, line = pages.results([folder], page=tmp_path), "half the MACs: units and ranks in one pool, reconstructed"
+    text, line = (
+        pages.results([folder], page=tmp_path),
+        "half the MACs: units and ranks in one pool, reconstructed",
+    )
     shown = table_of(text)
-    assert shown.loc["dense", ["ViT-transfer top-1 (%)", "ViT top-1 (%)"]].tolist() == ["20.0", "10.0"]
+    assert shown.loc["dense", ["ViT-transfer top-1 (%)", "ViT top-1 (%)"]].tolist() == [
+        "20.0",
+        "10.0",
+    ]
     assert shown.loc[line, ["ViT-transfer top-1 (%)", "ViT top-1 (%)"]].tolist() == ["19.0", "9.0"]
     assert "\nViT-transfer starts from the weights in given/vit." in text
     front = pages.results([folder], page=tmp_path, front=True)
     assert table_of(front)["ViT top-1 (%)"].to_dict() == {"dense": "20.0", line: "19.0"}
     assert "\nshapes starts from the weights in given/vit." in front
-    more = pd.concat([given, given.iloc[[2]].assign(method="svd")])  # now the other one was cut more
+    more = pd.concat(
+        [given, given.iloc[[2]].assign(method="svd")]
+    )  # now the other one was cut more
     more.to_csv(folder / "results.csv", index=False)
     front = pages.results([folder], page=tmp_path, front=True)
     assert table_of(front).loc["dense", "ViT top-1 (%)"] == "10.0" and "starts from" not in front
@@ -205,9 +241,11 @@ def test_models_of_one_family_are_kept_apart_or_the_one_most_cut_is_shown(tmp_pa
 def test_every_cut_has_words_of_its_own():
     assert len(set(pages.LABELS.values())) == len(pages.LABELS)
     for name in COMMITTED:
-        rows = published.Published(FIGURES / name).untimed.query("top1.notna() and method != 'dense'")
+        rows = published.Published(FIGURES / name).untimed.query(
+            "top1.notna() and method != 'dense'"
+        )
         assert set(rows.method + " " + rows.form) <= set(pages.LABELS)
-    values, known = record.study("demo"), {cut.rpartition(" ")[0] for cut in pages.LABELS}
+    values, known = settings.study("demo"), {cut.rpartition(" ")[0] for cut in pages.LABELS}
     budgets = (ROOT / "notebooks" / "5_budget.ipynb").read_text()
     methods = re.findall(r'\\"([\w+]+)\\": \(\\"(?:fisher|random)', budgets) + ["svd", "ranks"]
     methods += [f"unstructured, {schedule}" for schedule in values.global_pruning.schedules]
@@ -235,7 +273,12 @@ def test_what_has_no_spread_is_said_to_be_of_one_seed(tops, note):
 def numbers_told(text):
     """Numbers of a page that stand neither among the results nor in code nor in names and addresses."""
     text = pages.MARKS.sub("", text)
-    text = re.sub(r"^```.*?^```$|`[^`\n]*`|\]\([^)]*\)|CIFAR-10|Caltech-101", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(
+        r"^```.*?^```$|`[^`\n]*`|\]\([^)]*\)|CIFAR-10|Caltech-101",
+        "",
+        text,
+        flags=re.MULTILINE | re.DOTALL,
+    )
     return set(re.findall(r"\d+(?:[.,]\d+)*", text))
 
 
@@ -245,7 +288,9 @@ def test_the_front_page_is_short_and_its_numbers_stand_elsewhere():
     python = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
     size = re.search(r"into \.venv: (\d+) GB", (ROOT / "install.sh").read_text())[1]
     assert numbers_told(text) == {python, size}
-    assert numbers_told("`1` [2](3) ViT-4 5.5 CIFAR-10\n```\n6\n```\n<!-- results -->\n7\n<!-- /results -->") == {
+    assert numbers_told(
+        "`1` [2](3) ViT-4 5.5 CIFAR-10\n```\n6\n```\n<!-- results -->\n7\n<!-- /results -->"
+    ) == {
         "2",
         "4",
         "5.5",
@@ -253,5 +298,9 @@ def test_the_front_page_is_short_and_its_numbers_stand_elsewhere():
 
 
 def test_the_list_of_modules_is_whole():
-    listed = re.findall(r"^  (\w+) {2,}", (ROOT / "docs" / "package.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(path.stem for path in (ROOT / "vitlab").glob("*.py") if path.stem != "__init__")
+    text = (ROOT / "docs" / "package.md").read_text()
+    listed = re.findall(r"^ {2,4}(\w+) {2,}", text, re.MULTILINE)
+    folders = re.findall(r"^  (\w+)/ ", text, re.MULTILINE)
+    files = [path for path in (ROOT / "vitlab").rglob("*.py") if not path.stem.startswith("__")]
+    assert sorted(listed) == sorted(path.stem for path in files)
+    assert sorted(folders) == sorted({path.parent.name for path in files} - {"vitlab"})

@@ -13,7 +13,11 @@ import torch
 from conftest import toy
 from test_train import RECIPE, Blobs, half_of
 
-from vitlab import checkpoint, evaluate, models, parallel, scores, shrink, train
+from vitlab import models, parallel
+from vitlab.evaluation import evaluate
+from vitlab.models import checkpoint
+from vitlab.pruning import scores, shrink
+from vitlab.training import train
 
 SCRIPT = """
 import sys
@@ -45,13 +49,19 @@ def work(folder):
     for name, options in MODELS.items():
         model, teacher = toy(**options).double(), toy(**options).double()
         recipe = dict(epochs=2, ema=0.5, mixup=0.4, **RECIPE)
-        options = dict(distil=train.Distillation(teacher), masks=half_of(model), stage=name, folder=folder)
+        options = dict(
+            distil=train.Distillation(teacher), masks=half_of(model), stage=name, folder=folder
+        )
         history = train.fit(model, Wide(), Wide(90, seed=1), recipe, **options)
         found[name] = {"weights": dict(model.state_dict()), "history": history.to_dict("list")}
     model = toy(**MODELS["vit"])
-    calibration = [(x + 1e-7 * parallel.rank(), y) for x, y in Blobs(64).batches(32)]  # as if devices rounded otherwise
+    calibration = [
+        (x + 1e-7 * parallel.rank(), y) for x, y in Blobs(64).batches(32)
+    ]  # as if devices rounded otherwise
     unit_scores = scores.units(model, calibration, criteria="fisher")["fisher"]
-    cut = shrink.remove(model, {key: score.argsort()[:1].tolist() for key, score in unit_scores.items()})
+    cut = shrink.remove(
+        model, {key: score.argsort()[:1].tolist() for key, score in unit_scores.items()}
+    )
     checkpoint.save(cut, folder / "cut")
     found["scores"] = {str(key): score for key, score in unit_scores.items()}
     found["reloaded"] = dict(checkpoint.load(folder / "cut").state_dict())
@@ -61,7 +71,13 @@ def work(folder):
 
 
 def torchrun(script, *arguments, processes=2, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     return subprocess.run(
         [*command, script, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
@@ -77,7 +93,9 @@ def work_in_two(folder):
     script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder)))
     done = torchrun(script)
     assert done.returncode == 0, done.stderr
-    return {"out": done.stdout} | {r: torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, 1)}
+    return {"out": done.stdout} | {
+        r: torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, 1)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +119,9 @@ def test_two_processes_train_as_one_does_with_the_same_batches(runs, name):
     close(one["weights"], two["weights"], 1e-8)
     for column in ("train_loss", "train_top1", "val_loss", "val_top1", "lr", "sparsity"):
         assert one["history"][column] == pytest.approx(two["history"][column], rel=1e-6), column
-    assert one["history"]["images_per_s"] != two["history"]["images_per_s"]  # these were two runs indeed
+    assert (
+        one["history"]["images_per_s"] != two["history"]["images_per_s"]
+    )  # these were two runs indeed
 
 
 @pytest.mark.parametrize("name", [*MODELS, "scores", "reloaded", "accuracy"])
@@ -111,7 +131,10 @@ def test_every_process_holds_the_same(runs, name):
         assert first["history"]["sparsity"] == second["history"]["sparsity"] != [0, 0]
         first, second = first["weights"], second["weights"]
     if isinstance(first, dict):
-        assert all(torch.equal(first[key], second[key]) for key in first) and first.keys() == second.keys()
+        assert (
+            all(torch.equal(first[key], second[key]) for key in first)
+            and first.keys() == second.keys()
+        )
     else:
         assert first == second
 
@@ -120,7 +143,12 @@ def test_every_image_is_counted_once_and_the_first_alone_writes_and_speaks(runs)
     assert runs[0]["accuracy"][:2] == runs["one"]["accuracy"][:2] and runs[0]["accuracy"][1] == 97
     assert runs[0]["accuracy"][2] == pytest.approx(runs["one"]["accuracy"][2])
     states = sorted(path.name for path in runs["folder"].glob("*.state*"))
-    assert states == ["swin.state.before.pt", "swin.state.pt", "vit.state.before.pt", "vit.state.pt"]
+    assert states == [
+        "swin.state.before.pt",
+        "swin.state.pt",
+        "vit.state.before.pt",
+        "vit.state.pt",
+    ]
     assert runs["out"].count("vit epoch 1/2") == 1
 
 
@@ -128,7 +156,11 @@ def test_a_killed_training_goes_on_in_every_process(runs, tmp_path):
     for name in MODELS:  # as it was after the first epoch
         shutil.copy(runs["folder"] / f"{name}.state.before.pt", tmp_path / f"{name}.state.pt")
     again = work_in_two(tmp_path)
-    assert "cannot be read" not in again["out"] and "epoch 1/2" not in again["out"] and "epoch 2/2" in again["out"]
+    assert (
+        "cannot be read" not in again["out"]
+        and "epoch 1/2" not in again["out"]
+        and "epoch 2/2" in again["out"]
+    )
     for rank in (0, 1):
         for name in MODELS:
             one, two = runs[rank][name], again[rank][name]
@@ -153,7 +185,9 @@ def test_a_whole_batch_norm_is_torchs_own():
 
 def test_a_batch_that_cannot_be_shared_out_is_an_error(vit, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="a batch of 32 images cannot be shared out evenly to 3 processes"):
+    with pytest.raises(
+        ValueError, match="a batch of 32 images cannot be shared out evenly to 3 processes"
+    ):
         train.fit(vit, Blobs(), Blobs(), dict(epochs=1, **RECIPE))
 
 
@@ -166,24 +200,27 @@ def test_the_first_tells_the_others_its_error(tmp_path):
             from vitlab import parallel
             @parallel.first_decides
             def fails():
-                assert parallel.is_first() and parallel.count() == 1, "only the first comes here"
+                assert parallel.is_first() and parallel.world_size() == 1, "only the first comes here"
                 raise ValueError("of the first")
             try:
                 fails()
             except ValueError as error:
-                print(f"{parallel.rank()} of {parallel.count()}: {error}", flush=True)
+                print(f"{parallel.rank()} of {parallel.world_size()}: {error}", flush=True)
             """
         )
     )
     done = torchrun(script)
-    assert sorted(done.stdout.split("\n")[:2]) == ["0 of 2: of the first", "1 of 2: of the first"], done.stderr
+    assert sorted(done.stdout.split("\n")[:2]) == [
+        "0 of 2: of the first",
+        "1 of 2: of the first",
+    ], done.stderr
     assert done.returncode == 0, done.stderr  # gloo's threads have ended
 
 
 def test_models_that_differ_are_refused_and_alone_nothing_is_shared(vit, tmp_path):
-    assert parallel.rank() == 0 and parallel.count() == 1 and parallel.gather("a") == ["a"]
+    assert parallel.rank() == 0 and parallel.world_size() == 1 and parallel.gather("a") == ["a"]
     x = torch.arange(4.0)
-    assert parallel.part((x,))[0] is x and torch.equal(parallel.mean(x.clone()), x)
+    assert parallel.shard((x,))[0] is x and torch.equal(parallel.mean(x.clone()), x)
     script = tmp_path / "work.py"
     script.write_text(
         SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path)).replace(
@@ -193,23 +230,34 @@ def test_models_that_differ_are_refused_and_alone_nothing_is_shared(vit, tmp_pat
         )
     )
     done = torchrun(script)
-    assert done.returncode and "the processes do not train the same model by the same settings" in done.stderr
+    assert (
+        done.returncode
+        and "the processes do not train the same model by the same settings" in done.stderr
+    )
 
 
 @pytest.mark.long
 def test_notebooks_train_in_two_processes(tmp_path):
     """Notebooks 1 and 3 of the smoke study: results as of one process, files as always, 6 refused."""
-    changed = {"train.precision": "float32", "global_pruning.controls": False, "global_pruning.sparsities": [0.5]}
+    changed = {
+        "train.precision": "float32",
+        "global_pruning.controls": False,
+        "global_pruning.sparsities": [0.5],
+    }
     changed |= {"global_pruning.schedules": ["one-shot"], "global_pruning.distil": False}
-    words = [word for key, value in changed.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    words = [
+        word for key, value in changed.items() for word in ("--set", f"{key}={json.dumps(value)}")
+    ]
     results = {}
     for processes in ("1", "2"):
         root = tmp_path / processes
         for notebook in ("1_train", "3_global_pruning"):
             asked = [notebook, "--study", "smoke", "--processes", processes, *words]
-            command = [sys.executable, "-m", "vitlab.run", *asked]
+            command = [sys.executable, "-m", "vitlab.studies.notebooks", *asked]
             if (notebook, processes) == ("1_train", "2"):  # from a cell, as docs/clusters.md shows
-                cell = nbformat.v4.new_code_cell(f"from vitlab import run\nassert run.main({asked}) == 0")
+                cell = nbformat.v4.new_code_cell(
+                    f"from vitlab import run\nassert run.main({asked}) == 0"
+                )
                 nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "cell.ipynb")
                 command = [
                     sys.executable,
@@ -240,16 +288,26 @@ def test_notebooks_train_in_two_processes(tmp_path):
     columns = ["method", "criterion", "form", "stage", "target"]
     assert one[columns].equals(two[columns]) and {"unstructured", "structured"} <= set(one.method)
     # other rows, of other sizes, may go by scores that rounding has moved, which Adam amplifies
-    assert ((one.nonzero / two.nonzero - 1).abs() < 0.05).all() and (one.top1 - two.top1).abs().max() < 10
-    extra = [json.loads((results[key] / "dense" / "model.json").read_text())["extra"] for key in ("1", "2")]
-    assert extra[0]["history"][0]["train_loss"] == pytest.approx(extra[1]["history"][0]["train_loss"], rel=1e-3)
-    command = [sys.executable, "-m", "vitlab.run", "6_efficiency", "--processes", "2"]
+    assert ((one.nonzero / two.nonzero - 1).abs() < 0.05).all() and (
+        one.top1 - two.top1
+    ).abs().max() < 10
+    extra = [
+        json.loads((results[key] / "dense" / "model.json").read_text())["extra"]
+        for key in ("1", "2")
+    ]
+    assert extra[0]["history"][0]["train_loss"] == pytest.approx(
+        extra[1]["history"][0]["train_loss"], rel=1e-3
+    )
+    command = [sys.executable, "-m", "vitlab.studies.notebooks", "6_efficiency", "--processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode and "run it without --processes" in done.stderr
 
 
 def test_models_are_the_ones_with_batch_norms():
     assert all(
-        any(isinstance(module, torch.nn.BatchNorm2d) for module in models.create(**options, num_classes=3).modules())
+        any(
+            isinstance(module, torch.nn.BatchNorm2d)
+            for module in models.create(**options, num_classes=3).modules()
+        )
         for options in MODELS.values()
     )

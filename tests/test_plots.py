@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab import plots
+from vitlab.report import drawings, plots, style, tables
+from vitlab.report.tables import caption
 
 matplotlib.use("agg")
 
@@ -21,12 +22,23 @@ def rows():
     measured = []
     for seed in (0, 1):
         for stage in ("dense", "dense+epochs"):
-            measured.append({"method": "dense", "stage": stage, "seed": seed, "top1": 80.0, "macs": 4e6})
-        for method, form in [("unstructured", "masked"), ("structured", "masked"), ("structured", "removed")]:
+            measured.append(
+                {"method": "dense", "stage": stage, "seed": seed, "top1": 80.0, "macs": 4e6}
+            )
+        for method, form in [
+            ("unstructured", "masked"),
+            ("structured", "masked"),
+            ("structured", "removed"),
+        ]:
             for target in (0.5, 0.9):
                 for stage, loss in (("cut", 60), ("finetuned", 10)):
                     macs = 4e6 * (1 - target if form == "removed" else 1)
-                    cut = {"method": method, "form": form, "target_kind": "sparsity", "target": target}
+                    cut = {
+                        "method": method,
+                        "form": form,
+                        "target_kind": "sparsity",
+                        "target": target,
+                    }
                     cut |= {"stage": stage, "seed": seed}
                     measured.append(cut | {"top1": 80 - loss * target + seed, "macs": macs})
     return pd.DataFrame(measured)
@@ -47,7 +59,7 @@ def labels(ax):
 def test_pareto_front_is_what_no_point_beats(count):
     rng = np.random.default_rng(count)
     cost, value = (pd.Series(rng.integers(0, 6, count)) for _ in range(2))  # small integers: ties
-    front = plots.pareto(cost, value)
+    front = tables.pareto(cost, value)
     for i in range(count):
         beaten = ((cost <= cost[i]) & (value > value[i])) | ((cost < cost[i]) & (value >= value[i]))
         assert front[i] != beaten.any()
@@ -55,12 +67,15 @@ def test_pareto_front_is_what_no_point_beats(count):
 
 
 def test_pareto_by_hand():
-    cost, value = pd.Series([1, 2, 3, 3], index=list("abcd")), pd.Series([5, 4, 6, 7], index=list("abcd"))
-    assert plots.pareto(cost, value).to_dict() == {"a": True, "b": False, "c": False, "d": True}
+    cost, value = (
+        pd.Series([1, 2, 3, 3], index=list("abcd")),
+        pd.Series([5, 4, 6, 7], index=list("abcd")),
+    )
+    assert tables.pareto(cost, value).to_dict() == {"a": True, "b": False, "c": False, "d": True}
 
 
 def test_a_series_is_named_by_what_tells_it_apart(rows):
-    names = plots.series(rows)
+    names = tables.series(rows)
     assert set(names) == {"dense", "unstructured", "structured, masked", "structured, removed"}
 
 
@@ -88,35 +103,60 @@ def test_tradeoff_shows_no_model_that_was_only_cut(rows):
     methods = ["unstructured", "structured, masked", "structured, removed"]
     assert labels(ax) == ["best for its cost", "dense", "dense, same epochs", *methods]
     rings, *points = dots(ax)
-    assert set(places(points)) == {(4, 80), (4, 75.5), (4, 71.5), (2, 75.5), (0.4, 71.5)}  # means over both seeds
-    assert places([rings]) == [(0.4, 71.5), (2, 75.5), (4, 80), (4, 80)]  # dense, and with as many epochs
-    bars = [segment[:, 1] for each in ax.containers for line in each.lines[2] for segment in line.get_segments()]
+    assert set(places(points)) == {
+        (4, 80),
+        (4, 75.5),
+        (4, 71.5),
+        (2, 75.5),
+        (0.4, 71.5),
+    }  # means over both seeds
+    assert places([rings]) == [
+        (0.4, 71.5),
+        (2, 75.5),
+        (4, 80),
+        (4, 80),
+    ]  # dense, and with as many epochs
+    bars = [
+        segment[:, 1]
+        for each in ax.containers
+        for line in each.lines[2]
+        for segment in line.get_segments()
+    ]
     assert {(75.0, 76.0), (71.0, 72.0)} <= {tuple(np.round(bar, 6)) for bar in bars}
 
 
 def test_tradeoff_takes_the_last_stage_and_reconstruction_hollow(rows):
     tuned = rows[(rows.stage == "finetuned") & (rows.method == "unstructured")]
-    more = [tuned.assign(stage="distilled", top1=77.0), tuned.assign(stage="reconstructed", top1=76.0)]
+    more = [
+        tuned.assign(stage="distilled", top1=77.0),
+        tuned.assign(stage="reconstructed", top1=76.0),
+    ]
     ax = plots.tradeoff(pd.concat([rows, *more]), "macs")
     assert labels(ax)[-1].startswith("hollow: reconstructed")
     _, *points = dots(ax)
-    assert (4, 77) in places(points) and (4, 75.5) in places(points)  # the other methods were not distilled
+    assert (4, 77) in places(points) and (4, 75.5) in places(
+        points
+    )  # the other methods were not distilled
     hollow = [each for each in points if each.get_facecolor().tolist() == [[1, 1, 1, 1]]]
     assert places(hollow) == [(4, 76), (4, 76)]
 
 
 def test_controls_are_grey_and_a_series_looks_the_same_in_every_figure(rows):
     both = pd.concat([rows, rows[rows.method == "unstructured"].assign(method="random")])
-    look = plots.looks([*plots.series(both), "pool, random"])
+    look = style.looks([*tables.series(both), "pool, random"])
     for name in ("random", "pool, random", "dense"):
         assert float(look[name]["color"])  # "0.6" and the like: a grey
     hues = [look[name]["color"] for name in look if name not in ("random", "pool, random", "dense")]
-    assert len(set(hues)) == 3 and "#949494" not in plots.HUES
+    assert len(set(hues)) == 3 and "#949494" not in style.HUES
     assert look["random"]["marker"] != look["pool, random"]["marker"]
-    names = plots.series(both)
+    names = tables.series(both)
     for part in (both, both[both.method != "unstructured"]):
-        (dot,) = [each for each in dots(plots.tradeoff(part, names=names)) if each.get_label().endswith("masked")]
-        assert matplotlib.colors.to_hex(dot.get_facecolor()[0]) == plots.HUES[1]
+        (dot,) = [
+            each
+            for each in dots(plots.tradeoff(part, names=names))
+            if each.get_label().endswith("masked")
+        ]
+        assert matplotlib.colors.to_hex(dot.get_facecolor()[0]) == style.HUES[1]
 
 
 @pytest.mark.parametrize("low, high", [(0, 100), (10, 84.7), (83, 84), (99.9, 99.9)])
@@ -125,8 +165,15 @@ def test_accuracy_is_stretched_at_its_top(low, high):
     plots._stretch_top(ax, low, high)
     bottom, top = ax.get_ylim()
     ticks = ax.get_yticks()
-    assert bottom < low and high < top and (np.diff(ticks) > 0).all() and (ticks == ticks.round()).all()
-    assert len(ticks) >= (2 if high - low > 2 else 1) and ticks.min() >= bottom and ticks.max() <= top
+    assert (
+        bottom < low
+        and high < top
+        and (np.diff(ticks) > 0).all()
+        and (ticks == ticks.round()).all()
+    )
+    assert (
+        len(ticks) >= (2 if high - low > 2 else 1) and ticks.min() >= bottom and ticks.max() <= top
+    )
     places = ax.transData.transform(np.column_stack([np.zeros(5), np.linspace(low, high, 5)]))[:, 1]
     assert (np.diff(places, 2) >= -1e-9).all()  # equal steps take more and more room
     back = ax.transData.inverted().transform(ax.transData.transform([(0, low), (0, high)]))[:, 1]
@@ -135,7 +182,11 @@ def test_accuracy_is_stretched_at_its_top(low, high):
 
 def levels(ax):
     """{label: height} of the horizontal lines."""
-    return {line.get_label(): line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1}
+    return {
+        line.get_label(): line.get_ydata()[0]
+        for line in ax.lines
+        if len(set(line.get_ydata())) == 1
+    }
 
 
 @pytest.mark.parametrize("draw", [plots.accuracy_curve, plots.recovery, plots.ladder])
@@ -143,10 +194,15 @@ def test_cuts_of_one_seed_have_a_dense_line_of_their_own(uneven, draw):
     half = uneven[(uneven.target == 0.5) | (uneven.method == "dense")]
     half = half.assign(form="masked").drop_duplicates(["method", "target", "stage", "seed"])
     ax = draw(half)
-    dense_lines = {label: height for label, height in levels(ax).items() if label.startswith("dense, seed")}
+    dense_lines = {
+        label: height for label, height in levels(ax).items() if label.startswith("dense, seed")
+    }
     assert dense_lines == {"dense, seeds 0, 1": 75, "dense, seed 0": 80}
     if draw is plots.recovery:
-        assert [tick.get_text() for tick in ax.get_xticklabels()] == ["unstructured\n50%", "structured\n50%\nseed 0"]
+        assert [tick.get_text() for tick in ax.get_xticklabels()] == [
+            "unstructured\n50%",
+            "structured\n50%\nseed 0",
+        ]
     else:
         assert {"structured, seed 0", "unstructured"} < set(labels(ax))
     alone = draw(half[half.method != "unstructured"])
@@ -156,10 +212,16 @@ def test_cuts_of_one_seed_have_a_dense_line_of_their_own(uneven, draw):
 def test_a_point_of_one_seed_is_not_ringed_among_points_of_two(uneven):
     ax = plots.tradeoff(uneven, "macs")
     rings, *points = dots(ax)
-    assert (0.4, 71) in places(points) and (2, 75) in places(points)  # of seed 0: more than the dense models' mean
+    assert (0.4, 71) in places(points) and (2, 75) in places(
+        points
+    )  # of seed 0: more than the dense models' mean
     assert places([rings]) == [(4, 75), (4, 75)]
-    assert labels(ax)[0] == "best for its cost,\nof 2 seeds" and "structured, removed, seed 0" in labels(ax)
-    alone = plots.tradeoff(uneven[uneven.method != "unstructured"], "macs")  # dense models of what was cut alone
+    assert labels(ax)[
+        0
+    ] == "best for its cost,\nof 2 seeds" and "structured, removed, seed 0" in labels(ax)
+    alone = plots.tradeoff(
+        uneven[uneven.method != "unstructured"], "macs"
+    )  # dense models of what was cut alone
     assert (4, 80) in places(dots(alone)[:1]) and labels(alone)[0] == "best for its cost"
 
 
@@ -167,15 +229,26 @@ def test_a_point_of_one_seed_is_not_ringed_among_points_of_two(uneven):
 def test_bars_of_equal_seeds_have_no_length(count):
     """The mean of three equal top-1 may be an ulp beside them: 7 of 1,736 is."""
     top1 = 100 * count / 1736
-    cut = {"method": "pool", "target": 0.5, "target_kind": "macs", "stage": "cut", "top1": top1, "macs": 0.1}
+    cut = {
+        "method": "pool",
+        "target": 0.5,
+        "target_kind": "macs",
+        "stage": "cut",
+        "top1": top1,
+        "macs": 0.1,
+    }
     dense = {"method": "dense", "stage": "dense", "top1": 90.0, "macs": 0.3}
     rows = pd.DataFrame([row | {"seed": seed} for seed in range(3) for row in (cut, dense)])
-    more = rows.assign(top1=rows.top1 + rows.seed.where(rows.stage == "cut", 0) / 9, stage="finetuned")
+    more = rows.assign(
+        top1=rows.top1 + rows.seed.where(rows.stage == "cut", 0) / 9, stage="finetuned"
+    )
     more = more[more.method == "pool"]
     for draw in (plots.ladder, plots.accuracy_curve):
         draw(pd.concat([rows, more]))
     plots.tradeoff(pd.concat([rows.replace({"stage": {"cut": "reconstructed"}}), more]), "macs")
-    plots.class_change(pd.DataFrame({"class": ["a", "b"] * 3, "images": 1, "change": [top1, 1, top1, 2, top1, 3]}))
+    plots.class_change(
+        pd.DataFrame({"class": ["a", "b"] * 3, "images": 1, "change": [top1, 1, top1, 2, top1, 3]})
+    )
 
 
 def test_tradeoff_names_the_costs_there_are(rows):
@@ -222,34 +295,45 @@ def test_training_curves_stand_beside_each_other():
 def test_zeros_stand_apart_from_the_histogram():
     bins = {"left": [-1.0, -0.5, 0.0, 0.5], "right": [-0.5, 0.0, 0.5, 1.0]}
     stays = {"survivors": [1, 0, 0, 1], "threshold": 0.4}
-    dense = pd.DataFrame({"stage": "unpruned", **bins, "count": [1, 20, 20, 1], "zeros": 0, **stays})
+    dense = pd.DataFrame(
+        {"stage": "unpruned", **bins, "count": [1, 20, 20, 1], "zeros": 0, **stays}
+    )
     pruned = pd.DataFrame({"stage": "pruned", **bins, "count": [1, 0, 0, 1], "zeros": 40, **stays})
     both = pd.concat([dense, pruned]).assign(method="unstructured", target=0.5)
-    left, right = plots.weight_histograms(both).axes
+    left, right = drawings.weight_histograms(both).axes
     assert left.get_ylabel() == "unstructured 50%\nweights"
     assert left.get_yscale() == right.get_yscale() == "log"
     (bar,) = right.containers[0]
     assert bar.get_height() == 40 and bar.get_x() > 1  # beyond the largest weight
     assert left.get_ylim()[1] > 40
-    steps = [[p.get_label() for p in ax.patches if "StepPatch" in type(p).__name__] for ax in (left, right)]
+    steps = [
+        [p.get_label() for p in ax.patches if "StepPatch" in type(p).__name__]
+        for ax in (left, right)
+    ]
     assert steps == [["will go", "stay"], ["stay"]] and len(left.lines) == len(right.lines) == 2
 
 
 def test_maps_keep_the_order_of_blocks_and_leave_holes():
-    frame = pd.DataFrame({"block": ["b.10", "b.2", "b.2"], "head": [0, 0, 1], "score": [1.0, 2.0, 3.0]})
-    ax = plots.head_map(frame.assign(kept=[True, False, True]))
+    frame = pd.DataFrame(
+        {"block": ["b.10", "b.2", "b.2"], "head": [0, 0, 1], "score": [1.0, 2.0, 3.0]}
+    )
+    ax = drawings.head_map(frame.assign(kept=[True, False, True]))
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["b.10", "b.2"]
     assert [text.get_text() for text in ax.texts] == ["1", "2", "3"]  # b.10 has no head 1
     assert len(ax.lines) == 1  # one cross
-    ax = plots.heat_map(frame.rename(columns={"head": "role"}), value="score", label="loss (nats)")
+    ax = drawings.heat_map(
+        frame.rename(columns={"head": "role"}), value="score", label="loss (nats)"
+    )
     assert len(ax.texts) == 3
 
 
 def test_the_same_figure_is_the_same_bytes(rows, tmp_path):
     for name in ("one", "two"):
-        plots.save(plots.tradeoff(rows, "macs"), tmp_path / name, caption="what it is")
+        style.save(plots.tradeoff(rows, "macs"), tmp_path / name, caption="what it is")
     for ending in ("svg", "pdf", "png", "txt"):
-        assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"two.{ending}").read_bytes()
+        assert (tmp_path / f"one.{ending}").read_bytes() == (
+            tmp_path / f"two.{ending}"
+        ).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{name}.{ending}" for name in ("one", "two") for ending in ("pdf", "png", "svg", "txt")
     )
@@ -257,61 +341,103 @@ def test_the_same_figure_is_the_same_bytes(rows, tmp_path):
 
 
 def test_tables_are_written_for_machines_and_for_people(tmp_path, capsys):
-    frame = pd.DataFrame({"method": ["heads_svd", "dense"], "top1": [80.123456, np.nan], "macs": [4_000_000, 1]})
-    plots.save_table(frame, tmp_path / "t", formats={"macs": "{:,}"})
+    frame = pd.DataFrame(
+        {"method": ["heads_svd", "dense"], "top1": [80.123456, np.nan], "macs": [4_000_000, 1]}
+    )
+    tables.save_table(frame, tmp_path / "t", formats={"macs": "{:,}"})
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), frame, check_dtype=False)
     lines = (tmp_path / "t.md").read_text().splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")] == ["", "heads_svd", "80.123", "4,000,000", ""]
+    assert [cell.strip() for cell in lines[2].split("|")] == [
+        "",
+        "heads_svd",
+        "80.123",
+        "4,000,000",
+        "",
+    ]
     assert [cell.strip() for cell in lines[3].split("|")] == ["", "dense", "", "1", ""]
     tex = (tmp_path / "t.tex").read_text()
     assert r"heads\_svd & 80.123 & 4,000,000 \\" in tex and r"\toprule" in tex and "{lrr}" in tex
     with pytest.raises(ValueError, match="unknown column 'top', did you mean 'top1'"):
-        plots.save_table(frame, tmp_path / "u", formats={"top": "{}"})
-    plots.save_table(frame, tmp_path / "v", kinds=["csv"])
+        tables.save_table(frame, tmp_path / "u", formats={"top": "{}"})
+    tables.save_table(frame, tmp_path / "v", kinds=["csv"])
     assert (tmp_path / "v.csv").exists() and not (tmp_path / "v.md").exists()
-    plots.save_table(frame.head(0), tmp_path / "v", kinds=["csv"])
-    assert len(pd.read_csv(tmp_path / "v.csv")) == 2, "nothing to write is no reason to lose what there is"
+    tables.save_table(frame.head(0), tmp_path / "v", kinds=["csv"])
+    assert len(pd.read_csv(tmp_path / "v.csv")) == 2, (
+        "nothing to write is no reason to lose what there is"
+    )
     assert capsys.readouterr().out == "v: no rows yet, not written\n"
 
 
 def test_a_caption_says_where_numbers_come_from():
-    row = {"study": "demo", "model": "vit", "seed": 0, "split_seed": 0, "device": "a CPU", "threads": 2}
-    row |= {"torch": "2.15.0", "timm": "1.0.31", "commit": "abc+dirty", "date": "2026-01-02T03:04:05Z"}
-    text = plots.caption(pd.DataFrame([row, row | {"model": "swin", "date": "2026-01-01T00:00:00Z"}]))
+    row = {
+        "study": "demo",
+        "model": "vit",
+        "seed": 0,
+        "split_seed": 0,
+        "device": "a CPU",
+        "threads": 2,
+    }
+    row |= {
+        "torch": "2.15.0",
+        "timm": "1.0.31",
+        "commit": "abc+dirty",
+        "date": "2026-01-02T03:04:05Z",
+    }
+    text = tables.caption(
+        pd.DataFrame([row, row | {"model": "swin", "date": "2026-01-01T00:00:00Z"}])
+    )
     for part in ("demo", "vit, swin", "a CPU", "abc+dirty", "2026-01-02"):
         assert part in text
 
 
 @pytest.mark.parametrize(
     "alone, words",
-    [([], "0, 1"), (["pool"], "0, 1 (some cuts: 0)"), (["pool", "svd"], "0, 1 (cuts: 0)"), (["all"], "0")],
+    [
+        ([], "0, 1"),
+        (["pool"], "0, 1 (some cuts: 0)"),
+        (["pool", "svd"], "0, 1 (cuts: 0)"),
+        (["all"], "0"),
+    ],
 )
 def test_seeds_in_words(alone, words):
     rows = [("dense", "dense", seed) for seed in (0, 1) if alone != ["all"]]
-    rows += [(method, "cut", seed) for method in ("pool", "svd") for seed in (0, 1) if seed == 0 or method not in alone]
+    rows += [
+        (method, "cut", seed)
+        for method in ("pool", "svd")
+        for seed in (0, 1)
+        if seed == 0 or method not in alone
+    ]
     rows = [row for row in rows if row[2] == 0 or alone != ["all"]]
-    frame = pd.DataFrame(rows, columns=["method", "stage", "seed"]).assign(top1=1.0, model="vit", date="2026-01-02")
-    assert plots.seeds_of(frame) == words
-    assert plots.seeds_of(frame.drop(columns=["method", "stage"])) == words.partition(" (")[0]
-    assert f"; seeds {words}, split" in plots.caption(frame)
-    assert plots.seeds_of(frame.drop(columns="seed")) == "unknown"
+    frame = pd.DataFrame(rows, columns=["method", "stage", "seed"]).assign(
+        top1=1.0, model="vit", date="2026-01-02"
+    )
+    assert tables.seeds_of(frame) == words
+    assert tables.seeds_of(frame.drop(columns=["method", "stage"])) == words.partition(" (")[0]
+    assert f"; seeds {words}, split" in tables.caption(frame)
+    assert tables.seeds_of(frame.drop(columns="seed")) == "unknown"
 
 
 def test_a_caption_is_of_what_is_drawn():
-    rows = pd.DataFrame([(m, s) for m in ("vit", "swin") for s in (0, 1)], columns=["model", "seed"])
+    rows = pd.DataFrame(
+        [(m, s) for m in ("vit", "swin") for s in (0, 1)], columns=["model", "seed"]
+    )
     rows = rows.assign(date="2026-01-02", commit=rows.model + rows.seed.astype(str))
-    text = plots.caption(rows, pd.DataFrame({"model": ["swin"] * 2, "seed": [1, 1], "sigma": 1.0}))
+    text = tables.caption(rows, pd.DataFrame({"model": ["swin"] * 2, "seed": [1, 1], "sigma": 1.0}))
     assert "; swin; seeds 1, split" in text and "commit swin1," in text
 
 
 def test_means_over_seeds_are_of_the_same_seeds():
-    frame = pd.DataFrame({"method": list("aabbc"), "seed": [0, 1, 0, 1, 0], "cut": [1.0, 3, 5, 7, 9]})
-    frame["distilled"] = [2.0, 4, 6, np.nan, np.nan]
-    means = plots.over_seeds(frame, ["method"]).set_index("method")
-    assert means.seeds.to_dict() == {"a": 2, "b": 1, "c": 1}  # b: the fullest
-    assert means.cut.to_dict() == {"a": 2, "b": 5, "c": 9} and means.distilled.to_dict() == pytest.approx(
-        {"a": 3, "b": 6, "c": np.nan}, nan_ok=True
+    frame = pd.DataFrame(
+        {"method": list("aabbc"), "seed": [0, 1, 0, 1, 0], "cut": [1.0, 3, 5, 7, 9]}
     )
+    frame["distilled"] = [2.0, 4, 6, np.nan, np.nan]
+    means = tables.over_seeds(frame, ["method"]).set_index("method")
+    assert means.seeds.to_dict() == {"a": 2, "b": 1, "c": 1}  # b: the fullest
+    assert means.cut.to_dict() == {
+        "a": 2,
+        "b": 5,
+        "c": 9,
+    } and means.distilled.to_dict() == pytest.approx({"a": 3, "b": 6, "c": np.nan}, nan_ok=True)
 
 
 def test_image_grid_shows_every_class_once_or_the_batch():
@@ -319,15 +445,21 @@ def test_image_grid_shows_every_class_once_or_the_batch():
         labels = torch.tensor([2, 0, 1, 0])
         store, indices = np.zeros((9, 8, 8, 3), dtype=np.uint8), np.array([5, 6, 7, 8])
 
-    figure = plots.image_grid(Split(), classes=["ant", "bee", "cat"])
+    figure = drawings.image_grid(Split(), classes=["ant", "bee", "cat"])
     assert [ax.get_title() for ax in figure.axes if ax.get_title()] == ["ant", "bee", "cat"]
-    figure = plots.image_grid(torch.rand(4, 3, 8, 8), labels=torch.tensor([1, 1, 0, 2]), classes=["ant", "bee", "cat"])
+    figure = drawings.image_grid(
+        torch.rand(4, 3, 8, 8), labels=torch.tensor([1, 1, 0, 2]), classes=["ant", "bee", "cat"]
+    )
     assert [ax.get_title() for ax in figure.axes if ax.images] == ["bee", "bee", "ant", "cat"]
 
 
 def test_sensitivity_curves_draw_a_line_per_block_and_a_panel_per_role():
     frame = pd.DataFrame(
-        {"role": ["qkv"] * 4 + ["fc1"] * 2, "block": ["a", "a", "b", "b", "a", "a"], "ratio": [0.1, 0.9] * 3}
+        {
+            "role": ["qkv"] * 4 + ["fc1"] * 2,
+            "block": ["a", "a", "b", "b", "a", "a"],
+            "ratio": [0.1, 0.9] * 3,
+        }
     ).assign(increase=[0.0, 1, 0, 2, 0, 3])
     figure = plots.sensitivity_curves(frame)
     assert [len(ax.lines) for ax in figure.axes] == [2, 1]
@@ -345,15 +477,32 @@ def test_agreement_draws_a_bar_per_criterion_and_kind():
 
 @pytest.fixture
 def timed():
-    """Three models, eagerly in two precisions and exported, as bench.bounds returns them."""
+    """Three models, eagerly in two precisions and exported, as roofline.bounds returns them."""
     runs = []
     for i, name in enumerate(["dense", "masked", "half"]):
-        for j, (runtime, precision) in enumerate([("eager", "float32"), ("eager", "bf16"), ("onnxruntime", "float32")]):
+        for j, (runtime, precision) in enumerate(
+            [("eager", "float32"), ("eager", "bf16"), ("onnxruntime", "float32")]
+        ):
             speedup, half = (1 + j) * (2 if name == "half" else 1), name == "half"
-            times = {"latency_ms": 8 / speedup, "speedup": speedup, "speedup_q1": speedup - 0.1, "speedup_q3": speedup}
-            work = {"batch_macs": 4e8 / (1 + half), "batch_bytes": 1e7 - i, "promised": 1 + half, "batch": 8}
+            times = {
+                "latency_ms": 8 / speedup,
+                "speedup": speedup,
+                "speedup_q1": speedup - 0.1,
+                "speedup_q3": speedup,
+            }
+            work = {
+                "batch_macs": 4e8 / (1 + half),
+                "batch_bytes": 1e7 - i,
+                "promised": 1 + half,
+                "batch": 8,
+            }
             ceilings = {"macs_per_s": 1e11 * (1 + j % 2), "bytes_per_s": 5e10}
-            runs.append({"model": name, "runtime": runtime, "precision": precision} | times | work | ceilings)
+            runs.append(
+                {"model": name, "runtime": runtime, "precision": precision}
+                | times
+                | work
+                | ceilings
+            )
     return pd.DataFrame(runs)
 
 
@@ -363,16 +512,26 @@ def test_speedup_bars(timed):
     ways = ["eager, float32", "eager, bf16", "onnxruntime, float32"]
     assert set(labels(ax)) == {*ways, "promised by the MACs"}
     bars = [container for container in ax.containers if type(container).__name__ == "BarContainer"]
-    assert [[bar.get_height() for bar in group] for group in bars] == [[1, 1, 2], [2, 2, 4], [3, 3, 6]]
+    assert [[bar.get_height() for bar in group] for group in bars] == [
+        [1, 1, 2],
+        [2, 2, 4],
+        [3, 3, 6],
+    ]
     alone = plots.speedup_bars(timed[timed.runtime == "onnxruntime"])
     assert labels(alone) == ["promised by the MACs"]  # nothing varies: the bars need no name
 
 
 def test_speedup_bars_of_several_seeds_are_means(timed):
-    more = timed[timed.precision == "float32"].assign(seed=1, speedup=timed.speedup + 1, speedup_q1=timed.speedup)
+    more = timed[timed.precision == "float32"].assign(
+        seed=1, speedup=timed.speedup + 1, speedup_q1=timed.speedup
+    )
     ax = plots.speedup_bars(pd.concat([timed.assign(seed=0), more]))
     bars = [container for container in ax.containers if type(container).__name__ == "BarContainer"]
-    assert [[bar.get_height() for bar in group] for group in bars] == [[1.5, 1.5, 2.5], [2, 2, 4], [3.5, 3.5, 6.5]]
+    assert [[bar.get_height() for bar in group] for group in bars] == [
+        [1.5, 1.5, 2.5],
+        [2, 2, 4],
+        [3.5, 3.5, 6.5],
+    ]
     plots.roofline(pd.concat([timed, more]))
 
 
@@ -380,7 +539,9 @@ def test_roofline(timed):
     ax = plots.roofline(timed)
     points = np.concatenate([collection.get_offsets() for collection in scatters(ax)])
     assert len(points) == 9
-    np.testing.assert_allclose(sorted(points[:, 1]), sorted(timed.batch_macs / timed.latency_ms / 1e6))
+    np.testing.assert_allclose(
+        sorted(points[:, 1]), sorted(timed.batch_macs / timed.latency_ms / 1e6)
+    )
     assert {"dense", "half", "eager, bf16", "ceiling, float32", "ceiling, bf16"} <= set(labels(ax))
 
 
@@ -393,10 +554,16 @@ def study():
     rng, measured = np.random.default_rng(0), []
     for model, seed in [(model, seed) for model in ("vit", "swin") for seed in range(3)]:
         about = {"model": model, "seed": seed}
-        measured.append(about | {"method": "dense", "stage": "dense", "top1": 80 + seed, "macs": 1000 + seed})
-        for method, target, stage in [(m, t, s) for m in "abc" for t in (0.2, 0.6) for s in ("cut", "finetuned")]:
+        measured.append(
+            about | {"method": "dense", "stage": "dense", "top1": 80 + seed, "macs": 1000 + seed}
+        )
+        for method, target, stage in [
+            (m, t, s) for m in "abc" for t in (0.2, 0.6) for s in ("cut", "finetuned")
+        ]:
             row = about | {"method": method, "form": "removed", "target": target, "stage": stage}
-            measured.append(row | {"top1": rng.uniform(10, 80), "macs": 1000 * target * rng.uniform(0.9, 1.1)})
+            measured.append(
+                row | {"top1": rng.uniform(10, 80), "macs": 1000 * target * rng.uniform(0.9, 1.1)}
+            )
     return pd.DataFrame(measured)
 
 
@@ -406,13 +573,17 @@ def test_no_model_that_fits_is_better_than_the_best(study, limits, val):
     if val:
         study["val_top1"] = 90 - study.top1  # another order than on test
         study.loc[(study.method == "b") & (val == "some"), "val_top1"] = np.nan
-    best = plots.best_under(study, "macs", limits)
-    assert best[["model", "limit"]].values.tolist() == [[model, x] for model in ("vit", "swin") for x in limits]
+    best = tables.best_under(study, "macs", limits)
+    assert best[["model", "limit"]].values.tolist() == [
+        [model, x] for model in ("vit", "swin") for x in limits
+    ]
     for row in best.itertuples():
         own = study[study.model == row.model]
         dense = own[own.method == "dense"].set_index("seed")
         fits = []
-        for (method, _target, stage), part in own.groupby(["method", "target", "stage"], dropna=False):
+        for (method, _target, stage), part in own.groupby(
+            ["method", "target", "stage"], dropna=False
+        ):
             share = (part.macs / part.seed.map(dense.macs)).mean()
             score = part.val_top1.mean() if val else part.top1.mean()
             if share <= row.limit * 1.01 and not np.isnan(score):
@@ -421,7 +592,12 @@ def test_no_model_that_fits_is_better_than_the_best(study, limits, val):
             assert row.method == "none" and np.isnan(row.top1) and row.limit < 0.1
             continue
         _, method, stage, share, top1 = max(fits)
-        assert (row.method, row.stage, row.seeds, row.chosen_on) == (method, stage, 3, "val" if val else "test")
+        assert (row.method, row.stage, row.seeds, row.chosen_on) == (
+            method,
+            stage,
+            3,
+            "val" if val else "test",
+        )
         assert (row.share, row.top1, row.dense) == pytest.approx((share, top1, 81))
 
 
@@ -430,34 +606,44 @@ def test_the_best_by_hand():
     rows = [
         about | {"method": "dense", "stage": "dense", "top1": 90, "params": 100},
         about | {"method": "dense", "stage": "dense+epochs", "top1": 91, "params": 100},
-        about | {"method": "pool", "stage": "finetuned", "top1": 85, "params": 50.4, "val_top1": 80},  # by the slack
+        about
+        | {
+            "method": "pool",
+            "stage": "finetuned",
+            "top1": 85,
+            "params": 50.4,
+            "val_top1": 80,
+        },  # by the slack
         about | {"method": "svd", "stage": "finetuned", "top1": 84, "params": 40, "val_top1": 81},
         about | {"method": "lucky", "stage": "cut", "top1": 89, "params": 45},  # never seen on val
         about | {"method": "half of the seeds", "stage": "cut", "top1": np.nan, "params": 1},
     ]
-    best = plots.best_under(pd.DataFrame(rows), "params", [1, 0.5, 0.25])
-    assert best.method.tolist() == ["svd", "svd", "none"] and best.chosen_on.tolist()[:2] == ["val", "val"]
+    best = tables.best_under(pd.DataFrame(rows), "params", [1, 0.5, 0.25])
+    assert best.method.tolist() == ["svd", "svd", "none"] and best.chosen_on.tolist()[:2] == [
+        "val",
+        "val",
+    ]
     assert best.loc[0, ["cost", "limit", "top1", "dense", "share", "value", "seeds"]].tolist() == [
         *("params", 1, 84, 90, 0.4, 40, 1),
     ]
-    on_test = plots.best_under(pd.DataFrame(rows).drop(columns="val_top1"), "params", [1, 0.5])
+    on_test = tables.best_under(pd.DataFrame(rows).drop(columns="val_top1"), "params", [1, 0.5])
     assert on_test.method.tolist() == ["dense", "lucky"] and set(on_test.chosen_on) == {"test"}
     dense_only = pd.DataFrame(rows[:2])
-    assert plots.best_under(dense_only, "params").empty
+    assert tables.best_under(dense_only, "params").empty
 
 
 def test_of_fewer_seeds_stands_back(study):
     one = study[study.method == "a"].query("seed == 0").assign(method="once", top1=99.0)
-    assert "once" not in set(plots.best_under(pd.concat([study, one]), "macs").method)
+    assert "once" not in set(tables.best_under(pd.concat([study, one]), "macs").method)
 
 
 def test_what_best_under_cannot_answer_is_an_error(study):
     with pytest.raises(ValueError, match="unknown cost 'mac', did you mean 'macs'"):
-        plots.best_under(study, "mac")
+        tables.best_under(study, "mac")
     with pytest.raises(ValueError, match="in \\(0, 1\\]; got \\[75\\]"):
-        plots.best_under(study, "macs", [75])
+        tables.best_under(study, "macs", [75])
     with pytest.raises(ValueError, match="no row of stage dense"):
-        plots.best_under(study[study.method != "dense"], "macs")
+        tables.best_under(study[study.method != "dense"], "macs")
 
 
 # -- the prediction audit
@@ -469,7 +655,7 @@ def test_the_audit_has_the_rank_correlation_of_pandas(count):
     frame = pd.DataFrame({"criterion": "fisher", "kind": rng.choice(["heads", "ranks"], count)})
     frame["predicted"] = rng.integers(0, 5, count).astype(float)  # ties, and no rise predicted
     frame["measured"] = frame.predicted + rng.normal(0, 2, count)
-    table = plots.audit_table(frame)
+    table = tables.audit_table(frame)
     assert table.cuts.sum() == count
     for row in table.itertuples():
         part = frame[frame.kind == row.kind]
@@ -486,14 +672,18 @@ def test_the_audit_by_hand_and_its_ends():
     frame = pd.DataFrame({"kind": ["heads"] * 4 + ["ranks"] * 2 + ["none"] * 3 + ["tiny"] * 3})
     frame["predicted"] = [1.0, 2, 3, np.nan, 1, 2, 0, 0, 0, 1e-11, 1e-9, 1e-6]
     frame["measured"] = [2.0, 8, 3, 1, 1, 1, 1, 2, 3, -1e-6, 9e-4, 2e-3]
-    table = plots.audit_table(frame, by=["kind"]).set_index("kind")
-    assert table.loc["heads"].tolist() == pytest.approx([3, 0.5, 2])  # ranks 1 2 3 against 1 3 2; ratios 2, 4, 1
+    table = tables.audit_table(frame, by=["kind"]).set_index("kind")
+    assert table.loc["heads"].tolist() == pytest.approx(
+        [3, 0.5, 2]
+    )  # ranks 1 2 3 against 1 3 2; ratios 2, 4, 1
     assert table.loc["ranks"].tolist() == pytest.approx([2, np.nan, 0.75], nan_ok=True)
     assert table.loc["none"].tolist() == pytest.approx([3, np.nan, np.nan], nan_ok=True)
-    assert table.loc["tiny"].tolist() == pytest.approx([3, 1, 2000])  # those below a millinat have no ratio
-    assert plots.audit_table(frame.head(0), by=["kind"]).empty
+    assert table.loc["tiny"].tolist() == pytest.approx(
+        [3, 1, 2000]
+    )  # those below a millinat have no ratio
+    assert tables.audit_table(frame.head(0), by=["kind"]).empty
     with pytest.raises(ValueError, match="unknown column 'criterion'"):
-        plots.audit_table(frame)
+        tables.audit_table(frame)
 
 
 @pytest.fixture
@@ -501,31 +691,47 @@ def audit():
     kinds = [("fisher", "heads"), ("fisher", "ranks"), ("random", "heads")]
     frame = pd.DataFrame([(*kind, target) for kind in kinds for target in (0.5, 0.25)])
     frame.columns = ["criterion", "kind", "target"]
-    return frame.assign(predicted=[0.1, 1.0, 0.2, 2.0, 1e-9, 0.0], measured=[0.2, 0.9, -0.5, 1.0, 0.05, -1.0])
+    return frame.assign(
+        predicted=[0.1, 1.0, 0.2, 2.0, 1e-9, 0.0], measured=[0.2, 0.9, -0.5, 1.0, 0.05, -1.0]
+    )
 
 
 def test_calibration_draws_every_cut_and_what_is_not_above_zero_at_the_edge(audit):
-    ax = plots.calibration(audit)
+    ax = plots.prediction_audit(audit)
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log") and ax.get_xlim() == ax.get_ylim()
     drawn = scatters(ax)
-    places = {tuple(place) for each in drawn for place in np.round(each.get_offsets().data, 6).tolist()}
+    places = {
+        tuple(place) for each in drawn for place in np.round(each.get_offsets().data, 6).tolist()
+    }
     floor = 1e-4  # the decade of four below the largest, 2
     assert places == {(0.1, 0.2), (1, 0.9), (0.2, floor), (2, 1), (floor, 0.05), (floor, floor)}
     white = [each for each in drawn if each.get_facecolor().tolist() == [[1, 1, 1, 1]]]
-    assert sum(len(each.get_offsets()) for each in white) == 3 and labels(ax)[-1] == "hollow: below 0.0001"
-    assert labels(ax)[:-1] == ["within a factor of 3", "as predicted", "fisher", "random", "heads", "ranks"]
-    above = plots.calibration(audit[(audit.predicted > 0.01) & (audit.measured > 0)])
+    assert (
+        sum(len(each.get_offsets()) for each in white) == 3
+        and labels(ax)[-1] == "hollow: below 0.0001"
+    )
+    assert labels(ax)[:-1] == [
+        "within a factor of 3",
+        "as predicted",
+        "fisher",
+        "random",
+        "heads",
+        "ranks",
+    ]
+    above = plots.prediction_audit(audit[(audit.predicted > 0.01) & (audit.measured > 0)])
     assert not [label for label in labels(above) if "hollow" in label] and above.get_xlim()[0] < 0.1
     with pytest.raises(ValueError, match="nothing to show"):
-        plots.calibration(audit.assign(predicted=0.0, measured=-1.0))
+        plots.prediction_audit(audit.assign(predicted=0.0, measured=-1.0))
 
 
 @pytest.mark.parametrize("criteria, kinds", [(1, 12), (9, 13), (3, 3)])
 def test_each_criterion_and_kind_looks_its_own(criteria, kinds):
     pairs = [(f"c{i}", f"k{j}") for i in range(criteria) for j in range(kinds)]
     frame = pd.DataFrame(pairs, columns=["criterion", "kind"]).assign(predicted=0.1, measured=0.2)
-    drawn = scatters(plots.calibration(frame))
-    shapes = {(each.get_paths()[0].vertices.tobytes(), tuple(each.get_facecolor()[0])) for each in drawn}
+    drawn = scatters(plots.prediction_audit(frame))
+    shapes = {
+        (each.get_paths()[0].vertices.tobytes(), tuple(each.get_facecolor()[0])) for each in drawn
+    }
     assert len(drawn) == len(shapes) == criteria * kinds
 
 
@@ -534,17 +740,29 @@ def test_each_criterion_and_kind_looks_its_own(criteria, kinds):
 
 def test_the_ladder_has_a_line_per_method_over_the_steps_there_are(rows):
     half = rows[(rows.target == 0.5) & (rows.form != "removed") | (rows.method == "dense")]
-    folded = half[(half.method == "unstructured") & (half.stage == "cut")].assign(stage="folded", top1=60.0)
+    folded = half[(half.method == "unstructured") & (half.stage == "cut")].assign(
+        stage="folded", top1=60.0
+    )
     unreachable = folded.assign(method="svd", stage="unreachable", top1=np.nan)
-    best = half[(half.method == "structured") & (half.stage == "finetuned")].assign(stage="distilled", top1=79.0)
+    best = half[(half.method == "structured") & (half.stage == "finetuned")].assign(
+        stage="distilled", top1=79.0
+    )
     ax = plots.ladder(pd.concat([half, folded, unreachable, best]))
     steps = ["after the cut", "mean folded", "fine-tuned", "fine-tuned,\ndistilled"]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == steps
-    assert labels(ax) == ["dense", "dense, same epochs", "structured", "unstructured"]  # the best at its end first
+    assert labels(ax) == [
+        "dense",
+        "dense, same epochs",
+        "structured",
+        "unstructured",
+    ]  # the best at its end first
     first, second = (container.lines[0] for container in ax.containers)
     assert first.get_ydata().tolist() == pytest.approx([50.5, 75.5, 79])
     assert second.get_ydata().tolist() == pytest.approx([50.5, 60, 75.5])
-    assert [[round(x) for x in line.get_xdata()] for line in (first, second)] == [[0, 2, 3], [0, 1, 2]]
+    assert [[round(x) for x in line.get_xdata()] for line in (first, second)] == [
+        [0, 2, 3],
+        [0, 1, 2],
+    ]
     hollow = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
     assert [len(line.get_xdata()) for line in hollow] == [1, 2]
 
@@ -557,11 +775,14 @@ def test_a_ladder_is_of_one_budget(rows):
 
 
 def test_recovery_knows_every_stage(rows):
-    stages = [stage for stage in plots.STAGES if not stage.startswith("dense")]
+    stages = [stage for stage in tables.STAGES if not stage.startswith("dense")]
     cut = rows[(rows.stage == "cut") & (rows.target == 0.5)]
     ax = plots.recovery(pd.concat([cut.assign(stage=stage) for stage in stages]))
-    assert labels(ax) == [plots.STAGES[stage] for stage in stages] and len(ax.containers) == 6
-    assert len({(bar.patches[0].get_hatch(), bar.patches[0].get_facecolor()) for bar in ax.containers}) == 6
+    assert labels(ax) == [tables.STAGES[stage] for stage in stages] and len(ax.containers) == 6
+    assert (
+        len({(bar.patches[0].get_hatch(), bar.patches[0].get_facecolor()) for bar in ax.containers})
+        == 6
+    )
 
 
 # -- what was forgotten
@@ -569,7 +790,9 @@ def test_recovery_knows_every_stage(rows):
 
 def changes(count, seeds=1):
     one = pd.DataFrame({"class": [f"c{i}" for i in range(count)], "images": range(count)})
-    one["change"] = [(7 * i) % count - count / 2 for i in range(count)]  # all different, in no order
+    one["change"] = [
+        (7 * i) % count - count / 2 for i in range(count)
+    ]  # all different, in no order
     return pd.concat([one.assign(seed=seed, change=one.change + seed) for seed in range(seeds)])
 
 
@@ -604,15 +827,20 @@ def test_changed_images_say_what_was_seen_before_and_after():
         def __len__(self):
             return len(self.indices)
 
-    frame = pd.DataFrame({"image": [2, 0], "label": ["ant", "bee"], "before": ["ant", "cat"], "after": "bee"})
-    figure = plots.changed_images(Split(), frame)
+    frame = pd.DataFrame(
+        {"image": [2, 0], "label": ["ant", "bee"], "before": ["ant", "cat"], "after": "bee"}
+    )
+    figure = drawings.changed_images(Split(), frame)
     shown = [ax for ax in figure.axes if ax.images]
     assert [ax.get_title() for ax in shown] == ["ant:\nant\n→ bee", "bee:\ncat\n→ bee"]
     assert (shown[0].images[0].get_array() == Split.store[7]).all()
-    assert [ax.title.get_color() for ax in shown] == [plots.COLORS[3], plots.COLORS[2]]  # forgotten, learned
+    assert [ax.title.get_color() for ax in shown] == [
+        style.COLORS[3],
+        style.COLORS[2],
+    ]  # forgotten, learned
     for wrong in (frame.head(0), frame.assign(image=3)):
         with pytest.raises(ValueError, match="places of images in a split of 3"):
-            plots.changed_images(Split(), wrong)
+            drawings.changed_images(Split(), wrong)
 
 
 # -- a figure for each model
@@ -628,22 +856,28 @@ def shown(monkeypatch):
 
 @pytest.fixture
 def results():
-    rows = pd.DataFrame([(m, s) for m in ("vit", "swin") for s in (0, 1)], columns=["model", "seed"])
+    rows = pd.DataFrame(
+        [(m, s) for m in ("vit", "swin") for s in (0, 1)], columns=["model", "seed"]
+    )
     return rows.assign(date="2026-01-02", commit=rows.model + rows.seed.astype(str))
 
 
 def test_a_figure_for_each_model_is_saved_with_its_caption_and_shown(results, shown, tmp_path):
-    table = pd.DataFrame({"model": ["vit", "swin"], "seed": 0, "kind": "heads", "spearman": [0.9, 0.8]})
-    table = pd.concat([table.assign(criterion="fisher"), table.assign(criterion="random", spearman=0.0)])
+    table = pd.DataFrame(
+        {"model": ["vit", "swin"], "seed": 0, "kind": "heads", "spearman": [0.9, 0.8]}
+    )
+    table = pd.concat(
+        [table.assign(criterion="fisher"), table.assign(criterion="random", spearman=0.0)]
+    )
     tables, about = {"agreement": table}, {"results": results, "folder": tmp_path}
     plots.draw_each(tables, "agreement", plots.agreement, **about)
     about |= {"table": "agreement", "note": "First: {criterion}, {spearman:.0%}."}
     plots.draw_each(tables, "ranks", plots.agreement, **about)
     names = ["agreement-swin", "agreement-vit", "ranks-swin", "ranks-vit"]
     assert sorted(path.stem for path in tmp_path.glob("*.svg")) == names and len(shown) == 4
-    plots.save(plots.agreement(table[table.model == "swin"]), tmp_path / "known")
+    style.save(plots.agreement(table[table.model == "swin"]), tmp_path / "known")
     assert (tmp_path / "known.svg").read_bytes() == (tmp_path / "agreement-swin.svg").read_bytes()
-    words = plots.caption(results, table[table.model == "swin"])
+    words = caption(results, table[table.model == "swin"])
     assert "; swin; seeds 0, split" in words and "commit swin0," in words
     assert (tmp_path / "agreement-swin.txt").read_text() == words + "\n"
     assert (tmp_path / "ranks-swin.txt").read_text() == words + " First: fisher, 80%.\n"
@@ -654,22 +888,38 @@ def test_where_a_table_is_missing_nothing_is_drawn(results, shown, tmp_path):
     assert not shown and not list(tmp_path.iterdir())
 
 
-def test_a_figure_for_each_target_has_the_controls_and_says_itself_where_rows_come_from(rows, shown, tmp_path):
+def test_a_figure_for_each_target_has_the_controls_and_says_itself_where_rows_come_from(
+    rows, shown, tmp_path
+):
     rows = rows.assign(model="vit", date="2026-01-02", commit="abc")
     half = rows[(rows.target == 0.5) & (rows.form == "masked")].assign(target_kind="macs")
     dense = rows[rows.method == "dense"]
     tables = {"ladder": pd.concat([half, half.assign(target=0.25)])}
-    about = {"results": rows.assign(commit="other"), "folder": tmp_path, "controls": dense, "names": ["first"]}
+    about = {
+        "results": rows.assign(commit="other"),
+        "folder": tmp_path,
+        "controls": dense,
+        "names": ["first"],
+    }
     plots.draw_each(tables, "ladder", plots.ladder, per="target", **about)
-    assert {path.stem for path in tmp_path.iterdir()} == {"ladder-macs-0.25-vit", "ladder-macs-0.5-vit"}
-    plots.save(plots.ladder(pd.concat([dense, half]), names=["first"]), tmp_path / "known")
-    assert (tmp_path / "known.svg").read_bytes() == (tmp_path / "ladder-macs-0.5-vit.svg").read_bytes()
-    assert (tmp_path / "ladder-macs-0.5-vit.txt").read_text() == plots.caption(pd.concat([dense, half])) + "\n"
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        "ladder-macs-0.25-vit",
+        "ladder-macs-0.5-vit",
+    }
+    style.save(plots.ladder(pd.concat([dense, half]), names=["first"]), tmp_path / "known")
+    assert (tmp_path / "known.svg").read_bytes() == (
+        tmp_path / "ladder-macs-0.5-vit.svg"
+    ).read_bytes()
+    assert (tmp_path / "ladder-macs-0.5-vit.txt").read_text() == caption(
+        pd.concat([dense, half])
+    ) + "\n"
 
 
 def test_a_missing_target_is_left_out_of_the_name(results, shown, tmp_path):
     table = changes(3).assign(model="vit", target_kind=None, target=np.nan)
     draw = {"draw": plots.class_change, "results": results, "folder": tmp_path, "per": "target"}
     plots.draw_each({"classes": table}, "classes", **draw)
-    plots.draw_each({"classes": table.drop(columns=["target_kind", "target"])}, "few", table="classes", **draw)
+    plots.draw_each(
+        {"classes": table.drop(columns=["target_kind", "target"])}, "few", table="classes", **draw
+    )
     assert {path.stem for path in tmp_path.iterdir()} == {"classes-vit", "few-vit"}

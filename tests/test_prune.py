@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import swa_utils
 
-from vitlab import masks, models, prune, scores, shrink
+from vitlab import models
+from vitlab.pruning import masks, prune, scores, shrink
+from vitlab.report import inside
 
 
 def magnitudes(model):
@@ -26,7 +28,10 @@ def test_sparsity_is_exact(model, sparsity, per):
     assert prune.sparsity(model, keep) == dropped / total
     if per == "global":
         assert dropped == round(sparsity * total)
-    for name, value in model.state_dict().items():  # what stays is bit-equal, what was not named too
+    for (
+        name,
+        value,
+    ) in model.state_dict().items():  # what stays is bit-equal, what was not named too
         assert value.equal(before[name] * keep[name] if name in keep else before[name])
 
 
@@ -91,7 +96,7 @@ def test_holder_keeps_zeros_through_training(model, batch, make):
     train(model, optimizer, batch, steps=2)  # moments of weights that die now
     keep = masks.keep_largest(magnitudes(model), sparsity=0.5)
     average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9))
-    holder = prune.Holder(model, keep, optimizer)
+    holder = prune.MaskHolder(model, keep, optimizer)
     for name, mask in keep.items():
         for moment in optimizer.state[model.get_parameter(name)].values():
             if moment.shape == mask.shape:
@@ -106,7 +111,9 @@ def test_holder_keeps_zeros_through_training(model, batch, make):
     alive = {name: model.get_parameter(name)[mask].clone() for name, mask in keep.items()}
     train(model, optimizer, batch, steps=5, after=after)
     assert prune.sparsity(model, keep) == prune.sparsity(average.module, keep) == exact
-    assert all(not model.get_parameter(name)[mask].equal(alive[name]) for name, mask in keep.items())
+    assert all(
+        not model.get_parameter(name)[mask].equal(alive[name]) for name, mask in keep.items()
+    )
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -124,7 +131,7 @@ def test_masked_gradients_alone_lose_the_sparsity(vit, batch, make):
 
 def test_check_names_the_parameter(vit):
     keep = masks.keep_largest(magnitudes(vit), sparsity=0.5)
-    holder = prune.Holder(vit, keep, torch.optim.SGD(vit.parameters()))
+    holder = prune.MaskHolder(vit, keep, torch.optim.SGD(vit.parameters()))
     holder.check()
     name = "blocks.1.attn.proj.weight"
     with torch.no_grad():
@@ -135,7 +142,9 @@ def test_check_names_the_parameter(vit):
     holder.check()
     other = copy.deepcopy(vit)
     with torch.no_grad():
-        other.get_parameter(name)[~keep[name]] = torch.nan  # NaN times zero is no zero: step cannot hide it
+        other.get_parameter(name)[~keep[name]] = (
+            torch.nan
+        )  # NaN times zero is no zero: step cannot hide it
     holder.step(other)
     with pytest.raises(RuntimeError, match=name):
         holder.check(other)
@@ -169,7 +178,9 @@ def test_masked_rows_are_rows_times_zero(model, batch):
         assert not torch.allclose(expected, model(batch[0]))
 
 
-@pytest.mark.parametrize(("convolution", "norm"), [(0, 2), (4, 6), (8, 9)])  # the first two pool in between
+@pytest.mark.parametrize(
+    ("convolution", "norm"), [(0, 2), (4, 6), (8, 9)]
+)  # the first two pool in between
 def test_masked_filters_take_their_batch_norm_with_them(model, batch, convolution, norm):
     assert isinstance(model.patch_embed.steps[convolution], nn.Conv2d)
     norm = model.patch_embed.steps[norm]
@@ -191,7 +202,9 @@ def test_masked_units_are_units_times_zero(model, batch, dropped):
         kept = torch.ones(block.neurons)
         kept[dropped] = 0
         mask = prune.units_to_masks(model, {(block.name, "neurons"): torch.tensor(dropped)})
-        torch.testing.assert_close(masked_logits(model, mask, batch[0]), scaled(model, block.mlp.fc2, kept, batch[0]))
+        torch.testing.assert_close(
+            masked_logits(model, mask, batch[0]), scaled(model, block.mlp.fc2, kept, batch[0])
+        )
 
 
 @pytest.mark.parametrize("dropped", [[0], [2, 5], [1, 8, 9, 17]])
@@ -201,10 +214,14 @@ def test_masked_head_dimensions_are_dimensions_times_zero(model, batch, dropped)
         kept = torch.ones(3, size)
         kept[2, dropped] = 0
         mask = prune.units_to_masks(model, {(block.name, "v"): dropped})
-        assert set(mask) == {f"{block.name}.attn.{part}" for part in ("qkv.weight", "qkv.bias", "proj.weight")}
+        assert set(mask) == {
+            f"{block.name}.attn.{part}" for part in ("qkv.weight", "qkv.bias", "proj.weight")
+        }
         found = masked_logits(model, mask, batch[0])
         torch.testing.assert_close(found, scaled(model, block.attn.proj, kept[2], batch[0]))
-        torch.testing.assert_close(found, scaled(model, block.attn.qkv, kept.flatten(), batch[0], output=True))
+        torch.testing.assert_close(
+            found, scaled(model, block.attn.qkv, kept.flatten(), batch[0], output=True)
+        )
         mask = prune.units_to_masks(model, {(block.name, "qk"): torch.tensor(dropped)})
         assert set(mask) == {f"{block.name}.attn.{part}" for part in ("qkv.weight", "qkv.bias")}
         found = masked_logits(model, mask, batch[0])
@@ -221,7 +238,10 @@ def test_all_dimensions_of_a_head_are_the_head(model):
     whole = prune.units_to_masks(model, {(block.name, "heads"): [1]})
     dims = range(block.head_dim, 2 * block.head_dim)
     parts = prune.units_to_masks(model, {(block.name, "qk"): dims, (block.name, "v"): dims})
-    assert all(whole[name].equal(mask) for name, mask in parts.items()) and whole.keys() == parts.keys()
+    assert (
+        all(whole[name].equal(mask) for name, mask in parts.items())
+        and whole.keys() == parts.keys()
+    )
 
 
 def test_queries_and_values_may_differ_in_size(vit):
@@ -232,7 +252,9 @@ def test_queries_and_values_may_differ_in_size(vit):
     mask = prune.units_to_masks(vit, {("blocks.0", "heads"): [1]})
     gone = [*range(3, 6), *range(15, 18), *range(32, 40)]
     assert (~mask["blocks.0.attn.qkv.bias"]).nonzero().flatten().tolist() == gone
-    assert (~mask["blocks.0.attn.proj.weight"]).any(0).nonzero().flatten().tolist() == list(range(8, 16))
+    assert (~mask["blocks.0.attn.proj.weight"]).any(0).nonzero().flatten().tolist() == list(
+        range(8, 16)
+    )
 
 
 def test_all_units_of_a_block_can_go_beside_others(model, batch):
@@ -249,7 +271,11 @@ def test_all_units_of_a_block_can_go_beside_others(model, batch):
 
 def test_units_compose_and_count_by_hand(vit):
     # Width 32, 4 heads of 8, 64 neurons.
-    drop = {("blocks.0", "heads"): [1], ("blocks.0", "neurons"): [0, 5], ("blocks.0.mlp.fc2", "rows"): [3]}
+    drop = {
+        ("blocks.0", "heads"): [1],
+        ("blocks.0", "neurons"): [0, 5],
+        ("blocks.0.mlp.fc2", "rows"): [3],
+    }
     mask = prune.units_to_masks(vit, drop)
     zeros = {name.removeprefix("blocks.0."): int((~keep).sum()) for name, keep in mask.items()}
     assert zeros == {
@@ -262,7 +288,9 @@ def test_units_compose_and_count_by_hand(vit):
         "mlp.fc2.bias": 1,
     }
     assert not mask["blocks.0.attn.qkv.bias"].view(3, 4, 8)[:, 1].any()
-    chosen = masks.keep_largest({("blocks.0", "heads"): torch.tensor([3.0, 1.0, 2.0, 4.0])}, count=1)
+    chosen = masks.keep_largest(
+        {("blocks.0", "heads"): torch.tensor([3.0, 1.0, 2.0, 4.0])}, count=1
+    )
     again = prune.units_to_masks(vit, masks.dropped(chosen))
     assert again["blocks.0.attn.proj.weight"].equal(mask["blocks.0.attn.proj.weight"])
 
@@ -281,7 +309,10 @@ def test_units_and_rows_refuse_what_is_not_there(vit):
             prune.units_to_masks(vit, drop)
     for rows, message in (
         ({"blocks.0.mlp.fc1": torch.ones(3) > 0}, "needs a bool mask of its 64 rows"),
-        ({"blocks.0.mlp.fc1": torch.ones(64)}, "needs a bool mask of its 64 rows; got torch.float32"),
+        (
+            {"blocks.0.mlp.fc1": torch.ones(64)},
+            "needs a bool mask of its 64 rows; got torch.float32",
+        ),
         ({"blocks.0.mlp": torch.ones(64) > 0}, "is not one weight and a bias"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -309,8 +340,12 @@ def test_cubic_schedule():
 
 
 def test_shares_of_a_schedule():
-    assert prune.shares("cubic", 4, final=0.8) == pytest.approx([0.8 * (1 - x**3) for x in (0.75, 0.5, 0.25, 0)])
-    assert prune.shares("iterative", 3, final=0.875) == pytest.approx([0.5, 0.75, 0.875])  # each takes half of the rest
+    assert prune.shares("cubic", 4, final=0.8) == pytest.approx(
+        [0.8 * (1 - x**3) for x in (0.75, 0.5, 0.25, 0)]
+    )
+    assert prune.shares("iterative", 3, final=0.875) == pytest.approx(
+        [0.5, 0.75, 0.875]
+    )  # each takes half of the rest
     assert prune.shares("one-shot", 4, final=0.7) == [0.7]
     for kind in ("cubic", "iterative"):
         assert prune.shares(kind, 1, final=0.7) == [0.7]  # one-shot
@@ -331,19 +366,27 @@ def test_going_further_keeps_the_dead_dead(model, per):
     parameters, dead = dict(model.named_parameters()), None
     for sparsity in (0.25, 0.5, 0.875):
         generator = torch.Generator().manual_seed(int(100 * sparsity))
-        saliency = {name: torch.rand(score.shape, generator=generator) for name, score in magnitudes(model).items()}
-        keep = prune.further(model, saliency, sparsity=sparsity, per=per)
+        saliency = {
+            name: torch.rand(score.shape, generator=generator)
+            for name, score in magnitudes(model).items()
+        }
+        keep = prune.keep_more_zero(model, saliency, sparsity=sparsity, per=per)
         fresh = masks.keep_largest(saliency, sparsity=sparsity, per=per)
         count = [sum(int(mask.sum()) for mask in found.values()) for found in (keep, fresh)]
         assert count[0] == count[1]  # exact, whatever was dead
         if dead is None:
-            assert all(keep[name].equal(mask) for name, mask in fresh.items())  # nothing dead: the same as afresh
+            assert all(
+                keep[name].equal(mask) for name, mask in fresh.items()
+            )  # nothing dead: the same as afresh
         else:
             assert not any((mask & dead[name]).any() for name, mask in keep.items())
         prune.apply(model, keep)
         dead = {name: parameters[name] == 0 for name in keep}
-    with pytest.raises(ValueError, match="would come back, most of them in .* ask for a higher sparsity than before"):
-        prune.further(model, saliency, sparsity=0.5, per=per)
+    with pytest.raises(
+        ValueError,
+        match="would come back, most of them in .* ask for a higher sparsity than before",
+    ):
+        prune.keep_more_zero(model, saliency, sparsity=0.5, per=per)
 
 
 def test_one_zero_does_not_make_a_tile_go_first(vit):
@@ -353,14 +396,14 @@ def test_one_zero_does_not_make_a_tile_go_first(vit):
         weight[:8, :8] = 0  # a whole tile of 8 x 8
         weight[8, 8] = 0
     score = {name: torch.arange(weight.numel()).view(weight.shape).float()}
-    keep = prune.further(vit, score, count=3, tile=8)[name]
+    keep = prune.keep_more_zero(vit, score, count=3, tile=8)[name]
     gone = (~keep)[::8, ::8].nonzero().tolist()
     assert gone == [[0, 0], [0, 1], [0, 2]] and keep[8, 8]  # not [1, 1]
 
 
 def test_further_refuses_scores_of_another_model(vit, swin):
     with pytest.raises(ValueError, match="no parameter 'layers.0"):
-        prune.further(vit, magnitudes(swin), sparsity=0.5)
+        prune.keep_more_zero(vit, magnitudes(swin), sparsity=0.5)
 
 
 def test_rows_go_step_by_step_until_as_many_are_left(model, batch):
@@ -369,28 +412,31 @@ def test_rows_go_step_by_step_until_as_many_are_left(model, batch):
         left = total - round(share * total)
         for criterion in ("fisher", "random"):  # random does not know which rows are gone
             found = scores.rows(before, [batch], criteria=criterion)[criterion]
-            small = shrink.remove(before, prune.further_rows(before, found, left=left))
+            small = shrink.remove(before, prune.keep_fewer_rows(before, found, left=left))
             layers = models.view(small).linears().values()
             assert sum(len(getattr(m, "rows", range(m.out_features))) for m in layers) == left
             assert min(len(getattr(m, "rows", range(m.out_features))) for m in layers) >= 1
         before = small
-    with pytest.raises(ValueError, match=f"{left} rows are left already; ask for fewer than {left}"):
-        prune.further_rows(small, scores.rows(small, criteria="random")["random"], left=left)
+    with pytest.raises(
+        ValueError, match=f"{left} rows are left already; ask for fewer than {left}"
+    ):
+        prune.keep_fewer_rows(small, scores.rows(small, criteria="random")["random"], left=left)
     with pytest.raises(ValueError, match="rows; got .* scores of another model"):
-        prune.further_rows(small, scores.rows(model, criteria="random")["random"], left=9)
+        prune.keep_fewer_rows(small, scores.rows(model, criteria="random")["random"], left=9)
     flat = {"blocks.0.mlp.fc1": torch.arange(64.0)}
     vit = models.create("conv_vit", num_classes=3, embed_dim=32, depth=1)
-    assert prune.further_rows(vit, flat, left=61) == {("blocks.0.mlp.fc1", "rows"): [0, 1, 2]}
+    assert prune.keep_fewer_rows(vit, flat, left=61) == {("blocks.0.mlp.fc1", "rows"): [0, 1, 2]}
 
 
 def test_histogram_counts_every_weight_once_and_zeros_apart(model):
     keep = {
-        f"{name}.weight": torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+        f"{name}.weight": torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+        > 0.5
         for name, layer in models.view(model).linears().items()
     }
     cut = copy.deepcopy(model)
     prune.apply(cut, keep)
-    table = prune.histogram({"unpruned": model, "pruned": cut}, keep, bins=21)
+    table = inside.weights({"unpruned": model, "pruned": cut}, keep, bins=21)
     total = sum(mask.numel() for mask in keep.values())
     dead = sum(int((~mask).sum()) for mask in keep.values())
     for stage, zeros in (("unpruned", 0), ("pruned", dead)):

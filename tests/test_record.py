@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 
-from vitlab import data, record
+from vitlab import files
+from vitlab.studies import results, runs, settings
+from vitlab.training import data
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +24,7 @@ def data_root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def lab():
-    return record.open_run("demo", "vit", 0, {})
+    return runs.open_run("demo", "vit", 0, {})
 
 
 ROW = {"method": "dense", "stage": "dense", "top1": 90.0, "extra": "x"}
@@ -32,7 +34,7 @@ ROW = {"method": "dense", "stage": "dense", "top1": 90.0, "extra": "x"}
 
 
 def test_values_read_as_attributes_and_name_what_is_near():
-    values = record.study("demo")
+    values = settings.study("demo")
     assert values.name == "demo" and values.train.epochs == values["train"]["epochs"]
     with pytest.raises(AttributeError, match="unknown value 'epoch', did you mean 'epochs'"):
         _ = values.train.epoch
@@ -54,7 +56,7 @@ def test_values_read_as_attributes_and_name_what_is_near():
     ],
 )
 def test_an_override_changes_its_value_and_no_other(dotted, value):
-    plain, changed = record.study("demo"), record.study("demo", override={dotted: value})
+    plain, changed = settings.study("demo"), settings.study("demo", override={dotted: value})
     assert changed != plain
     *parents, last = dotted.split(".")
     before, after = plain, changed
@@ -68,7 +70,11 @@ def test_an_override_changes_its_value_and_no_other(dotted, value):
 @pytest.mark.parametrize(
     "override, error, words",
     [
-        ({"train.epoch": 2}, ValueError, "unknown value 'train.epoch', did you mean 'train.epochs'"),
+        (
+            {"train.epoch": 2},
+            ValueError,
+            "unknown value 'train.epoch', did you mean 'train.epochs'",
+        ),
         ({"tarin.epochs": 2}, ValueError, "did you mean 'train.epochs'"),
         ({"train.epochs.more": 2}, ValueError, "unknown value"),
         ({"train.epochs": "2"}, TypeError, "train.epochs should be a valid integer, got str '2'"),
@@ -96,41 +102,45 @@ def test_an_override_changes_its_value_and_no_other(dotted, value):
 )
 def test_a_wrong_override_says_what_is_wrong(override, error, words):
     with pytest.raises(error, match=words):
-        record.study("demo", override=override)
+        settings.study("demo", override=override)
 
 
 def test_an_unknown_study_names_the_nearest_and_all():
-    with pytest.raises(ValueError, match="unknown study 'dmo', did you mean 'demo'.*cifar10-small.*path"):
-        record.study("dmo")
+    with pytest.raises(
+        ValueError, match="unknown study 'dmo', did you mean 'demo'.*cifar10-small.*path"
+    ):
+        settings.study("dmo")
 
 
 def test_a_study_of_ones_own_is_a_path(tmp_path):
-    values = dict(record.study("demo"))
+    values = dict(settings.study("demo"))
     del values["name"]
     plain = json.loads(json.dumps(values))
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump(plain))
-    assert record.study(own) == record.study("demo") | {"name": "own"}
+    assert settings.study(own) == settings.study("demo") | {"name": "own"}
 
     own.write_text(yaml.safe_dump({**plain, "gloal_pruning": {}}))
-    with pytest.raises(ValueError, match="unknown value 'gloal_pruning', did you mean 'global_pruning'"):
-        record.study(own)
+    with pytest.raises(
+        ValueError, match="unknown value 'gloal_pruning', did you mean 'global_pruning'"
+    ):
+        settings.study(own)
     own.write_text(yaml.safe_dump({key: value for key, value in plain.items() if key != "train"}))
     with pytest.raises(ValueError, match="own.yaml: train is missing"):
-        record.study(own)
+        settings.study(own)
     own.write_text(own.read_text() + "train: {lr: 2e-3}\n")  # text to YAML, which wants 2.0e-3
     with pytest.raises(ValueError, match="own.yaml .* line .*'2e-3' as text; write 0.002"):
-        record.study(own)
+        settings.study(own)
 
     own.write_text("train: [1")
     with pytest.raises(ValueError, match="own.yaml is not written as YAML"):
-        record.study(own)
+        settings.study(own)
 
 
 @pytest.fixture
 def demo_with(tmp_path):
     """A function that writes the demo's file with other values, of None for a value without it; gives its path."""
-    plain = yaml.safe_load((record.repository() / "notebooks" / "params" / "demo.yaml").read_text())
+    plain = yaml.safe_load((files.repository() / "notebooks" / "params" / "demo.yaml").read_text())
 
     def write(changes):
         for dotted, value in changes.items():
@@ -150,15 +160,31 @@ def demo_with(tmp_path):
 @pytest.mark.parametrize(
     "changes, error, words",
     [
-        ({"train.epochss": 3}, ValueError, "unknown value 'train.epochss', did you mean 'train.epochs'"),
+        (
+            {"train.epochss": 3},
+            ValueError,
+            "unknown value 'train.epochss', did you mean 'train.epochs'",
+        ),
         ({"other_seed": {}}, ValueError, "did you mean 'other_seeds'"),
-        ({"data.image_sze": 3}, ValueError, "unknown value 'data.image_sze', did you mean 'data.image_size'"),
+        (
+            {"data.image_sze": 3},
+            ValueError,
+            "unknown value 'data.image_sze', did you mean 'data.image_size'",
+        ),
         ({"data.augment.scal": [0.5, 1.0]}, ValueError, "did you mean 'data.augment.scale'"),
-        ({"train.epochs": "three"}, TypeError, "train.epochs should be a valid integer, got str 'three'"),
+        (
+            {"train.epochs": "three"},
+            TypeError,
+            "train.epochs should be a valid integer, got str 'three'",
+        ),
         ({"train.epochs": 2.5}, TypeError, "train.epochs should be a valid integer, got float"),
         ({"calibration.images": None}, ValueError, "calibration.images is missing"),
         ({"train.lr": None}, ValueError, "train.lr is missing"),
-        ({"train.lr": None, "budget.kinds": None}, ValueError, "train.lr is .*budget.kinds is missing"),
+        (
+            {"train.lr": None, "budget.kinds": None},
+            ValueError,
+            "train.lr is .*budget.kinds is missing",
+        ),
         ({"train": 3}, TypeError, "train should be a valid dictionary, got int 3"),
         ({"seeds": 0}, TypeError, "seeds should be a valid list"),
         ({"seeds": []}, ValueError, "seeds should have at least 1 item"),
@@ -167,22 +193,37 @@ def demo_with(tmp_path):
         ({"models": ["vit"]}, TypeError, "models should be a valid dictionary"),
         ({"models.vit": "conv_vit"}, TypeError, "models.vit should be a valid dictionary"),
         ({"models.vit.name": None}, ValueError, "models.vit.name is missing"),
-        ({"models.vit.pretrained": "yes"}, TypeError, "models.vit.pretrained should be a valid boolean"),
+        (
+            {"models.vit.pretrained": "yes"},
+            TypeError,
+            "models.vit.pretrained should be a valid boolean",
+        ),
     ],
 )
 def test_a_wrong_value_in_a_file_of_ones_own_is_named(demo_with, changes, error, words):
     with pytest.raises(error, match=f"own.yaml: .*{words}"):
-        record.study(demo_with(changes))
+        settings.study(demo_with(changes))
 
 
 def test_a_file_of_ones_own_may_have_other_options_and_what_came_later_is_off(demo_with):
-    options = {"name": "vit_tiny_patch16_224", "pretrained": True, "drop_path_rate": 0.1, "weights": "some/where"}
+    options = {
+        "name": "vit_tiny_patch16_224",
+        "pretrained": True,
+        "drop_path_rate": 0.1,
+        "weights": "some/where",
+    }
     moments = [[0.5, 0.5, 0.5], [0.25, 0.25, 0.25]]
-    changes = {"models": {"mine": options}, "data.normalise": moments, "data.augment": {"scale": [0.5, 1.0]}}
-    values = record.study(demo_with(changes | {"train.mixup": None, "train.cutmix": None, "data.skip_broken": None}))
+    changes = {
+        "models": {"mine": options},
+        "data.normalise": moments,
+        "data.augment": {"scale": [0.5, 1.0]},
+    }
+    values = settings.study(
+        demo_with(changes | {"train.mixup": None, "train.cutmix": None, "data.skip_broken": None})
+    )
     assert values.models == {"mine": options} and values.data.normalise == moments
     assert (values.train.mixup, values.train.cutmix, values.data.skip_broken) == (0, 0, None)
-    assert record.study(demo_with({"budget.faster_at": 32}), override={"budget.faster_at": None})
+    assert settings.study(demo_with({"budget.faster_at": 32}), override={"budget.faster_at": None})
 
 
 @pytest.mark.parametrize(
@@ -200,34 +241,47 @@ def test_a_file_of_ones_own_may_have_other_options_and_what_came_later_is_off(de
 def test_a_share_is_no_percentage(demo_with, dotted, wrong):
     for value in wrong:
         for arguments in [("demo", {dotted: value}), (demo_with({dotted: value}), None)]:
-            with pytest.raises(ValueError, match=rf"{dotted}(\.\d)? is a share in [\[(]0, 1\), not a percentage, got"):
-                record.study(arguments[0], override=arguments[1])
+            with pytest.raises(
+                ValueError,
+                match=rf"{dotted}(\.\d)? is a share in [\[(]0, 1\), not a percentage, got",
+            ):
+                settings.study(arguments[0], override=arguments[1])
 
 
 def test_other_seeds_have_values_of_their_own(demo_with):
-    own = demo_with({"seeds": [3, 0, 1], "other_seeds": {"train.epochs": 2, "budget.shares": [0.5]}})
-    first = record.study(own)
-    assert first == record.study(own, seed=3) and "other_seeds" not in first
+    own = demo_with(
+        {"seeds": [3, 0, 1], "other_seeds": {"train.epochs": 2, "budget.shares": [0.5]}}
+    )
+    first = settings.study(own)
+    assert first == settings.study(own, seed=3) and "other_seeds" not in first
     for seed in (0, 1):
-        assert record.study(own, seed=seed) == record.study(own, override={"train.epochs": 2, "budget.shares": [0.5]})
-    assert record.study(own, seed=1, override={"train.epochs": 4}).train.epochs == 4
-    assert record.open_run(own, "vit", 1, {}).training()["epochs"] == 2
-    assert record.open_run(own, "vit", 3, {}).training()["epochs"] == first.train.epochs != 2
+        assert settings.study(own, seed=seed) == settings.study(
+            own, override={"train.epochs": 2, "budget.shares": [0.5]}
+        )
+    assert settings.study(own, seed=1, override={"train.epochs": 4}).train.epochs == 4
+    assert runs.open_run(own, "vit", 1, {}).training()["epochs"] == 2
+    assert runs.open_run(own, "vit", 3, {}).training()["epochs"] == first.train.epochs != 2
 
 
 @pytest.mark.parametrize(
     "others, error, words",
     [
-        ({"train.epoch": 2}, ValueError, "unknown value 'train.epoch', did you mean 'train.epochs'"),
+        (
+            {"train.epoch": 2},
+            ValueError,
+            "unknown value 'train.epoch', did you mean 'train.epochs'",
+        ),
         ({"train.epochs": "many"}, TypeError, "should be a valid integer"),
         ({"train": {"epochs": 2}}, TypeError, "train is a section"),
         ({"budget.shares": [50.0]}, ValueError, "budget.shares.0 is a share in"),
         ([2], TypeError, "other_seeds is a dict"),
     ],
 )
-def test_a_wrong_value_of_other_seeds_is_named_whichever_seed_is_run(demo_with, others, error, words):
+def test_a_wrong_value_of_other_seeds_is_named_whichever_seed_is_run(
+    demo_with, others, error, words
+):
     with pytest.raises(error, match=f"own.yaml: .*{words}"):
-        record.study(demo_with({"other_seeds": others}))
+        settings.study(demo_with({"other_seeds": others}))
 
 
 # -- runs
@@ -237,7 +291,7 @@ def test_a_run_has_a_folder_of_its_own(data_root, lab):
     assert lab.folder == data_root / "runs" / "demo" / "vit" / "seed0" and lab.folder.is_dir()
     assert lab.path("x") == lab.folder / "x"
     assert (lab.study, lab.model_name, lab.seed) == ("demo", "vit", 0)
-    assert record.open_run("demo").folder == data_root / "runs" / "demo"
+    assert runs.open_run("demo").folder == data_root / "runs" / "demo"
 
 
 @pytest.mark.parametrize(
@@ -251,15 +305,17 @@ def test_a_run_has_a_folder_of_its_own(data_root, lab):
 )
 def test_a_run_that_cannot_be_is_refused_and_leaves_nothing(data_root, arguments, error, words):
     with pytest.raises(error, match=words):
-        record.open_run(*arguments)
+        runs.open_run(*arguments)
     assert not data_root.exists()
 
 
 def test_no_permission_says_where_and_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("VITLAB_DATA", str(tmp_path / "file"))  # a file where a folder should be: also for root
+    monkeypatch.setenv(
+        "VITLAB_DATA", str(tmp_path / "file")
+    )  # a file where a folder should be: also for root
     with pytest.raises(PermissionError, match="cannot write to .*file.*VITLAB_DATA"):
-        record.open_run("demo", "vit")
+        runs.open_run("demo", "vit")
 
 
 def test_arguments_for_the_calls_that_a_notebook_makes(lab):
@@ -276,42 +332,50 @@ def test_arguments_for_the_calls_that_a_notebook_makes(lab):
 
 
 def test_local_weights_are_found_from_anywhere():
-    lab = record.open_run("caltech101-small", "vit-transfer")
-    assert lab.model["weights"] == str(record.repository() / "checkpoints/cifar10-small/vit")
+    lab = runs.open_run("caltech101-small", "vit-transfer")
+    assert lab.model["weights"] == str(files.repository() / "checkpoints/cifar10-small/vit")
 
 
 def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkeypatch, tmp_path):
     settings, folder = lab.training(), tmp_path / "checkpoints" / "demo" / "vit"
-    other = record.open_run("demo", "vit", 7)
-    monkeypatch.setattr(record, "repository", lambda: tmp_path)
+    other = runs.open_run("demo", "vit", 7)
+    monkeypatch.setattr(runs, "repository", lambda: tmp_path)
     images = SimpleNamespace(description="drawn shapes")
     assert lab.shipped(settings, images) is None
     kept = {"settings": settings, "values": lab.origin, "data": "drawn shapes"}
-    record.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
+    files.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
     assert lab.shipped(settings, images) == folder
     assert lab.shipped(settings | {"epochs": 1}, images) is None
     assert lab.shipped(settings, SimpleNamespace(description="other shapes")) is None
     del kept["settings"]["mixup"]  # of a checkpoint from before there was any
-    record.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
+    files.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
     assert lab.shipped(lab.training(), images) == folder
     assert lab.shipped(lab.training() | {"mixup": 0.2}, images) is None
     assert other.shipped(other.training(), images) is None
     seventh = tmp_path / "checkpoints" / "demo" / "vit-seed7"
-    record.write_atomic(seventh / "model.json", json.dumps({"extra": {**kept, "settings": other.training()}}))
+    files.write_atomic(
+        seventh / "model.json", json.dumps({"extra": {**kept, "settings": other.training()}})
+    )
     assert other.shipped(other.training(), images) == seventh
-    assert record.of_shipped(seventh) == ("demo", "vit", 7) and record.of_shipped(folder) == ("demo", "vit", 0)
+    assert runs.checkpoint_id(seventh) == ("demo", "vit", 7) and runs.checkpoint_id(folder) == (
+        "demo",
+        "vit",
+        0,
+    )
     lab.params.data["image_size"] = 64
     assert lab.shipped(settings, images) is None
 
 
 @pytest.mark.parametrize(
-    "folder", sorted((record.repository() / "checkpoints").glob("*/*")), ids=lambda path: path.name
+    "folder", sorted((files.repository() / "checkpoints").glob("*/*")), ids=lambda path: path.name
 )
 def test_the_checkpoints_that_the_repository_ships_are_those_of_its_studies(folder):
-    one = record.open_run(*record.of_shipped(folder))
-    images = SimpleNamespace(description=json.loads((folder / "model.json").read_text())["extra"]["data"])
+    one = runs.open_run(*runs.checkpoint_id(folder))
+    images = SimpleNamespace(
+        description=json.loads((folder / "model.json").read_text())["extra"]["data"]
+    )
     assert one.shipped(one.training(), images) == folder
-    other = record.open_run(*record.of_shipped(folder), override={"train.mixup": 0.2})
+    other = runs.open_run(*runs.checkpoint_id(folder), override={"train.mixup": 0.2})
     assert other.shipped(other.training(), images) is None
 
 
@@ -343,17 +407,26 @@ def test_augmented_calibration_is_drawn_once_for_each_image(lab, published):
     train = data.Split(store=store, indices=np.arange(48), labels=torch.arange(48) % 3, **sizes)
     options = {"images": 24, "augment": True}
     plain, drawn, again = (lab.calibration(train, **o) for o in ({"images": 24}, options, options))
-    other = record.open_run("demo", "vit", 1).calibration(train, **options)
+    other = runs.open_run("demo", "vit", 1).calibration(train, **options)
     pairs = list(zip(plain, drawn, again, strict=True))
     assert all(x.equal(z) and not w.equal(x) and y.equal(v) for (w, v), (x, y), (z, _) in pairs)
     assert not other[0][0].equal(drawn[0][0])
     saved = lab.save_calibration(drawn, (0.5, 1.0)).iloc[0].to_dict()
     assert saved == {
-        **{"study": "demo", "model": "vit", "seed": 0, "images": 24, "batch_size": 64, "labels": "true"},
+        **{
+            "study": "demo",
+            "model": "vit",
+            "seed": 0,
+            "images": 24,
+            "batch_size": 64,
+            "labels": "true",
+        },
         **{"augment": False, "calibration_loss": 0.5, "val_loss": 1.0},
     }
     lab.save_rows("2_sensitivity", [ROW])
-    assert record.read_study("demo").tables.calibration.labels.tolist() == ["true"], "a word, not a bool"
+    assert results.read_study("demo").tables.calibration.labels.tolist() == ["true"], (
+        "a word, not a bool"
+    )
 
 
 def test_a_missing_step_is_named_with_its_command(lab):
@@ -361,7 +434,7 @@ def test_a_missing_step_is_named_with_its_command(lab):
         lab.need("dense", "1_train")
     for part in ("dense is missing", "run notebooks/1_train.ipynb first", "JupyterLab"):
         assert part in str(error.value)
-    assert "python -m vitlab.run 1_train --study demo --model vit --seed 0" in str(error.value)
+    assert "python -m vitlab run 1_train --study demo --model vit --seed 0" in str(error.value)
     lab.path("dense").mkdir()
     assert lab.need("dense", "1_train") == lab.path("dense")
     with pytest.raises(ValueError, match="unknown notebook '1_tain', did you mean '1_train'"):
@@ -370,15 +443,17 @@ def test_a_missing_step_is_named_with_its_command(lab):
 
 def test_an_overridden_run_stands_apart_and_reads_what_it_does_not_change(lab):
     lab.path("dense").mkdir()
-    other = record.open_run("demo", "vit", 0, {"global_pruning.epochs": 1})
+    other = runs.open_run("demo", "vit", 0, {"global_pruning.epochs": 1})
     assert other.folder != lab.folder and other.params.global_pruning.epochs == 1
     assert other.need("dense", "1_train") == lab.path("dense")
-    retrained = record.open_run("demo", "vit", 0, {"train.epochs": 1})
+    retrained = runs.open_run("demo", "vit", 0, {"train.epochs": 1})
     with pytest.raises(FileNotFoundError, match="--set 'train.epochs=1'"):
         retrained.need("dense", "1_train")
     values = [{"data.name": "/some/where"}, {"data.name": "/some/where else"}, {"train.lr": 1e-9}]
-    names = {record.open_run("demo", override=value).folder.name for value in values}
-    assert len(names) == 3 and all(set(name) <= set("+.=,-_" + name) and "/" not in name for name in names)
+    names = {runs.open_run("demo", override=value).folder.name for value in values}
+    assert len(names) == 3 and all(
+        set(name) <= set("+.=,-_" + name) and "/" not in name for name in names
+    )
 
 
 # -- rows
@@ -386,7 +461,7 @@ def test_an_overridden_run_stands_apart_and_reads_what_it_does_not_change(lab):
 
 def test_rows_carry_their_provenance_in_the_written_order(lab):
     frame = lab.save_rows("1_train", [ROW, ROW | {"target": 1, "threads": 7}])
-    assert list(frame)[: len(record.ROW)] == record.ROW and list(frame)[len(record.ROW) :] == [
+    assert list(frame)[: len(runs.ROW)] == runs.ROW and list(frame)[len(runs.ROW) :] == [
         "extra",
         "override",
     ]
@@ -395,7 +470,9 @@ def test_rows_carry_their_provenance_in_the_written_order(lab):
     first = read.iloc[0]
     assert (first.study, first.model, first.seed, first.split_seed) == ("demo", "vit", 0, 0)
     assert first.torch.startswith("2.") and first.timm and first.device and first.commit
-    assert pd.Timestamp(first.date).tzinfo and read.threads.tolist()[1] == 7  # what a row says itself stays
+    assert (
+        pd.Timestamp(first.date).tzinfo and read.threads.tolist()[1] == 7
+    )  # what a row says itself stays
 
 
 @pytest.mark.parametrize("rows", [[{"stage": "dense"}], [{"method": "dense"}], []])
@@ -434,7 +511,8 @@ def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(l
         about | dict(stage="cut", val_top1=40.0) | measure(10, images.test),
         about | spent | measure(20, images.test),
         dict(method="ranks", target=0.1, stage="unreachable", note="the floor is 0.2"),
-        dict(method="dense", form="masked", stage="dense+epochs", epochs=2, seconds=7.5) | measure(30, images.test),
+        dict(method="dense", form="masked", stage="dense+epochs", epochs=2, seconds=7.5)
+        | measure(30, images.test),
     ]
     by_hand = lab.save_rows("3_global_pruning", rows, data="drawn shapes").drop(columns="date")
     pd.testing.assert_frame_equal(table.drop(columns="date"), by_hand)
@@ -454,34 +532,39 @@ def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(l
 def published(data_root, monkeypatch, tmp_path):
     """Folder of the figures of the study demo, in a repository that has nothing else."""
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / "params").symlink_to(record.repository() / "notebooks" / "params")
-    monkeypatch.setattr(record, "repository", lambda: tmp_path)
+    (tmp_path / "notebooks" / "params").symlink_to(files.repository() / "notebooks" / "params")
+    monkeypatch.setattr(runs, "repository", lambda: tmp_path)
     return tmp_path / "figures" / "demo"
 
 
 def test_a_study_is_read_over_models_and_seeds(lab, published):
     with pytest.raises(FileNotFoundError, match="make study STUDY=demo"):
-        record.read_study("demo")
+        results.read_study("demo")
     for model, seed in [("vit", 0), ("vit", 1), ("swin", 0)]:
-        one = record.open_run("demo", model, seed)
+        one = runs.open_run("demo", model, seed)
         one.save_rows("1_train", [ROW])
         one.save_rows("3_global_pruning", [ROW, ROW | {"override": None, "only": 1.5}])
         history = pd.DataFrame({"epoch": [1, 2], "train_top1": [10.0, 20.0]})
         one.save_history("1_train", [history, history.assign(method="dense")])
         one.save_table("heads", pd.DataFrame({"head": [0, 1]}, index=[5, 9]))
-    record.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
-    record.open_run("demo", "vit", 0, {"train.epochs": 1}).save_rows("1_train", [ROW])  # not of the study
-    found = record.read_study("demo")
+    runs.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
+    runs.open_run("demo", "vit", 0, {"train.epochs": 1}).save_rows(
+        "1_train", [ROW]
+    )  # not of the study
+    found = results.read_study("demo")
     assert len(found.results) == 9 and found.results.override.isna().all()
     assert found.results.groupby(["model", "seed"]).size().to_dict() == {
         ("swin", 0): 3,
         ("vit", 0): 3,
         ("vit", 1): 3,
     }
-    assert list(found.history)[:5] == ["study", "model", "seed", "notebook", "method"] and len(found.history) == 12
+    assert (
+        list(found.history)[:5] == ["study", "model", "seed", "notebook", "method"]
+        and len(found.history) == 12
+    )
     assert set(found.tables) == {"heads", "data"} and len(found.tables.heads) == 6
     assert found.tables.heads.notna().all(axis=None)
-    assert len(record.read_study("demo", override={"train.epochs": 1}).results) == 1
+    assert len(results.read_study("demo", override={"train.epochs": 1}).results) == 1
     assert found.tables.heads["head"].tolist() == 3 * [0, 1]
 
 
@@ -492,18 +575,18 @@ def publish(folder, found, **changes):
             others = [{"model": "swin"}, {"model": "gone"}, {"seed": 99}]
             frame = pd.concat([frame, *(frame.assign(**other) for other in others)])
         name = name if name in ("results", "history") else f"table-{name}"
-        record.write_atomic(folder / f"{name}.csv", frame.assign(**changes).to_csv(index=False))
+        files.write_atomic(folder / f"{name}.csv", frame.assign(**changes).to_csv(index=False))
 
 
 @pytest.fixture
 def run(published):
     """A run of demo's vit that has saved something of everything."""
-    lab = record.open_run("demo", "vit", 0)
+    lab = runs.open_run("demo", "vit", 0)
     for name in ("1_train", "3_global_pruning"):
         lab.save_rows(name, [ROW | {"top1": 50, "params": 7}])
     lab.save_history("3_global_pruning", pd.DataFrame({"epoch": [1]}))
     lab.save_table("heads", pd.DataFrame({"head": [0, 1]}))
-    record.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
+    runs.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
     return lab
 
 
@@ -514,84 +597,126 @@ def test_timings_of_other_methods_stay(run, published):
     run.save_rows("5_budget", [ROW | {"method": "pool"}])
     timed = ("svd", "pool", "dense", "of an older protocol")
     run.save_rows("6_efficiency", [ROW | {"method": word, "latency_ms": 1.0} for word in timed])
-    publish(published, record.read_study("demo"))
-    run.save_rows("6_efficiency", [ROW | {"method": word, "latency_ms": 2.0} for word in ("pool", "dense")])
-    found = record.read_study("demo").results
+    publish(published, results.read_study("demo"))
+    run.save_rows(
+        "6_efficiency", [ROW | {"method": word, "latency_ms": 2.0} for word in ("pool", "dense")]
+    )
+    found = results.read_study("demo").results
     found = found[(found.model == "vit") & (found.notebook == "6_efficiency")]
     assert found.set_index("method").latency_ms.to_dict() == {"pool": 2.0, "dense": 2.0, "svd": 1.0}
 
 
 def test_what_was_not_run_here_comes_from_the_figures(run, published):
     """Rows of another notebook, seed or model stay; those measured anew, and unknown models and seeds, do not."""
-    publish(published, record.read_study("demo"))
+    publish(published, results.read_study("demo"))
     for name in ("history-3_global_pruning.csv", "results-3_global_pruning.csv", "table-heads.csv"):
         run.path(name).unlink()
     run.save_rows("1_train", [ROW | {"top1": 50.01, "params": 7}])
-    found = record.read_study("demo")
+    found = results.read_study("demo")
     assert found.results.set_index(["model", "seed", "notebook"]).top1.to_dict() == {
         ("swin", 0, "1_train"): 50,
         ("swin", 0, "3_global_pruning"): 50,
         ("vit", 0, "1_train"): 50.01,
         ("vit", 0, "3_global_pruning"): 50,
     }
-    notebooks = [f"swin seed 0 {name}" for name in ("1_train", "3_global_pruning")] + ["vit seed 0 3_global_pruning"]
-    assert sorted(found.kept) == sorted([*notebooks, "vit seed 0 table-heads", "swin seed 0 table-heads"])
+    notebooks = [f"swin seed 0 {name}" for name in ("1_train", "3_global_pruning")] + [
+        "vit seed 0 3_global_pruning"
+    ]
+    assert sorted(found.kept) == sorted(
+        [*notebooks, "vit seed 0 table-heads", "swin seed 0 table-heads"]
+    )
     assert found.history.model.tolist() == ["swin", "vit"]
     assert found.tables.heads.model.tolist() == ["swin"] * 2 + ["vit"] * 2
     assert found.tables.data.split.tolist() == ["train"]
-    assert record.read_study("demo", override={}).kept == found.kept
+    assert results.read_study("demo", override={}).kept == found.kept
     with pytest.raises(FileNotFoundError):
-        record.read_study("demo", override={"train.epochs": 1})
+        results.read_study("demo", override={"train.epochs": 1})
 
 
 def test_figures_of_another_dense_model_or_of_old_times_do_not_count(run, published):
-    publish(published, record.read_study("demo"))
+    publish(published, results.read_study("demo"))
     run.path("results-3_global_pruning.csv").unlink()
     run.save_rows("1_train", [ROW | {"top1": 60, "params": 7}])
-    found = record.read_study("demo")
+    found = results.read_study("demo")
     assert found.results.groupby("model").size().to_dict() == {"swin": 2, "vit": 1}
     publish(published, found, notebook="5_old")
-    assert set(record.read_study("demo").results.model) == {"vit"}
+    assert set(results.read_study("demo").results.model) == {"vit"}
     (published / "results.csv").write_text("study,model,seed,top1\ndemo,swin,0,50\n")
-    assert set(record.read_study("demo").results.model) == {"vit"}
+    assert set(results.read_study("demo").results.model) == {"vit"}
 
 
 def test_rows_made_again_are_compared_with_the_kept_ones_within_the_spread_of_their_seeds(lab):
-    cut = {"notebook": "5_budget", "method": "pool", "stage": "cut", "criterion": "fisher", "macs": 500.0}
+    cut = {
+        "notebook": "5_budget",
+        "method": "pool",
+        "stage": "cut",
+        "criterion": "fisher",
+        "macs": 500.0,
+    }
     kept = pd.DataFrame(
         [
-            *({"model": "vit", "seed": seed, "top1": 80.0 + 2 * seed, "target": 0.5} | cut for seed in (0, 1)),
-            {"model": "vit", "seed": 0, "top1": 90.0, "notebook": "1_train", "method": "dense", "stage": "dense"},
-            {"model": "vit", "seed": 0, "top1": 90.0, "notebook": "6_efficiency", "method": "dense", "stage": "dense"},
+            *(
+                {"model": "vit", "seed": seed, "top1": 80.0 + 2 * seed, "target": 0.5} | cut
+                for seed in (0, 1)
+            ),
+            {
+                "model": "vit",
+                "seed": 0,
+                "top1": 90.0,
+                "notebook": "1_train",
+                "method": "dense",
+                "stage": "dense",
+            },
+            {
+                "model": "vit",
+                "seed": 0,
+                "top1": 90.0,
+                "notebook": "6_efficiency",
+                "method": "dense",
+                "stage": "dense",
+            },
             {"model": "swin", "seed": 0, "top1": 10.0, "target": 0.5} | cut,
         ]
     )
     kept["target"] = kept.target.astype(float)
-    same = record.compare(kept, kept)
+    same = results.compare(kept, kept)
     assert same.agrees[same.macs.notna()].all() and len(same) == 4, "timings are left out"
     assert sorted(same[same.model == "vit"].spread) == [1.0, 2.0, 2.0]
 
     dense = kept[kept.method == "dense"].assign(target=None)  # as rows come from JSON
-    found = record.compare(dense, kept)
+    found = results.compare(dense, kept)
     assert len(found) == 2 and found.top1.isna().sum() == 1, "a row that was not made again"
     assert not found[found.top1.isna()].agrees.any()
 
     again = kept[kept.seed == 0].assign(macs=lambda rows: rows.macs * 1.009)
     for change, agrees in [(0.0, True), (2.0, True), (-2.1, False)]:
-        found = record.compare(again.assign(top1=again.top1 + change), kept)
-        assert bool(found[(found.model == "vit") & (found.method == "pool")].agrees.item()) is agrees
-        assert bool(found[found.model == "swin"].agrees.item()) is (change == 0), "one seed: a point at least"
-    assert not record.compare(again.assign(macs=again.macs * 1.02), kept).agrees.any()
+        found = results.compare(again.assign(top1=again.top1 + change), kept)
+        assert (
+            bool(found[(found.model == "vit") & (found.method == "pool")].agrees.item()) is agrees
+        )
+        assert bool(found[found.model == "swin"].agrees.item()) is (change == 0), (
+            "one seed: a point at least"
+        )
+    assert not results.compare(again.assign(macs=again.macs * 1.02), kept).agrees.any()
     with pytest.raises(ValueError, match="no row stands in both tables"):
-        record.compare(again.assign(seed=7), kept)
-    dense = dense.assign(macs=5.0)  # of its criterion CSV gives a column of numbers, as it has no entry
-    assert record.compare(dense.assign(criterion=None), dense.assign(criterion=np.nan)).agrees.all()
+        results.compare(again.assign(seed=7), kept)
+    dense = dense.assign(
+        macs=5.0
+    )  # of its criterion CSV gives a column of numbers, as it has no entry
+    assert results.compare(
+        dense.assign(criterion=None), dense.assign(criterion=np.nan)
+    ).agrees.all()
 
 
-def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_not(data_root, published):
+def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_not(
+    data_root, published
+):
     label = "demo+train.epochs=1"
-    assert record.open_run("demo", override={"train.epochs": 1}).figures == data_root / "runs" / label / "figures"
-    assert record.figures_folder("demo") == published
+    assert (
+        runs.open_run("demo", override={"train.epochs": 1}).figures
+        == data_root / "runs" / label / "figures"
+    )
+    assert runs.figures_folder("demo") == published
 
 
 # -- files and progress
@@ -600,7 +725,7 @@ def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_n
 @pytest.mark.parametrize("content", ["ü", b"\0x", lambda path: path.write_text("drawn")])
 def test_a_file_is_written_whole(tmp_path, content):
     path = tmp_path / "new" / "a.png"
-    record.write_atomic(path, content)
+    files.write_atomic(path, content)
     assert path.read_bytes() in ("ü".encode(), b"\0x", b"drawn")
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
 
@@ -611,9 +736,9 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
         path.write_text("half")
         raise RuntimeError("no more")
 
-    record.write_atomic(tmp_path / "a.png", "old")
+    files.write_atomic(tmp_path / "a.png", "old")
     with pytest.raises(RuntimeError, match="no more"):
-        record.write_atomic(tmp_path / "a.png", fails)
+        files.write_atomic(tmp_path / "a.png", fails)
     assert (tmp_path / "a.png").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -623,13 +748,13 @@ def test_what_killed_processes_left_goes_and_what_others_finish_meanwhile_is_no_
         path.write_text("half")
     os.utime(old, (0, 0))
     gone.symlink_to(tmp_path / "renamed")  # it is listed, and not there
-    record.write_atomic(tmp_path / "a.png", "whole")
+    files.write_atomic(tmp_path / "a.png", "whole")
     assert not old.exists() and new.exists() and (tmp_path / "a.png").read_text() == "whole"
 
 
 def test_a_line_on_a_screen_is_the_same(capsys, monkeypatch):
     monkeypatch.setenv("VITLAB_HEADLESS", "0")
-    record.say("a line")
+    files.log("a line")
     assert capsys.readouterr().out == "a line\n"
 
 
@@ -639,34 +764,37 @@ def test_a_line_on_a_screen_is_the_same(capsys, monkeypatch):
 def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root):
     for top1 in (50.0, 60.0):
         lab.save_rows("1_train", [ROW | {"top1": top1}, ROW | {"top1": top1 + 1}])
-    other = record.open_run("demo", "vit", 0, {"train.epochs": 2})
+    other = runs.open_run("demo", "vit", 0, {"train.epochs": 2})
     other.save_rows("1_train", [ROW])
-    rows = record.gather("demo")
+    rows = results.gather("demo")
     own = rows[rows.folder == "demo/vit/seed0"]
     assert own.top1.tolist() == [60, 61] and len(rows) == 3 and own.commit.notna().all()
-    every = record.gather(every=True)
-    assert every[every.folder == "demo/vit/seed0"].top1.tolist() == [50, 51, 60, 61] and every.save.nunique() == 3
+    every = results.gather(every=True)
+    assert (
+        every[every.folder == "demo/vit/seed0"].top1.tolist() == [50, 51, 60, 61]
+        and every.save.nunique() == 3
+    )
     values = [json.loads(text)["train"]["epochs"] for text in rows.parameters]
     assert sorted(values) == [2, lab.params.train.epochs, lab.params.train.epochs]
     assert json.loads(own.parameters.iloc[0])["models"] == lab.params.models.vit
     with pytest.raises(FileNotFoundError, match="no rows of smoke"):
-        record.gather("smoke")
-    assert record.main(["smoke"]) == 1 and record.main(["demo"]) == 0
+        results.gather("smoke")
+    assert results.main(["smoke"]) == 1 and results.main(["demo"]) == 0
 
 
 def test_a_line_that_was_cut_short_costs_itself_alone(lab, capsys):
     lab.save_rows("1_train", [ROW])
-    log = lab.path(record.LOG)
+    log = lab.path(runs.LOG)
     log.write_bytes(log.read_bytes()[:-40])
     lab.save_rows("1_train", [ROW | {"top1": 1.0}])
-    assert record.gather().top1.tolist() == [1.0] and "line 1 of" in capsys.readouterr().out
+    assert results.gather().top1.tolist() == [1.0] and "line 1 of" in capsys.readouterr().out
 
 
 ADDING = """
 import sys
 from vitlab import record
 for i in range(40):
-    record._append(sys.argv[1], [{"who": sys.argv[2], "i": i, "filling": "x" * 20_000}] * 2)
+    runs._append(sys.argv[1], [{"who": sys.argv[2], "i": i, "filling": "x" * 20_000}] * 2)
 """
 
 
@@ -688,7 +816,7 @@ import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Python's own choice
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 from vitlab import record
-record.write_atomic(sys.argv[1], "x" * 2000)
+files.write_atomic(sys.argv[1], "x" * 2000)
 """
 
 
@@ -696,22 +824,26 @@ record.write_atomic(sys.argv[1], "x" * 2000)
 def test_a_full_disk_says_what_to_do_and_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.csv"
     path.write_text("old")
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True
+    )
     assert "is full: make room, or set VITLAB_DATA" in done.stderr and done.returncode == 1
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
     def fails(path):
-        raise RuntimeError("PytorchStreamWriter failed writing file")  # which is all that torch says
+        raise RuntimeError(
+            "PytorchStreamWriter failed writing file"
+        )  # which is all that torch says
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
     with pytest.raises(OSError, match="is full: make room"):
-        record.write_atomic(path, fails)
+        files.write_atomic(path, fails)
 
 
 HOLDING = """
 import sys, time
 from vitlab import record
-with record.alone(sys.argv[1], "the work"):
+with files.lock(sys.argv[1], "the work"):
     print("holds", flush=True)
     time.sleep(60)
 """
@@ -722,23 +854,25 @@ def test_a_lock_file_that_a_killed_process_left_blocks_nobody(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "holds\n"
     with pytest.raises(RuntimeError, match="the work is under way in another process: wait for it"):
-        record.alone(tmp_path / "lock", "the work").__enter__()
+        files.lock(tmp_path / "lock", "the work").__enter__()
     process.kill()
     process.communicate()
     assert (tmp_path / "lock").exists()
-    with record.alone(tmp_path / "lock", "the work"):
+    with files.lock(tmp_path / "lock", "the work"):
         pass
 
 
 def test_studies_are_read_without_torch():
-    code = "import sys, vitlab.record; vitlab.record.study('demo'); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, vitlab.record; vitlab.record.study('demo'); assert 'torch' not in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_one_at_a_time(tmp_path):
-    with record.alone(tmp_path / "lock", "the work"):
-        second = record.alone(tmp_path / "lock", "the work")
+    with files.lock(tmp_path / "lock", "the work"):
+        second = files.lock(tmp_path / "lock", "the work")
         with pytest.raises(RuntimeError, match="the work is under way in another process"):
             second.__enter__()
-    with record.alone(tmp_path / "lock", "the work"):
+    with files.lock(tmp_path / "lock", "the work"):
         pass

@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import toy
 
-from vitlab import budget, layers, masks, models, prune, recover, scores, shrink
+from vitlab import models
+from vitlab.models import anatomy, layers
+from vitlab.pruning import budget, compensate, factor, masks, prune, ranks, recover, scores, shrink
 
 
 @pytest.fixture
@@ -24,8 +26,8 @@ def cut(model, batches, macs=0.75):
     matrices = list(models.view(small).matrices)
     grams = scores.grams(small, batches, layers=matrices)
     gradient_grams = scores.gradient_grams(small, batches, layers=matrices)
-    return shrink.factorise(
-        small, budget.ranks(small, grams, gradient_grams, macs=0.8, multiple=1), grams=grams
+    return factor.factorise(
+        small, ranks.allocate(small, grams, gradient_grams, macs=0.8, multiple=1), grams=grams
     ), [plan.drop]
 
 
@@ -106,7 +108,7 @@ def test_fc2_and_classifier_are_least_squares_by_hand(vit, batches):
 
 def test_a_factored_layer_gets_the_best_map_of_its_rank(vit, batches):
     """The best map has the leading directions of the outputs that least squares fits."""
-    small = shrink.factorise(vit, {"blocks.0.mlp.fc1": 5})
+    small = factor.factorise(vit, {"blocks.0.mlp.fc1": 5})
     new = recover.reconstruct(small, vit, batches, damping=1e-12)
     x = torch.cat([x for x, _ in batches])
     features = inputs(new, "blocks.0.mlp.fc1", x).double()
@@ -152,7 +154,7 @@ def test_masked_layers_keep_their_support(model, batches):
         {name: s for name, s in single.items() if "qkv" not in name}, sparsity=0.6
     )
     keep |= {name: mask & keep[name] for name, mask in single.items()}
-    sparse = shrink.refit(model, keep, scores.grams(model, batches))
+    sparse = compensate.refit(model, keep, scores.grams(model, batches))
     new = recover.reconstruct(sparse, model, batches, keep=keep)
     parameters = dict(new.named_parameters())
     assert all((parameters[name][~mask] == 0).all() for name, mask in keep.items())
@@ -182,7 +184,7 @@ def test_masks_of_rows_computed_alone_and_of_biases(vit, batches):
         ("no.such", "no parameter 'no.such'"),
         ("blocks.0.mlp.fc1.first.weight", "factored layer"),
     ]:
-        thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 5})
+        thin = factor.factorise(vit, {"blocks.0.mlp.fc1": 5})
         shape = dict(thin.named_parameters()).get(key, torch.zeros(1)).shape
         with pytest.raises(ValueError, match=word):
             recover.reconstruct(thin, vit, batches, keep={key: torch.ones(shape, dtype=torch.bool)})
@@ -222,10 +224,10 @@ def test_what_compensation_put_into_a_batch_norm_is_not_counted_twice(vit, batch
     for name in (first, second):
         layer = vit.get_submodule(name)
         means[name] = scores.grams(vit, shifted, layers=[name], affine=True)[name][-1, :-1]
-        assert layer.bias is None and models.norm_after(vit, name)
+        assert layer.bias is None and anatomy.norm_after(vit, name)
     small = shrink.remove(vit, drop, means=means)
     new = recover.reconstruct(small, vit, shifted, drops=drop)
-    norm = models.norm_after(vit, second)
+    norm = anatomy.norm_after(vit, second)
     assert not torch.equal(
         small.get_submodule(norm).running_mean, vit.get_submodule(norm).running_mean
     )
@@ -322,10 +324,10 @@ def test_what_does_not_fit_is_said(vit, batches):
     stem = models.view(vit).stem[0][0]
     with pytest.raises(ValueError, match=f"outputs of {stem}"):
         recover.reconstruct(shrink.remove(vit, {(stem, "filters"): [0]}), vit, batches)
-    narrow = shrink.factorise(small, {"blocks.0.mlp.fc1": 5})
+    narrow = factor.factorise(small, {"blocks.0.mlp.fc1": 5})
     with pytest.raises(ValueError, match="model has 62 outputs"):
         recover.reconstruct(narrow, vit, batches)
-    thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 5})
+    thin = factor.factorise(vit, {"blocks.0.mlp.fc1": 5})
     with pytest.raises(ValueError, match="blocks.0.mlp.fc1 of dense is a FactoredLinear"):
         recover.reconstruct(thin, thin, batches)
     vit.train()

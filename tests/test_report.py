@@ -3,12 +3,17 @@
 import json
 import re
 
+import findings
 import matplotlib
 import numpy as np
+import pages
 import pandas as pd
+import published
 import pytest
 
-from vitlab import findings, plots, record
+from vitlab import files
+from vitlab.report import style
+from vitlab.studies import runs
 
 matplotlib.use("agg")
 ALONE = ["heads+iht", "unstructured, cubic"]  # of the first seed
@@ -17,58 +22,102 @@ GAP = 10  # points between the dense models of two seeds
 
 def measured(seed):
     """Rows as results.csv has them, of one seed: each cut loses as much for all seeds."""
-    cuts = [("unstructured", "masked", "sparsity", 0.9, 3.0), ("unstructured, cubic", "masked", "sparsity", 0.9, 2.0)]
-    cuts += [("heads+svd", "factored", "ratio", 0.4, 2.0), ("heads+iht", "masked", "ratio", 0.4, 5.0)]
+    cuts = [
+        ("unstructured", "masked", "sparsity", 0.9, 3.0),
+        ("unstructured, cubic", "masked", "sparsity", 0.9, 2.0),
+    ]
+    cuts += [
+        ("heads+svd", "factored", "ratio", 0.4, 2.0),
+        ("heads+iht", "masked", "ratio", 0.4, 5.0),
+    ]
     cuts += [("pool", "factored", "macs", 0.5, 4.0), ("units", "removed", "macs", 0.5, 6.0)]
     cuts += [("units", "removed", "macs", 0.75, 1.0)] * (seed == 0)
-    rows = [("dense", "masked", None, None, stage, lost) for stage, lost in (("dense", 0.0), ("dense+epochs", 0.5))]
+    rows = [
+        ("dense", "masked", None, None, stage, lost)
+        for stage, lost in (("dense", 0.0), ("dense+epochs", 0.5))
+    ]
     for method, form, kind, target, lost in cuts:
         if seed == 0 or method not in ALONE:
-            steps = {"cut": 9 * lost} | ({"reconstructed": 2 * lost} if kind == "macs" else {}) | {"finetuned": lost}
+            steps = (
+                {"cut": 9 * lost}
+                | ({"reconstructed": 2 * lost} if kind == "macs" else {})
+                | {"finetuned": lost}
+            )
             rows += [(method, form, kind, target, stage, more) for stage, more in steps.items()]
     frame = pd.DataFrame(rows, columns=["method", "form", "target_kind", "target", "stage", "lost"])
     share = frame.target.where(frame.form != "masked").fillna(1)
-    frame = frame.assign(top1=80 - GAP * seed - frame.lost, macs=4e6 * share, params=1e6 * share, nonzero=1e6 * share)
-    frame = frame.assign(macs_ideal=frame.macs, flops=2 * frame.macs, bytes_disk=4 * frame.params, criterion="fisher")
-    return frame.assign(latency_ms=np.nan, batch=np.nan, total=100, loss=1.0, epochs=2).drop(columns="lost")
+    frame = frame.assign(
+        top1=80 - GAP * seed - frame.lost, macs=4e6 * share, params=1e6 * share, nonzero=1e6 * share
+    )
+    frame = frame.assign(
+        macs_ideal=frame.macs, flops=2 * frame.macs, bytes_disk=4 * frame.params, criterion="fisher"
+    )
+    return frame.assign(latency_ms=np.nan, batch=np.nan, total=100, loss=1.0, epochs=2).drop(
+        columns="lost"
+    )
 
 
 def tables(seed):
     """Tables of one seed, of the kinds that pool seeds where nobody takes care."""
-    ways = [(name, runtime) for name in ("dense", "budget-pool-0.5") for runtime in ("eager", "onnxruntime")]
-    runtimes = pd.DataFrame(ways, columns=["checkpoint", "runtime"]).assign(precision="float32", batch=64)
-    runtimes = runtimes.assign(speedup=1.0 + seed, speedup_q1=0.9 + seed, speedup_q3=1.1 + seed, promised=2.0)
-    runtimes = runtimes.assign(latency_ms=3.0, batch_macs=1e9, batch_bytes=1e7, macs_per_s=1e11, bytes_per_s=1e10)
+    ways = [
+        (name, runtime)
+        for name in ("dense", "budget-pool-0.5")
+        for runtime in ("eager", "onnxruntime")
+    ]
+    runtimes = pd.DataFrame(ways, columns=["checkpoint", "runtime"]).assign(
+        precision="float32", batch=64
+    )
+    runtimes = runtimes.assign(
+        speedup=1.0 + seed, speedup_q1=0.9 + seed, speedup_q3=1.1 + seed, promised=2.0
+    )
+    runtimes = runtimes.assign(
+        latency_ms=3.0, batch_macs=1e9, batch_bytes=1e7, macs_per_s=1e11, bytes_per_s=1e10
+    )
     rises = np.array([0.1, 0.2, 0.3])  # in order within a seed; over both the order is lost
     audit = pd.DataFrame({"criterion": "fisher", "kind": "heads", "target": [0.9, 0.7, 0.5]})
     audit = audit.assign(predicted=rises + seed, measured=rises + 1 - seed)
-    heads = pd.DataFrame({"block": "blocks.0", "unit": [0, 1], "score": [1.0, 2], "kept": [True, False]})
-    return {"runtimes": runtimes, "audit": audit, "heads": heads.assign(method="heads+svd", target=0.4)}
+    heads = pd.DataFrame(
+        {"block": "blocks.0", "unit": [0, 1], "score": [1.0, 2], "kept": [True, False]}
+    )
+    return {
+        "runtimes": runtimes,
+        "audit": audit,
+        "heads": heads.assign(method="heads+svd", target=0.4),
+    }
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """(the folder of the report, captions by figure, the notebook's names) of two seeds."""
     tmp_path = tmp_path_factory.mktemp("report")
-    study = (record.repository() / "notebooks" / "params" / "smoke.yaml").read_text()
+    study = (files.repository() / "notebooks" / "params" / "smoke.yaml").read_text()
     (tmp_path / "several.yaml").write_text(study.replace("seeds: [0]", "seeds: [0, 1]"))
     (tmp_path / "figures").mkdir()
     captions, patch = {}, pytest.MonkeyPatch()
     patch.setenv("VITLAB_DATA", str(tmp_path))
-    patch.setattr(record, "figures_folder", lambda *_, **__: tmp_path / "figures")
-    patch.setattr(plots, "save", lambda drawn, path, caption=None: captions.update({path.name: caption}))
+    patch.setattr(runs, "figures_folder", lambda *_, **__: tmp_path / "figures")
+    patch.setattr(
+        style, "save", lambda drawn, path, caption=None: captions.update({path.name: caption})
+    )
     study = str(tmp_path / "several.yaml")
     for seed in (0, 1):
-        lab = record.open_run(study, "vit", seed)
+        lab = runs.open_run(study, "vit", seed)
         rows = measured(seed)
         lab.save_rows("5_budget", rows, data="shapes")
-        times = rows[rows.stage.isin(["dense", "finetuned"])].assign(latency_ms=1.0, batch=64, speedup=1.5)
+        times = rows[rows.stage.isin(["dense", "finetuned"])].assign(
+            latency_ms=1.0, batch=64, speedup=1.5
+        )
         lab.save_rows("6_efficiency", times, data="shapes")
-        history = pd.DataFrame({"epoch": [1, 2], "train_top1": [50.0, 60], "val_top1": 50.0, "sparsity": 0.9})
+        history = pd.DataFrame(
+            {"epoch": [1, 2], "train_top1": [50.0, 60], "val_top1": 50.0, "sparsity": 0.9}
+        )
         lab.save_history("3_global_pruning", history.assign(method="unstructured", target=0.9))
         for name, table in tables(seed).items():
             lab.save_table(name, table)
-    names, notebook = {}, json.loads((record.repository() / "notebooks" / "7_report.ipynb").read_text())
+    names, notebook = (
+        {},
+        json.loads((files.repository() / "notebooks" / "7_report.ipynb").read_text()),
+    )
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             code = re.sub('^study = "demo"', f"study = {study!r}", "".join(cell["source"]))
@@ -80,7 +129,9 @@ def report(tmp_path_factory):
 
 def test_cuts_are_held_against_dense_models_of_their_own_seeds(report):
     short = pd.read_csv(report[0] / "summary.csv").set_index(["method", "target"])
-    alone = short.index.get_level_values("method").isin(ALONE) | (short.index.get_level_values("target") == 0.75)
+    alone = short.index.get_level_values("method").isin(ALONE) | (
+        short.index.get_level_values("target") == 0.75
+    )
     assert short.seeds.tolist() == np.where(alone, 1, 2).tolist() and 0 < alone.sum() < len(short)
     assert short.dense.tolist() == np.where(alone, 80, 80 - GAP / 2).tolist()
     lost = {"unstructured": 3, "unstructured, cubic": 2, "heads+svd": 2, "heads+iht": 5, "pool": 4}
@@ -93,24 +144,34 @@ def test_a_rank_correlation_is_of_one_seed(report):
 
 
 def test_captions_name_the_seeds_that_are_drawn(report):
-    said = {name: re.search(r"; seeds (.*), split", caption)[1] for name, caption in report[1].items()}
-    assert said["heads-vit"] == "0" and said["audit-vit"] == said["speedup-vit"] == said["training-vit"] == "0, 1"
+    said = {
+        name: re.search(r"; seeds (.*), split", caption)[1] for name, caption in report[1].items()
+    }
+    assert (
+        said["heads-vit"] == "0"
+        and said["audit-vit"] == said["speedup-vit"] == said["training-vit"] == "0, 1"
+    )
     assert said["recovery-vit"] == "0, 1" and said["ladder-macs-0.75-vit"] == "0, 1 (cuts: 0)"
     assert said["ladder-macs-0.5-vit"] == "0, 1"
     for name in ("heads_svd_iht-vit", "tradeoff-macs-vit", "tradeoff-relative_latency-vit"):
         assert said[name] == "0, 1 (some cuts: 0)"
 
 
-def test_sentences_compare_like_with_like(report, monkeypatch):
-    monkeypatch.setattr(findings.Study, "picture", lambda self, name: None)
-    study = findings.Study(report[0])
-    slide = findings._heads_svd_iht(study, "vit")
-    assert slide.title.startswith("At 40\u00a0% cut, heads+svd costs the ViT least: top-1 falls by 2.0 points")
-    assert slide.table.seeds.tolist() == ["2", "1"] and "cuts of 2 seeds" in slide.note
-    assert slide.table["change (points)"].tolist() == ["−2.0", "−5.0"]
-    front = findings._front(study, "vit", "macs").title  # the best, 0.75 x the MACs, is of one seed and stands back
-    assert front.startswith("No ViT that saves MACs is within one point of dense: top-1 falls by 2.0 points at 40")
-    assert "means over seeds 0, 1 (some cuts: 0), split 0" in study.source("vit")
-    shown = findings.results([report[0]], page=report[0])
+def test_slides_and_pages_compare_like_with_like(report, monkeypatch):
+    monkeypatch.setattr(published.Published, "picture", lambda self, name: None)
+    study = published.Published(report[0])
+    slide = findings.heads_svd_iht(study, "vit")
+    assert slide.title.startswith(
+        "40\u00a0% of heads and layers cut: heads+svd costs the ViT least"
+    )
+    assert slide.title.endswith("−2.0 points")
+    assert slide.table.seeds.tolist() == ["2", "1"]
+    assert slide.table["change, fine-tuned"].tolist() == ["−2.0", "−5.0"]
+    # The best, 0.75 x the MACs, is of one seed and stands back.
+    front = findings.trade_off(study, "vit", "macs").title
+    assert front.startswith("40\u00a0% of the MACs: −2.0 points")
+    source = study.source(["results.csv"], study.results)
+    assert "means over seeds 0, 1 (some cuts: 0), split 0" in source
+    shown = pages.results([report[0]], page=report[0])
     assert "|40\u00a0%: heads, IHT, fine-tuned|75.0|" in shown and "|73.0±5.0|" in shown
     assert "±: half the range over seeds; without ±: seed 0." in shown

@@ -13,7 +13,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from vitlab import record, run
+from vitlab import files
+from vitlab.studies import notebooks, runs, settings
 
 PARAMETERS = 'study = "demo"  # a file of notebooks/params\nmodel = "vit"\nseed = 0\noverride = {}'
 OPEN = "from vitlab import record\nlab = record.open_run(study, model, seed, override)"
@@ -41,22 +42,24 @@ def data_root(tmp_path, monkeypatch):
 
 
 def test_parameters_are_read_with_their_values(tmp_path):
-    path = notebook(tmp_path / "a.ipynb", parameters="x = 1  # one\ny = [0.5,\n  -1]\nz = {'a': None}")
-    assert run.parameters_of(path) == {"x": 1, "y": [0.5, -1], "z": {"a": None}}
+    path = notebook(
+        tmp_path / "a.ipynb", parameters="x = 1  # one\ny = [0.5,\n  -1]\nz = {'a': None}"
+    )
+    assert notebooks.parameters_of(path) == {"x": 1, "y": [0.5, -1], "z": {"a": None}}
 
 
 @pytest.mark.parametrize("line", ["y = x // 5", "import os", "y: int = 1", "a = b = 1", "print(x)"])
 def test_a_parameter_that_is_no_literal_is_refused(tmp_path, line):
     path = notebook(tmp_path / "a.ipynb", parameters=f"x = 1\n{line}")
     with pytest.raises(ValueError, match="a.ipynb: a parameters cell holds literals only"):
-        run.parameters_of(path)
+        notebooks.parameters_of(path)
 
 
 def test_one_parameters_cell_is_needed(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "x = 1")
     path.write_text(path.read_text().replace('"parameters"', '"other"'))
     with pytest.raises(ValueError, match="0 cells tagged `parameters`"):
-        run.parameters_of(path)
+        notebooks.parameters_of(path)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +77,13 @@ def test_one_parameters_cell_is_needed(tmp_path):
 def test_a_wrong_parameter_is_refused_before_the_start(tmp_path, data_root, given, error, words):
     path = notebook(tmp_path / "a.ipynb")
     with pytest.raises(error, match=words):
-        run.execute(path, given)
+        notebooks.execute(path, given)
     assert not data_root.exists()
 
 
 def test_right_parameters_pass_and_the_others_keep_their_values(tmp_path):
     given = {"model": "swin", "override": {"train.lr": 1}}
-    values = run._check(notebook(tmp_path / "a.ipynb"), given)
+    values = notebooks._check(notebook(tmp_path / "a.ipynb"), given)
     assert values == {"study": "demo", "seed": 0, **given}
 
 
@@ -96,7 +99,7 @@ def test_right_parameters_pass_and_the_others_keep_their_values(tmp_path):
     ],
 )
 def test_values_on_the_command_line_are_json_or_text(text, value):
-    assert run._parse_value(text) == ("a", value)
+    assert notebooks._parse_value(text) == ("a", value)
 
 
 def test_the_command_line_says_what_is_wrong_and_starts_nothing(tmp_path, capsys, data_root):
@@ -107,31 +110,39 @@ def test_the_command_line_says_what_is_wrong_and_starts_nothing(tmp_path, capsys
         ([path, "--study", "x.yaml"], "unknown study 'x.yaml'"),
         (["99"], "unknown notebook '99'"),
     ]:
-        assert run.main(arguments) == 2
+        assert notebooks.main(arguments) == 2
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):  # no abbreviations: --mod could become something else
-        run.main([path, "--mod", "vit"])
+        notebooks.main([path, "--mod", "vit"])
     assert not data_root.exists()
 
 
 def test_a_notebook_is_found_by_number_name_and_path(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     made = notebook(tmp_path / "notebooks" / "3_global_pruning.ipynb")
-    monkeypatch.setattr(record, "repository", lambda: tmp_path)
+    monkeypatch.setattr(runs, "repository", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("3", "3_global_pruning", "3_global_pruning.ipynb", "notebooks/3_global_pruning.ipynb", made):
-        assert run.find_notebook(name) == made
-    with pytest.raises(ValueError, match="unknown notebook '3_globl_pruning', did you mean '3_global_pruning'"):
-        run.find_notebook("3_globl_pruning")
+    for name in (
+        "3",
+        "3_global_pruning",
+        "3_global_pruning.ipynb",
+        "notebooks/3_global_pruning.ipynb",
+        made,
+    ):
+        assert notebooks.find_notebook(name) == made
+    with pytest.raises(
+        ValueError, match="unknown notebook '3_globl_pruning', did you mean '3_global_pruning'"
+    ):
+        notebooks.find_notebook("3_globl_pruning")
 
 
 def test_the_same_notebook_of_the_same_run_is_not_executed_twice_at_once(tmp_path):
     path, out = notebook(tmp_path / "a.ipynb"), tmp_path / "out.ipynb"
     with (
-        record.alone(tmp_path / ".out.lock", "it"),
+        files.lock(tmp_path / ".out.lock", "it"),
         pytest.raises(RuntimeError, match="out of this run is under way in another process"),
     ):
-        run.execute(path, {}, out=out)
+        notebooks.execute(path, {}, out=out)
     assert not out.exists()
 
 
@@ -139,7 +150,7 @@ def test_the_same_notebook_of_the_same_run_is_not_executed_twice_at_once(tmp_pat
 
 
 def start(path, *arguments):
-    command = [sys.executable, "-m", "vitlab.run", str(path), *arguments]
+    command = [sys.executable, "-m", "vitlab.studies.notebooks", str(path), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -157,7 +168,12 @@ def test_two_notebooks_at_once_one_of_which_fails(tmp_path, data_root):
         "lab.save_table('x', __import__('pandas').DataFrame({'a': [1]}))",
         *[DRAWN] * 2,
     )
-    bad = notebook(tmp_path / "bad.ipynb", OPEN, "# looks for it\nlab.need('dense', '1_train')", "print('never')")
+    bad = notebook(
+        tmp_path / "bad.ipynb",
+        OPEN,
+        "# looks for it\nlab.need('dense', '1_train')",
+        "print('never')",
+    )
     before = fine.read_bytes(), bad.read_bytes()
     good = start(fine, "--model", "swin", "--seed", "3", "--set", "train.epochs=7")
     failing = start(bad)
@@ -167,10 +183,15 @@ def test_two_notebooks_at_once_one_of_which_fails(tmp_path, data_root):
     folder = data_root / "runs" / "demo+train.epochs=7" / "swin" / "seed3"
     assert (folder / "table-x.csv").exists() and f"{folder / 'notebooks' / 'fine.ipynb'}" in out
     cells = json.loads((folder / "notebooks" / "fine.ipynb").read_text())["cells"]
-    injected = next(cell for cell in cells if "injected-parameters" in cell["metadata"].get("tags", []))
+    injected = next(
+        cell for cell in cells if "injected-parameters" in cell["metadata"].get("tags", [])
+    )
     assert "seed = 3" in "".join(injected["source"])
     drawn = [cell["outputs"] for cell in cells if "".join(cell["source"]) == DRAWN]
-    assert [sum("image/png" in o.get("data", {}) for o in outputs) for outputs in drawn] == [1, 1], "not only the first"
+    assert [sum("image/png" in o.get("data", {}) for o in outputs) for outputs in drawn] == [
+        1,
+        1,
+    ], "not only the first"
 
     out, err = failing.communicate(timeout=300)
     assert failing.returncode == 1 and "never" not in out
@@ -189,7 +210,11 @@ def strike(draw, command, environment, within):
     """
     begun = time.time()
     process = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         process.wait(draw.uniform(0, within))
@@ -205,13 +230,27 @@ def strike(draw, command, environment, within):
 def test_twenty_kills_over_train_prune_tune_and_report_change_nothing(tmp_path):
     """Notebooks 1, 3 and 7 of a small study, the kernels killed with them: the rows are those of an unbroken run."""
     kills, draw = {"1_train": 7, "3_global_pruning": 10, "7_report": 3}, random.Random()
-    changed = {"train.epochs": 3, "global_pruning.epochs": 2, "global_pruning.schedules": ["one-shot"]}
-    options = [word for key, value in changed.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    changed = {
+        "train.epochs": 3,
+        "global_pruning.epochs": 2,
+        "global_pruning.schedules": ["one-shot"],
+    }
+    options = [
+        word for key, value in changed.items() for word in ("--set", f"{key}={json.dumps(value)}")
+    ]
     struck, took = 0, {}
     for name in ("whole", "killed"):
         environment = os.environ | {"VITLAB_DATA": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
         for step, count in kills.items():
-            command = [sys.executable, "-m", "vitlab.run", step, "--study", "smoke", *options]
+            command = [
+                sys.executable,
+                "-m",
+                "vitlab.studies.notebooks",
+                step,
+                "--study",
+                "smoke",
+                *options,
+            ]
             if name == "killed":
                 within, tries = took[step], iter(range(5 * count))
                 while count and next(tries, None) is not None:
@@ -219,16 +258,36 @@ def test_twenty_kills_over_train_prune_tune_and_report_change_nothing(tmp_path):
                     struck, count = (struck + 1, count - 1) if ended is None else (struck, count)
                     within = ended or within  # what is done already takes less time
             begun = time.time()
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=600
+            )
             assert done.returncode == 0, done.stderr
             took.setdefault(step, time.time() - begun)
     assert struck == 20, "so many met a process that was still running"
     folders = {name: next((tmp_path / name / "runs").iterdir()) for name in ("whole", "killed")}
-    for file in ("results-1_train.csv", "results-3_global_pruning.csv", "history-3_global_pruning.csv"):
+    for file in (
+        "results-1_train.csv",
+        "results-3_global_pruning.csv",
+        "history-3_global_pruning.csv",
+    ):
         one, other = (pd.read_csv(folder / "vit" / "seed0" / file) for folder in folders.values())
-        clock = ["seconds", "date", "commit", "images_per_s", "data_share", "resident_mb", "training_mb", "device_mb"]
-        pd.testing.assert_frame_equal(*(f.drop(columns=clock, errors="ignore") for f in (one, other)))
-    reports = [sorted(path.name for path in (folder / "figures").glob("[!.]*")) for folder in folders.values()]
+        clock = [
+            "seconds",
+            "date",
+            "commit",
+            "images_per_s",
+            "data_share",
+            "resident_mb",
+            "training_mb",
+            "device_mb",
+        ]
+        pd.testing.assert_frame_equal(
+            *(f.drop(columns=clock, errors="ignore") for f in (one, other))
+        )
+    reports = [
+        sorted(path.name for path in (folder / "figures").glob("[!.]*"))
+        for folder in folders.values()
+    ]
     assert reports[0] == reports[1] and "results.csv" in reports[0]
 
 
@@ -240,10 +299,10 @@ def snakemake(tmp_path, monkeypatch):
     """A copy of the tree whose demo has run for the ViT, and a function that says what would run now."""
     tree = tmp_path / "tree"
     for name in ("vitlab", "notebooks", "profiles"):
-        shutil.copytree(record.repository() / name, tree / name)
+        shutil.copytree(files.repository() / name, tree / name)
     for name in ("Snakefile", "pyproject.toml"):
-        shutil.copy(record.repository() / name, tree)
-    for name in [*record.USES, "7_report"]:
+        shutil.copy(files.repository() / name, tree)
+    for name in [*settings.USES, "7_report"]:
         notebook(tree / "notebooks" / f"{name}.ipynb", "x = 1")
     stub = "import sys\nopen(sys.argv[sys.argv.index('--out') + 1], 'w').close()"  # instead of executing it
     (tree / "vitlab" / "run.py").write_text(stub)
@@ -262,7 +321,7 @@ def snakemake(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         return set(re.findall(pattern, done.stdout + done.stderr, re.MULTILINE)) - {"all", "total"}
 
-    assert steps() == {name.partition("_")[2] for name in [*record.USES, "7_report"]}
+    assert steps() == {name.partition("_")[2] for name in [*settings.USES, "7_report"]}
     return tree, steps
 
 
@@ -293,7 +352,10 @@ def test_a_changed_report_reruns_itself_alone_and_a_failure_keeps_the_others_goi
     study = tree / "notebooks" / "params" / "demo.yaml"
     study.write_text(study.read_text().replace("epochs: 8", "epochs: 9"))
     runner = tree / "vitlab" / "run.py"
-    runner.write_text("import sys\nif '5_budget' in sys.argv[1]:\n    sys.exit('no budget')\n" + runner.read_text())
+    runner.write_text(
+        "import sys\nif '5_budget' in sys.argv[1]:\n    sys.exit('no budget')\n"
+        + runner.read_text()
+    )
     with pytest.raises(AssertionError, match="no budget"):
         steps()
     assert steps("-n") == {"budget", "efficiency", "report"}, "what did not need the budget has run"
@@ -304,7 +366,9 @@ def test_notebooks_that_need_only_the_first_share_the_cores(snakemake):
     all_steps = ("-n", "--forceall", "--quiet", "host", "--cores", "8")
     found = dict(steps(*all_steps, pattern=r"^rule (\w+):\n(?:    .+\n)*?    threads: (\d+)$"))
     gpu = shutil.which("nvidia-smi")  # where each waits for the one before
-    four = dict.fromkeys(["sensitivity", "global_pruning", "heads_svd_iht", "budget"], "8" if gpu else "2")
+    four = dict.fromkeys(
+        ["sensitivity", "global_pruning", "heads_svd_iht", "budget"], "8" if gpu else "2"
+    )
     assert found == {"train": "8", "efficiency": "8", **four}
 
 
@@ -324,11 +388,15 @@ def test_notebooks_that_need_only_the_first_share_the_cores(snakemake):
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_make_says_why_it_cannot_install(tmp_path, pretend, words):
     for name in ("Makefile", "install.sh", "pyproject.toml", "constraints.txt"):
-        shutil.copy(record.repository() / name, tmp_path)
+        shutil.copy(files.repository() / name, tmp_path)
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; {pretend}; exec(sys.argv[1])" "$2"\n')
+    python.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "import sys; {pretend}; exec(sys.argv[1])" "$2"\n'
+    )
     python.chmod(0o755)
-    done = subprocess.run(["make", "demo", f"PY={python}"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "demo", f"PY={python}"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode and re.search(words, done.stderr + done.stdout)
     assert not (tmp_path / ".venv").exists()
 
@@ -336,6 +404,8 @@ def test_make_says_why_it_cannot_install(tmp_path, pretend, words):
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_make_names_a_python_that_is_not_there(tmp_path):
     for name in ("Makefile", "install.sh", "pyproject.toml", "constraints.txt"):
-        shutil.copy(record.repository() / name, tmp_path)
-    done = subprocess.run(["make", "test", "PY=no-python"], cwd=tmp_path, capture_output=True, text=True)
+        shutil.copy(files.repository() / name, tmp_path)
+    done = subprocess.run(
+        ["make", "test", "PY=no-python"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode and "There is no no-python. Install Python 3.11" in done.stdout

@@ -9,7 +9,9 @@ from conftest import OTHERS, toy
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
-from vitlab import lowrank, masks, models, scores, shrink
+from vitlab import models
+from vitlab.models import anatomy
+from vitlab.pruning import lowrank, masks, scores, shrink, sweep
 
 CHANNELS = ("qk", "v", "width")
 
@@ -47,10 +49,15 @@ def assert_gates(found, key, gradients):
     mean = gradients.abs().mean(0)
     torch.testing.assert_close(found["taylor"][key], mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found["michel"][key], mean / mean.norm(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found["fisher"][key], gradients.square().mean(0) / 2, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        found["fisher"][key], gradients.square().mean(0) / 2, rtol=1e-4, atol=1e-7
+    )
 
 
-FILTERS = {"patch_embed.steps.0": "patch_embed.steps.2", "patch_embed.steps.4": "patch_embed.steps.6"}  # their norms
+FILTERS = {
+    "patch_embed.steps.0": "patch_embed.steps.2",
+    "patch_embed.steps.4": "patch_embed.steps.6",
+}  # their norms
 
 
 def record(model, batch, places):
@@ -61,7 +68,9 @@ def record(model, batch, places):
         values[key] = (x.movedim(1, -1) if key in FILTERS else x).detach().flatten(0, -2).double()
 
     handles = [
-        module.register_forward_hook(lambda _, x, y, key=key, output=output: keep(key, y if output else x[0]))
+        module.register_forward_hook(
+            lambda _, x, y, key=key, output=output: keep(key, y if output else x[0])
+        )
         for key, (module, output) in places.items()
     ]
     model(batch[0])
@@ -77,18 +86,24 @@ def test_unit_gates_equal_brute_force(model, batch):  # Swin: windows, shifted i
             ("heads", block.attn.proj, block.num_heads),
             ("neurons", block.mlp.fc2, block.neurons),
         ):
-            assert_gates(found, (block.name, kind), brute_force(model, batch, [(layer, False)], units))
+            assert_gates(
+                found, (block.name, kind), brute_force(model, batch, [(layer, False)], units)
+            )
 
 
 def test_gates_of_head_dimensions_equal_brute_force(model, batch):
-    found = scores.units(model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["v", "qk"])
+    found = scores.units(
+        model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["v", "qk"]
+    )
     blocks = models.view(model).blocks
     assert list(found["fisher"]) == [(block.name, kind) for block in blocks for kind in ("qk", "v")]
     for block in blocks:
         size = block.num_heads * block.head_dim
         gradients = brute_force(model, batch, [(block.attn.qkv, True)], size, channels=size)
         assert_gates(found, (block.name, "qk"), gradients)
-        assert_gates(found, (block.name, "v"), brute_force(model, batch, [(block.attn.proj, False)], size))
+        assert_gates(
+            found, (block.name, "v"), brute_force(model, batch, [(block.attn.proj, False)], size)
+        )
 
 
 def test_a_gate_on_keys_is_the_gate_on_queries(vit, batch):
@@ -98,27 +113,41 @@ def test_a_gate_on_keys_is_the_gate_on_queries(vit, batch):
     cross_entropy(vit(batch[0]), batch[1], reduction="sum").backward()
     q, k, _ = (seen[0] * seen[0].grad).detach().sum(1).abs().mean(0).chunk(3)
     torch.testing.assert_close(k, q, rtol=1e-3, atol=1e-6)
-    found = scores.units(vit.requires_grad_(False), [batch], criteria="taylor", kinds="qk")["taylor"]
+    found = scores.units(vit.requires_grad_(False), [batch], criteria="taylor", kinds="qk")[
+        "taylor"
+    ]
     torch.testing.assert_close(found["blocks.1", "qk"], q, rtol=1e-4, atol=1e-6)
 
 
 def writes(model, stage):
     """All places where a stage's residual stream is written to, behind LayerScale and window merging."""
-    blocks = [model.get_submodule(block.name) for block in models.view(model).blocks if block.stage == stage]
+    blocks = [
+        model.get_submodule(block.name)
+        for block in models.view(model).blocks
+        if block.stage == stage
+    ]
     ends = [(end, True) for block in blocks for end in (block.drop_path1, block.drop_path2)]
     return [(blocks[0], False), *ends], blocks[-1]
 
 
-def test_width_gates_equal_brute_force(any_model, batch):  # DeiT-3 has LayerScale, SwinV2 its norms last
-    found = scores.units(any_model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["width"])
+def test_width_gates_equal_brute_force(
+    any_model, batch
+):  # DeiT-3 has LayerScale, SwinV2 its norms last
+    found = scores.units(
+        any_model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["width"]
+    )
     assert list(found["taylor"]) == [(stage, "width") for stage in models.view(any_model).stages]
     for number, (key, score) in enumerate(found["taylor"].items()):
-        assert_gates(found, key, brute_force(any_model, batch, writes(any_model, number)[0], len(score)))
+        assert_gates(
+            found, key, brute_force(any_model, batch, writes(any_model, number)[0], len(score))
+        )
 
 
 def test_a_blocks_gate_is_on_both_that_it_writes(any_model, batch):
     view = models.view(any_model)
-    found = scores.units(any_model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["block"])
+    found = scores.units(
+        any_model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["block"]
+    )
     assert list(found["taylor"]) == [(block.name, "block") for block in view.blocks]
     for block in view.blocks:
         gradients = []
@@ -147,7 +176,9 @@ def test_directions_equal_brute_force(model, batch):
             gradients = []
             for x, y in split(batch, 1):
                 layer.weight.requires_grad_(True)
-                by_weight = torch.autograd.grad(cross_entropy(model(x), y), layer.weight)[0].flatten(1)
+                by_weight = torch.autograd.grad(cross_entropy(model(x), y), layer.weight)[
+                    0
+                ].flatten(1)
                 gradients.append((by_weight * (u[:, first:] @ v[first:])).sum())
             expected = torch.stack(gradients).double().square().mean() / 2
             torch.testing.assert_close(found[name][first], expected, rtol=1e-3, atol=1e-12)
@@ -156,19 +187,25 @@ def test_directions_equal_brute_force(model, batch):
 
 def test_directions_of_another_shape_are_refused(vit, batch):
     name = "blocks.0.mlp.fc1"
-    with pytest.raises(ValueError, match=r"the basis of blocks.0.mlp.fc1 \[64, 32\] is u \[m, R\] and v \[R, n\]"):
+    with pytest.raises(
+        ValueError, match=r"the basis of blocks.0.mlp.fc1 \[64, 32\] is u \[m, R\] and v \[R, n\]"
+    ):
         scores.directions(vit, [batch], {name: (torch.ones(64, 3), torch.ones(3, 64))})
 
 
 def test_gates_of_filters_sit_behind_their_norm(model, batch):
-    found = scores.units(model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["filters"])
+    found = scores.units(
+        model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["filters"]
+    )
     assert list(found["taylor"]) == [(name, "filters") for name in FILTERS]
     for name, norm in FILTERS.items():
         module = model.get_submodule(norm)
         gradients = []
         for x, y in split(batch, 1):
             gates = torch.ones(1, module.num_features, 1, 1, requires_grad=True)
-            handle = module.register_forward_hook(lambda _, arguments, result, gates=gates: result * gates)
+            handle = module.register_forward_hook(
+                lambda _, arguments, result, gates=gates: result * gates
+            )
             gradients.append(torch.autograd.grad(cross_entropy(model(x), y), gates)[0].flatten())
             handle.remove()
         assert_gates(found, (name, "filters"), torch.stack(gradients))
@@ -178,13 +215,22 @@ def test_what_is_left_of_a_cut_model_is_scored(model, batch):
     """Attention without heads, an MLP without neurons and a block that is gone have no scores, the others do."""
     first, second = (block.name for block in models.view(model).blocks[:2])
     counts = models.view(model).units()
-    gone = {(second, "neurons"): range(counts[second, "neurons"]), (first, "heads"): range(counts[first, "heads"])}
+    gone = {
+        (second, "neurons"): range(counts[second, "neurons"]),
+        (first, "heads"): range(counts[first, "heads"]),
+    }
     for drop in (gone, gone | {(first, "block"): [0]}):
         small = shrink.remove(model, drop)
-        found = scores.units(small, [batch], criteria="fisher", kinds=["heads", "neurons", "v", "width"])["fisher"]
+        found = scores.units(
+            small, [batch], criteria="fisher", kinds=["heads", "neurons", "v", "width"]
+        )["fisher"]
         counts = models.view(small).units(["heads", "neurons", "v", "width"])
         assert {key: len(score) for key, score in found.items()} == counts
-        assert (second, "neurons") not in found and (first, "heads") not in found and (second, "heads") in found
+        assert (
+            (second, "neurons") not in found
+            and (first, "heads") not in found
+            and (second, "heads") in found
+        )
 
 
 def test_row_gates_equal_brute_force(model, batch):
@@ -193,8 +239,12 @@ def test_row_gates_equal_brute_force(model, batch):
     assert list(found["taylor"]) == list(found["fisher"]) == list(linears)
     for name, layer in linears.items():
         gradients = brute_force(model, batch, [(layer, True)], layer.out_features)
-        torch.testing.assert_close(found["taylor"][name], gradients.abs().mean(0), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found["fisher"][name], gradients.square().mean(0) / 2, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            found["taylor"][name], gradients.abs().mean(0), rtol=1e-4, atol=1e-6
+        )
+        torch.testing.assert_close(
+            found["fisher"][name], gradients.square().mean(0) / 2, rtol=1e-4, atol=1e-7
+        )
         size = gradients.abs().mean(0)
         torch.testing.assert_close(found["michel"][name], size / size.norm(), rtol=1e-4, atol=1e-6)
 
@@ -203,7 +253,9 @@ def test_a_convolutions_rows_are_its_filters(vit, batch):
     name = "patch_embed.steps.0"
     found = scores.rows(vit, [batch], criteria=["magnitude", "gradient", "fisher"], layers=[name])
     layer = vit.get_submodule(name)
-    assert {criterion: len(value[name]) for criterion, value in found.items()} == dict.fromkeys(found, 32)
+    assert {criterion: len(value[name]) for criterion, value in found.items()} == dict.fromkeys(
+        found, 32
+    )
     weight, bias = layer.weight, layer.bias
     assert bias is None
     torch.testing.assert_close(found["magnitude"][name], weight.flatten(1).norm(dim=1).detach())
@@ -217,18 +269,27 @@ def test_a_convolutions_rows_are_its_filters(vit, batch):
 
 
 def test_gate_and_forward_scores_do_not_depend_on_batches(model, batch):
-    wanted = dict(weights=["wanda", "obs"], rows=["taylor", "fisher", "variance"], kinds=models.UNITS)
+    wanted = dict(
+        weights=["wanda", "obs"], rows=["taylor", "fisher", "variance"], kinds=anatomy.UNITS
+    )
     wanted["units"] = ["taylor", "michel", "fisher", "variance"]
-    whole, *others = (scores.measure(model, b, **wanted) for b in ([batch], split(batch, 1), split(batch, 4)[::-1]))
+    whole, *others = (
+        scores.measure(model, b, **wanted)
+        for b in ([batch], split(batch, 1), split(batch, 4)[::-1])
+    )
     for other in others:
         for group, criteria in whole.items():
             for criterion, tensors in criteria.items():
                 for key, value in tensors.items():
-                    torch.testing.assert_close(value, other[group][criterion][key], rtol=1e-3, atol=1e-6)
+                    torch.testing.assert_close(
+                        value, other[group][criterion][key], rtol=1e-3, atol=1e-6
+                    )
 
 
 def test_weight_scores_equal_their_definitions(model, batch):
-    batches = split(batch, 4)  # 4 and 2 images: the gradient of each batch's mean loss counts the same
+    batches = split(
+        batch, 4
+    )  # 4 and 2 images: the gradient of each batch's mean loss counts the same
     found = scores.weights(model, batches, criteria=scores.WEIGHTS)
     names = [f"{layer}.weight" for layer in models.view(model).linears()]
     parameters = [model.get_parameter(name) for name in names]
@@ -237,7 +298,9 @@ def test_weight_scores_equal_their_definitions(model, batch):
         assert list(found[criterion]) == names  # no bias, and the classifier is protected
     sizes = torch.tensor([4, 2]).view(-1, 1, 1)
     assert sum(value.sum() for value in found["snip"].values()).item() == pytest.approx(1)
-    scale = sum((p * sum(g) / 2).abs().sum() for p, *g in zip(parameters, *gradients, strict=True)).detach()
+    scale = sum(
+        (p * sum(g) / 2).abs().sum() for p, *g in zip(parameters, *gradients, strict=True)
+    ).detach()
     for name, w, *g in zip(names, parameters, *gradients, strict=True):
         w, g = w.detach(), torch.stack(g)
         expected = {
@@ -262,7 +325,10 @@ def test_obd_with_labels_of_the_model_is_the_gauss_newton_diagonal_in_the_mean()
         chance = p[0, labels[0]] * p[1, labels[1]]
         batch = [(x, torch.tensor(labels))]
         mean += (
-            chance * scores.weights(model, batch, criteria="obd", parameters=["layer.weight"])["obd"]["layer.weight"]
+            chance
+            * scores.weights(model, batch, criteria="obd", parameters=["layer.weight"])["obd"][
+                "layer.weight"
+            ]
         )
     hessian = (p * (1 - p)).T @ x.square() / 2
     torch.testing.assert_close(mean, hessian * model.layer.weight.detach().square() / 2)
@@ -287,26 +353,41 @@ def test_obs_is_half_of_what_the_output_loses_when_one_weight_goes(model, batch)
         weight = model.get_submodule(name).weight.detach()
         gram, j = lowrank.damped(gram, 0.01), 5
         others = torch.arange(len(gram)) != j
-        solved = weight.double().clone()  # the row's best without weight j, by least squares on the others
+        solved = (
+            weight.double().clone()
+        )  # the row's best without weight j, by least squares on the others
         solved[:, j] = 0
-        solved[:, others] += weight[:, j : j + 1] * torch.linalg.solve(gram[others][:, others], gram[others, j])
+        solved[:, others] += weight[:, j : j + 1] * torch.linalg.solve(
+            gram[others][:, others], gram[others, j]
+        )
         rise = ((weight - solved) @ gram * (weight - solved)).sum(1)
-        torch.testing.assert_close(found[f"{name}.weight"][:, j], (rise / 2).float(), rtol=1e-4, atol=1e-9)
-        torch.testing.assert_close(same[f"{name}.weight"], found[f"{name}.weight"], rtol=1e-2, atol=1e-7)
+        torch.testing.assert_close(
+            found[f"{name}.weight"][:, j], (rise / 2).float(), rtol=1e-4, atol=1e-9
+        )
+        torch.testing.assert_close(
+            same[f"{name}.weight"], found[f"{name}.weight"], rtol=1e-2, atol=1e-7
+        )
 
 
 def test_variances_equal_their_definition(model, batch):
     view = models.view(model)
-    found = scores.measure(model, split(batch, 4), rows=["variance"], units=["variance"], kinds=models.UNITS)
+    found = scores.measure(
+        model, split(batch, 4), rows=["variance"], units=["variance"], kinds=anatomy.UNITS
+    )
     places = {name: (layer, True) for name, layer in view.linears().items()}
     for block in view.blocks:
         places |= {
             (block.name, "in", "proj"): (block.attn.proj, False),
             (block.name, "in", "fc2"): (block.mlp.fc2, False),
         }
-        places["stage", block.stage] = model.get_submodule(block.name), True  # the stage's last block stays
+        places["stage", block.stage] = (
+            model.get_submodule(block.name),
+            True,
+        )  # the stage's last block stays
     places |= {name: (model.get_submodule(norm), True) for name, norm in FILTERS.items()}
-    variance = {key: x.var(0, correction=0).float() for key, x in record(model, batch, places).items()}
+    variance = {
+        key: x.var(0, correction=0).float() for key, x in record(model, batch, places).items()
+    }
     expected = {}
     for block in view.blocks:
         v = variance[block.name, "in", "proj"]
@@ -334,10 +415,12 @@ def test_variance_of_a_convolution_is_per_filter(vit, batch):
 
 def test_variance_survives_a_large_mean():
     x = 1e4 + torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
-    moments = scores.Moments()
+    moments = sweep.Moments()
     for part in x.split(70):
         moments.add("x", part)
-    torch.testing.assert_close(moments.variance["x"].double(), x.double().var(0, correction=0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        moments.variance["x"].double(), x.double().var(0, correction=0), rtol=1e-3, atol=0
+    )
     torch.testing.assert_close(moments.norm("x"), x.norm(dim=0))
 
 
@@ -345,13 +428,21 @@ def test_one_pass_measures_all_and_each_as_if_alone(model, batch):
     batches, passes = split(batch, 4), []
     handle = model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     found = scores.measure(
-        model, batches, weights=scores.WEIGHTS, rows=scores.ROWS, units=scores.UNITS, kinds=models.UNITS[:4]
+        model,
+        batches,
+        weights=scores.WEIGHTS,
+        rows=scores.ROWS,
+        units=scores.UNITS,
+        kinds=anatomy.UNITS[:4],
     )
     assert passes == [True, True]
     alone = {
         "weights": {c: scores.weights(model, batches, criteria=c)[c] for c in scores.WEIGHTS},
         "rows": {c: scores.rows(model, batches, criteria=c)[c] for c in scores.ROWS},
-        "units": {c: scores.units(model, batches, criteria=c, kinds=models.UNITS[:4])[c] for c in scores.UNITS},
+        "units": {
+            c: scores.units(model, batches, criteria=c, kinds=anatomy.UNITS[:4])[c]
+            for c in scores.UNITS
+        },
     }
     handle.remove()
     assert list(found) == list(alone)
@@ -364,9 +455,13 @@ def test_one_pass_measures_all_and_each_as_if_alone(model, batch):
 
 def test_without_gradients_there_is_no_graph(model, batch):
     passes = []
-    model.register_forward_hook(lambda _, x, y: passes.append((torch.is_grad_enabled(), y.requires_grad)))
-    wanted = dict(weights=["magnitude", "wanda", "obs"], rows="variance", units=["random", "variance"])
-    found = scores.measure(model, split(batch, 4), kinds=models.UNITS, **wanted)
+    model.register_forward_hook(
+        lambda _, x, y: passes.append((torch.is_grad_enabled(), y.requires_grad))
+    )
+    wanted = dict(
+        weights=["magnitude", "wanda", "obs"], rows="variance", units=["random", "variance"]
+    )
+    found = scores.measure(model, split(batch, 4), kinds=anatomy.UNITS, **wanted)
     assert passes == [(False, False)] * 2
     assert [list(criteria) for criteria in found.values()] == [
         ["magnitude", "wanda", "obs"],
@@ -384,8 +479,13 @@ def test_row_magnitude_and_gradient_equal_their_definitions(model, batch):
     for name, layer in models.view(model).linears().items():
         own = list(layer.parameters())  # weight and, but for Swin's merging, bias
         gradients = [torch.autograd.grad(cross_entropy(model(x), y), own) for x, y in batches]
-        mean = [torch.stack(g).abs().mean(0).view(layer.out_features, -1) for g in zip(*gradients, strict=True)]
-        torch.testing.assert_close(found["gradient"][name], torch.cat(mean, 1).mean(1), rtol=1e-4, atol=1e-8)
+        mean = [
+            torch.stack(g).abs().mean(0).view(layer.out_features, -1)
+            for g in zip(*gradients, strict=True)
+        ]
+        torch.testing.assert_close(
+            found["gradient"][name], torch.cat(mean, 1).mean(1), rtol=1e-4, atol=1e-8
+        )
         rows = torch.cat([p.detach().view(layer.out_features, -1) for p in own], 1)
         torch.testing.assert_close(found["magnitude"][name], rows.norm(dim=1))
 
@@ -395,8 +495,14 @@ def test_unit_magnitude_counts_all_that_goes(model):
     for block in models.view(model).blocks:
         heads, size = block.num_heads, block.head_dim
         qkv, proj, fc1, fc2 = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
-        gone = [slice(part * heads * size + size, part * heads * size + 2 * size) for part in range(3)]  # head 1
-        parts = [qkv.weight[s] for s in gone] + [qkv.bias[s] for s in gone] + [proj.weight[:, size : 2 * size]]
+        gone = [
+            slice(part * heads * size + size, part * heads * size + 2 * size) for part in range(3)
+        ]  # head 1
+        parts = (
+            [qkv.weight[s] for s in gone]
+            + [qkv.bias[s] for s in gone]
+            + [proj.weight[:, size : 2 * size]]
+        )
         norm = torch.cat([part.flatten() for part in parts]).norm()
         torch.testing.assert_close(found[block.name, "heads"][1], norm.detach())
         norm = torch.cat([fc1.weight[5], fc1.bias[5:6], fc2.weight[:, 5]]).norm()
@@ -406,13 +512,20 @@ def test_unit_magnitude_counts_all_that_goes(model):
 def test_magnitudes_of_head_dimensions_add_up_to_heads(model):
     found = scores.units(model, criteria="magnitude", kinds=["heads", "qk", "v"])["magnitude"]
     for block in models.view(model).blocks:
-        qk, v = (found[block.name, kind].square().view(block.num_heads, -1).sum(1) for kind in ("qk", "v"))
+        qk, v = (
+            found[block.name, kind].square().view(block.num_heads, -1).sum(1)
+            for kind in ("qk", "v")
+        )
         torch.testing.assert_close((qk + v).sqrt(), found[block.name, "heads"])
         size, d = block.num_heads * block.head_dim, block.head_dim + 2  # dimension 2 of head 1
         weight, bias, proj = block.attn.qkv.weight, block.attn.qkv.bias, block.attn.proj.weight
-        norm = torch.cat([weight[d], weight[size + d], bias[d : d + 1], bias[size + d : size + d + 1]]).norm()
+        norm = torch.cat(
+            [weight[d], weight[size + d], bias[d : d + 1], bias[size + d : size + d + 1]]
+        ).norm()
         torch.testing.assert_close(found[block.name, "qk"][d], norm.detach())
-        norm = torch.cat([weight[2 * size + d], bias[2 * size + d : 2 * size + d + 1], proj[:, d]]).norm()
+        norm = torch.cat(
+            [weight[2 * size + d], bias[2 * size + d : 2 * size + d + 1], proj[:, d]]
+        ).norm()
         torch.testing.assert_close(found[block.name, "v"][d], norm.detach())
 
 
@@ -449,7 +562,9 @@ def test_one_layer_by_hand():
     batch = torch.ones(2, 2), torch.tensor([0, 1])
     s = 1 / (1 + torch.tensor(-2.0).exp())
     single = [(batch[0][:1], batch[1][:1]), (batch[0][1:], batch[1][1:])]
-    found = scores.weights(OneLayer(), single, criteria=["gradient", "taylor", "fisher"], parameters=["layer.weight"])
+    found = scores.weights(
+        OneLayer(), single, criteria=["gradient", "taylor", "fisher"], parameters=["layer.weight"]
+    )
     mean, square = ((1 - s) + s) / 2, ((1 - s) ** 2 + s**2) / 2
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     torch.testing.assert_close(found["gradient"]["layer.weight"], mean.expand(2, 2).clone())
@@ -459,11 +574,15 @@ def test_one_layer_by_hand():
     found = scores.weights(OneLayer(), [batch], criteria="gradient", parameters=["layer.weight"])
     torch.testing.assert_close(found["gradient"]["layer.weight"], (s - 0.5).expand(2, 2).clone())
     # Gates are per image whatever the batch.
-    found = scores.rows(OneLayer(), [batch], criteria=["taylor", "fisher", "gradient"], layers=["layer"])
+    found = scores.rows(
+        OneLayer(), [batch], criteria=["taylor", "fisher", "gradient"], layers=["layer"]
+    )
     torch.testing.assert_close(found["taylor"]["layer"], mean.expand(2).clone())
     torch.testing.assert_close(found["fisher"]["layer"], (square / 2).expand(2).clone())
     torch.testing.assert_close(found["gradient"]["layer"], (s - 0.5).expand(2).clone())
-    found = scores.grams(OneLayer(), [(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), None)], layers=["layer"], affine=True)
+    found = scores.grams(
+        OneLayer(), [(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), None)], layers=["layer"], affine=True
+    )
     assert found["layer"].tolist() == [[5, 1, 2], [1, 2, 1], [2, 1, 1]]
 
 
@@ -484,18 +603,25 @@ def test_grams_equal_their_definition(model, batch):
 def test_a_convolution_has_the_gram_of_its_patches(model, batch):
     """W H W^T is then the second moment of what it gives, whatever its stride and padding."""
     stem = dict(models.view(model).stem)
-    found, close = scores.grams(model, split(batch, 4), layers=list(stem)), {"rtol": 1e-4, "atol": 1e-5}
+    found, close = (
+        scores.grams(model, split(batch, 4), layers=list(stem)),
+        {"rtol": 1e-4, "atol": 1e-5},
+    )
     for name, conv in stem.items():
         seen = []
-        handle = conv.register_forward_hook(lambda _, arguments, y, seen=seen: seen.append(y.detach()))
+        handle = conv.register_forward_hook(
+            lambda _, arguments, y, seen=seen: seen.append(y.detach())
+        )
         model(batch[0])
         handle.remove()
         y = seen[0].movedim(1, -1).flatten(0, -2).double()
         weight = conv.weight.detach().flatten(1).double()
         bias = 0 if conv.bias is None else conv.bias.detach()
-        torch.testing.assert_close(weight @ found[name] @ weight.T, (y - bias).T @ (y - bias) / len(y), **close)
+        torch.testing.assert_close(
+            weight @ found[name] @ weight.T, (y - bias).T @ (y - bias) / len(y), **close
+        )
     with pytest.raises(ValueError, match="no patches of"):
-        scores.patches(torch.zeros(1, 4, 3, 3), nn.Conv2d(4, 4, 3, groups=2))
+        sweep.patches(torch.zeros(1, 4, 3, 3), nn.Conv2d(4, 4, 3, groups=2))
 
 
 def test_gradient_grams_equal_their_definition(model, batch):
@@ -517,7 +643,11 @@ def test_gradient_grams_equal_their_definition(model, batch):
             handle.remove()
         for name in names:
             g = added[model.get_submodule(name)].grad.double()
-            g = g.movedim(1, -1).flatten(0, -2) if name in dict(models.view(model).stem) else g.flatten(0, -2)
+            g = (
+                g.movedim(1, -1).flatten(0, -2)
+                if name in dict(models.view(model).stem)
+                else g.flatten(0, -2)
+            )
             expected[name] = expected[name] + g.T @ g / len(batch[0])
     assert list(found) == names
     for name, matrix in expected.items():
@@ -548,7 +678,7 @@ def test_the_model_is_left_as_it_was(model, batch):
         scores.weights(model, [batch], criteria=scores.WEIGHTS)
         scores.rows(model, [batch], criteria=scores.ROWS)
         scores.units(model, [batch], criteria=scores.UNITS)
-        scores.units(model, [batch], criteria=["taylor", "variance"], kinds=models.UNITS)
+        scores.units(model, [batch], criteria=["taylor", "variance"], kinds=anatomy.UNITS)
     scores.grams(model, [batch])
     scores.loss(model, [batch])
     unchanged()
@@ -571,8 +701,13 @@ def test_calibration_far_below_held_out_is_a_warning(vit, batch):
     with pytest.warns(UserWarning, match='fits its calibration images.*labels="model"'):
         losses = scores.check_calibration(vit, [fitted], [wrong])
     assert losses == (scores.loss(vit, [fitted]), scores.loss(vit, [wrong]))
-    assert scores.check_calibration(vit, [wrong], [fitted]) == losses[::-1]  # a warning would be an error here
-    assert scores.check_calibration(vit, [fitted], [wrong], share=losses[0] / losses[1] / 1.01) == losses
+    assert (
+        scores.check_calibration(vit, [wrong], [fitted]) == losses[::-1]
+    )  # a warning would be an error here
+    assert (
+        scores.check_calibration(vit, [fitted], [wrong], share=losses[0] / losses[1] / 1.01)
+        == losses
+    )
 
 
 def test_random_needs_a_seed_and_no_data(model):
@@ -584,15 +719,22 @@ def test_random_needs_a_seed_and_no_data(model):
 
 
 def test_labels_of_the_model(vit, batch):
-    drawn = [scores.units(vit, [batch], criteria="fisher", labels="model", seed=s)["fisher"] for s in (0, 0, 1)]
+    drawn = [
+        scores.units(vit, [batch], criteria="fisher", labels="model", seed=s)["fisher"]
+        for s in (0, 0, 1)
+    ]
     key = ("blocks.0", "heads")
     assert drawn[0][key].equal(drawn[1][key])
     assert not drawn[0][key].equal(drawn[2][key])
     # A model that is sure of its prediction draws just that.
     vit.head.weight.data.zero_()
     vit.head.bias.data = torch.tensor([0.0, 90.0, 0.0])
-    sure = scores.weights(vit, [batch], criteria="gradient", labels="model", parameters=["head.bias"])
-    true = scores.weights(vit, [(batch[0], torch.ones(6).long())], criteria="gradient", parameters=["head.bias"])
+    sure = scores.weights(
+        vit, [batch], criteria="gradient", labels="model", parameters=["head.bias"]
+    )
+    true = scores.weights(
+        vit, [(batch[0], torch.ones(6).long())], criteria="gradient", parameters=["head.bias"]
+    )
     assert sure["gradient"]["head.bias"].equal(true["gradient"]["head.bias"])
 
 
@@ -601,16 +743,22 @@ def test_statistics_are_float32_or_better(vit, batch, dtype):
     batches = [(batch[0].to(dtype), batch[1])]
     vit = vit.to(dtype)
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    found = scores.measure(vit, batches, weights=scores.WEIGHTS[1:], rows=scores.ROWS[1:], units=scores.UNITS[1:])
+    found = scores.measure(
+        vit, batches, weights=scores.WEIGHTS[1:], rows=scores.ROWS[1:], units=scores.UNITS[1:]
+    )
     found["width"] = scores.units(vit, batches, criteria=["fisher", "variance"], kinds=CHANNELS)
     for criteria in found.values():
-        assert {value.dtype for tensors in criteria.values() for value in tensors.values()} == {wanted}
+        assert {value.dtype for tensors in criteria.values() for value in tensors.values()} == {
+            wanted
+        }
 
 
 def test_scores_in_single_precision_are_those_in_double(model, batch):
     wanted = dict(weights=scores.WEIGHTS, rows=scores.ROWS, units=scores.UNITS)
     single = scores.measure(model, [batch], **wanted)
-    double = scores.measure(copy.deepcopy(model).double(), [(batch[0].double(), batch[1])], **wanted)
+    double = scores.measure(
+        copy.deepcopy(model).double(), [(batch[0].double(), batch[1])], **wanted
+    )
     for group, criteria in double.items():
         for criterion, tensors in criteria.items():
             for key, score in tensors.items() if criterion != "random" else ():
@@ -620,7 +768,7 @@ def test_scores_in_single_precision_are_those_in_double(model, batch):
 
 def test_bf16_sums_many_small_parts(vit):
     """A bf16 sum stops growing at 256 equal terms; ours must not."""
-    gates = scores.Gates(vit.to(torch.bfloat16), {"a": (1,)})
+    gates = sweep.Gates(vit.to(torch.bfloat16), {"a": (1,)})
     for _ in range(3000):
         gates.add("a", None, torch.ones(1, 1))
         gates.finish()
@@ -631,7 +779,9 @@ def test_errors_name_what_is_wrong(vit, batch):
     for call in (scores.weights, scores.rows, scores.units):
         with pytest.raises(ValueError, match="unknown criterion 'tailor', did you mean 'taylor'"):
             call(vit, [batch], criteria=["tailor"])
-        with pytest.raises(ValueError, match="unknown kind of labels 'models', did you mean 'model'"):
+        with pytest.raises(
+            ValueError, match="unknown kind of labels 'models', did you mean 'model'"
+        ):
             call(vit, [batch], criteria=["taylor"], labels="models")
         for empty in (None, [], iter([])):
             with pytest.raises(ValueError, match="no batches"):
@@ -640,10 +790,14 @@ def test_errors_name_what_is_wrong(vit, batch):
         scores.grams(vit, [])
     with pytest.raises(ValueError, match="'blocks.0.attn.qvk.weight' in this model, did you mean"):
         scores.weights(vit, criteria="magnitude", parameters=["blocks.0.attn.qvk.weight"])
-    with pytest.raises(ValueError, match="'blocks.0.mlp.fc3' in this model, did you mean 'blocks.0.mlp.fc"):
+    with pytest.raises(
+        ValueError, match="'blocks.0.mlp.fc3' in this model, did you mean 'blocks.0.mlp.fc"
+    ):
         scores.rows(vit, criteria="magnitude", layers=["blocks.0.mlp.fc3"])
     vit.blocks[1].mlp.fc1.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="magnitude scores of blocks.1.mlp.fc1.weight are not finite"):
+    with pytest.raises(
+        ValueError, match="magnitude scores of blocks.1.mlp.fc1.weight are not finite"
+    ):
         scores.weights(vit, criteria="magnitude")
     with pytest.raises(ValueError, match="gram scores of blocks.1.mlp.fc2 are not finite"):
         scores.grams(vit, [batch])
@@ -659,7 +813,9 @@ def test_errors_of_criteria_and_kinds_name_what_is_wrong(vit, batch):
     with pytest.raises(ValueError, match="blocks.0 normalises queries and keys"):
         normed = toy("conv_vit", embed_dim=32, depth=1, num_heads=4, qk_norm=True)
         scores.units(normed, [batch], criteria="taylor", kinds=["qk"])
-    assert len(scores.units(normed, [batch], criteria="taylor", kinds=["v", "width"])["taylor"]) == 2
+    assert (
+        len(scores.units(normed, [batch], criteria="taylor", kinds=["v", "width"])["taylor"]) == 2
+    )
     for criterion in ("wanda", "obs"):
         for name in ("patch_embed.steps.0.weight", "blocks.0.attn.qkv.bias"):
             with pytest.raises(ValueError, match=f"linear layers, {name} is none"):
@@ -667,7 +823,9 @@ def test_errors_of_criteria_and_kinds_name_what_is_wrong(vit, batch):
     grams = scores.grams(vit, [batch], affine=True)
     with pytest.raises(ValueError, match=r"needs a gram \[32, 32\] of 'blocks.0.attn.qkv'"):
         scores.weights(vit, criteria="obs", grams=grams)
-    with pytest.raises(ValueError, match="of 'blocks.0.attn.qkv', did you mean 'blocks.1.attn.qkv'"):
+    with pytest.raises(
+        ValueError, match="of 'blocks.0.attn.qkv', did you mean 'blocks.1.attn.qkv'"
+    ):
         scores.weights(vit, criteria="obs", grams={"blocks.1.attn.qkv": grams["blocks.1.attn.qkv"]})
     with pytest.raises(ValueError, match="qkv.weight has no inverse with damping 0"):
         dead = {name: torch.zeros(len(gram) - 1, len(gram) - 1) for name, gram in grams.items()}

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab import masks, models, prune, scores, sensitivity, shrink
+from vitlab import models
+from vitlab.pruning import masks, prune, scores, sensitivity, shrink
 
 
 def state(model):

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from timm.layers import DropPath
 from torch import nn
 
-from vitlab import cost, layers, lowrank, masks, models, scores, shrink
+from vitlab import models
+from vitlab.evaluation import cost
+from vitlab.models import anatomy, layers, structure
+from vitlab.pruning import compensate, factor, lowrank, masks, scores, shrink
 
 
 def heads_and_neurons(model):
@@ -93,7 +96,7 @@ def grams(model, x):
 
         return hook
 
-    for name, layer in models.view(model).linears(shrink.EVERY_ROLE).items():
+    for name, layer in models.view(model).linears(structure.EVERY_ROLE).items():
         hooks.append(layer.register_forward_pre_hook(see(name)))
     with torch.no_grad():
         model(x)
@@ -127,7 +130,7 @@ def every_kind(model):
     """
     view = models.view(model)
     drops = {}
-    for kind in models.UNITS:
+    for kind in anatomy.UNITS:
         units = view.units([kind])
         drops[kind] = {
             key: list(range(i % 2, count, 3)) for i, (key, count) in enumerate(units.items())
@@ -166,7 +169,7 @@ def masked_as_well(model, drop):
             model.get_submodule(name).register_forward_hook(lambda m, args, y: args[0])
         elif kind == "filters":
             keep = [i for i in range(len(model.get_submodule(name).weight)) if i not in indices]
-            norm = model.get_submodule(models.norm_after(model, name))
+            norm = model.get_submodule(anatomy.norm_after(model, name))
             norm.register_forward_hook(
                 lambda m, args, y, i=indices: zeroed(y.movedim(1, -1), i).movedim(-1, 1)
             )
@@ -202,7 +205,7 @@ def norm_of(norm, x, keep):
     return torch.zeros_like(x).index_copy(-1, torch.tensor(keep), y)
 
 
-@pytest.mark.parametrize("kind", models.UNITS)
+@pytest.mark.parametrize("kind", anatomy.UNITS)
 def test_removed_equals_masked_for_every_kind_and_architecture(any_model, batch, kind):
     drop = every_kind(any_model).get(kind)
     if drop is None:
@@ -221,8 +224,8 @@ def test_removed_equals_masked_for_every_kind_and_architecture(any_model, batch,
     for fused in (False, True):
         assert error(input_gradient(fuse(small, fused), batch), wanted) < 1e-5
     small = fuse(shrink.remove(any_model, drop), False)
-    same = shrink.rebuild(
-        models.create(**recipe(small)), json.loads(json.dumps(shrink.structure(small)))
+    same = structure.rebuild(
+        models.create(**recipe(small)), json.loads(json.dumps(structure.structure(small)))
     ).eval()
     same.load_state_dict(small.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), small(batch[0]))
@@ -250,12 +253,14 @@ def test_a_removal_of_nothing_is_bit_equal(any_model, batch, kinds, remover):
     if kinds != ("rows",):
         names = dict.fromkeys(name for name, _ in view.units(kinds))
     second_moments, means = grams(any_model, batch[0])
-    for fill in (shrink._Fill({}, {}, 1e-3), shrink._Fill(means, second_moments, 1e-3)):
+    for fill in (compensate.Fill({}, {}, 1e-3), compensate.Fill(means, second_moments, 1e-3)):
         model = copy.deepcopy(any_model)
         for name in names:
             remover(model, name, {kind: set() for kind in kinds}, fill)
         assert torch.equal(model(batch[0]), logits)
-    same = shrink.rebuild(models.create(**recipe(any_model)), shrink.structure(any_model)).eval()
+    same = structure.rebuild(
+        models.create(**recipe(any_model)), structure.structure(any_model)
+    ).eval()
     same.load_state_dict(any_model.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), logits)
     magnitudes = {name: parameter.abs() for name, parameter in any_model.named_parameters()}
@@ -322,8 +327,8 @@ def test_all_kinds_together_and_once_more(any_model, batch):
         small, {("stages.0", "width"): [1]}, grams=grams(small, batch[0])[0], means=means
     )
     assert again(batch[0]).isfinite().all()
-    same = shrink.rebuild(
-        models.create(**recipe(again)), json.loads(json.dumps(shrink.structure(again)))
+    same = structure.rebuild(
+        models.create(**recipe(again)), json.loads(json.dumps(structure.structure(again)))
     ).eval()
     same.load_state_dict(again.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), again(batch[0]))
@@ -424,7 +429,7 @@ def test_narrower_streams_are_refitted_where_their_readers_can(model, batch):
 def test_filters_that_say_the_same_can_stand_in_for_each_other(model, batch):
     """One of two equal filters goes: with grams nothing is lost, without grams a lot."""
     first, second = list(dict(models.view(model).stem))[:2]
-    norm = model.get_submodule(models.norm_after(model, first))
+    norm = model.get_submodule(anatomy.norm_after(model, first))
     with torch.no_grad():
         for tensor in (
             model.get_submodule(first).weight,
@@ -451,7 +456,7 @@ def test_factors_of_the_stem_and_linear_layers(any_model, batch):
     """A matrix of low rank computes the same in factors, which cost rank (m + n) a position."""
     view = models.view(any_model)
     ranks = {
-        name: min(3, int(lowrank.break_even_rank(*m.weight.flatten(1).shape)))
+        name: min(3, int(layers.break_even_rank(*m.weight.flatten(1).shape)))
         for name, m in view.matrices.items()
     }
     with torch.no_grad():
@@ -459,7 +464,7 @@ def test_factors_of_the_stem_and_linear_layers(any_model, batch):
             weight = any_model.get_submodule(name).weight
             u, v = lowrank.svd(weight.flatten(1), rank)
             weight.copy_((u @ v).view_as(weight))
-    thin = shrink.factorise(
+    thin = factor.factorise(
         any_model, ranks, grams=scores.grams(any_model, [batch], layers=list(ranks))
     )
     assert error(thin(batch[0]), any_model(batch[0])) < 1e-4
@@ -468,8 +473,8 @@ def test_factors_of_the_stem_and_linear_layers(any_model, batch):
         m, n = any_model.get_submodule(name).weight.flatten(1).shape
         executed = sum(macs for layer, macs in after.items() if f"{layer}.".startswith(f"{name}."))
         assert executed * m * n == before[name] * rank * (m + n)
-    same = shrink.rebuild(
-        models.create(**recipe(thin)), json.loads(json.dumps(shrink.structure(thin)))
+    same = structure.rebuild(
+        models.create(**recipe(thin)), json.loads(json.dumps(structure.structure(thin)))
     ).eval()
     same.load_state_dict(thin.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), thin(batch[0]))
@@ -480,7 +485,7 @@ def test_factors_of_the_stem_and_linear_layers(any_model, batch):
 def test_a_filter_that_hardly_varies_leaves_its_mean(model, batch):
     """A filter that is nearly constant goes: its mean stays in the norm or bias behind."""
     first, second = list(dict(models.view(model).stem))[:2]
-    norm = model.get_submodule(models.norm_after(model, first))
+    norm = model.get_submodule(anatomy.norm_after(model, first))
     with torch.no_grad():
         norm.weight[5], norm.bias[5] = 0, 3
     second_moments = scores.grams(model, [batch], layers=[second], affine=True)[second]
@@ -496,14 +501,14 @@ def test_a_factored_stem_loses_filters_and_its_factors_where_they_cost_more(mode
     """Filters are outputs of both factors together; where these cost more, they are merged."""
     first, second, last = list(dict(models.view(model).stem))
     counts = models.view(model).units(["filters"])
-    thin = shrink.factorise(model, {first: 3, second: 8, last: 8})
+    thin = factor.factorise(model, {first: 3, second: 8, last: 8})
     assert models.view(thin).units(["filters"]) == counts
     assert set(models.view(thin).matrices) == set(models.view(thin).linears())
     scores_by_units = scores.units(thin, [batch], criteria=["fisher"], kinds=["filters"])["fisher"]
     assert {key: len(score) for key, score in scores_by_units.items()} == counts
     drop = {(second, "filters"): range(counts[second, "filters"] - 4)}
     expected = copy.deepcopy(thin)
-    behind = expected.get_submodule(models.norm_after(expected, second))
+    behind = expected.get_submodule(anatomy.norm_after(expected, second))
     behind.register_forward_hook(
         lambda m, args, y: zeroed(y.movedim(1, -1), drop[second, "filters"]).movedim(-1, 1)
     )
@@ -512,8 +517,8 @@ def test_a_factored_stem_loses_filters_and_its_factors_where_they_cost_more(mode
     stem = dict(models.view(small).stem)
     assert isinstance(small.get_submodule(first), layers.FactoredConv2d)
     assert isinstance(small.get_submodule(second), nn.Conv2d) and stem[second].out_channels == 4
-    same = shrink.rebuild(
-        models.create(**recipe(small)), json.loads(json.dumps(shrink.structure(small)))
+    same = structure.rebuild(
+        models.create(**recipe(small)), json.loads(json.dumps(structure.structure(small)))
     ).eval()
     same.load_state_dict(small.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), small(batch[0]))
@@ -521,18 +526,18 @@ def test_a_factored_stem_loses_filters_and_its_factors_where_they_cost_more(mode
 
 def test_errors_of_factorising(vit):
     with pytest.raises(ValueError, match="ranks is empty"):
-        shrink.factorise(vit, {})
+        factor.factorise(vit, {})
     with pytest.raises(ValueError, match="did you mean 'blocks.0.mlp.fc1'"):
-        shrink.factorise(vit, {"block.0.mlp.fc1": 3})
+        factor.factorise(vit, {"block.0.mlp.fc1": 3})
     for rank in (0, 22):
         with pytest.raises(ValueError, match=r"fc1 \[64, 32\]: a rank in \[1, 21.3\) saves MACs"):
-            shrink.factorise(vit, {"blocks.0.mlp.fc1": rank})
-    thin = shrink.factorise(vit, {"blocks.0.mlp.fc1": 3})
+            factor.factorise(vit, {"blocks.0.mlp.fc1": rank})
+    thin = factor.factorise(vit, {"blocks.0.mlp.fc1": 3})
     with pytest.raises(ValueError, match="is a FactoredLinear already"):
-        shrink.factorise(thin, {"blocks.0.mlp.fc1": 2})
-    thin = shrink.factorise(vit, {"patch_embed.steps.4": 8})
+        factor.factorise(thin, {"blocks.0.mlp.fc1": 2})
+    thin = factor.factorise(vit, {"patch_embed.steps.4": 8})
     with pytest.raises(ValueError, match="is a FactoredConv2d already, or part of one"):
-        shrink.factorise(thin, {"patch_embed.steps.4.0": 2})
+        factor.factorise(thin, {"patch_embed.steps.4.0": 2})
     with pytest.raises(ValueError, match="give one of 1 group"):
         layers.FactoredConv2d(nn.Conv2d(4, 4, 3, groups=2), rank=2)
 
@@ -552,7 +557,7 @@ def test_what_stays_makes_up_for_masked_weights(model, batch):
     )
     norm = f"{models.view(model).blocks[0].name}.norm1.weight"
     keep[norm] = torch.arange(len(model.get_parameter(norm))) > 2
-    fitted = shrink.refit(model, keep, second_moments)
+    fitted = compensate.refit(model, keep, second_moments)
     for name, mask in keep.items():
         weight, new = model.get_parameter(name), fitted.get_parameter(name)
         assert new[~mask].count_nonzero() == 0
@@ -563,7 +568,7 @@ def test_what_stays_makes_up_for_masked_weights(model, batch):
         weight, new, mask = (tensor.flatten(1) for tensor in (weight, new, mask))
         assert lowrank.objective(weight, new, gram) < lowrank.objective(weight, weight * mask, gram)
     assert fitted(batch[0]).isfinite().all() and not torch.equal(model.get_parameter(name), new)
-    swept = shrink.refit(model, keep, second_moments, method="obs")
+    swept = compensate.refit(model, keep, second_moments, method="obs")
     for name, mask in keep.items():
         weight, best, new = (network.get_parameter(name) for network in (model, fitted, swept))
         if name == norm:
@@ -574,11 +579,11 @@ def test_what_stays_makes_up_for_masked_weights(model, batch):
         assert torch.equal(new, lowrank.obs_update(weight, gram, mask))
         assert lowrank.objective(weight, best, gram) <= lowrank.objective(weight, new, gram)
     with pytest.raises(ValueError, match="unknown method 'obd', did you mean 'obs'"):
-        shrink.refit(model, keep, second_moments, method="obd")
+        compensate.refit(model, keep, second_moments, method="obd")
     with pytest.raises(ValueError, match="unknown parameter 'norm.weigth'"):
-        shrink.refit(model, {"norm.weigth": keep[norm]}, second_moments)
+        compensate.refit(model, {"norm.weigth": keep[norm]}, second_moments)
     with pytest.raises(ValueError, match="none of the layers in keep"):
-        shrink.refit(model, {norm: keep[norm]}, second_moments)
+        compensate.refit(model, {norm: keep[norm]}, second_moments)
 
 
 def test_all_that_a_head_has_goes_with_it(swin):
@@ -654,16 +659,16 @@ def test_removal_repeats_in_any_order(model, batch):
 def test_heads_then_neurons_then_ranks_then_again(model, batch, support):
     x = batch[0]
     model = shrink.remove(model, some_rows(model))
-    thin, _ = shrink.compress(model, ratio=0.3, support=support, grams=grams(model, x)[0], rounds=1)
+    thin, _ = factor.compress(model, ratio=0.3, support=support, grams=grams(model, x)[0], rounds=1)
     drop = heads_and_neurons(thin)
     small = shrink.remove(thin, drop)
     assert error(small(x), masked(thin, drop)(x)) < 1e-5
-    again, report = shrink.compress(
+    again, report = factor.compress(
         small, ratio=0.6, method="svd", grams=grams(small, x)[0], multiple=1
     )
     assert (report.macs <= 0.4 * report.macs_dense).all() and again(x).isfinite().all()
-    same = shrink.rebuild(
-        models.create(**recipe(again)), json.loads(json.dumps(shrink.structure(again)))
+    same = structure.rebuild(
+        models.create(**recipe(again)), json.loads(json.dumps(structure.structure(again)))
     )
     same.load_state_dict(again.state_dict(), strict=True)
     assert torch.equal(same.eval()(x), again(x))
@@ -708,14 +713,14 @@ def test_means_and_least_squares_make_up_for_what_goes(model, batch):
 
 def test_compensation_works_on_factors(vit, batch):
     gram, mean = grams(vit, batch[0])
-    thin, _ = shrink.compress(vit, ratio=0.5, method="svd", grams=gram, multiple=1)
+    thin, _ = factor.compress(vit, ratio=0.5, method="svd", grams=gram, multiple=1)
     gram, mean = grams(thin, batch[0])
     drop = {("blocks.1", "neurons"): list(range(20))}
     dense = vit.get_submodule("blocks.1.mlp.fc2")
     small = shrink.remove(thin, drop, grams=gram, means=mean).blocks[1].mlp.fc2
     assert isinstance(small, layers.FactoredLinear) and small.in_features == dense.in_features - 20
     with pytest.raises(ValueError, match="no place"):
-        sparse, _ = shrink.compress(vit, ratio=0.5, method="iht", grams=grams(vit, batch[0])[0])
+        sparse, _ = factor.compress(vit, ratio=0.5, method="iht", grams=grams(vit, batch[0])[0])
         shrink.remove(sparse, drop, grams=gram)
 
 
@@ -724,7 +729,7 @@ def test_compensation_works_on_factors(vit, batch):
 def test_compressed_models_cost_and_lose_what_the_report_says(model, batch, ratio, method, support):
     gram, _ = grams(model, batch[0])
     options = {"ratio": ratio, "method": method, "support": support, "grams": gram, "rounds": 3}
-    thin, report = shrink.compress(model, **options)
+    thin, report = factor.compress(model, **options)
     assert list(report.layer) == list(models.view(model).linears())
     dense = report.m * report.n
     assert (report.macs_dense == dense).all() and (
@@ -755,7 +760,7 @@ def test_compressed_models_cost_and_lose_what_the_report_says(model, batch, rati
 
 def test_patterns_are_masked_and_leave_the_rest_to_the_rank(vit, batch):
     gram, _ = grams(vit, batch[0])
-    alone, report = shrink.compress(vit, ratio=0.5, method="iht", support="2:4", grams=gram)
+    alone, report = factor.compress(vit, ratio=0.5, method="iht", support="2:4", grams=gram)
     assert (report["count"] * 2 == report.m * report.n).all() and (
         report.objective < report.objective_magnitude
     ).all()
@@ -764,26 +769,26 @@ def test_patterns_are_masked_and_leave_the_rest_to_the_rank(vit, batch):
         assert (
             layer.mask.view(len(layer.mask), -1, 4).sum(-1) == 2
         ).all() and layer.macs == layer.weight.numel()
-    both, report = shrink.compress(
+    both, report = factor.compress(
         vit, ratio=0.25, method="svd+iht", support="2:4", grams=gram, multiple=1, rounds=2
     )
     assert (report["rank"] == (report.m * report.n // 4) // (report.m + report.n)).all()
     for ratio, method, words in ((0.4, "iht", "exactly 0.5"), (0.5, "svd+iht", "less than 0.5")):
         with pytest.raises(ValueError, match=f"2:4 keeps 0.5 .* give a ratio of {words}"):
-            shrink.compress(vit, ratio=ratio, method=method, support="2:4", grams=gram)
+            factor.compress(vit, ratio=ratio, method=method, support="2:4", grams=gram)
     with pytest.raises(ValueError, match="2:4 is how a sparse part is stored, and svd has none"):
-        shrink.compress(vit, ratio=0.5, method="svd", support="2:4")
+        factor.compress(vit, ratio=0.5, method="svd", support="2:4")
     with pytest.raises(ValueError, match="it divides rows into groups of 5"):
-        shrink.compress(vit, ratio=0.5, method="iht", support="2:5", grams=gram)
+        factor.compress(vit, ratio=0.5, method="iht", support="2:5", grams=gram)
 
 
 def test_svd_is_two_thin_layers_within_the_share(model, batch):
     gram, _ = grams(model, batch[0])
-    plain, one = shrink.compress(model, ratio=0.4, method="svd", multiple=1)
-    unwhitened, two = shrink.compress(
+    plain, one = factor.compress(model, ratio=0.4, method="svd", multiple=1)
+    unwhitened, two = factor.compress(
         model, ratio=0.4, method="svd", multiple=1, grams=gram, whiten=False
     )
-    white, three = shrink.compress(model, ratio=0.4, method="svd", multiple=1, grams=gram)
+    white, three = factor.compress(model, ratio=0.4, method="svd", multiple=1, grams=gram)
     assert torch.equal(plain(batch[0]), unwhitened(batch[0]))
     assert (three.objective <= two.objective).all() and (
         three.objective_start == two.objective
@@ -801,8 +806,8 @@ def test_svd_is_two_thin_layers_within_the_share(model, batch):
 def test_random_directions_cost_as_svd_and_lose_more(model, batch):
     gram, _ = grams(model, batch[0])
     options = {"ratio": 0.4, "multiple": 1, "grams": gram}
-    _, best = shrink.compress(model, method="svd", **options)
-    thin, report = shrink.compress(model, method="random", seed=1, **options)
+    _, best = factor.compress(model, method="svd", **options)
+    thin, report = factor.compress(model, method="random", seed=1, **options)
     assert (report["rank"] == best["rank"]).all() and (report.macs == best.macs).all()
     assert (report.objective > best.objective).all()
     for line in report.itertuples():  # what W makes of the inputs along these directions stays
@@ -811,13 +816,13 @@ def test_random_directions_cost_as_svd_and_lose_more(model, batch):
         torch.testing.assert_close(along @ along.T, torch.eye(line.rank), rtol=1e-4, atol=1e-5)
         assert error(layer(along), whole(along)) < 1e-4
     again, other = (
-        shrink.compress(model, method="random", seed=s, **options)[0](batch[0]) for s in (1, 2)
+        factor.compress(model, method="random", seed=s, **options)[0](batch[0]) for s in (1, 2)
     )
     assert torch.equal(again, thin(batch[0])) and not torch.equal(other, again)
 
 
 def test_the_thresholded_product_is_masked_only(model):
-    thin, report = shrink.compress(model, ratio=0.5, method="threshold")
+    thin, report = factor.compress(model, ratio=0.5, method="threshold")
     assert (report["count"] == report.macs_dense // 2).all() and (
         report.macs == report.macs_dense
     ).all()
@@ -827,10 +832,10 @@ def test_the_thresholded_product_is_masked_only(model):
 
 
 def test_only_the_roles_asked_for_change(vit, batch):
-    thin, report = shrink.compress(vit, ratio=0.5, method="svd", roles=["fc1", "fc2"])
+    thin, report = factor.compress(vit, ratio=0.5, method="svd", roles=["fc1", "fc2"])
     assert set(report.role) == {"fc1", "fc2"} and isinstance(thin.blocks[0].attn.qkv, nn.Linear)
     assert isinstance(thin.head, nn.Linear)
-    thin, report = shrink.compress(vit, ratio=0.5, method="svd", roles=["head"], multiple=1)
+    thin, report = factor.compress(vit, ratio=0.5, method="svd", roles=["head"], multiple=1)
     assert isinstance(thin.head, layers.FactoredLinear) and thin(batch[0]).shape == (6, 3)
 
 
@@ -839,7 +844,7 @@ def test_compressing_anew_starts_from_what_is_there(vit, batch):
     model = vit
     for ratio in (0.1, 0.2, 0.4):
         options = {"ratio": ratio, "support": "columns", "grams": grams(model, x)[0], "rounds": 1}
-        model, report = shrink.compress(model, **options)
+        model, report = factor.compress(model, **options)
         assert list(report.macs_dense) == [96 * 32, 32 * 32, 64 * 32, 32 * 64] * 2
         assert (report.macs <= (1 - ratio) * report.macs_dense).all()
 
@@ -847,16 +852,16 @@ def test_compressing_anew_starts_from_what_is_there(vit, batch):
 @pytest.mark.parametrize("cut", [lambda m: m, lambda m: shrink.remove(m, heads_and_neurons(m))])
 def test_structure_says_only_what_differs_and_rebuilds_it(model, batch, cut):
     small = cut(model)
-    structure = json.loads(json.dumps(shrink.structure(small)))
+    described = json.loads(json.dumps(structure.structure(small)))
     if small is model:
-        assert structure == {"heads": {}, "layers": {}}
+        assert described == {"heads": {}, "layers": {}}
     before = torch.get_rng_state()
-    shrink.structure(small)
+    structure.structure(small)
     assert torch.equal(torch.get_rng_state(), before)
-    same = shrink.rebuild(models.create(**recipe(model)), structure)
+    same = structure.rebuild(models.create(**recipe(model)), described)
     same.load_state_dict(small.state_dict(), strict=True)
     assert torch.equal(same.eval()(batch[0]), small(batch[0]))
-    assert shrink.structure(same) == structure
+    assert structure.structure(same) == described
 
 
 def test_errors_of_removal_name_what_is_known(vit):
@@ -899,7 +904,7 @@ def test_errors_of_compression_name_what_is_allowed(vit, batch):
 
     def fails(match, **options):
         with pytest.raises(ValueError, match=match):
-            shrink.compress(vit, **{"ratio": 0.5, "grams": gram} | options)
+            factor.compress(vit, **{"ratio": 0.5, "grams": gram} | options)
 
     for ratio in (-0.1, 1, 40):
         fails("not a percentage", ratio=ratio)
@@ -917,15 +922,15 @@ def test_errors_of_compression_name_what_is_allowed(vit, batch):
     )
     small = shrink.remove(vit, {("blocks.0", "neurons"): [0]})
     with pytest.raises(ValueError, match=r"gram of blocks.0.mlp.fc2 is \[64, 64\], not \[63, 63\]"):
-        shrink.compress(small, ratio=0.5, grams=gram)
+        factor.compress(small, ratio=0.5, grams=gram)
 
 
 def test_errors_of_rebuilding(vit):
     with pytest.raises(ValueError, match="no recipe"):
         del vit.recipe
-        shrink.structure(vit)
+        structure.structure(vit)
     config = layers.config(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="did you mean 'blocks.0.mlp.fc1'"):
-        shrink.rebuild(vit, {"heads": {}, "layers": {"block.0.mlp.fc1": config}})
+        structure.rebuild(vit, {"heads": {}, "layers": {"block.0.mlp.fc1": config}})
     with pytest.raises(ValueError, match="no block 'blocks.7'"):
-        shrink.rebuild(vit, {"heads": {"blocks.7": 1}, "layers": {}})
+        structure.rebuild(vit, {"heads": {"blocks.7": 1}, "layers": {}})

@@ -18,7 +18,7 @@ import pytest
 from invented import ALONE, COMMITTED, invent
 from PIL import Image
 
-from vitlab import record
+from vitlab import files
 
 pptx = pytest.importorskip("pptx")
 
@@ -35,7 +35,7 @@ def invented(tmp_path_factory):
 
 def run(*arguments):
     command = [sys.executable, "slides", *arguments]
-    return subprocess.run(command, cwd=record.repository(), capture_output=True, text=True)
+    return subprocess.run(command, cwd=files.repository(), capture_output=True, text=True)
 
 
 def opened(made):
@@ -51,10 +51,14 @@ def test_the_pptx_has_native_tables_and_whole_pictures_and_nothing_overlaps(slid
         assert written == [[*one.table.columns], *map(list, one.table.itertuples(index=False))]
         blobs = [shape.image.blob for shape in slide.shapes if shape.shape_type == 13]  # pictures
         assert blobs == ([one.picture.read_bytes()] if one.picture else [])
-        assert one.source in [shape.text_frame.text for shape in slide.shapes if shape.has_text_frame]
+        assert one.source in [
+            shape.text_frame.text for shape in slide.shapes if shape.has_text_frame
+        ]
         places = [(s.left, s.top, s.left + s.width, s.top + s.height) for s in slide.shapes]
         for i, (left, top, right, bottom) in enumerate(places):
-            assert 0 <= left < right <= made.slide_width and 0 <= top < bottom <= made.slide_height, one.title
+            assert (
+                0 <= left < right <= made.slide_width and 0 <= top < bottom <= made.slide_height
+            ), one.title
             for x, y, x1, y1 in places[:i]:
                 assert left >= x1 or right <= x or top >= y1 or bottom <= y, one.title
 
@@ -62,12 +66,16 @@ def test_the_pptx_has_native_tables_and_whole_pictures_and_nothing_overlaps(slid
 def test_texts_fit_their_boxes(made):
     for box in (box for slide in made.slides for box in slide.shapes if box.has_text_frame):
         for run in box.text_frame.paragraphs[0].runs:
-            lines = deck.lines_of(run.text, run.font.size.pt, box.width.inches + 1e-6, run.font.bold)
+            lines = deck.lines_of(
+                run.text, run.font.size.pt, box.width.inches + 1e-6, run.font.bold
+            )
             assert lines * 1.2 * run.font.size.pt / 72 <= box.height.inches + 1e-6, run.text
             assert run.font.size.pt >= 7
 
 
-def test_both_files_are_the_same_byte_for_byte_whenever_they_are_made(invented, tmp_path, monkeypatch):
+def test_both_files_are_the_same_byte_for_byte_whenever_they_are_made(
+    invented, tmp_path, monkeypatch
+):
     first = [path.read_bytes() for path in deck.write(invented, tmp_path / "a")]
     later = time.gmtime(time.time() + 90_000)
     monkeypatch.setattr(time, "localtime", lambda *_: later)  # what zipfile stamps
@@ -106,9 +114,13 @@ def test_the_page_is_whole_and_asks_no_server(slides):
     page.close()
     assert not page.open and "a &lt; b" in text
     assert page.texts["h2"] == [slide.title for slide in slides]
-    assert page.texts["td"] == [cell for slide in slides for row in slide.table.itertuples(index=False) for cell in row]
+    assert page.texts["td"] == [
+        cell for slide in slides for row in slide.table.itertuples(index=False) for cell in row
+    ]
     assert len(page.addresses) == sum(slide.picture is not None for slide in slides)
-    assert all(re.match(r"data:image/(png|svg\+xml);base64,", address) for address in page.addresses)
+    assert all(
+        re.match(r"data:image/(png|svg\+xml);base64,", address) for address in page.addresses
+    )
     assert "//" not in re.sub(r"base64,[\w+/=]+", "", text).replace("</", "")
 
 
@@ -123,8 +135,13 @@ def test_a_folder_without_tables_says_what_makes_them(tmp_path):
 def test_the_command_writes_both_files_where_it_is_told(tmp_path):
     if not COMMITTED:
         pytest.skip("no study is committed")
-    assert run(f"notebooks/params/{COMMITTED[0]}.yaml", "--out", str(tmp_path / "new")).returncode == 0
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["slides.html", "slides.pptx"]
+    assert (
+        run(f"notebooks/params/{COMMITTED[0]}.yaml", "--out", str(tmp_path / "new")).returncode == 0
+    )
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "slides.html",
+        "slides.pptx",
+    ]
 
 
 def test_without_python_pptx_there_is_the_page(invented, tmp_path, monkeypatch):
@@ -136,11 +153,13 @@ def test_without_python_pptx_there_is_the_page(invented, tmp_path, monkeypatch):
 
 def test_no_torch_is_loaded():
     code = "import sys, deck; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=record.repository() / "slides")
+    done = subprocess.run([sys.executable, "-c", code], cwd=files.repository() / "slides")
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("text, width, lines", [("", 1, 1), ("one", 1, 1), ("one two", 0.6, 2), ("one " * 9, 0.6, 9)])
+@pytest.mark.parametrize(
+    "text, width, lines", [("", 1, 1), ("one", 1, 1), ("one two", 0.6, 2), ("one " * 9, 0.6, 9)]
+)
 def test_lines_by_hand(text, width, lines):
     assert deck.lines_of(text.strip(), 18, width) == lines  # "one" is 0.46 inches wide in 18 points
 
@@ -152,7 +171,9 @@ def test_a_word_wider_than_its_box_does_not_fit():
         deck.to_pptx([findings.Slide("why", long)], title="", date="2026-11-24")
 
 
-@pytest.mark.parametrize("size, below", [((100, 100), False), ((200, 100), False), ((600, 100), True)])
+@pytest.mark.parametrize(
+    "size, below", [((100, 100), False), ((200, 100), False), ((600, 100), True)]
+)
 def test_a_wide_picture_stands_above_its_table(tmp_path, size, below):
     Image.new("RGB", size).save(tmp_path / "picture.png")
     slide = findings.Slide("why", pd.DataFrame({"a": ["1", "2"]}), picture=tmp_path / "picture.png")
@@ -181,8 +202,12 @@ def test_every_number_of_a_title_stands_in_its_table(folder, slides):
     for slide in slides:
         assert 1 <= len(slide.table) <= 9
         assert slide.table.map(lambda cell: isinstance(cell, str)).all(axis=None)
-        assert numbers([slide.title.replace("top-1", "")]) <= numbers(cells(slide.table)), slide.title
-        assert not re.search("nan|None|inf", " ".join([slide.title, *cells(slide.table)])), slide.title
+        assert numbers([slide.title.replace("top-1", "")]) <= numbers(cells(slide.table)), (
+            slide.title
+        )
+        assert not re.search("nan|None|inf", " ".join([slide.title, *cells(slide.table)])), (
+            slide.title
+        )
         assert slide.source.startswith("Source: ") and folder.name in slide.source
 
 
@@ -200,10 +225,14 @@ def test_what_is_missing_drops_its_own_slides_and_a_line_says_so(invented, tmp_p
     for group in range(5):  # every file is missing once
         missing = set(files[group::5]) - {"table-data.csv"}
         part = tmp_path / str(group) / invented.name
-        shutil.copytree(invented, part, ignore=lambda _, names, missing=missing: missing & set(names))
+        shutil.copytree(
+            invented, part, ignore=lambda _, names, missing=missing: missing & set(names)
+        )
         left = [slide.title for slide in whole if not missing & files_of(slide)]
         assert [slide.title for slide in findings.slides(part)] == left
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no slide ")]
+        lines = [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("no slide ")
+        ]
         assert len(left) == len(whole) - len(lines)
         assert all(line.endswith(" is missing") for line in lines)
 
@@ -229,7 +258,9 @@ def test_sources_and_rankings_know_which_seeds_a_cut_has(tmp_path):
     summary = pd.read_csv(folder / "summary.csv")
     alone = summary.seeds == 1
     assert 0 < alone.sum() < len(summary)
-    summary["finetuned"] = summary.dense - np.where(alone, 1.0, 3.0)  # what one seed has loses least
+    summary["finetuned"] = summary.dense - np.where(
+        alone, 1.0, 3.0
+    )  # what one seed has loses least
     summary["reconstructed"] = summary.dense - np.where(alone, 2.0, 4.0)
     summary.to_csv(folder / "summary.csv", index=False)
     timed = pd.read_csv(folder / "efficiency.csv")

@@ -13,7 +13,11 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab import evaluate, layers, masks, models, prune, scores, shrink, train
+from vitlab import models
+from vitlab.evaluation import evaluate
+from vitlab.models import layers
+from vitlab.pruning import masks, prune, scores, shrink
+from vitlab.training import resume, train
 
 
 class Blobs:
@@ -22,15 +26,30 @@ class Blobs:
     def __init__(self, n=96, seed=0):
         generator = torch.Generator().manual_seed(seed)
         self.labels = torch.arange(n) % 3
-        self.x = 0.3 * torch.randn(n, 3, 16, 16, generator=generator) + torch.eye(3)[self.labels][:, :, None, None]
+        self.x = (
+            0.3 * torch.randn(n, 3, 16, 16, generator=generator)
+            + torch.eye(3)[self.labels][:, :, None, None]
+        )
 
     def __len__(self):
         return len(self.labels)
 
-    def batches(self, batch_size, *, device="cpu", augment=False, shuffle=False, seed=0, epoch=0, drop_last=False):
+    def batches(
+        self,
+        batch_size,
+        *,
+        device="cpu",
+        augment=False,
+        shuffle=False,
+        seed=0,
+        epoch=0,
+        drop_last=False,
+    ):
         order = torch.arange(len(self))
         if shuffle:
-            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(1000 * seed + epoch))
+            order = torch.randperm(
+                len(self), generator=torch.Generator().manual_seed(1000 * seed + epoch)
+            )
         for part in order.split(batch_size):
             if len(part) == batch_size or not drop_last:
                 yield self.x[part].to(device), self.labels[part].to(device)
@@ -41,26 +60,37 @@ RECIPE = dict(lr=2e-3, batch_size=32, warmup_epochs=0.5, precision="float32")
 
 def half_of(model):
     return {
-        f"{name}.weight": torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(3)) > 0.5
+        f"{name}.weight": torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(3))
+        > 0.5
         for name, layer in models.view(model).linears().items()
     }
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def test_it_learns_and_tells_its_history(model):
     history = train.fit(model, Blobs(), Blobs(seed=1), dict(epochs=4, **RECIPE))
     assert history.epoch.tolist() == [1, 2, 3, 4]
-    assert history.val_top1.iloc[-1] > 90 and history.train_loss.iloc[-1] < 0.6 * history.train_loss.iloc[0]
-    assert (history.images_per_s > 0).all() and (history.resident_mb > 50).all() and not model.training
+    assert (
+        history.val_top1.iloc[-1] > 90
+        and history.train_loss.iloc[-1] < 0.6 * history.train_loss.iloc[0]
+    )
+    assert (
+        (history.images_per_s > 0).all() and (history.resident_mb > 50).all() and not model.training
+    )
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "auto"])
 def test_its_history_tells_the_precision(vit, precision):
     history = train.fit(vit, Blobs(), Blobs(seed=1), RECIPE | {"epochs": 1, "precision": precision})
-    assert history.precision.tolist() == [evaluate.precision_on("cpu") if precision == "auto" else precision]
+    assert history.precision.tolist() == [
+        evaluate.precision_on("cpu") if precision == "auto" else precision
+    ]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -69,7 +99,10 @@ def test_masks_hold_through_momentum_decay_and_averaging(model, ema):
     recipe = dict(epochs=2, ema=ema, weight_decay=0.5, **RECIPE)
     history = train.fit(model, Blobs(), Blobs(seed=1), recipe, masks=keep)
     expected = sum(int((~m).sum()) for m in keep.values()) / sum(m.numel() for m in keep.values())
-    assert history.sparsity.tolist() == [expected, expected] and prune.sparsity(model, keep) == expected
+    assert (
+        history.sparsity.tolist() == [expected, expected]
+        and prune.sparsity(model, keep) == expected
+    )
     for name, parameter in model.named_parameters():
         if name in keep:
             assert not parameter[~keep[name]].any() and parameter[keep[name]].all()
@@ -102,13 +135,23 @@ def test_sparse_parts_are_trained_on_their_support(vit, support, rank, ema):
     generator = torch.Generator().manual_seed(0)
     for name, layer in models.view(vit).linears(["qkv", "fc1"]).items():
         m, n = layer.weight.shape
-        mask = {"entries": torch.rand(m, n, generator=generator), "rows": torch.rand(m, 1, generator=generator)}
+        mask = {
+            "entries": torch.rand(m, n, generator=generator),
+            "rows": torch.rand(m, 1, generator=generator),
+        }
         mask = (mask.get(support, torch.rand(n, generator=generator)) > 0.7).expand(m, n)
         u, v = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
         parts = dict(sparse=layer.weight.detach(), mask=mask, support=support, bias=layer.bias)
         vit.set_submodule(name, layers.low_rank_sparse(0.1 * u, 0.1 * v, **parts))
-    found = {name: layer for name, layer in vit.named_modules() if isinstance(layer, layers.LowRankSparseLinear)}
-    before = {name: (layer.support_mask.clone(), layer.sparse_weight.detach()) for name, layer in found.items()}
+    found = {
+        name: layer
+        for name, layer in vit.named_modules()
+        if isinstance(layer, layers.LowRankSparseLinear)
+    }
+    before = {
+        name: (layer.support_mask.clone(), layer.sparse_weight.detach())
+        for name, layer in found.items()
+    }
     train.fit(vit, Blobs(), Blobs(seed=1), dict(epochs=2, ema=ema, weight_decay=0.5, **RECIPE))
     assert len(before) == 4
     for name, (mask, values) in before.items():
@@ -120,9 +163,13 @@ def test_sparse_parts_are_trained_on_their_support(vit, support, rank, ema):
 
 def test_averaging_leaves_whole_numbers_alone(swin):
     """Swin's windows look up their position bias by index, which 0.9 * i + 0.1 * i would round down."""
-    history = train.fit(swin, Blobs(), Blobs(seed=1), dict(epochs=4, ema=0.9, keep_best=False, **RECIPE))
+    history = train.fit(
+        swin, Blobs(), Blobs(seed=1), dict(epochs=4, ema=0.9, keep_best=False, **RECIPE)
+    )
     result = evaluate.accuracy(swin, Blobs(seed=1))
-    assert history.val_loss.iloc[-1] == pytest.approx(result.loss, rel=1e-5)  # what was validated is what is kept
+    assert history.val_loss.iloc[-1] == pytest.approx(
+        result.loss, rel=1e-5
+    )  # what was validated is what is kept
     assert swin.patch_embed.steps[2].num_batches_tracked == 12
 
 
@@ -150,7 +197,9 @@ train.fit(model, Blobs(320), Blobs(seed=1), recipe, masks=half_of(model), folder
 def test_a_run_killed_for_real_three_times_goes_on_to_the_same_result(tmp_path):
     from conftest import toy
 
-    whole, killed = (toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1) for _ in range(2))
+    whole, killed = (
+        toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1) for _ in range(2)
+    )
     recipe, keep = dict(epochs=12, ema=0.9, **RECIPE), half_of(whole)
     begun = time.time()
     expected = train.fit(whole, Blobs(320), Blobs(seed=1), recipe, masks=keep)
@@ -160,10 +209,14 @@ def test_a_run_killed_for_real_three_times_goes_on_to_the_same_result(tmp_path):
     state = tmp_path / "dense.state.pt"
     for _ in range(3):
         process = subprocess.Popen(
-            [sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE
+            [sys.executable, "-c", script],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
         )
         process.stdout.readline()
-        time.sleep(draw.uniform(0, took / 3))  # in a step, in a validation, while the state is written
+        time.sleep(
+            draw.uniform(0, took / 3)
+        )  # in a step, in a validation, while the state is written
         process.send_signal(signal.SIGKILL)
         process.communicate()
         done.append(len(torch.load(state, weights_only=True)["history"]) if state.exists() else 0)
@@ -175,7 +228,9 @@ def test_a_run_killed_for_real_three_times_goes_on_to_the_same_result(tmp_path):
     pd.testing.assert_frame_equal(history[columns], expected[columns])
 
 
-def test_a_damaged_state_costs_one_epoch_and_a_second_process_is_refused(vit, tmp_path, capsys, monkeypatch):
+def test_a_damaged_state_costs_one_epoch_and_a_second_process_is_refused(
+    vit, tmp_path, capsys, monkeypatch
+):
     start, trained = copy.deepcopy(vit.state_dict()), []
     recipe, options = dict(epochs=3, **RECIPE), dict(folder=tmp_path, log=tmp_path / "board")
     expected = train.fit(vit, Blobs(), Blobs(seed=1), recipe, **options)
@@ -184,25 +239,35 @@ def test_a_damaged_state_costs_one_epoch_and_a_second_process_is_refused(vit, tm
     state.write_bytes(state.read_bytes()[:-100])
     vit.load_state_dict(start)
     schedule = train._schedule
-    monkeypatch.setattr(train, "_schedule", lambda step, *rest: trained.append(step) or schedule(step, *rest))
+    monkeypatch.setattr(
+        train, "_schedule", lambda step, *rest: trained.append(step) or schedule(step, *rest)
+    )
     again = train.fit(vit, Blobs(), Blobs(seed=1), recipe, **options)
-    assert trained == [6, 7, 8] and again.train_loss.equals(expected.train_loss)  # of 3 steps an epoch the last
+    assert trained == [6, 7, 8] and again.train_loss.equals(
+        expected.train_loss
+    )  # of 3 steps an epoch the last
     assert "dense.state.pt cannot be read" in capsys.readouterr().out
     other = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(tmp_path / ".dense.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLDS, str(tmp_path / ".dense.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     other.stdout.readline()
-    with pytest.raises(RuntimeError, match="the training of dense in .* is under way in another process"):
+    with pytest.raises(
+        RuntimeError, match="the training of dense in .* is under way in another process"
+    ):
         train.fit(vit, Blobs(), Blobs(seed=1), recipe, **options)
     other.communicate(b"go")
     vit.load_state_dict(start)
-    assert train.fit(vit, Blobs(), Blobs(seed=1), recipe, **options).train_loss.equals(expected.train_loss)
+    assert train.fit(vit, Blobs(), Blobs(seed=1), recipe, **options).train_loss.equals(
+        expected.train_loss
+    )
 
 
 HOLDS = """
 import sys
 from vitlab import record
-with record.alone(sys.argv[1], "a training"):
+with files.lock(sys.argv[1], "a training"):
     print("holds", flush=True)
     sys.stdin.readline()
 """
@@ -210,7 +275,9 @@ with record.alone(sys.argv[1], "a training"):
 
 def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(vit, tmp_path, capsys):
     first = train.fit(vit, Blobs(), Blobs(seed=1), dict(epochs=1, **RECIPE), folder=tmp_path)
-    again = train.fit(vit, Blobs(), Blobs(seed=1), dict(epochs=1, **RECIPE), folder=tmp_path)  # weights differ by now
+    again = train.fit(
+        vit, Blobs(), Blobs(seed=1), dict(epochs=1, **RECIPE), folder=tmp_path
+    )  # weights differ by now
     assert not first.train_loss.equals(again.train_loss)
     (tmp_path / "dense.state.pt").write_bytes(b"half a file")
     train.fit(vit, Blobs(), Blobs(seed=1), dict(epochs=1, **RECIPE), folder=tmp_path)
@@ -219,12 +286,16 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(vit, tmp_path, c
 
 def test_distillation_from_itself_leaves_the_model_alone(vit):
     teacher = copy.deepcopy(vit)
-    recipe = RECIPE | dict(epochs=1, lr=1e-8)  # AdamW would make steps of size lr out of rounding errors
+    recipe = RECIPE | dict(
+        epochs=1, lr=1e-8
+    )  # AdamW would make steps of size lr out of rounding errors
     # Batch norm statistics move in train mode whatever the loss is; frozen, the distance to itself is zero.
     for module in vit.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.train = lambda mode=True, module=module: module
-    history = train.fit(vit, Blobs(), Blobs(seed=1), recipe, distil=train.Distillation(teacher, share=1.0))
+    history = train.fit(
+        vit, Blobs(), Blobs(seed=1), recipe, distil=train.Distillation(teacher, share=1.0)
+    )
     assert history.train_loss.iloc[0] == pytest.approx(0, abs=1e-4)
 
 
@@ -240,7 +311,9 @@ def test_the_loss_of_distillation_by_hand(vit, swin, share, temperature):
     p, q = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
     soft = (p * (p.log() - q.log())).sum(1).mean()
     expected = (1 - share) * hard + share * temperature**2 * soft
-    history = train.fit(vit, split, Blobs(seed=1), dict(epochs=1, **RECIPE), distil=distil)  # one step, one batch
+    history = train.fit(
+        vit, split, Blobs(seed=1), dict(epochs=1, **RECIPE), distil=distil
+    )  # one step, one batch
     assert history.train_loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -254,7 +327,9 @@ def test_a_teacher_at_high_temperature_keeps_its_weight(vit, swin):
         losses.append(history.train_loss.item())
     with torch.no_grad():
         distance = copy.deepcopy(vit).train()(x) - swin(x)
-    limit = 0.5 * distance.sub(distance.mean(1, keepdim=True)).square().mean()  # in the limit, matched logits
+    limit = (
+        0.5 * distance.sub(distance.mean(1, keepdim=True)).square().mean()
+    )  # in the limit, matched logits
     assert losses == pytest.approx([limit.item()] * 2, rel=0.05)
 
 
@@ -262,21 +337,28 @@ def test_a_state_of_another_teacher_is_not_used(vit):
     other = copy.deepcopy(vit)
     with torch.no_grad():
         next(other.parameters()).add_(1)
-    keys = {train._fingerprint({}, vit, None, teacher) for teacher in (None, vit, other)}
-    assert len(keys) == 3 and train._fingerprint({}, vit, None, copy.deepcopy(vit)) in keys
+    keys = {resume.fingerprint({}, vit, None, teacher) for teacher in (None, vit, other)}
+    assert len(keys) == 3 and resume.fingerprint({}, vit, None, copy.deepcopy(vit)) in keys
 
 
 def at_random(model, share):
     """The worst case for masks that may only grow: scores that know nothing of the step before."""
     names = [f"{name}.weight" for name in models.view(model).linears()]
     saliency = {name: torch.rand(model.get_parameter(name).shape) for name in names}
-    return model, prune.further(model, saliency, sparsity=share)
+    return model, prune.keep_more_zero(model, saliency, sparsity=share)
 
 
 def neurons(model, share):
     """A smaller model: share of the 64 neurons a block is gone, by magnitude."""
-    units = {k: v for k, v in scores.units(model, criteria="magnitude")["magnitude"].items() if k[1] == "neurons"}
-    keep = {key: masks.keep_largest(score, count=len(score) - round((1 - share) * 64)) for key, score in units.items()}
+    units = {
+        k: v
+        for k, v in scores.units(model, criteria="magnitude")["magnitude"].items()
+        if k[1] == "neurons"
+    }
+    keep = {
+        key: masks.keep_largest(score, count=len(score) - round((1 - share) * 64))
+        for key, score in units.items()
+    }
     return shrink.remove(model, masks.dropped(keep)), None
 
 
@@ -290,7 +372,9 @@ def test_masks_grow_by_the_schedule_and_the_dead_stay_dead(model):
         return model, found[-1]
 
     recipe, options = dict(epochs=1, ema=0.5, **RECIPE), dict(shares=shares, tail_epochs=2)
-    same_model, keep, history = train.in_steps(model, cut, Blobs(), Blobs(seed=1), recipe, **options)
+    same_model, keep, history = train.in_steps(
+        model, cut, Blobs(), Blobs(seed=1), recipe, **options
+    )
     total = sum(mask.numel() for mask in keep.values())
     expected = [round(share * total) / total for share in shares]
     assert same_model is model and keep is found[-1] and history.epoch.tolist() == [1, 2, 3, 4]
@@ -310,7 +394,10 @@ def test_a_model_shrinks_step_by_step(model):
 
     def cut(model, share):
         pairs = zip(models.view(model).blocks, sizes, strict=True)
-        drop = {(block.name, "neurons"): range(block.neurons - round((1 - share) * n)) for block, n in pairs}
+        drop = {
+            (block.name, "neurons"): range(block.neurons - round((1 - share) * n))
+            for block, n in pairs
+        }
         return shrink.remove(model, drop), None
 
     recipe = dict(epochs=1, **RECIPE)
@@ -318,7 +405,9 @@ def test_a_model_shrinks_step_by_step(model):
     assert keep is None and before > history.params[0] > history.params[1]
     assert [block.neurons for block in models.view(small).blocks] == [n // 2 for n in sizes]
     assert history.params.iloc[-1] == sum(parameter.numel() for parameter in small.parameters())
-    assert small is not model and sum(parameter.numel() for parameter in model.parameters()) == before
+    assert (
+        small is not model and sum(parameter.numel() for parameter in model.parameters()) == before
+    )
 
 
 class Stop(Exception):
@@ -326,7 +415,11 @@ class Stop(Exception):
 
 
 def test_mixed_labels_sum_to_one_and_are_those_of_the_mixed_images(vit):
-    x = torch.arange(8.0)[:, None, None, None].expand(8, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    x = (
+        torch.arange(8.0)[:, None, None, None]
+        .expand(8, 3, 16, 16)
+        .contiguous(memory_format=torch.channels_last)
+    )
     y, state = torch.arange(8) % 3, torch.get_rng_state()  # neighbours differ
     for alphas in ((0.8, 0.0), (0.0, 1.0), (0.4, 1.0)):
         recipe, found = train.Recipe(epochs=2, lr=1e-3, mixup=alphas[0], cutmix=alphas[1]), []
@@ -336,7 +429,11 @@ def test_mixed_labels_sum_to_one_and_are_those_of_the_mixed_images(vit):
 
         for step in range(20):
             mixed, shares = mix(x, y, (1, 2, step))
-            assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8)) and shares.min() >= 0
+            assert (
+                shares.shape == (8, 3)
+                and torch.allclose(shares.sum(1), torch.ones(8))
+                and shares.min() >= 0
+            )
             own = shares[torch.arange(8), y]
             expected = own * x[:, 0, 0, 0] + (1 - own) * x[:, 0, 0, 0].roll(1)
             assert torch.allclose(mixed.mean((1, 2, 3)), expected, atol=1e-4)
@@ -344,7 +441,9 @@ def test_mixed_labels_sum_to_one_and_are_those_of_the_mixed_images(vit):
             found.append((own[1].item(), len(mixed[1].unique())))
             assert all(map(torch.equal, mix(x, y, (1, 2, step)), (mixed, shares)))
         assert len(set(found)) > 10
-        kinds = {values for share, values in found if 0.1 < share < 0.9}  # one value: mixed; two: cut
+        kinds = {
+            values for share, values in found if 0.1 < share < 0.9
+        }  # one value: mixed; two: cut
         assert kinds == ({1, 2} if all(alphas) else {1} if alphas[0] else {2})
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -367,8 +466,13 @@ def test_the_loss_of_mixed_labels_by_hand(vit, alphas):
 def test_a_stopped_run_with_mixing_goes_on_to_the_same_result(tmp_path, monkeypatch):
     from conftest import toy
 
-    whole, stopped, plain = (toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1) for _ in range(3))
-    start, recipe = copy.deepcopy(stopped.state_dict()), dict(epochs=3, mixup=0.8, cutmix=1.0, **RECIPE)
+    whole, stopped, plain = (
+        toy("conv_vit", embed_dim=32, depth=2, num_heads=4, drop_path_rate=0.1) for _ in range(3)
+    )
+    start, recipe = (
+        copy.deepcopy(stopped.state_dict()),
+        dict(epochs=3, mixup=0.8, cutmix=1.0, **RECIPE),
+    )
     expected = train.fit(whole, Blobs(), Blobs(seed=1), recipe)
     right, calls = evaluate.accuracy, []
 
@@ -383,7 +487,9 @@ def test_a_stopped_run_with_mixing_goes_on_to_the_same_result(tmp_path, monkeypa
         train.fit(stopped, Blobs(), Blobs(seed=1), recipe, folder=tmp_path)
     stopped.load_state_dict(start)
     history = train.fit(stopped, Blobs(), Blobs(seed=1), recipe, folder=tmp_path)
-    assert len(calls) == 4 and same(whole, stopped) and history.train_loss.equals(expected.train_loss)
+    assert (
+        len(calls) == 4 and same(whole, stopped) and history.train_loss.equals(expected.train_loss)
+    )
     train.fit(plain, Blobs(), Blobs(seed=1), recipe | {"mixup": 0.0, "cutmix": 0.0})
     assert not same(whole, plain)
 
@@ -396,23 +502,31 @@ def test_without_mixing_nothing_is_drawn_for_it(vit, monkeypatch):
 def test_training_needs_the_same_memory_whatever_ran_before(vit):
     def peak(batch_size):
         recipe = RECIPE | {"epochs": 2, "batch_size": batch_size}
-        return train.fit(copy.deepcopy(vit), Blobs(1024), Blobs(seed=1), recipe).training_mb.tolist()
+        return train.fit(
+            copy.deepcopy(vit), Blobs(1024), Blobs(seed=1), recipe
+        ).training_mb.tolist()
 
     small, large, again = peak(128), peak(1024), peak(128)
-    assert max(small + again) < 1.2 * min(small + again) + 10 and min(large) > 2 * max(small + again), (small, large)
+    assert max(small + again) < 1.2 * min(small + again) + 10 and min(large) > 2 * max(
+        small + again
+    ), (small, large)
 
 
 @pytest.mark.parametrize("cut", [at_random, neurons])
 def test_steps_go_on_after_a_stop_to_the_same_result(vit, tmp_path, monkeypatch, cut):
     start, calls = copy.deepcopy(vit.state_dict()), []
     recipe, shares = dict(epochs=2, seed=5, **RECIPE), [0.25, 0.5, 0.75]
-    whole, _, expected = train.in_steps(copy.deepcopy(vit), cut, Blobs(), Blobs(seed=1), recipe, shares=shares)
+    whole, _, expected = train.in_steps(
+        copy.deepcopy(vit), cut, Blobs(), Blobs(seed=1), recipe, shares=shares
+    )
 
     right = evaluate.accuracy
 
     def accuracy(*arguments, **named):
         calls.append(len(calls))
-        if len(calls) == 4:  # after the training of the second step's second epoch, before its state is saved
+        if (
+            len(calls) == 4
+        ):  # after the training of the second step's second epoch, before its state is saved
             raise Stop
         return right(*arguments, **named)
 
@@ -420,10 +534,22 @@ def test_steps_go_on_after_a_stop_to_the_same_result(vit, tmp_path, monkeypatch,
     with pytest.raises(Stop):
         train.in_steps(vit, cut, Blobs(), Blobs(seed=1), recipe, shares=shares, folder=tmp_path)
     vit.load_state_dict(start)
-    again, _, history = train.in_steps(vit, cut, Blobs(), Blobs(seed=1), recipe, shares=shares, folder=tmp_path)
+    again, _, history = train.in_steps(
+        vit, cut, Blobs(), Blobs(seed=1), recipe, shares=shares, folder=tmp_path
+    )
     assert len(calls) == 4 + 3  # three epochs of six were done already
     assert same(whole, again)
-    columns = ["stage", "epoch", "step", "share", "params", "train_loss", "val_loss", "lr", "sparsity"]
+    columns = [
+        "stage",
+        "epoch",
+        "step",
+        "share",
+        "params",
+        "train_loss",
+        "val_loss",
+        "lr",
+        "sparsity",
+    ]
     pd.testing.assert_frame_equal(history[columns], expected[columns])
 
 
@@ -452,7 +578,11 @@ def test_steps_that_make_no_sense_are_refused(vit):
     with pytest.raises(ValueError, match="the first cut, of 0.5, changed nothing"):
         steps(lambda model, share: (model, None), [0.5])
     (name, keep), (other, rest) = list(half_of(vit).items())[:2]
-    for second in ({name: ~keep}, {other: rest}, None):  # other weights die, or those are not masked any more
+    for second in (
+        {name: ~keep},
+        {other: rest},
+        None,
+    ):  # other weights die, or those are not masked any more
         turns = iter([{name: keep}, second])
         with pytest.raises(ValueError, match=f"brings dead weights of {name} back"):
             steps(lambda model, share, turns=turns: (model, next(turns)), [0.3, 0.5])
@@ -488,5 +618,9 @@ def test_divergence_is_said(vit):
 
 def test_schedule_rises_to_the_peak_and_falls_to_zero():
     rates = [train._schedule(step, 100, 10) for step in range(100)]
-    assert rates[:11] == sorted(rates[:11]) and rates[10] == 1 and rates[10:] == sorted(rates[10:], reverse=True)
+    assert (
+        rates[:11] == sorted(rates[:11])
+        and rates[10] == 1
+        and rates[10:] == sorted(rates[10:], reverse=True)
+    )
     assert 0 < rates[99] < 1e-3

@@ -5,8 +5,8 @@ them. All run the same code on the same images and draws, a notebook too. Each t
 every batch. The first process computes what must be the same everywhere and sends it to the others,
 and it alone writes files. Without torchrun nothing here happens, but for `in_turn`.
 
-Public: rank, count, is_first, join, wait, gather, agree, part, mean, in_turn, first_decides,
-whole_batch_norms.
+Public: broadcast_weights, first_decides, gather, in_turn, is_first, join, mean, rank, shard,
+wait_for_everyone, whole_batch_norms, world_size.
 """
 
 import atexit
@@ -26,7 +26,7 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def count():
+def world_size():
     """Return how many processes train together."""
     return 1 if _alone else int(os.environ.get("WORLD_SIZE", 1))
 
@@ -45,7 +45,7 @@ def join():
     from accelerate import PartialState
 
     options = {}
-    if count() > 1:
+    if world_size() > 1:
         # Without cpu=True accelerate 1.15 takes processes without a GPU for one each, and shares no
         # gradients.
         options = {"cpu": not torch.accelerator.is_available(), "timeout": timedelta(days=7)}
@@ -65,9 +65,9 @@ def _leave_at_exit():
     atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
 
 
-def wait():
+def wait_for_everyone():
     """Wait until all processes have come here: what the first wrote before is there then."""
-    if count() > 1:
+    if world_size() > 1:
         join().wait_for_everyone()
 
 
@@ -76,7 +76,7 @@ def gather(value):
 
     value: anything that pickle can send
     """
-    if count() == 1:
+    if world_size() == 1:
         return [value]
     from accelerate.utils import gather_object, send_to_device
 
@@ -84,28 +84,28 @@ def gather(value):
     return gather_object([send_to_device(value, "cpu")])
 
 
-def agree(model):
+def broadcast_weights(model):
     """Give model the weights and buffers that it has in the first process, in place."""
-    if count() > 1:
+    if world_size() > 1:
         from accelerate.utils import broadcast
 
         join()
         broadcast(model.state_dict())
 
 
-def part(tensors):
+def shard(tensors):
     """Return this process' share of each tensor: consecutive rows.
 
     tensors: sequence; the number of their rows must be a multiple of `count`
     """
-    if count() == 1:
+    if world_size() == 1:
         return tensors
-    return tuple(tensor.chunk(count())[rank()] for tensor in tensors)
+    return tuple(tensor.chunk(world_size())[rank()] for tensor in tensors)
 
 
 def mean(tensor):
     """Return tensor, averaged over the processes."""
-    if count() == 1:
+    if world_size() == 1:
         return tensor
     from accelerate.utils import reduce
 
@@ -138,7 +138,7 @@ def first_decides(function):
 
     @functools.wraps(function)
     def decided(*arguments, **options):
-        if count() == 1:
+        if world_size() == 1:
             return function(*arguments, **options)
         from accelerate.utils import broadcast_object_list, find_device, send_to_device
         from torch.nn import Module
@@ -181,7 +181,7 @@ def whole_batch_norms(model):
     from torch import nn
 
     norms = []
-    if count() > 1:
+    if world_size() > 1:
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in norms:
         module.forward = types.MethodType(_whole_batch_norm, module)
@@ -204,7 +204,7 @@ def _whole_batch_norm(norm, x):
     centred = wide - batch_mean[:, None, None]
     variance = mean_with_gradients(centred.square().mean((0, 2, 3)))
     with torch.no_grad():
-        total = count() * x.numel() / x.shape[1]
+        total = world_size() * x.numel() / x.shape[1]
         norm.num_batches_tracked += 1
         norm.running_mean.lerp_(batch_mean, norm.momentum)
         norm.running_var.lerp_(variance * total / (total - 1), norm.momentum)  # unbiased

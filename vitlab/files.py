@@ -1,0 +1,138 @@
+"""Find the folders of the project, and write files whole or not at all.
+
+Public: headless, lock, log, make_folder, repository, root, write_atomic.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from vitlab import parallel
+
+# -- ground: files, locks, progress
+
+_ELSEWHERE = "set VITLAB_DATA to a folder that can be written"
+_ROOM = (
+    "make room, or set VITLAB_DATA to a folder elsewhere, and run the same again; "
+    "what was finished is kept"
+)
+
+
+def repository():
+    """Return the folder of the repository of this package, or the working folder outside of one."""
+    folder = Path(__file__).parents[1]
+    return folder if (folder / "pyproject.toml").exists() else Path.cwd()
+
+
+def root():
+    """Return the data root: the environment's VITLAB_DATA, else the repository's folder `data`."""
+    chosen = os.environ.get("VITLAB_DATA")
+    return Path(chosen).expanduser().absolute() if chosen else repository() / "data"
+
+
+def write_atomic(path, content, *, keep=None):
+    """Write a file whole or not at all: under another name in its folder, which is then renamed.
+
+    path: where to write; its folder is made if need be.
+    content: text, bytes, or a function that is called with the path to write to.
+    keep: a path to which the file that stood there before is moved; None replaces that file.
+    Of several processes (see `parallel`) only the first writes.
+    Raises PermissionError, with what to do, where the file cannot be written.
+    Raises OSError, with what to do, where the disk is full.
+    """
+    path = Path(path)
+    if not parallel.is_first():
+        return
+    make_folder(path.parent)
+    part = path.with_name(f".{os.getpid()}-{path.name}")  # the same ending: savers look at it
+    try:
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+        if keep and path.exists():
+            path.replace(keep)
+        part.replace(path)
+        _remove_abandoned(path)
+    except PermissionError as error:
+        raise PermissionError(f"cannot write {path} ({error.strerror}); {_ELSEWHERE}") from error
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        if _is_full(error, path.parent):
+            words = f"the disk of {path.parent} is full: {_ROOM}"
+            raise OSError(errno.ENOSPC, words) from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path):
+    """Remove the unfinished parts of a file that killed processes left an hour ago or earlier."""
+    for part in path.parent.glob(f".*-{path.name}"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed its part
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
+
+
+def _is_full(error, folder):
+    """Return whether an error comes from a full disk, a quota or a limit of file sizes."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return shutil.disk_usage(folder).free < 1_000_000  # some libraries do not say so
+
+
+@contextlib.contextmanager
+def lock(lock, what):
+    """Hold a lock file, which the system frees whatever happens to this process.
+
+    lock: path of the lock file. The file itself stays and blocks nobody.
+    what: str, the work that is done meanwhile, in words.
+    Raises RuntimeError if another process holds the lock.
+    """
+    try:
+        held = FileLock(lock).acquire(blocking=False)
+    except Timeout:
+        words = f"{what} is under way in another process: wait for it, or stop it"
+        raise RuntimeError(words) from None
+    with held:
+        yield
+
+
+def make_folder(folder):
+    """Make a folder with its parents, and try whether files can be written there.
+
+    Raises PermissionError, with what to do, where they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # permissions do not tell on every file system
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to {folder} ({error.strerror}); {_ELSEWHERE}"
+        ) from error
+
+
+def headless():
+    """Return whether nobody watches a progress bar; `vitlab run` sets VITLAB_HEADLESS to say so."""
+    return os.environ.get("VITLAB_HEADLESS", "0") not in ("", "0")
+
+
+def log(text):
+    """Print one line at once, without breaking a progress bar.
+
+    Of several processes only the first prints.
+    """
+    if not parallel.is_first():
+        return
+    if headless():
+        print(text, flush=True)
+    else:
+        tqdm.write(str(text))

@@ -1,0 +1,410 @@
+"""See a ViT or Swin as blocks, heads, neurons and linear layers by role.
+
+In this package only the folder `models` knows timm's classes.
+
+Public: Block, FAMILIES, ROLES, UNITS, View, classifier_names, family_of, is_factor, known,
+norm_after, view.
+"""
+
+import re
+from dataclasses import dataclass
+
+from timm.layers import Attention, Mlp
+from timm.models import swin_transformer, swin_transformer_v2, vision_transformer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vitlab import names
+from vitlab.models import attention, layers
+from vitlab.names import nearest
+
+UNITS = ("heads", "neurons", "qk", "v", "width", "filters", "block")
+ROLES = {
+    "attn.qkv": "qkv",
+    "attn.proj": "proj",
+    "mlp.fc1": "fc1",
+    "mlp.fc2": "fc2",
+    "downsample.reduction": "merge",
+}
+# {timm's class: (kind of model, pattern of the names of its blocks with their stage as a group)}
+FAMILIES = {
+    SwinTransformer: ("swin", r"layers\.(\d+)\.blocks\.\d+"),
+    SwinTransformerV2: ("swin", r"layers\.(\d+)\.blocks\.\d+"),
+    VisionTransformer: ("vit", r"()blocks\.\d+"),
+}
+
+
+def known(names, allowed, noun):
+    """Raise ValueError, with the nearest known name, for the first of names that is not known."""
+    for name in names:
+        if name not in allowed:
+            hint = nearest(name, allowed)
+            raise ValueError(f"unknown {noun} {name!r}{hint} Known are {', '.join(allowed)}.")
+
+
+def _look_up(things, name, noun):
+    """Return things[name]. Raises ValueError with the nearest name if there is none."""
+    if name not in things:
+        raise ValueError(f"no {noun} {name!r} in this model{names.nearest(name, things)}")
+    return things[name]
+
+
+def family_of(model):
+    """Return the class of FAMILIES that model is of, or None."""
+    return next((family for family in FAMILIES if isinstance(model, family)), None)
+
+
+def classifier_names(model):
+    """Return the names of the classifier layers, by timm's get_classifier.
+
+    A distilled DeiT has two.
+    """
+    heads = model.get_classifier()
+    if isinstance(heads, nn.Module):
+        heads = [heads]
+    heads = [head for head in heads if not isinstance(head, nn.Identity)]
+    return [name for name, module in model.named_modules() if module in heads]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Describe one transformer block: its attention and MLP, whatever has been cut from them."""
+
+    name: str
+    stage: int
+    attn: nn.Module
+    mlp: nn.Module
+
+    @property
+    def num_heads(self):
+        return getattr(self.attn, "num_heads", 0)
+
+    @property
+    def head_dim(self):
+        """Size of a head's values, and of its queries and keys if none of these were cut."""
+        return self.attn.proj.in_features // self.num_heads if self.num_heads else 0
+
+    @property
+    def qk_dim(self):
+        """Size of a head's queries and keys."""
+        if not self.num_heads:
+            return 0
+        return (self.attn.qkv.out_features // self.num_heads - self.head_dim) // 2
+
+    @property
+    def normalises_queries(self):
+        """Whether a query's dimensions change each other before they meet the keys."""
+        if isinstance(self.attn, attention.CutWindowAttentionV2):
+            return True
+        norm = getattr(self.attn, "q_norm", None)
+        return not isinstance(norm, nn.Identity | None)
+
+    @property
+    def neurons(self):
+        return self.mlp.fc2.in_features if hasattr(self.mlp, "fc2") else 0
+
+    @property
+    def writers(self):
+        """The layers that give the outputs of attention and MLP."""
+        attn, mlp = self.attn, self.mlp  # a Constant gives its own
+        return [getattr(attn, "proj", attn), getattr(mlp, "fc2", mlp)]
+
+
+class View:
+    """Show a ViT or Swin, cut or not, as blocks, units and linear layers by role. See `view`.
+
+    The residual stream is the tensor of tokens that the blocks pass on: each block reads it and
+    adds something to it. Swin has one in each stage, with patch merging in between.
+    """
+
+    def __init__(self, model, kind, blocks):
+        self.model = model
+        self.kind = kind
+        self.blocks = blocks
+        self.classifiers = classifier_names(model)
+
+    def layer(self, name):
+        """Return the module called name. Raises ValueError with the nearest name for none."""
+        return _look_up(dict(self.model.named_modules()), name, "layer")
+
+    def parameter(self, name):
+        """Return the parameter called name. Raises ValueError with the nearest name for none."""
+        return _look_up(dict(self.model.named_parameters()), name, "parameter")
+
+    def block(self, name):
+        """Return the Block called name. Raises ValueError with the nearest name for none."""
+        return _look_up({block.name: block for block in self.blocks}, name, "block")
+
+    def block_of(self, name):
+        """Return the Block of a module or parameter; None in stem, merging and classifier."""
+        return next((block for block in self.blocks if name.startswith(f"{block.name}.")), None)
+
+    def role(self, name):
+        """Return the role of a linear layer by its name, or None for another module.
+
+        Roles are qkv, proj, fc1, fc2, merge and head.
+        """
+        if name in self.classifiers:
+            return "head"
+        role = next((role for end, role in ROLES.items() if name.endswith(end)), None)
+        # Attention pooling has an MLP, too, and lies in no block.
+        return role if role == "merge" or self.block_of(name) else None
+
+    def linears(self, roles=None):
+        """Return {name: module} of the linear layers, in forward order.
+
+        roles: some of qkv, proj, fc1, fc2, merge and head; None: all but the classifier, which is
+            protected unless its role is given
+        Raises ValueError for an unknown role, with the nearest one.
+        """
+        roles = list(ROLES.values() if roles is None else roles)
+        known(roles, [*ROLES.values(), "head"], "role")
+        return {name: m for name, m in self.model.named_modules() if self.role(name) in roles}
+
+    def units(self, kinds=("heads", "neurons")):
+        """Return {(where, kind): how many there are now}, without those of which none are left.
+
+        kinds: some of
+            "heads", "neurons"  of a block
+            "qk", "v"           dimensions of a block's heads, numbered head * size + dimension
+            "width"             channels of a stage's residual stream: ("stages.0", "width"); a ViT
+                                has one stage
+            "filters"           of a convolution of the stem, factored or not, that feeds another
+                                one of the same nn.Sequential
+            "block"             the block itself: 1
+        Raises ValueError for an unknown kind, with the nearest one.
+        """
+        known(kinds, UNITS, "kind of unit")
+        counts = {}
+        for block in self.blocks:
+            sizes = {
+                "heads": block.num_heads,
+                "neurons": block.neurons,
+                "qk": block.num_heads * block.qk_dim,
+                "v": block.num_heads * block.head_dim,
+                "block": 1,
+            }
+            counts |= {(block.name, kind): sizes[kind] for kind in kinds if kind in sizes}
+        if "width" in kinds:
+            for stage in self.stages:
+                first, _ = self.stream(stage)[0]
+                counts[stage, "width"] = len(first.weight)
+        if "filters" in kinds:
+            for name, conv in self.stem:
+                if is_factor(self.model, name):  # its last part says how many filters there are
+                    name = name.rpartition(".")[0]
+                followers = [module for _, module in _chain_behind(self.model, name)]
+                if any(isinstance(module, _CONVOLUTIONS) for module in followers):
+                    counts[name, "filters"] = conv.out_channels
+        return {key: count for key, count in counts.items() if count}
+
+    @property
+    def stages(self):
+        """Names of the stages: "stages.0" and so on. In each the residual stream has one width."""
+        count = len(self.model.layers) if self.kind == "swin" else 1
+        return [f"stages.{number}" for number in range(count)]
+
+    @property
+    def stem(self):
+        """[(name, convolution)] of the patch embedding, in forward order."""
+        modules = self.model.patch_embed.named_modules(prefix="patch_embed")
+        return [(name, module) for name, module in modules if isinstance(module, nn.Conv2d)]
+
+    @property
+    def _whole_stem(self):
+        """{name: convolution} of the patch embedding, without the parts of factored ones."""
+        return {name: conv for name, conv in self.stem if not is_factor(self.model, name)}
+
+    @property
+    def matrices(self):
+        """{name: module} of all that may become low rank.
+
+        These are the stem's convolutions that are not factored, and the linear layers but the
+        classifier.
+        """
+        return self._whole_stem | self.linears()
+
+    @property
+    def segments(self):
+        """{module name: names of its layers, in forward order} along the residual stream.
+
+        The modules make the stream one after the other: the patch embedding, the blocks, and in
+        Swin patch merging between them. "" stands for the whole model and its classifier. Between
+        the patch embedding and the first block a model may add to the stream.
+        """
+        merging = (swin_transformer.PatchMerging, swin_transformer_v2.PatchMerging)
+        blocks = {block.name for block in self.blocks}
+        segments = {"patch_embed": list(self._whole_stem)}
+        for name, module in self.model.named_modules():
+            if name in blocks or isinstance(module, merging):
+                segments[name] = [layer for layer in self.linears() if layer.startswith(f"{name}.")]
+        return segments | {"": self.classifiers}
+
+    def ends_block(self, layer):
+        """Return how the last layer of a block writes to the residual stream, by the layer's name.
+
+        Returns (the norm that reads the stream before the layer, the factors [width] by which its
+        outputs are scaled or None). Returns None for any other layer, and where a norm comes
+        between the layer and the stream.
+        """
+        block = self.block_of(layer)
+        if block is None:
+            return None
+        _, last = self.writes(block)
+        if last is not self.model.get_submodule(layer):
+            return None
+        inside = self.model.get_submodule(block.name)
+        scale = getattr(inside, "ls2", None)
+        return inside.norm2, getattr(scale, "gamma", None)
+
+    def writes(self, block):
+        """Return the two modules whose outputs a block adds to the residual stream.
+
+        On the way their outputs are scaled by the channel at most.
+        """
+        inside = self.model.get_submodule(block.name)
+        norms_last = isinstance(inside, vision_transformer.ResPostBlock)
+        if norms_last or isinstance(self.model, SwinTransformerV2):
+            return [inside.norm1, inside.norm2]
+        return block.writers
+
+    def stream(self, stage):
+        """Return all that is as wide as the residual stream of a stage: [(part, how)].
+
+        The first part has a weight row for each channel. How a part is as wide:
+            "rows", "columns"  of a linear layer or convolution
+            "channels"         of a norm or a scale
+            "merged"           columns or channels of patch merging, which sees four tokens side by
+                               side
+            "last"             dimension of a parameter
+        Raises ValueError for an unknown stage, TypeError for what cannot be made narrower.
+        """
+        number = _look_up({name: i for i, name in enumerate(self.stages)}, stage, "stage")
+        if number == 0:
+            last = self.stem[-1][1]
+            parts = _stem_end(self.model, last)
+        else:
+            parts = _merging(self.model.layers[number].downsample, "rows")
+        for block in self.blocks:
+            if block.stage == number:
+                parts += _block_stream(block, self.model.get_submodule(block.name))
+        if number + 1 < len(self.stages):
+            return parts + _merging(self.model.layers[number + 1].downsample, "merged")
+        return parts + _ending(self.model, self.classifiers)
+
+
+_CONVOLUTIONS = (nn.Conv2d, layers.FactoredConv2d)
+
+
+def _chain_behind(model, layer):
+    """Return [(name, module)] behind a convolution in its nn.Sequential; [] for another layer."""
+    parent, _, number = layer.rpartition(".")
+    modules = dict(model.named_modules())
+    chain = modules.get(parent)
+    if not isinstance(modules.get(layer), _CONVOLUTIONS) or not isinstance(chain, nn.Sequential):
+        return []
+    children = list(chain.named_children())[int(number) + 1 :]
+    return [(f"{parent}.{name}", module) for name, module in children]
+
+
+def norm_after(model, layer):
+    """Return the name of the batch norm that a convolution feeds (after pooling or not), or None.
+
+    layer: name of a convolution; one outside an nn.Sequential has no such norm
+    """
+    for name, module in _chain_behind(model, layer):
+        if isinstance(module, nn.BatchNorm2d):
+            return name
+        if not isinstance(module, (nn.MaxPool2d, nn.AvgPool2d, nn.Identity)):
+            return None
+    return None
+
+
+def is_factor(model, layer):
+    """Return whether a convolution, by its name, is one of the two parts of a factored one."""
+    parent = model.get_submodule(layer.rpartition(".")[0])
+    return isinstance(parent, layers.FactoredConv2d)
+
+
+def _parts(owner, *names):
+    """Return the attributes of owner with these names that are there."""
+    parts = [getattr(owner, name, None) for name in names]
+    return [part for part in parts if part is not None]
+
+
+def _channels(modules):
+    """Return (module, "channels") of each of these modules that has parameters."""
+    return [(module, "channels") for module in modules if list(module.parameters())]
+
+
+def _stem_end(model, last):
+    """Return what is as wide as the first stage before the blocks, the last convolution first."""
+    inside = list(model.patch_embed.modules())
+    behind = inside[inside.index(last) + 1 :]
+    parts = [(last, "rows"), *_channels(behind)]
+    tokens = _parts(model, "cls_token", "reg_token", "dist_token", "pos_embed")
+    parts += [(token, "last") for token in tokens]
+    return parts + _channels(_parts(model, "norm_pre"))
+
+
+def _merging(merging, side):
+    """Return patch merging where it writes ("rows") or reads ("merged") a stage's stream."""
+    # Swin's norm is on what merging reads, SwinV2's on what it writes.
+    norm_side = "rows" if isinstance(merging, swin_transformer_v2.PatchMerging) else "merged"
+    parts = [(merging.reduction, side)]
+    if side == norm_side:
+        parts.append((merging.norm, "channels" if side == "rows" else "merged"))
+    return parts
+
+
+def _block_stream(block, inside):
+    """Return what of a block, with its module inside, is as wide as the residual stream."""
+    if getattr(block.attn, "gate", None) is not None:
+        raise TypeError("attention with a gate cannot be made narrower")
+    readers = _parts(block.attn, "qkv") + _parts(block.mlp, "fc1")
+    parts = [(reader, "columns") for reader in readers]
+    parts += [(writer, "rows") for writer in block.writers]
+    return parts + _channels(_parts(inside, "norm1", "norm2", "ls1", "ls2"))
+
+
+def _ending(model, classifiers):
+    """Return what is as wide as the last stage behind the blocks."""
+    if getattr(model, "attn_pool", None) is not None:
+        raise TypeError("a model that pools by attention cannot be made narrower")
+    parts = _channels(_parts(model, "norm", "fc_norm"))
+    return parts + [(model.get_submodule(name), "columns") for name in classifiers]
+
+
+def view(model):
+    """Return the View of a timm ViT/DeiT, Swin or SwinV2.
+
+    Raises TypeError for a model that vitlab cannot see into.
+    """
+    blocks = []
+    if family := family_of(model):
+        kind, pattern = FAMILIES[family]
+        for name, module in model.named_modules():
+            match = re.fullmatch(pattern, name)
+            if match and not isinstance(module, layers.Skip):
+                parts = [getattr(module, part, None) for part in ("attn", "mlp")]
+                blocks.append(Block(name, int(match[1] or 0), *parts))
+    if not blocks or not all(map(_is_plain, blocks)):
+        raise TypeError(
+            f"cannot see into {type(model).__name__}: supported are timm's VisionTransformer "
+            "family (ViT, DeiT), SwinTransformer and (made by models.create) SwinTransformerV2, "
+            "with fused qkv and a two-layer MLP; not EVA, SwiGLU, MaxViT or ConvNets"
+        )
+    return View(model, kind, blocks)
+
+
+def _is_plain(block):
+    """Return whether attention and MLP of a block are of classes that vitlab can cut."""
+    attentions = (
+        Attention,
+        swin_transformer.WindowAttention,
+        attention.CutWindowAttentionV2,
+        layers.Constant,
+    )
+    return isinstance(block.attn, attentions) and isinstance(block.mlp, (Mlp, layers.Constant))

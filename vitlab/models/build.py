@@ -1,0 +1,239 @@
+"""Create any ViT or Swin of timm by its name, with given weights or without.
+
+Public: ConvStem, SMALL, create, load_weights.
+"""
+
+import inspect
+import json
+import re
+import warnings
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import timm
+from timm.layers import to_2tuple
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vitlab import names
+from vitlab.models import anatomy, attention, packed
+
+
+class ConvStem(nn.Module):
+    """Turn patch_size x patch_size pixels into one token by three 3x3 convolutions.
+
+    For timm's `embed_layer`. Early convolutions make small ViTs train in few epochs (Xiao et al.
+    2021, Hassani et al. 2021). Strides are patch_size / 4 by the first convolution and 2 x 2 by max
+    pooling. So the parameters do not depend on patch_size: weights move from 32 px with patch 4 to
+    64 px with patch 8.
+
+    img_size: side in pixels, a multiple of patch_size
+    patch_size: a multiple of 4
+    widths: channels after the first and the second convolution
+    output_fmt: "NHWC" (Swin) for tokens as a grid
+    timm_options: other options that timm gives (bias, norm_layer, strict_img_size,
+        dynamic_img_pad); this stem has no use for them
+    x: [B, in_chans, H, W] with H and W multiples of patch_size. Returns [B, H*W / patch_size**2,
+    embed_dim], or [B, H / patch_size, W / patch_size, embed_dim] with output_fmt "NHWC".
+    Raises ValueError for sizes that do not divide so.
+    """
+
+    def __init__(
+        self,
+        img_size=32,
+        patch_size=4,
+        in_chans=3,
+        embed_dim=128,
+        *,
+        widths=(32, 64),
+        output_fmt=None,
+        device=None,
+        dtype=None,
+        **timm_options,
+    ):
+        super().__init__()
+        self.img_size = to_2tuple(img_size)
+        self.patch_size = to_2tuple(patch_size)
+        size, patch = self.img_size[0], self.patch_size[0]
+        if patch % 4 or size % patch:
+            raise ValueError(
+                f"patch_size must be a multiple of 4 that divides img_size; got {patch} and {size}"
+            )
+        self.grid_size = to_2tuple(size // patch)
+        self.num_patches = self.grid_size[0] ** 2
+        self.channels_last = output_fmt == "NHWC"
+        like = {"device": device, "dtype": dtype}
+        steps = []
+        for number, (ins, outs) in enumerate(pairwise((in_chans, *widths, embed_dim))):
+            stride = patch // 4 if number == 0 else 1
+            steps.append(nn.Conv2d(ins, outs, 3, stride, 1, bias=False, **like))
+            if number < 2:
+                steps.append(nn.MaxPool2d(2))
+            steps += [nn.BatchNorm2d(outs, **like), nn.ReLU()]
+        self.steps = nn.Sequential(*steps)
+
+    def forward(self, x):
+        x = self.steps(x).permute(0, 2, 3, 1)  # [B, H / patch, W / patch, embed_dim]
+        return x if self.channels_last else x.flatten(1, 2)
+
+    def feat_ratio(self, as_scalar=True):
+        return self.patch_size[0] if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size):
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+
+
+# Small models for 32 to 96 px, built from timm's own classes; any default can be overridden.
+SMALL = {
+    "conv_vit": (
+        VisionTransformer,
+        {
+            "embed_dim": 128,
+            "depth": 6,
+            "num_heads": 4,
+            "mlp_ratio": 2.0,
+            "class_token": False,
+            "global_pool": "avg",
+        },
+    ),
+    "conv_swin": (
+        SwinTransformer,
+        {
+            "embed_dim": 96,
+            "depths": (2, 4),
+            "num_heads": (3, 6),
+            "window_size": 4,
+            "mlp_ratio": 2.0,
+            "drop_path_rate": 0.0,
+        },
+    ),
+}
+
+
+def create(name, *, num_classes, image_size=None, pretrained=False, weights=None, **options):
+    """Create a ViT or Swin by name: any of timm's, or `conv_vit` and `conv_swin` of the studies.
+
+    num_classes: size of the new head
+    image_size: side in pixels; None: timm's own for the name
+    pretrained: take timm's weights, downloaded by timm
+    weights: a local file (.safetensors, or .pth opened with weights_only) or a checkpoint folder. A
+        head of another size is left out with a warning, position tables are resampled by timm.
+    options: timm's own arguments of the class (embed_dim, depth, patch_size, window_size,
+        drop_path_rate, ...)
+    Returns the model in train mode, with `model.recipe` holding what is needed to build it again.
+    Raises ValueError for an unknown name, for options that the model cannot be built with (unknown
+    ones with the nearest known), and for weights of another architecture. Raises FileNotFoundError
+    for missing weights.
+    """
+    if pretrained and weights:
+        raise ValueError(
+            "give either pretrained=True (timm's weights) or weights=... (a local file), not both"
+        )
+    if name in SMALL and pretrained:
+        raise ValueError(f"{name} has no weights to download; give weights=... or pretrained=False")
+    if name not in SMALL and not timm.is_model(name):
+        hint = names.nearest(name, [*SMALL, *timm.list_models()])
+        raise ValueError(
+            f"unknown model {name!r}{hint} Known are {', '.join(SMALL)} and timm.list_models()."
+        )
+    sized = {} if image_size is None else {"img_size": image_size}
+    try:
+        model = _build(name, pretrained, num_classes, options | sized)
+    except (TypeError, AssertionError) as error:
+        # timm's own words do not say which model or value they are about
+        raise ValueError(_what_is_wrong(name, options, str(error))) from error
+    if isinstance(model, SwinTransformerV2):  # timm's reads the weight of qkv past its module
+        for module in model.modules():
+            attention.allow_cuts(module)
+    model.recipe = {
+        "name": name,
+        "num_classes": num_classes,
+        "image_size": image_size,
+        "options": options,
+    }
+    if weights:
+        load_weights(model, weights)
+    return model
+
+
+def _build(name, pretrained, num_classes, options):
+    if name not in SMALL:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+    model_class, defaults = SMALL[name]
+    options = {"patch_size": 4, "img_size": 32, **defaults, **options}
+    widths = options.pop("stem_widths", (32, 64))
+    stem = partial(ConvStem, widths=tuple(widths))
+    return model_class(num_classes=num_classes, embed_layer=stem, **options)
+
+
+def _what_is_wrong(name, options, reason):
+    """Return words for options that a model cannot be built with, from Python's or timm's words."""
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", reason)
+    classes = {family.__name__: family for family in anatomy.FAMILIES}
+    if not match or match[1] not in classes:
+        return f"{name} cannot be built with {options}: {reason}"
+    allowed = [*inspect.signature(classes[match[1]]).parameters, "pretrained", "weights"]
+    if name in SMALL:
+        allowed.append("stem_widths")
+    hint = names.nearest(match[2], allowed)
+    return f"unknown option {match[2]!r} of {name}{hint} Options are {', '.join(allowed)}."
+
+
+def load_weights(model, path):
+    """Fill model from a local weights file or checkpoint folder.
+
+    path: as `weights` of `create`, which says what is raised
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights at {path}; give a .safetensors or .pth file or a checkpoint folder"
+        )
+    state = _adapted(model, _stored_weights(path))
+    expected = model.state_dict()
+    fitting = {k: t for k, t in state.items() if k in expected and expected[k].shape == t.shape}
+    # Of a model without classes: the names that timm's files give to a head.
+    names = anatomy.classifier_names(model) or ["head", "head.fc", "head_dist"]
+    heads = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    missing = [key for key in expected if key not in state and key not in heads]
+    wrong = [key for key in state if key not in fitting and key not in heads]
+    if missing or wrong:
+        recipe = getattr(model, "recipe", "")
+        raise ValueError(
+            f"{path} holds another architecture than {type(model).__name__} {recipe}: "
+            f"{len(missing)} tensors are missing (first {missing[:1]}), "
+            f"{len(wrong)} do not fit (first {wrong[:1]})"
+        )
+    if heads - fitting.keys():
+        warnings.warn(
+            f"{path.name}: the head is left out and starts new with {model.num_classes} classes",
+            stacklevel=3,
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def _stored_weights(path):
+    """Return {name: tensor} of a file of weights, with the zeros of packed ones."""
+    state = timm.models.load_state_dict(str(path), weights_only=True)
+    if not any(name.endswith(packed.BITS) for name in state):
+        return state
+    record = path.with_name("model.json")
+    if not record.is_file():
+        raise FileNotFoundError(
+            f"{path} is stored without its zeros and can be read only beside its {record.name}"
+        )
+    return packed.unpack(state, json.loads(record.read_text())["packed"])
+
+
+def _adapted(model, state):
+    """Return state, {name: tensor}, with the names and sizes that timm's class of model has."""
+    family = anatomy.family_of(model) or VisionTransformer
+    options = {}
+    if family is VisionTransformer:  # DeiT-III has its own names for its layer scale
+        options["adapt_layer_scale"] = True
+    return inspect.getmodule(family).checkpoint_filter_fn(state, model, **options)

@@ -1,0 +1,568 @@
+"""Layers that a cut leaves behind: each stands where an nn.Linear stood and says what it costs.
+
+All of them map x [..., in_features] to [..., out_features], and all have these attributes:
+
+    weight [out_features, in_features] and bias [out_features] (or None) of the dense layer that
+        computes the same; differentiable
+    macs        multiply-accumulates of one token, as executed
+    macs_ideal  multiply-accumulates of one token, as if zeros were free
+
+Indices and masks are buffers, so that `build(config)` and the state dict restore everything.
+
+Public: COMPRESSED_LAYERS, Constant, FactoredConv2d, FactoredLinear, LowRankSparseLinear, RowLinear,
+SUPPORTS, Skip, break_even_rank, build, config, factored, factored_conv, linear, low_rank_sparse,
+macs, merged_conv, recombine, select, shift.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SUPPORTS = ("entries", "rows", "columns")
+
+
+class _Layer(nn.Module):
+    """Hold what the layers of this file have in common."""
+
+    options = ()  # names of the attributes that `config` lists beside the shape
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @property
+    def macs(self):
+        matrices = [p for p in self.parameters() if p.ndim == 2]  # without the bias
+        return sum(matrix.numel() for matrix in matrices)
+
+    @property
+    def macs_ideal(self):
+        return sum(macs(layer, ideal=True) for layer in self.children())
+
+    def config(self):
+        options = {name: getattr(self, name) for name in self.options}
+        return _shape(self) | options
+
+    def extra_repr(self):
+        names = ("in_features", "out_features", *self.options)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+class FactoredLinear(_Layer):
+    """Compute y = second(first(x)): two thin layers, [rank, in_features] and [out_features, rank].
+
+    Below rank m n / (m + n) these are fewer multiply-accumulates. That is not yet less time: two
+    calls move more than one. What makes factoring faster is a limit on each rank: measure it by
+    bench.rank_speed and bench.break_even, and give it to ranks.allocate(most=...). The same share of
+    every layer (factor.compress by "svd") is a baseline.
+
+    rank: at least 1
+    Raises ValueError for a rank below 1.
+    """
+
+    options = ("rank",)
+
+    def __init__(self, in_features, out_features, *, rank, bias=True, **like):
+        super().__init__(in_features, out_features)
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1; got {rank}")
+        self.rank = rank
+        self.first = nn.Linear(in_features, rank, bias=False, **like)
+        self.second = nn.Linear(rank, out_features, bias=bias, **like)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+    @property
+    def factors(self):
+        """U [m, rank] and V [rank, n]."""
+        return self.second.weight, self.first.weight
+
+    @property
+    def weight(self):
+        return self.second.weight @ self.first.weight
+
+    @property
+    def bias(self):
+        return self.second.bias
+
+    def select(self, rows, columns):
+        u, v = self.factors
+        u, v = u[rows], v[:, columns]
+        new = factored(u, v, bias=_bias_of(self, rows))
+        return _unless_dense_is_cheaper(new, self, rows, columns)
+
+    def recombine(self, whole, transfer):
+        self.first.weight.copy_(whole.first.weight @ transfer)
+
+
+class FactoredConv2d(nn.Sequential):
+    """Stand for a convolution: one like it to rank channels, without bias, then one of 1 x 1.
+
+    Source: Zhang et al. 2016. It executes rank (C k k + O) multiply-accumulates at each output
+    position. Both parts are convolutions of the stem like any other.
+
+    conv: nn.Conv2d of one group. Its shapes are taken over, not its values (see `factored_conv`).
+    rank: at least 1
+    Raises ValueError for several groups and for a rank below 1.
+    """
+
+    def __init__(self, conv, *, rank):
+        if conv.groups != 1 or rank < 1:
+            raise ValueError(
+                f"a convolution of {conv.groups} groups at rank {rank}: "
+                "give one of 1 group and rank >= 1"
+            )
+        first = _conv_like(conv, rank, bias=False)
+        has_bias = conv.bias is not None
+        second = nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias, **_like(conv.weight))
+        super().__init__(first, second)
+
+    @property
+    def rank(self):
+        return self[0].out_channels
+
+
+class LowRankSparseLinear(_Layer):
+    """Compute y = (L + S) x + bias with L = U V of low rank and S sparse, on a fixed support.
+
+    support: where S may differ from zero, and how it is stored:
+        "entries": count entries anywhere, stored dense with zeros elsewhere. `mask` [m, n] is
+            applied wherever gradients are wanted, so that training cannot leave the support.
+            Inference takes the zeros as they are stored. Executes r (m + n) + m n
+            multiply-accumulates, more than dense; ideally r (m + n) + count.
+        "rows": count whole rows, `index` [count]. Executes r (m + n) + count n.
+        "columns": count whole columns, `index` [count]. Executes r (m + n) + count m.
+    rank: r, rank of L; 0 for no L
+    count: how many entries, rows or columns
+
+    Rows of S are stored under V in `first` [r + count, n], columns of S beside U in `second`
+    [m, r + count], so that either costs two matrix products. A new layer is zero: give it values by
+    `low_rank_sparse` or a state dict.
+    Raises ValueError for an unknown support, for neither rank nor count, and for a count beyond
+    the matrix.
+    """
+
+    options = ("rank", "support", "count")
+
+    def __init__(self, in_features, out_features, *, rank, support, count, bias=True, **like):
+        super().__init__(in_features, out_features)
+        m, n = out_features, in_features
+        if support not in SUPPORTS:
+            raise ValueError(f"unknown support {support!r}; supports are {', '.join(SUPPORTS)}")
+        most = {"entries": m * n, "rows": m, "columns": n}[support]
+        if rank < 0 or not 0 <= count <= most or rank + count == 0:
+            raise ValueError(
+                f"count {count}, rank {rank}: a [{m}, {n}] matrix has {most} {support}; "
+                "give no more than these, no negative rank, and at least 1 of either"
+            )
+        self.rank, self.support, self.count = rank, support, count
+        rows = count if support == "rows" else 0
+        columns = count if support == "columns" else 0
+        self.first = _zeros(rank + rows, n, **like)
+        self.second = _zeros(m, rank + columns, **like)
+        self.sparse = _zeros(m, n, **like) if support == "entries" else None
+        self.bias = _zeros(m, **like) if bias else None
+        device = like.get("device")
+        if support == "entries":
+            mask = torch.zeros(m, n, dtype=torch.bool, device=device)
+            self.register_buffer("mask", mask)
+        else:
+            self.register_buffer("index", torch.arange(count, device=device))
+
+    def forward(self, x):
+        if self.support == "entries":
+            return self._with_entries(x)
+        if self.support == "columns":
+            hidden = x.index_select(-1, self.index)
+            if self.rank:
+                low_rank = F.linear(x, self.first)
+                hidden = torch.cat([low_rank, hidden], dim=-1)
+            return F.linear(hidden, self.second, self.bias)
+        # Rows: one product gives the inputs of U and the outputs of the rows of S.
+        both = F.linear(x, self.first)
+        hidden, outputs = both.split([self.rank, self.count], dim=-1)
+        y = F.linear(hidden, self.factors[0], self.bias)  # of rank 0: the bias alone
+        return y.index_add_(-1, self.index, outputs)  # in place is safe: no backward needs y
+
+    def _with_entries(self, x):
+        sparse = self.sparse
+        if torch.is_grad_enabled() and sparse.requires_grad:
+            sparse = sparse * self.mask  # no gradient outside the support
+        if not self.rank:
+            return F.linear(x, sparse, self.bias)
+        hidden = F.linear(x, self.first)
+        low_rank = F.linear(hidden, self.second, self.bias)
+        return low_rank + F.linear(x, sparse)
+
+    @property
+    def factors(self):
+        """U [m, r] and V [r, n] of the low-rank part."""
+        if self.rank:
+            return self.second[:, : self.rank], self.first[: self.rank]
+        like = next(self.parameters())
+        u = like.new_zeros(self.out_features, 0)
+        v = like.new_zeros(0, self.in_features)
+        return u, v
+
+    @property
+    def sparse_weight(self):
+        """S as a dense matrix [m, n]."""
+        if self.support == "entries":
+            return self.sparse * self.mask
+        if self.support == "rows":
+            axis, values = 0, self.first[self.rank :]
+        else:
+            axis, values = 1, self.second[:, self.rank :]
+        zeros = values.new_zeros(self.out_features, self.in_features)
+        return zeros.index_copy(axis, self.index, values)
+
+    @property
+    def support_mask(self):
+        """True [m, n] where S may differ from zero."""
+        if self.support == "entries":
+            return self.mask
+        mask = self.index.new_zeros(self.out_features, self.in_features, dtype=torch.bool)
+        return mask.index_fill(0 if self.support == "rows" else 1, self.index, True)
+
+    @property
+    def weight(self):
+        u, v = self.factors
+        return u @ v + self.sparse_weight
+
+    @property
+    def macs_ideal(self):
+        if self.support != "entries":
+            return self.macs
+        return self.macs - self.mask.numel() + self.count
+
+    def select(self, rows, columns):
+        u, v = self.factors
+        u, v = u[rows], v[:, columns]
+        mask = self.support_mask[rows][:, columns]
+        bias = _bias_of(self, rows)
+        if mask.any():
+            sparse = self.sparse_weight[rows][:, columns]
+            options = {"mask": mask, "support": self.support, "bias": bias}
+            new = low_rank_sparse(u, v, sparse=sparse, **options)
+            if self.support == "entries":  # executes more than dense from the start
+                return new
+        elif self.rank:
+            new = factored(u, v, bias=bias)
+        else:  # only zeros are left
+            return _dense(self, rows, columns)
+        return _unless_dense_is_cheaper(new, self, rows, columns)
+
+    def recombine(self, whole, transfer):
+        if self.support != "rows":
+            raise ValueError(f"a sparse layer on {self.support} has no place for recombined inputs")
+        self.first.copy_(whole.first @ transfer)
+
+
+class RowLinear(_Layer):
+    """Compute some rows of a layer and give zero for the rows that are gone, their biases too.
+
+    `weight` and `bias` are full size, zero where rows are gone.
+
+    rows: indices of the rows that are computed, sorted, at least one
+    kept: the layer that computes them, one output a row; None for a new nn.Linear
+    Raises ValueError for other indices.
+    """
+
+    def __init__(self, in_features, out_features, *, rows, bias=True, kept=None, **like):
+        super().__init__(in_features, out_features)
+        rows = torch.as_tensor(rows, dtype=torch.int64, device=like.get("device"))
+        numbers = rows.tolist()
+        if not numbers or numbers != sorted({*numbers} & {*range(out_features)}):
+            raise ValueError(
+                f"rows must be sorted and distinct in [0, {out_features}), at least one; "
+                f"got {numbers}"
+            )
+        self.kept = kept or nn.Linear(in_features, len(rows), bias=bias, **like)
+        self.register_buffer("rows", rows)
+
+    def forward(self, x):
+        return self._spread(self.kept(x), -1)
+
+    def _spread(self, values, axis):
+        """Return values with zeros where rows are gone, along an axis."""
+        shape = list(values.shape)
+        shape[axis] = self.out_features
+        return values.new_zeros(shape).index_copy(axis, self.rows, values)
+
+    @property
+    def weight(self):
+        return self._spread(self.kept.weight, 0)
+
+    @property
+    def bias(self):
+        bias = self.kept.bias
+        return None if bias is None else self._spread(bias, 0)
+
+    def config(self):
+        kept = config(self.kept)
+        return _shape(self) | {"rows": self.rows.tolist(), "kept": kept}
+
+    def select(self, rows, columns):
+        stays = torch.isin(self.rows, rows)
+        if not stays.any():  # only zeros are left
+            return _dense(self, rows, columns)
+        own_rows = stays.nonzero().flatten()
+        kept = select(self.kept, rows=own_rows, columns=columns)
+        if kept.out_features == len(rows):
+            return kept
+        places = torch.searchsorted(rows, self.rows[stays])
+        sizes = len(columns), len(rows)
+        return RowLinear(*sizes, rows=places, kept=kept, device=rows.device)
+
+    def recombine(self, whole, transfer):
+        recombine(self.kept, whole.kept, transfer)
+
+
+class Constant(nn.Module):
+    """Stand for attention or an MLP without heads or neurons: give its last bias at every token.
+
+    It maps x [..., tokens, any] to [..., tokens, out_features], without multiply-accumulates.
+    """
+
+    def __init__(self, out_features, *, bias=True, **like):
+        super().__init__()
+        self.out_features = out_features
+        self.bias = _zeros(out_features, **like) if bias else None
+
+    def forward(self, x, *_, **__):
+        y = x.new_zeros(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def config(self):
+        return {"out_features": self.out_features, "bias": self.bias is not None}
+
+    def extra_repr(self):
+        return f"out_features={self.out_features}"
+
+
+class Skip(nn.Identity):
+    """Stand for a whole block that is gone: pass the residual stream on."""
+
+    def forward(self, x, *_, **__):
+        return x
+
+
+COMPRESSED_LAYERS = (FactoredLinear, LowRankSparseLinear, RowLinear)
+
+
+def _zeros(*shape, **like):
+    """Return a parameter of zeros, or None for a shape without entries."""
+    if not math.prod(shape):
+        return None
+    return nn.Parameter(torch.zeros(shape, **like))
+
+
+def _like(tensor):
+    return {"device": tensor.device, "dtype": tensor.dtype}
+
+
+def _shape(module):
+    return {
+        "type": type(module).__name__,
+        "in_features": module.in_features,
+        "out_features": module.out_features,
+        "bias": module.bias is not None,
+    }
+
+
+def _conv_like(conv, out_channels, *, bias):
+    """Return a new convolution that looks at the inputs as conv does."""
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    options = {name: getattr(conv, name) for name in names}
+    like = _like(conv.weight)
+    return nn.Conv2d(conv.in_channels, out_channels, **options, bias=bias, **like)
+
+
+def config(module):
+    """Return a JSON-able description of an nn.Linear or a layer of this file, for `build`."""
+    return module.config() if isinstance(module, COMPRESSED_LAYERS) else _shape(module)
+
+
+def build(config, **like):
+    """Return the layer that config describes, for load_state_dict to fill.
+
+    config: dict, as from `config`
+    like: device and dtype of its tensors
+    Raises ValueError for an unknown type.
+    """
+    config = dict(config)
+    classes = {layer.__name__: layer for layer in (nn.Linear, *COMPRESSED_LAYERS)}
+    name = config.pop("type", None)
+    if name not in classes:
+        raise ValueError(f"unknown type of layer {name!r}; types are {', '.join(classes)}")
+    if "kept" in config:
+        config["kept"] = build(config["kept"], **like)
+    return classes[name](**config, **like)
+
+
+def macs(module, *, ideal=False):
+    """Return the multiply-accumulates of one token, without the bias.
+
+    module: an nn.Linear or a layer of this file
+    ideal: count as if zeros were free (an nn.Linear's too)
+    """
+    if isinstance(module, COMPRESSED_LAYERS):
+        return module.macs_ideal if ideal else module.macs
+    if ideal:
+        return int(module.weight.count_nonzero())
+    return module.weight.numel()
+
+
+def linear(weight, bias=None):
+    """Return an nn.Linear with a copy of weight [m, n] and bias [m]."""
+    m, n = weight.shape
+    options = {"bias": bias is not None, **_like(weight)}
+    layer = nn.utils.skip_init(nn.Linear, n, m, **options)
+    return _fill(layer, weight=weight, bias=bias)
+
+
+def factored(u, v, *, bias=None):
+    """Return a FactoredLinear of the product u [m, rank] v [rank, n] with bias [m]."""
+    rank, n = v.shape
+    options = {"bias": bias is not None, **_like(u)}
+    layer = FactoredLinear(n, len(u), rank=rank, **options)
+    layer.first = linear(v)
+    layer.second = linear(u, bias)
+    return layer
+
+
+def factored_conv(conv, u, v):
+    """Return a FactoredConv2d of the product u [O, rank] v [rank, C * k * k], with conv's bias.
+
+    The product stands for conv's flattened filters.
+    """
+    new = FactoredConv2d(conv, rank=len(v))
+    first, second = new
+    _fill(first, weight=v.view_as(first.weight))
+    _fill(second, weight=u.view_as(second.weight), bias=conv.bias)
+    return new
+
+
+@torch.no_grad()
+def merged_conv(module):
+    """Return the one nn.Conv2d that computes what a FactoredConv2d does."""
+    first, second = module
+    new = _conv_like(first, second.out_channels, bias=second.bias is not None)
+    product = second.weight.flatten(1) @ first.weight.flatten(1)
+    return _fill(new, weight=product.view_as(new.weight), bias=second.bias)
+
+
+def low_rank_sparse(u, v, *, sparse, mask, support, bias=None):
+    """Return a LowRankSparseLinear of u [m, r] v [r, n] plus sparse [m, n], with bias [m].
+
+    mask: bool [m, n], True where sparse counts; whole rows or columns if that is the support
+    support: one of SUPPORTS
+    """
+    values = {"first": v, "second": u, "bias": bias}
+    if support == "entries":
+        values |= {"mask": mask, "sparse": sparse * mask}
+        count = int(mask.sum())
+    else:
+        axis = 1 if support == "rows" else 0
+        index = mask.any(axis).nonzero().flatten()
+        values["index"] = index
+        count = len(index)
+    if support == "rows":
+        values["first"] = torch.cat([v, sparse[index]])
+    elif support == "columns":
+        values["second"] = torch.cat([u, sparse[:, index]], dim=1)
+    m, n = sparse.shape
+    options = {"bias": bias is not None, **_like(sparse)}
+    layer = LowRankSparseLinear(n, m, rank=u.shape[1], support=support, count=count, **options)
+    return _fill(layer, **values)
+
+
+@torch.no_grad()
+def _fill(layer, **values):
+    """Copy values into the parameters and buffers that layer has, and return it."""
+    for name, value in values.items():
+        tensor = getattr(layer, name)
+        if tensor is not None:
+            tensor.copy_(value)
+    return layer
+
+
+@torch.no_grad()
+def select(module, *, rows=None, columns=None):
+    """Return a new layer with only these outputs and inputs of a layer.
+
+    Factors keep their rank, and sparse parts what is left of their support. A layer of low rank,
+    whole rows or whole columns that no longer costs less than a dense one becomes an nn.Linear of
+    the same function.
+
+    module: an nn.Linear or a layer of this file
+    rows, columns: sorted indices of outputs and inputs; None: all
+    """
+    rows = _indices(rows, module.out_features, module)
+    columns = _indices(columns, module.in_features, module)
+    if isinstance(module, COMPRESSED_LAYERS):
+        return module.select(rows, columns)
+    return _dense(module, rows, columns)
+
+
+def _indices(indices, count, module):
+    """Return indices as a tensor on module's device; None stands for all of count."""
+    if indices is None:
+        indices = torch.arange(count)
+    return torch.as_tensor(indices).to(module.weight.device)
+
+
+def _dense(module, rows, columns):
+    """Return an nn.Linear that computes these outputs of these inputs of module."""
+    weight = module.weight[rows][:, columns]
+    return linear(weight, _bias_of(module, rows))
+
+
+def _bias_of(module, rows):
+    return None if module.bias is None else module.bias[rows]
+
+
+def _unless_dense_is_cheaper(new, module, rows, columns):
+    """Return new, or an nn.Linear of the same function where new does not cost less."""
+    if new.macs < len(rows) * len(columns):
+        return new
+    return _dense(module, rows, columns)
+
+
+@torch.no_grad()
+def recombine(module, whole, transfer):
+    """Give module whole's weight times transfer, for layers in which one matrix reads all inputs.
+
+    module: what `select` took from whole by columns: nn.Linear, factors or whole rows; changed
+    transfer: [whole's inputs, module's inputs]
+    Raises ValueError for another layer.
+    """
+    if isinstance(module, COMPRESSED_LAYERS):
+        module.recombine(whole, transfer)
+    else:
+        module.weight.copy_(whole.weight @ transfer)
+
+
+@torch.no_grad()
+def shift(module, offset):
+    """Add offset [out_features] to the bias, where there are rows.
+
+    Raises ValueError for a layer without bias.
+    """
+    if isinstance(module, RowLinear):
+        return shift(module.kept, offset[module.rows])
+    if module.bias is None:
+        raise ValueError("the layer has no bias that could take up a mean")
+    module.bias.add_(offset)
+
+
+# -- Low rank
+
+
+def break_even_rank(m, n):
+    """Return m n / (m + n), a float: below this rank two thin layers save MACs of one [m, n]."""
+    return m * n / (m + n)

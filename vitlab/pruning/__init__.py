@@ -1,0 +1,1 @@
+"""What goes, and how what stays makes up for it."""

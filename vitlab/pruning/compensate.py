@@ -1,0 +1,149 @@
+"""Solve the weights that stay anew, so that they make up for those that are masked.
+
+Public: Fill, REFITS, refit.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vitlab import names
+from vitlab.models import anatomy, layers, structure
+from vitlab.pruning import lowrank, sweep
+
+# ---- Compensation in closed form ----
+
+REFITS = {"least squares": lowrank.refit, "obs": lowrank.obs_update}
+
+
+@torch.no_grad()
+def refit(model, keep, grams, *, method="least squares", damping=1e-3):
+    """Return a copy of model whose masked weights are zero and made up for by the others.
+
+    The weights of each linear layer and convolution are solved for anew on their support, so that
+    its outputs on calibration activations come near to those before. No labels and no training
+    are needed. What has no gram (biases, norms) is only masked.
+
+    keep: {parameter: bool tensor}, True stays, as from masks.keep_largest.
+    grams: {layer: [n, n]}, as from scores.grams.
+    method: how the weights that stay are solved for:
+        "least squares": lowrank.refit, the best end that an update can have for a given mask.
+        "obs": lowrank.obs_update, one sweep over the columns, as SparseGPT updates weights that
+            stay by Optimal Brain Surgeon (Frantar and Alistarh 2023). Never better for the
+            layer's output on those activations; for comparison.
+    damping: share of the mean of the gram's diagonal that is added to it, see lowrank.damped.
+
+    Raises ValueError for an unknown method or parameter, for a mask or a gram that does not fit,
+    and if no weight in keep has a gram.
+    """
+    names.check("method", method, REFITS)
+    model = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    for name, mask in keep.items():
+        names.check("parameter", name, parameters)
+        if mask.shape != parameters[name].shape:
+            shape = list(parameters[name].shape)
+            raise ValueError(f"the mask of {name} must be {shape}; got {list(mask.shape)}")
+    if not {name.removesuffix(".weight") for name in keep} & grams.keys():
+        raise ValueError("grams has none of the layers in keep: give scores.grams of them")
+    for name, mask in keep.items():
+        weight = parameters[name]
+        mask = mask.to(weight.device)
+        layer = name.removesuffix(".weight")
+        gram = sweep.fitting_gram(grams, layer, weight[0].numel(), damping, partial=True)
+        if gram is None or not mask.any():
+            weight.mul_(mask)
+            continue
+        solution = REFITS[method](weight.flatten(1), gram, mask.flatten(1))
+        weight.copy_(solution.view_as(weight))
+    return model
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Make up in closed form for the inputs that layers lose.
+
+    means: {layer: mean of its inputs [n]}.
+    grams: {layer: gram of its inputs [n, n]}.
+    damping: see lowrank.damped.
+    """
+
+    means: dict
+    grams: dict
+    damping: float
+
+    def narrow(self, model, name, keep):
+        """Let a linear layer or convolution read only these inputs, made up for the others."""
+        layer = model.get_submodule(name)
+        weight = layer.weight
+        # A filter sees a kernel of values in each channel, a linear layer one value.
+        size = weight[0, 0].numel()
+        columns = (keep[:, None] * size + torch.arange(size)).flatten()
+        transfer, lost = self._solve(layer, name, columns)
+        if isinstance(layer, nn.Conv2d):
+            flat = weight.flatten(1)
+            new = flat[:, columns]
+            if transfer is not None:
+                new = (flat.double() @ transfer).to(flat.dtype)
+            structure.resize(layer, "weight", new.unflatten(1, (-1, *weight.shape[2:])))
+        else:
+            new = layers.select(layer, columns=columns)
+            if transfer is not None:
+                layers.recombine(new, layer, transfer.to(weight.dtype))
+            structure.put(model, name, new)
+        if lost is None:
+            return
+        # What the outputs lost on average goes into the bias, or into the batch norm behind.
+        norm = anatomy.norm_after(model, name)
+        if layer.bias is not None:
+            layers.shift(model.get_submodule(name), lost)
+        elif norm is not None:
+            model.get_submodule(norm).running_mean.sub_(lost)
+
+    def put_constant(self, model, name, reader):
+        """Replace attention or an MLP by what its last layer, the reader, gives without inputs."""
+        layer = model.get_submodule(reader)
+        bias = layer.bias
+        _, lost = self._solve(layer, reader, torch.arange(0))
+        if lost is not None:
+            bias = bias + lost
+        new = layers.Constant(layer.out_features, bias=False)
+        if bias is not None:
+            new.bias = nn.Parameter(bias)
+        structure.put(model, name, new)
+
+    def _solve(self, layer, name, columns):
+        """Return what makes up for the inputs of a layer that are not in columns.
+
+        Inputs x are about transfer (x[columns] - centre[columns]) + centre, where centre is their
+        mean, or zero without means.
+
+        Returns transfer [n, kept], float64, or None without a gram; and what each output loses on
+        average, [m], or None without a mean or a place for it.
+        """
+        weight = layer.weight.flatten(1)
+        n = weight.shape[1]
+        gram = sweep.fitting_gram(self.grams, name, n, self.damping, partial=True)
+        mean = self.means.get(name)
+        if mean is not None and mean.shape != (n,):
+            raise ValueError(
+                f"mean of {name} is {list(mean.shape)}, not {[n]}: wrong layer or model"
+            )
+        if layer.bias is None and not isinstance(layer, nn.Conv2d):
+            mean = None  # a linear layer without bias cannot take it up
+        centre = weight.new_zeros(n) if mean is None else mean
+        centre = centre.to(weight.device, torch.float64)
+        columns = columns.to(weight.device)
+        transfer = None
+        # Without a gram, what the outputs lose on average is what the removed inputs gave them.
+        unexplained = centre.index_fill(0, columns, 0)
+        if gram is not None:
+            # With a gram, the inputs that stay predict the removed ones, about the mean.
+            covariance = gram.to(weight.device) - centre[:, None] * centre
+            transfer = lowrank.regression(covariance, columns)
+            unexplained = centre - transfer @ centre[columns]
+        if mean is None:
+            return transfer, None
+        return transfer, (weight.double() @ unexplained).to(weight.dtype)

@@ -1,0 +1,283 @@
+"""Replace layers of a model by layers of low rank, or by low rank plus sparse.
+
+Every call returns a new model and leaves the one that it was given untouched.
+
+Public: METHODS, compress, factorise.
+"""
+
+import copy
+
+import pandas as pd
+import torch
+from torch import nn
+
+from vitlab import models, names
+from vitlab.models import anatomy, layers, structure
+from vitlab.pruning import lowrank, sweep
+
+# ---- Low rank and sparse layers ----
+
+METHODS = ("svd+iht", "svd", "iht", "threshold", "random")
+
+
+def compress(
+    model,
+    *,
+    ratio,
+    method="svd+iht",
+    support="entries",
+    grams=None,
+    roles=None,
+    kappa=0.3,
+    multiple=8,
+    whiten=True,
+    rounds=20,
+    damping=1e-3,
+    seed=0,
+):
+    """Return a copy of model whose linear layers hold fewer weights, and a report of the losses.
+
+    A layer [m, n] keeps 1 - ratio of its m n weights. A layer that was replaced before is
+    compressed anew.
+
+    ratio: share of the weights that goes, above 0 and below 1.
+    method: how the weights of a layer are chosen:
+        "svd": two thin layers, of the largest rank whose MACs are that share (lowrank.rank_for).
+        "iht": a sparse matrix (lowrank.iht).
+        "svd+iht": low rank plus sparse (lowrank.low_rank_plus_sparse).
+        "threshold": the largest entries of a truncated SVD's product (lowrank.threshold_product);
+            a baseline.
+        "random": two thin layers as by "svd", but of directions drawn from seed. What W makes of
+            the inputs along them stays. The control.
+    support: what the sparse part consists of:
+        "entries": single entries. They are masked, and no MACs are saved.
+        "rows" or "columns": whole ones. The others are removed, and MACs fall.
+        a pattern such as "2:4": masked, for hardware that knows it. ratio must be its share.
+    grams: {layer: [n, n]} of this very model, as from scores.grams. "iht" and "svd+iht" need them:
+        without activations IHT is magnitude pruning. "svd" uses them unless whiten is False.
+    roles: roles of layers, as in View.linears. None means all but the classifier.
+    kappa: share in (0, 1) of the kept weights that the rank takes by "svd+iht"; the sparse part
+        takes the rest. There an entry counts 1, a row n and a column m. Beside a pattern the rank
+        takes all that is left. On entries more MACs are executed than by the dense layer, on rows
+        and columns no more than the share.
+    multiple: ranks are multiples of it, see lowrank.rank_for.
+    whiten: whether "svd" is weighted by activations.
+    rounds: largest number of turns between low rank and sparse.
+    damping: share of the mean of the gram's diagonal that is added to it, see lowrank.damped.
+    seed: seed of the random directions.
+
+    Returns (model, report). report is a DataFrame with a row for each layer:
+        layer, role, m, n, rank, count (of entries, rows or columns),
+        objective_magnitude: objective of magnitude pruning with all of the share on that support,
+        objective_start, objective: first and last of the fit; methods other than "iht" and
+            "svd+iht" start from the plain truncated SVD,
+        macs_dense, macs, macs_ideal: MACs of one token.
+    Raises ValueError for a ratio that is no share, changes nothing or leaves nothing of a layer,
+    for unknown words, and for grams that are missing or of another model.
+    """
+    _check_request(ratio, method, support, kappa, grams)
+    model = copy.deepcopy(model)
+    view = models.view(model)
+    generator = torch.Generator().manual_seed(seed)
+    report = []
+    for name, layer in view.linears(roles).items():
+        # A layer that computes only some rows holds them in a layer of its own.
+        path = f"{name}.kept" if isinstance(layer, layers.RowLinear) else name
+        layer = model.get_submodule(path)
+        weight = layer.weight.detach()
+        m, n = weight.shape
+        gram = sweep.fitting_gram(grams, name, n, damping)
+        budget = int((1 - ratio) * m * n + 1e-6)  # 1 - 0.9 is a little less than 0.1
+        rank, count = _plan(m, n, budget, method, support, kappa, multiple)
+        if rank + count == 0:
+            raise ValueError(f"ratio {ratio} leaves nothing of {name} by {method}; lower it")
+        fit = _fit(weight, gram, rank, count, method, support, whiten, rounds, generator)
+        new = _layer_of(fit, support, layer.bias)
+        structure.put(model, path, new)
+        shape = {"m": m, "n": n, "rank": rank, "count": count}
+        losses = _losses(weight, gram, budget, count, support, fit)
+        costs = {"macs_dense": m * n, "macs": layers.macs(new)}
+        costs["macs_ideal"] = layers.macs(new, ideal=True)
+        report.append({"layer": name, "role": view.role(name), **shape, **losses, **costs})
+    return model, pd.DataFrame(report)
+
+
+def _check_request(ratio, method, support, kappa, grams):
+    """Raise ValueError for settings of `compress` that no layer can be compressed by."""
+    if not 0 < ratio < 1:
+        raise ValueError(
+            "ratio is the share of weights cut, not a percentage: "
+            f"above 0, which changes no layer, and below 1; got {ratio}"
+        )
+    names.check("method", method, METHODS)
+    if not lowrank.neighbours(support):
+        names.check("support", support, layers.SUPPORTS)
+    elif "iht" not in method:
+        raise ValueError(
+            f"{support} is how a sparse part is stored, and {method} has none; "
+            "give support='entries'"
+        )
+    if method == "threshold" and support != "entries":
+        raise ValueError(
+            f"threshold keeps entries, not {support}; give support='entries' or another method"
+        )
+    if not 0 < kappa < 1:
+        raise ValueError(
+            f"kappa is a share in (0, 1); got {kappa}. For the ends there are 'iht' and 'svd'."
+        )
+    if grams is None and "iht" in method:
+        raise ValueError(
+            f"{method} works from activations: give grams=scores.grams(model, batches)"
+        )
+
+
+def _price(m, n, support):
+    """Return the number of weights in one entry, row or column of an [m, n] matrix."""
+    return {"rows": n, "columns": m}.get(support, 1)
+
+
+def _plan(m, n, budget, method, support, kappa, multiple):
+    """Return the rank and the count of entries, rows or columns that a budget of weights pays for.
+
+    Both are 0 if the budget is too small for the method.
+    """
+    if lowrank.neighbours(support):
+        return _plan_pattern(m, n, budget, method, support, multiple)
+    share = budget / (m * n)  # of the dense layer's MACs
+    if method == "iht":
+        return 0, budget // _price(m, n, support)
+    if method == "svd+iht":
+        # The rank takes kappa of the budget, and the sparse part what is left.
+        rank = max(lowrank.rank_for(m, n, share * kappa, multiple=multiple), 1)
+        left = max(budget - rank * (m + n), 0)
+        count = left // _price(m, n, support)
+        return (rank, count) if count else (0, 0)
+    rank = lowrank.rank_for(m, n, share, multiple=multiple)
+    if method == "threshold" and rank:
+        # The product of that rank keeps as many entries as the budget has weights.
+        return rank, budget
+    return rank, 0
+
+
+def _plan_pattern(m, n, budget, method, support, multiple):
+    """Return the rank beside a pattern, and the count of entries that the pattern keeps."""
+    few, of = lowrank.neighbours(support)  # few of each group of neighbours stay
+    if n % of or not 0 < few < of:
+        raise ValueError(
+            f"{support} does not fit a [{m}, {n}] matrix: it divides rows into groups of {of}"
+        )
+    count = m * n // of * few
+    left = max(budget - count, 0)
+    rank = lowrank.rank_for(m, n, left / (m * n), multiple=multiple)
+    fits = budget == count if method == "iht" else rank > 0
+    if not fits:
+        need = "exactly" if method == "iht" else "less than"
+        raise ValueError(
+            f"{support} keeps {few / of:g} of a [{m}, {n}] matrix: "
+            f"give a ratio of {need} {1 - few / of:g}"
+        )
+    return rank, count
+
+
+def _fit(weight, gram, rank, count, method, support, whiten, rounds, generator):
+    """Return the lowrank.Fit of one layer.
+
+    "svd" and "random" leave the sparse part zero, "threshold" leaves no low rank.
+    """
+    if method == "iht":
+        return lowrank.iht(weight, gram, count, support=support)
+    if method == "svd+iht":
+        return lowrank.low_rank_plus_sparse(
+            weight, gram, rank, count, support=support, rounds=rounds
+        )
+    # The other methods start from the plain truncated SVD.
+    u, v = lowrank.svd(weight, rank)
+    start = lowrank.objective(weight, u @ v, gram)
+    sparse = torch.zeros_like(weight)
+    if method == "svd" and whiten:
+        u, v = lowrank.svd(weight, rank, gram=gram)
+    elif method == "random":
+        drawn = torch.randn(weight.shape[1], rank, generator=generator)
+        v = torch.linalg.qr(drawn).Q.T.to(weight)  # orthonormal directions of the inputs
+        u = weight @ v.T
+    elif method == "threshold":
+        sparse = lowrank.threshold_product(weight, rank, count)
+        u = u[:, :0]
+        v = v[:0]
+    objectives = [start, lowrank.objective(weight, u @ v + sparse, gram)]
+    return lowrank.Fit(u, v, sparse, sparse != 0, start, objectives)
+
+
+def _layer_of(fit, support, bias):
+    """Return the layer that stores a fit."""
+    if not fit.mask.any():
+        return layers.factored(fit.u, fit.v, bias=bias)
+    return layers.low_rank_sparse(
+        fit.u,
+        fit.v,
+        sparse=fit.sparse,
+        mask=fit.mask,
+        support="entries" if lowrank.neighbours(support) else support,
+        bias=bias,
+    )
+
+
+def _losses(weight, gram, budget, count, support, fit):
+    """Return the objectives of a fit, and of magnitude pruning with all of its budget."""
+    if not lowrank.neighbours(support):
+        count = budget // _price(*weight.shape, support)
+    pruned = lowrank.project(weight, count, support=support)
+    return {
+        "objective_magnitude": lowrank.objective(weight, pruned, gram),
+        "objective_start": fit.objectives[0],
+        "objective": fit.objectives[-1],
+    }
+
+
+@torch.no_grad()
+def factorise(model, ranks, *, grams=None, damping=1e-3):
+    """Return a copy of model with some layers as two thin ones each, by truncated SVD.
+
+    ranks: {layer: rank} of linear layers and of convolutions of the stem, as from ranks.allocate.
+    grams: {layer: [n, n]} of this very model, as from scores.grams. A layer in it gets the
+        activation-weighted SVD (lowrank.svd), the others the plain one.
+    damping: share of the mean of the gram's diagonal that is added to it, see lowrank.damped.
+
+    Raises ValueError for no ranks, for a layer that is not there or was factored before, for a
+    rank that saves no MACs, and for grams of another model.
+    """
+    if not ranks:
+        raise ValueError("ranks is empty: give {layer: rank} of at least one layer")
+    model = copy.deepcopy(model)
+    for name, rank in ranks.items():
+        layer = _matrix_layer(model, name)
+        weight = layer.weight.flatten(1)
+        m, n = weight.shape
+        limit = layers.break_even_rank(m, n)
+        if not 1 <= rank < limit:
+            raise ValueError(
+                f"{name} [{m}, {n}]: a rank in [1, {limit:.1f}) saves MACs; got {rank}"
+            )
+        gram = sweep.fitting_gram(grams, name, n, damping, partial=True)
+        u, v = lowrank.svd(weight, rank, gram=gram)
+        if isinstance(layer, nn.Conv2d):
+            new = layers.factored_conv(layer, u, v)
+        else:
+            new = layers.factored(u, v, bias=layer.bias)
+        structure.put(model, name, new)
+    return model
+
+
+def _matrix_layer(model, name):
+    """Return the plain linear layer or convolution of the stem called name, or raise ValueError."""
+    view = models.view(model)
+    layers_by_name = view.linears(structure.EVERY_ROLE) | dict(view.stem)
+    names.check("layer", name, layers_by_name)
+    whole = layer = layers_by_name[name]
+    if anatomy.is_factor(model, name):
+        whole = model.get_submodule(name.rpartition(".")[0])
+    if type(whole) not in (nn.Linear, nn.Conv2d):
+        raise ValueError(
+            f"{name} is a {type(whole).__name__} already, or part of one; factorise plain layers"
+        )
+    return layer

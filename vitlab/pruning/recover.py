@@ -1,0 +1,384 @@
+"""Recover accuracy without training: solve a cut model's layers anew against the dense model.
+
+`shrink.remove` and `compensate.refit` compensate each layer for itself, in the same call as the cut, by
+activations of the model before the cut. `reconstruct` comes after all cuts, and looks at what the
+smaller model really computes.
+
+Public: reconstruct.
+"""
+
+import copy
+import dataclasses
+from contextlib import ExitStack, suppress
+
+import torch
+from torch import Tensor, nn
+
+from vitlab import models
+from vitlab.models import anatomy, layers
+from vitlab.pruning import lowrank, prune, shrink, sweep
+
+_LEAST_FACTOR = 0.01  # factors of LayerScale below it leave a channel too faint for corrections
+
+
+@torch.no_grad()
+def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, damping=1e-3):
+    """Return a copy of model whose layers come as near as they can to what dense computes.
+
+    Layers are solved for one after the other, first to last, without labels. Weight and bias of a
+    layer become the least-squares map from its own inputs, as the layers solved before have left
+    them, to the outputs of the layer of the same name in dense. Errors of earlier layers are thus
+    seen and made up for, which compensation by activations of the dense model cannot do.
+
+    fc2 is solved for all that its block should leave in the residual stream, except where a norm
+    follows it or LayerScale is below 0.01. The classifier is solved for the logits of dense. A
+    layer keeps its form: a factored one its rank (it gets the best map of that rank), a masked one
+    its support. These stay as they are: low rank plus sparse layers, convolutions of several
+    groups, norms, all else that is no linear layer of anatomy.View or convolution of the stem, and
+    layers that see less than two positions for each of their inputs.
+
+    model: the cut model. Norms behind a layer (SwinV2's, a batch norm) should still be those of
+        dense.
+    dense: the model before the cuts, of plain layers.
+    batches: a list of (x, y), as for `scores`.
+    drops: what shrink.remove took from dense: one dictionary, or one for each call in their order,
+        so that each output finds the one it stands for.
+    keep: {parameter: bool tensor}, the masks of model.
+    tokens: number of positions that an image gives a layer, drawn for each batch; the classifier
+        sees one. All together should be many more than a layer has inputs.
+    damping: ridge towards the weights that are there, as a share of the mean variance of the
+        inputs (without a bias, of their mean square), see lowrank.damped.
+
+    On the positions seen, no layer is further from its target than before its turn, up to the
+    ridge. The cost is about two forward passes of dense, four of model, and the products. For all
+    images at once, memory holds what enters a block of either model, and the targets of the block.
+
+    Raises ValueError if model is not dense without drops, for masks of parameters that are not
+    there or that lie in a factored layer, for missing batches, and for values that are not finite.
+    Source: asymmetric reconstruction (Zhang et al. 2016, section 3.3); He et al. 2017 for channels
+    that are removed.
+    """
+    images = [x for x, _ in batches or ()]
+    if not images:
+        raise ValueError(sweep.NO_BATCHES)
+    model = copy.deepcopy(model)
+    rows_by_layer = _rows(dense, drops)
+    _check_same(model, rows_by_layer)
+    masks = _checked_masks(model, keep or {})
+    view = models.view(model)
+    dense_view = models.view(dense)
+    previous = None
+    with sweep.Sweep(dense), sweep.Sweep(model):  # in eval mode; later as they were
+        for name, layer_names in dense_view.segments.items():
+            part = model.get_submodule(name)
+            dense_part = dense.get_submodule(name)
+            reads_images = name in ("patch_embed", "")
+            if reads_images:
+                inputs = list(images)
+                dense_inputs = list(images)
+            elif previous == "patch_embed":
+                # A model adds to the stream between the patch embedding and the first block.
+                inputs = [_watch(model, x, part)[part][0] for x in images]
+                dense_inputs = [_watch(dense, x, dense_part)[dense_part][0] for x in images]
+            places = []
+            for layer_name in layer_names:
+                rows = rows_by_layer.get(layer_name)
+                if _is_solved(model, layer_name, rows):
+                    places.append(_place(dense_view, view, layer_name, rows))
+            _advance(places, dense_part, dense_inputs, tokens)
+            for place in places:
+                _solve(place, *_moments(place, part, inputs, tokens), masks, damping)
+            if not reads_images:
+                for number, x in enumerate(inputs):
+                    inputs[number] = part(x)
+            previous = name
+    return model
+
+
+def _rows(dense, drops):
+    """Return {plain layer: numbers of the outputs in dense that are left without drops}.
+
+    The numbers are int64 [outputs], -1 for an output that is constant; None for a layer that is
+    gone. They are found by removal from a copy whose weights are the numbers of their rows.
+    """
+    for name, layer in dense.named_modules():
+        if isinstance(layer, (*layers.COMPRESSED_LAYERS, layers.FactoredConv2d)):
+            raise ValueError(
+                f"{name} of dense is a {type(layer).__name__}: "
+                "give the model before it was factored"
+            )
+    marked = copy.deepcopy(dense).double()
+    rows_by_layer = {}
+    for name in sum(models.view(dense).segments.values(), []):
+        layer = marked.get_submodule(name)
+        if type(layer) in (nn.Linear, nn.Conv2d):
+            # Counted from 1, because removal writes zeros.
+            layer.weight.movedim(0, -1).copy_(1 + torch.arange(len(layer.weight)))
+            rows_by_layer[name] = None
+    if isinstance(drops, dict):
+        drops = [drops]
+    for drop in drops:
+        if drop:
+            marked = shrink.remove(marked, drop)
+    for name, module in marked.named_modules():
+        if name in rows_by_layer:
+            numbers = _matrices(module)[-1].weight.flatten(1)[:, 0]
+            rows_by_layer[name] = numbers.long() - 1
+    return rows_by_layer
+
+
+def _check_same(model, rows_by_layer):
+    """Raise ValueError if a layer of model has not the outputs that dense has without drops."""
+    modules = dict(model.named_modules())
+    for name, rows in rows_by_layer.items():
+        weight = getattr(_matrices(modules.get(name))[-1], "weight", ())
+        expected = 0 if rows is None else len(rows)
+        if len(weight) != expected:
+            raise ValueError(
+                f"model has {len(weight) or 'no'} outputs of {name}, dense without drops "
+                f"{expected or 'none'}: give all that was removed, in its order"
+            )
+
+
+def _matrices(layer):
+    """Return the modules that hold a layer's weight: one, or the first and second factor."""
+    if isinstance(layer, layers.RowLinear):
+        layer = layer.kept
+    if isinstance(layer, layers.FactoredLinear):
+        return [layer.first, layer.second]
+    if isinstance(layer, layers.FactoredConv2d):
+        return list(layer)
+    return [layer]
+
+
+def _checked_masks(model, keep):
+    """Return keep on the model's device, or raise ValueError for a mask that cannot be held."""
+    parameters = prune.parameters_of(model, keep)
+    thin = layers.FactoredLinear | layers.FactoredConv2d
+    factored = [f"{name}." for name, module in model.named_modules() if isinstance(module, thin)]
+    for name in keep:
+        if name.startswith(tuple(factored)):
+            raise ValueError(
+                f"{name} lies in a factored layer, whose parts are solved for whole: "
+                "mask plain layers"
+            )
+    return {name: mask.to(parameters[name].device) for name, mask in keep.items()}
+
+
+def _is_solved(model, name, rows):
+    """Return whether a layer is there, varies, and has a form that can be solved for."""
+    if rows is None or (rows < 0).any():
+        return False
+    first = _matrices(model.get_submodule(name))[0]
+    if isinstance(first, nn.Conv2d):
+        has_zero_padding = first.padding_mode == "zeros" and not isinstance(first.padding, str)
+        return first.groups == 1 and has_zero_padding
+    return isinstance(first, nn.Linear)
+
+
+class _Enough(Exception):
+    """End a forward pass."""
+
+
+def _watch(module, x, *watched):
+    """Return {watched: (its input, its output)} of module on x, up to the last module watched.
+
+    watched: modules inside module, or None.
+    """
+    seen = {}
+
+    def record(part, arguments, output):
+        seen[part] = arguments[0], output
+        if part is watched[-1]:
+            raise _Enough
+
+    with ExitStack() as hooks, suppress(_Enough):
+        for part in watched:
+            if part is not None:
+                hooks.enter_context(part.register_forward_hook(record))
+        module(x)
+    return seen
+
+
+@dataclasses.dataclass
+class _Place:
+    """One layer to be solved for, where it stands in dense and in the model."""
+
+    name: str  # of the module that holds its weight or factors
+    dense_layer: nn.Module
+    layer: nn.Module
+    rows: Tensor  # outputs of dense's layer that the model's layer has
+    channels: Tensor | slice  # of the residual stream, if the layer writes to it
+    scale: Tensor  # factors of the outputs: LayerScale, or 1
+    dense_scale: Tensor
+    corrects: Tensor | bool = True  # channels in which the layer corrects the residual stream
+    norm: nn.Module | None = None  # sees the stream in front of it, if the layer ends a block
+    dense_norm: nn.Module | None = None
+    shift: Tensor | float = 0.0  # of a batch norm's mean against dense's
+    targets: list = dataclasses.field(default_factory=list)  # [positions, outputs] of each batch
+
+
+def _place(dense_view, view, name, rows):
+    """Return the _Place of the layer called name."""
+    layer = view.model.get_submodule(name)
+    is_partial = isinstance(layer, layers.RowLinear)
+    ones = torch.ones(len(rows), device=rows.device)
+    place = _Place(
+        name=f"{name}.kept" if is_partial else name,
+        dense_layer=dense_view.model.get_submodule(name),
+        layer=layer,
+        rows=rows,
+        channels=layer.rows if is_partial else slice(None),
+        scale=ones,
+        dense_scale=ones,
+    )
+    ends_block = view.ends_block(name)
+    if ends_block:
+        place.norm, factors = ends_block
+        place.dense_norm, dense_factors = dense_view.ends_block(name)
+        if factors is not None:
+            factors = factors[place.channels]
+            # A channel that is too faint is solved for the branch's own output.
+            place.corrects = factors.abs() >= _LEAST_FACTOR
+            place.scale = torch.where(place.corrects, factors, 1)
+            place.dense_scale = torch.where(place.corrects, dense_factors[rows], 1)
+    norm = anatomy.norm_after(view.model, name)
+    if norm is not None:
+        # shrink.remove with means may have put what was lost on average into the norm behind.
+        dense_mean = dense_view.model.get_submodule(norm).running_mean
+        place.shift = view.model.get_submodule(norm).running_mean - dense_mean[rows]
+    return place
+
+
+def _positions(x, number, most, layer=None):
+    """Return at most so many positions of x, [positions, channels].
+
+    They are the same in all that has as many positions and comes from the batch of that number.
+    """
+    x = sweep.channels_last(sweep.wide(x), layer).flatten(0, -2)
+    if len(x) <= most:
+        return x
+    generator = torch.Generator().manual_seed(number)
+    order = torch.randperm(len(x), generator=generator)
+    return x[order[:most].to(x.device)]
+
+
+def _advance(places, part, stream, tokens):
+    """Set the targets of places in a part of dense, and move the stream through the part.
+
+    places: those of the part. stream: what enters the part, by batch; replaced by what leaves it.
+    """
+    norms = [place.dense_norm for place in places]
+    dense_layers = [place.dense_layer for place in places]
+    for number, x in enumerate(stream):
+        most = len(x) * tokens
+        seen = _watch(part, x, *norms, *dense_layers, part)
+        for place in places:
+            # 1. The target is what the layer gives in dense, of the outputs that are left.
+            outputs = seen[place.dense_layer][1]
+            target = _positions(outputs, number, most, place.dense_layer)[:, place.rows]
+            # 2. It is compared where it acts: behind the mean of a batch norm, and LayerScale.
+            target = (target + place.shift) * place.dense_scale
+            # 3. At the end of a block it is all that the block leaves in the residual stream.
+            if place.norm is not None:
+                before = _positions(seen[place.dense_norm][0], number, most)
+                target = target + before[:, place.rows] * place.corrects
+            place.targets.append(target)
+        stream[number] = seen[part][1]
+
+
+def _moments(place, part, stream, tokens):
+    """Return the second moments that a layer is solved from, as means over all positions.
+
+    part: the module of the model around the layer. stream: what enters part, by batch.
+
+    Returns gram [n+1, n+1] of the layer's inputs and a constant 1, cross [m, n+1] of the targets
+    with these, both float64, and the number of positions.
+    """
+    first = _matrices(place.layer)[0]
+    gram = cross = positions = 0
+    for number, (x, target) in enumerate(zip(stream, place.targets, strict=True)):
+        most = len(x) * tokens
+        seen = _watch(part, x, place.norm, place.layer)
+        # 1. The layer has to add what the target has more than the stream in front of it.
+        if place.norm is not None:
+            before = _positions(seen[place.norm][0], number, most)
+            target = target - before[:, place.channels] * place.corrects
+        inputs = seen[place.layer][0]
+        if isinstance(first, nn.Conv2d):
+            inputs = sweep.patches(sweep.wide(inputs), first)
+        inputs = _positions(inputs, number, most)
+        # 2. Products in single precision are taken about the means of the first batch. About 0
+        # their rounding does not cancel where positions are alike: it would outweigh a small
+        # variance and be solved for.
+        if number == 0:
+            centre = inputs.mean(0)
+            target_centre = target.mean(0)
+        inputs = nn.functional.pad(inputs - centre, (0, 1), value=1)
+        target = target - target_centre
+        gram = gram + (inputs.T @ inputs).double()
+        cross = cross + (target.T @ inputs).double()
+        positions += len(inputs)
+    place.targets = []
+    # 3. In double precision the products are moved back to 0: (x, 1) = back (x - centre, 1).
+    back = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    back[:-1, -1] = centre.double()
+    cross = (cross + target_centre.double()[:, None] * gram[-1]) @ back.T
+    gram = back @ gram @ back.T
+    if not (gram.sum() + cross.sum()).isfinite():
+        raise ValueError(
+            f"inputs or targets of {place.name} are not finite: look for NaN in weights and images"
+        )
+    return gram / positions, cross / positions, positions
+
+
+def _solve(place, gram, cross, positions, masks, damping):
+    """Put the least-squares weight and bias into a layer, in its form.
+
+    gram, cross, positions: as from `_moments`. masks: {parameter: bool tensor}.
+
+    Solved is weight (covariance + ridge) = wanted + before ridge, over the inputs and targets about
+    their means, so that what the positions do not determine stays as it was before.
+    """
+    if positions < 2 * (len(gram) - 1):
+        return
+    *first, last = _matrices(place.layer)
+    # The map from the inputs to what the layer adds has the layer's scale in it.
+    scale = place.scale[:, None].double()
+    before = last.weight.flatten(1).double()
+    for factor in first:
+        before = before @ factor.weight.flatten(1).double()
+    before = scale * before
+    mask = masks.get(f"{place.name}.weight")
+    if mask is not None:
+        mask = mask.flatten(1)
+    has_bias = torch.full((len(before),), last.bias is not None, device=before.device)
+    has_bias = has_bias & masks.get(f"{place.name}.bias", True)
+    second = gram[:-1, :-1]
+    mean = gram[-1, :-1]
+    target_mean = cross[:, -1]
+    weight = before.clone()
+    # Rows with a bias are fitted about the mean of the inputs, the others through the origin.
+    for rows, centre in ((has_bias, mean), (~has_bias, 0 * mean)):
+        if not rows.any():
+            continue
+        covariance = second - centre[:, None] * centre
+        ridged = lowrank.damped(covariance, damping)
+        # Inputs that vary less than this vary by rounding alone: keep the weights that are there.
+        if covariance.diagonal().mean() > 1e-6 * second.diagonal().mean():
+            wanted = cross[rows, :-1] - target_mean[rows, None] * centre
+            wanted = wanted + before[rows] @ (ridged - covariance)  # pulls towards these weights
+            weight[rows] = torch.linalg.solve(ridged, wanted.T).T
+        if mask is not None and mask[rows].any():
+            weight[rows] = lowrank.refit(weight[rows], ridged, mask[rows], start=before[rows])
+    if mask is not None:
+        weight *= mask
+    left = weight
+    for factor in first:
+        # Never masked: all rows have a bias or none, so there was one ridged gram, theirs.
+        left, right = lowrank.svd(weight, len(factor.weight), gram=ridged)
+        weight = left @ right
+        factor.weight.copy_(right.view_as(factor.weight))
+    last.weight.copy_((left / scale).view_as(last.weight))
+    if last.bias is not None:
+        last.bias.copy_((target_mean - weight @ mean) / scale[:, 0] * has_bias)

@@ -1,0 +1,268 @@
+"""Make a model really smaller: remove units of every kind.
+
+Every call returns a new model and leaves the one that it was given untouched.
+
+Public: remove.
+"""
+
+import copy
+from collections import defaultdict
+
+import torch
+
+from vitlab import models, names
+from vitlab.models import anatomy, attention, layers, structure
+from vitlab.pruning import compensate
+
+# ---- Removal of units ----
+
+
+@torch.no_grad()
+def remove(model, drop, *, means=None, grams=None, damping=1e-3):
+    """Return a copy of model without some of its units.
+
+    The copy computes what model computes with the same units masked to zero. A model that was cut
+    before can be cut again. With means or grams, the layers that read removed heads, v dimensions,
+    neurons, channels or filters make up for them in closed form, if means or grams has the layer.
+    attn.proj reads the heads and mlp.fc2 the neurons. qkv, fc1, merging and the classifier read
+    the channels. The next convolution of the stem reads the filters.
+
+    drop: {(where, kind): indices}, numbered as in model; kinds of anatomy.View.units, and "rows":
+        (block, "heads"), (block, "neurons"): all of them are allowed; the layer's last bias stays.
+        (block, "qk"), (block, "v"): dimensions of heads, numbered head * size + dimension; the
+            same number from each head. `scale` stays.
+        (stage, "width"): channels of the residual stream. A norm then looks at the channels that
+            stay. The masked model meant here is therefore one whose norms leave dead channels out.
+        (convolution, "filters"): filters of the stem, with their batch norm and the inputs of the
+            next convolution.
+        (layer, "rows"): rows with their biases (SwinV2 keeps those of q and v elsewhere, and they
+            stay). Rows of fc1 are the neurons of its MLP, if the activation maps 0 to 0. Any other
+            layer computes the rows that stay, and leaves zeros in the place of the others.
+        (block, "block"): [0], the whole block; not all blocks.
+    means: {layer: [n]}, mean of each input of a layer. What is lost on average goes into the
+        layer's bias (VBP).
+    grams: {layer: [n, n]}, as from scores.grams. The inputs that stay take over what they can of
+        those that go, by least squares (CORP); about the mean, if means has the layer, too.
+    damping: share of the mean of the gram's diagonal that is added to it, see lowrank.damped.
+
+    Returns the smaller copy.
+    Raises ValueError for unknown names (with the nearest), for wrong indices, for a drop that
+    removes nothing, and for a drop that removes all rows, filters, channels or blocks.
+    """
+    removed = _checked_drop(models.view(model), drop)
+    model = copy.deepcopy(model)
+    fill = compensate.Fill(means or {}, grams or {}, damping)
+    # Indices mean the layers as they were, so the order of the table matters: rows of a layer go
+    # before its inputs, and whole blocks last.
+    for kinds, remover in _REMOVERS:
+        for where, indices in removed.items():
+            if indices.keys() & set(kinds):
+                remover(model, where, indices, fill)
+    return model
+
+
+def _checked_drop(view, drop):
+    """Return {where: {kind: set of indices}}, without empty entries, or raise ValueError."""
+    asked_kinds = {kind for _, kind in drop}
+    # View.units raises where the width cannot be cut, so ask for it only if it is to be cut.
+    kinds = [kind for kind in anatomy.UNITS if kind != "width" or kind in asked_kinds]
+    sizes = view.units(kinds)
+    for name, layer in view.linears().items():
+        sizes[name, "rows"] = layer.out_features
+    removed = defaultdict(lambda: defaultdict(set))
+    for key, indices in drop.items():
+        names.check("units", key, sizes)
+        size = sizes[key]
+        indices = _checked_indices(key, indices, size)
+        if not indices:
+            continue
+        where, kind = _as_neurons(view, *key)
+        removed[where][kind] |= indices
+        if len(removed[where][kind]) == size and kind not in ("heads", "neurons", "block"):
+            raise ValueError(
+                f"{key}: all {size} would go; keep at least one (masks.keep_largest takes a floor)"
+            )
+    # A drop of nothing is a mistake, as it is for prune.apply.
+    if not removed:
+        raise ValueError("drop removes nothing; give indices of at least one unit")
+    if all("block" in removed.get(block.name, ()) for block in view.blocks):
+        raise ValueError("all blocks would go; keep at least one")
+    for block in view.blocks:
+        for kind in removed.get(block.name, ()):
+            _check_separable(block, kind)
+    return removed
+
+
+def _checked_indices(key, indices, size):
+    """Return the set of indices, or raise ValueError if they are not distinct and in [0, size)."""
+    numbers = torch.as_tensor(indices).flatten().tolist()
+    valid = {number for number in numbers if type(number) is int and 0 <= number < size}
+    if len(valid) < len(numbers):
+        raise ValueError(f"{key}: give distinct indices in [0, {size}) of what goes; got {numbers}")
+    return valid
+
+
+def _as_neurons(view, where, kind):
+    """Return (block, "neurons") for rows of an fc1 whose activation maps 0 to 0, else the key."""
+    if kind == "rows" and view.role(where) == "fc1":
+        block = view.block_of(where)
+        if block.mlp.act(torch.zeros(1)).item() == 0:
+            return block.name, "neurons"
+    return where, kind
+
+
+def _check_separable(block, kind):
+    """Raise ValueError if units of this kind depend on each other inside their block."""
+    if kind == "block":
+        return
+    part = block.mlp if kind == "neurons" else block.attn
+    if any(name.startswith(("norm.", "gate.")) for name, _ in part.named_parameters()):
+        raise ValueError(
+            f"{block.name}: {kind} share a norm or gate, which vitlab cannot cut; mask them instead"
+        )
+    if kind == "qk" and block.normalises_queries:
+        raise ValueError(
+            f"{block.name}: queries and keys are normalised together; cut v, or whole heads"
+        )
+
+
+def _complement(indices, size):
+    """Return the sorted numbers in [0, size) that are not among the indices."""
+    return torch.tensor([i for i in range(size) if i not in indices], dtype=torch.long)
+
+
+def _remove_rows(model, name, removed, fill):
+    """Let a layer compute only the rows that stay, with zeros in the place of the others."""
+    layer = model.get_submodule(name)
+    rows = range(layer.out_features)
+    if isinstance(layer, layers.RowLinear):
+        rows = layer.rows.tolist()  # an earlier cut has removed the others
+    keep = [row for row in rows if row not in removed["rows"]]
+    if not keep:
+        raise ValueError(f"the rows of {name} that are left would all go; keep at least one")
+    kept = layers.select(layer, rows=keep)
+    new = layers.RowLinear(layer.in_features, layer.out_features, rows=keep, kept=kept)
+    structure.put(model, name, new.to(layer.weight.device))
+
+
+def _remove_from_attention(model, name, removed, fill):
+    """Take heads, and dimensions of queries and keys or of values, out of a block's attention."""
+    block = models.view(model).block(name)
+    attn = block.attn
+    reader = f"{name}.attn.proj"
+    heads = _complement(removed["heads"], block.num_heads)
+    if not len(heads):
+        return fill.put_constant(model, f"{name}.attn", reader)
+    queries = _kept_dimensions(block, heads, removed, "qk", block.qk_dim)
+    values = _kept_dimensions(block, heads, removed, "v", block.head_dim)
+    if removed["qk"] or removed["v"]:
+        attention.allow_cuts(attn)
+    # The rows of qkv are all queries, then all keys, then all values.
+    size = block.num_heads * block.qk_dim
+    _keep_outputs(attn, "qkv", torch.cat([queries, size + queries, 2 * size + values]))
+    # SwinV2 holds these biases beside qkv.
+    structure.keep_entries(attn, "q_bias", queries)
+    structure.keep_entries(attn, "k_bias", queries)
+    structure.keep_entries(attn, "v_bias", values)
+    fill.narrow(model, reader, values)
+    structure.set_heads(attn, heads)
+
+
+def _kept_dimensions(block, heads, removed, kind, size):
+    """Return the indices of the dimensions that stay in these heads: as many in each head."""
+    keep = _complement(removed[kind], block.num_heads * size)
+    keep = keep[torch.isin(keep // size, heads)]
+    by_head = torch.bincount(keep // size, minlength=block.num_heads)
+    counts = by_head[heads].unique().tolist()
+    if len(counts) > 1 or counts == [0]:
+        raise ValueError(
+            f"{block.name} {kind}: the heads would keep {counts} dimensions; "
+            "take as many from each and leave some"
+        )
+    return keep
+
+
+def _remove_neurons(model, name, removed, fill):
+    """Take neurons out of a block's MLP."""
+    reader = f"{name}.mlp.fc2"
+    keep = _complement(removed["neurons"], models.view(model).block(name).neurons)
+    if not len(keep):
+        return fill.put_constant(model, f"{name}.mlp", reader)
+    _keep_outputs(model, f"{name}.mlp.fc1", keep)
+    fill.narrow(model, reader, keep)
+
+
+def _remove_filters(model, name, removed, fill):
+    """Take filters out of a convolution of the stem, up to the inputs of the next one."""
+    norm = anatomy.norm_after(model, name)
+    stem = dict(models.view(model).stem)
+    if name not in stem:  # a factored convolution: the second of its parts gives the outputs
+        name = f"{name}.1"
+    keep = _complement(removed["filters"], stem[name].out_channels)
+    names = list(stem)
+    reader = names[names.index(name) + 1]
+    _keep_outputs(model, name, keep)
+    if norm is not None:
+        _keep_outputs(model, norm, keep)
+    fill.narrow(model, reader, keep)
+    _merge_factors(model)
+
+
+def _remove_channels(model, stage, removed, fill):
+    """Take channels out of all that writes, carries and reads the residual stream of a stage."""
+    stream = models.view(model).stream(stage)
+    size = len(stream[0][0].weight)
+    keep = _complement(removed["width"], size)
+    # Patch merging sees four tokens side by side, each with all channels.
+    merged = (torch.arange(4)[:, None] * size + keep).flatten()
+    named = [*model.named_modules(), *model.named_parameters()]
+    names = {id(thing): name for name, thing in named}
+    for thing, how in stream:
+        name = names[id(thing)]
+        kept = merged if how == "merged" else keep
+        if how == "last":  # a parameter of the model itself, such as a class token
+            structure.keep_entries(model, name, kept, axis=-1)
+        elif how == "columns" or (how == "merged" and hasattr(thing, "in_features")):
+            fill.narrow(model, name, kept)
+        else:
+            _keep_outputs(model, name, kept)
+    _merge_factors(model)
+    structure.tell_width(model)
+
+
+def _keep_outputs(model, name, keep):
+    """Keep some outputs of a layer, or some channels of a norm or scale."""
+    module = model.get_submodule(name)
+    if hasattr(module, "in_features"):
+        return structure.put(model, name, layers.select(module, rows=keep))
+    # Each tensor of a convolution, norm or scale has an entry for each channel, except for a batch
+    # norm's count of batches.
+    for tensor_name, tensor in module.state_dict().items():
+        if tensor.ndim:
+            structure.keep_entries(module, tensor_name, keep)
+    if isinstance(module, layers.Constant):
+        module.out_features = len(keep)
+
+
+def _merge_factors(model):
+    """Merge the factors of a convolution where they no longer execute less than the whole."""
+    for name, module in structure.modules_of(model, layers.FactoredConv2d).items():
+        first, second = module
+        limit = layers.break_even_rank(len(second.weight), first.weight[0].numel())
+        if module.rank >= limit:
+            structure.put(model, name, layers.merged_conv(module))
+
+
+def _remove_block(model, name, removed, fill):
+    """Let the residual stream pass where a block was."""
+    structure.put(model, name, layers.Skip())
+
+
+_REMOVERS = [  # kinds that are removed together, and the function that removes them
+    (("rows",), _remove_rows),
+    (("heads", "qk", "v"), _remove_from_attention),
+    (("neurons",), _remove_neurons),
+    (("filters",), _remove_filters),
+    (("width",), _remove_channels),
+    (("block",), _remove_block),
+]

@@ -1,0 +1,323 @@
+"""Collect values and gradients of layers in one pass over batches.
+
+Hooks take the statistics while values and gradients are fresh, so that no second set of gradients
+is ever stored.
+
+Public: Gates, Grams, Moments, NO_BATCHES, Sweep, channels_last, fitting_gram, layer_inputs,
+patches, wide, zeros.
+"""
+
+from collections import defaultdict
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from vitlab import names
+from vitlab.pruning import lowrank
+
+# The sweep: passes over batches with hooks, and what they add up. It uses no criterion from above.
+
+NO_BATCHES = "no batches: give a list of (x, y); a generator is empty after its first use"
+
+
+class Sweep(ExitStack):
+    """Run a model over batches while hooks take statistics, and leave the model as it was.
+
+    Use it in a with statement: ask for statistics by the on_... methods, then call `run`. Each
+    statistic goes to its add(tensor), batch by batch. What add receives may share memory with the
+    model's own values and must not be changed.
+
+    Parameters and gates get gradients only where on_gradient, on_gate or on_output_gradient asks
+    for them. Without these no graph is built.
+
+    hooked: whether a statistic was asked for. backward: whether one of them needs gradients.
+    size: images of the current batch. images, batches: how many have been run.
+    at_end: functions to call after each batch.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.at_end = []
+        self.hooked = self.backward = False
+        self.size = self.images = self.batches = 0
+
+    def __enter__(self):
+        # ExitStack calls these at the end, the last one first.
+        for module in self.model.modules():
+            self.callback(setattr, module, "training", module.training)
+        for parameter in self.model.parameters():
+            self.callback(setattr, parameter, "grad", parameter.grad)
+            self.callback(parameter.requires_grad_, parameter.requires_grad)
+        self.model.eval().requires_grad_(False)
+        self.model.zero_grad()  # sets gradients to None: those from before are not added to
+        return self
+
+    def on_gradient(self, parameter, add):
+        """Call add(g) with the gradient of each batch's mean loss by a parameter, wide."""
+
+        def take(gradient):
+            add(wide(gradient) / self.size)
+
+        def free(parameter):
+            parameter.grad = None
+
+        self.hooked = self.backward = True
+        parameter.requires_grad_()
+        self.callback(parameter.register_hook(take).remove)
+        self.callback(parameter.register_post_accumulate_grad_hook(free).remove)
+
+    def on_gate(self, layer, add, *, output=False):
+        """Call add(d) for each batch with d [B, channels], the gradients by gates on channels.
+
+        d[b] = dL_b/dz is the gradient of image b's loss by a gate z on each channel of the layer's
+        input (or output): the sum over positions of value * gradient.
+        """
+
+        def watch(x):
+            x.requires_grad_()  # the graph starts at the first gate; what comes before it is free
+            value = x.detach()  # a tensor whose hook held x itself would be a cycle in memory
+
+            def take(gradient):
+                product = channels_last(wide(value) * wide(gradient), layer)
+                # Images are outermost in Swin's [B * windows, tokens, C]: windows become positions.
+                per_image = product.reshape(self.size, -1, product.shape[-1])
+                add(per_image.sum(1))
+
+            x.register_hook(take)
+
+        self.backward = True
+        self.hook(layer, watch, output=output)
+
+    def on_value(self, layer, add, *, output=False):
+        """Call add(x) for each batch with a layer's input (or output), [tokens, channels], wide.
+
+        Inputs of a convolution come as patches, [positions, C * k * k].
+        """
+        flat = _outputs if output else layer_inputs
+        self.hook(layer, lambda x: add(flat(x.detach(), layer)), output=output)
+
+    def on_output_gradient(self, layer, add):
+        """Call add(g) for each batch with g [tokens, channels], wide, gradients by an output.
+
+        They are the gradients of each image's own loss by the layer's output.
+        """
+
+        def watch(x):
+            x.requires_grad_()
+            x.register_hook(lambda gradient: add(_outputs(gradient, layer)))
+
+        self.backward = True
+        self.hook(layer, watch, output=True)
+
+    def hook(self, layer, call, *, output=False):
+        """Call call(x) with the layer's input (or output) in each forward pass."""
+        self.hooked = True
+        if output:
+            handle = layer.register_forward_hook(lambda _, inputs, result: call(result))
+        else:
+            handle = layer.register_forward_pre_hook(lambda _, inputs: call(inputs[0]))
+        self.callback(handle.remove)
+
+    def run(self, batches, *, labels="true", seed=0):
+        """Run one forward pass per batch and, if a statistic needs it, one backward pass.
+
+        The backward pass is that of the sum of the batch's losses: dL_b/dz is image b's own.
+
+        batches: (x [B, 3, H, W], y int64 [B]) to iterate over.
+        labels: "true" for y, or "model" for labels drawn from the model's own prediction.
+        seed: of these draws.
+
+        Raises ValueError for no batches, other labels, and a loss that is not finite.
+        """
+        names.known([labels], ("true", "model"), "kind of labels")
+        with torch.set_grad_enabled(self.backward):
+            for x, y in batches or ():
+                self.size = len(x)
+                logits = self.model(x)
+                if labels == "model":
+                    y = _drawn_labels(logits, seed + self.batches)
+                if self.backward:
+                    self._total_loss(logits, y).backward()
+                for call in self.at_end:
+                    call()
+                self.images += self.size
+                self.batches += 1
+        if not self.batches:
+            raise ValueError(NO_BATCHES)
+
+    def _total_loss(self, logits, y):
+        """Return the sum of the losses of one batch; ValueError if it is not finite."""
+        total = functional.cross_entropy(logits, y, reduction="sum")
+        if not total.isfinite():
+            raise ValueError(
+                f"the loss of calibration batch {self.batches} is {total.item()}: look for NaN in "
+                "the weights and images, or for an overflow in low precision"
+            )
+        return total
+
+
+def _drawn_labels(logits, seed):
+    """Return one label per image, drawn from the model's prediction."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    chances = wide(logits.detach()).softmax(-1)
+    return chances.multinomial(1, generator=generator)[:, 0]
+
+
+class Gates:
+    """Add up |dL/dz| and (dL/dz)^2 over images, for gates z on the units of each key.
+
+    The gates of one key may sit on several places at once. Their gradients are summed with their
+    signs first, for each image of a batch.
+
+    shapes: {key: (units,)}.
+    absolute, square: {key: sums [units]}, float32 or better.
+    """
+
+    def __init__(self, model, shapes):
+        self.absolute = zeros(model, shapes)
+        self.square = zeros(model, shapes)
+        self.parts = defaultdict(int)  # {key: what the places of the current batch gave so far}
+
+    def add(self, key, channels, gradient):
+        """Add the gradients of one batch at one of the places, until `finish`.
+
+        channels: how many of the first channels belong to the gates; None means all. Channels of
+            one unit (a head's dimensions) lie together.
+        gradient: [B, channels of the place].
+        """
+        self.parts[key] = self.parts[key] + gradient[:, :channels]
+
+    def finish(self):
+        """End a batch: add what its places gave to the sums."""
+        for key, gradient in self.parts.items():
+            units = len(self.absolute[key])
+            gradient = gradient.unflatten(1, (units, -1)).sum(-1)  # [B, units]
+            self.absolute[key] += gradient.abs().sum(0)
+            self.square[key] += gradient.square().sum(0)
+        self.parts.clear()
+
+
+class Moments:
+    """Merge mean and variance of channels over the tokens of all batches (Chan et al. 1979).
+
+    tokens: {key: how many}. mean, variance: {key: [channels]}.
+    """
+
+    def __init__(self):
+        self.tokens = defaultdict(int)
+        self.mean = {}
+        self.variance = {}
+
+    def add(self, key, x):
+        """Add the values of one batch, x [tokens, channels]."""
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        self.tokens[key] += len(x)
+        share = len(x) / self.tokens[key]
+        before = self.mean.get(key, mean)
+        difference = mean - before
+        self.mean[key] = before + share * difference
+        # The variance of the whole: within the two parts, and between their means.
+        within = torch.lerp(self.variance.get(key, variance), variance, share)
+        between = share * (1 - share) * difference.square()
+        self.variance[key] = within + between
+
+    def norm(self, key):
+        """Return the L2 norm of each channel over all tokens."""
+        square = self.variance[key] + self.mean[key].square()
+        return (self.tokens[key] * square).sqrt()
+
+
+class Grams:
+    """Add up x x^T over the tokens of all batches, in float64.
+
+    affine: append a constant 1 to x.
+    tokens: {key: how many}. totals: {key: sum [channels, channels]}.
+    """
+
+    def __init__(self, affine=False):
+        self.affine = affine
+        self.tokens = defaultdict(int)
+        self.totals = defaultdict(int)
+
+    def add(self, key, x):
+        """Add the values of one batch, x [tokens, channels]."""
+        if self.affine:
+            x = functional.pad(x, (0, 1), value=1)
+        self.tokens[key] += len(x)
+        self.totals[key] += (x.T @ x).double()
+
+    def mean(self, key):
+        """Return the sum divided by the number of tokens."""
+        return self.totals[key] / self.tokens[key]
+
+
+def channels_last(x, layer):
+    """Return a layer's input or output with its channels as the last dimension.
+
+    A convolution and its batch norm have them second.
+    """
+    return x.movedim(1, -1) if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)) else x
+
+
+def _outputs(x, layer):
+    """Return a layer's output, or gradients by it, as [tokens, channels], wide."""
+    return channels_last(wide(x), layer).flatten(0, -2)
+
+
+def layer_inputs(x, layer):
+    """Return a layer's input as its matrix weight.flatten(1) meets it, [tokens, n], wide."""
+    x = wide(x)
+    return patches(x, layer) if isinstance(layer, nn.Conv2d) else x.flatten(0, -2)
+
+
+def patches(x, conv):
+    """Return what each filter of a convolution sees at each position, [positions, C * k * k].
+
+    x: [B, C, H, W]. conv: a convolution of one group, padded with zeros.
+
+    Raises ValueError for another convolution.
+    """
+    if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise ValueError(
+            f"no patches of {conv}: supported are convolutions of one group, padded with zeros"
+        )
+    shape = {"dilation": conv.dilation, "padding": conv.padding, "stride": conv.stride}
+    columns = functional.unfold(x, conv.kernel_size, **shape)
+    return columns.movedim(1, -1).flatten(0, 1)
+
+
+def wide(x):
+    """Return x in float32, or in its own precision if that is higher."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def zeros(model, shapes):
+    """Return {key: zeros to add up in}, on the model's device, in float32 or better.
+
+    shapes: {key: shape}.
+    """
+    like = wide(next(model.parameters()).detach())
+    return {key: like.new_zeros(shape) for key, shape in shapes.items()}
+
+
+# ---- Checks that several groups share ----
+
+
+def fitting_gram(grams, name, n, damping, *, partial=False):
+    """Return the damped gram [n, n] of a layer with n inputs, or None without grams.
+
+    partial: whether grams may lack the layer; None is then returned for it.
+    Raises ValueError for a layer without gram and for a gram of another shape.
+    """
+    if grams is None or (partial and name not in grams):
+        return None
+    names.check("layer in grams (scores.grams makes them)", name, grams)
+    shape = list(grams[name].shape)
+    if shape != [n, n]:
+        raise ValueError(
+            f"gram of {name} is {shape}, not {[n, n]}: take scores.grams of the model as it is now"
+        )
+    return lowrank.damped(grams[name], damping)

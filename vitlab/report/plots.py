@@ -1,0 +1,846 @@
+"""Draw the results of a study: frames in, Axes or Figures out. No torch.
+
+Colour and marker both stand for the method. Axes carry units and have no title, which the slide
+has.
+
+Public: accuracy_curve, agreement, class_change, draw_each, ladder, prediction_audit, recovery,
+roofline, sensitivity_curves, speedup_bars, tradeoff, training_curves.
+"""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import display
+from matplotlib import ticker
+
+from vitlab.names import unknown
+from vitlab.report import style, tables
+from vitlab.report.style import (
+    DENSE,
+    LINES,
+    WIDE,
+    legend_beside,
+    looks,
+    mean_and_range,
+    new_axes,
+    panels_beside,
+)
+from vitlab.report.tables import caption
+
+
+def _named_cuts(rows):
+    """Return the rows of models with a cut, with the column series."""
+    cuts = tables.only_cuts(rows)
+    return cuts.assign(series=tables.series(cuts))
+
+
+def _legend_entry(ax, label, **style):
+    """Name a style of ax.plot in the legend without drawing a point."""
+    ax.plot([], [], label=label, **style)
+
+
+def _legend_of(ax, colors, markers):
+    """Name in the legend what colours and markers stand for, as both stand for different things.
+
+    colors, markers: {name: colour or marker}.
+    """
+    for name, color in colors.items():
+        _legend_entry(ax, name, color=color, linewidth=6)
+    for name, marker in markers.items():
+        _legend_entry(ax, name, color="0.4", linestyle="", marker=marker)
+
+
+# -- figures
+
+
+@style.styled
+def training_curves(history):
+    """Draw accuracy over the epochs: a panel for each method, a line for each target.
+
+    history: rows of history.csv with method, target, epoch and train_top1 (%); several seeds become
+    mean and range.
+    Returns a Figure.
+    """
+    methods = history.method.unique()
+    figure, panels = panels_beside(len(methods), 1 + 3.4 * len(methods))
+    styles = looks(sorted(history.target.dropna().unique()))
+    for ax, method in zip(panels, methods, strict=True):
+        rows = history[history.method == method]
+        for target, line in rows.groupby("target", dropna=False):
+            label = f"{target:.0%} cut" if pd.notna(target) else method
+            style = styles.get(target, DENSE)
+            mean_and_range(ax, line.groupby("epoch").train_top1, label=label, **style)
+        ax.set_title(method, fontsize=12)
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend()
+    panels[0].set_ylabel("training top-1 (%)")
+    return figure
+
+
+@style.styled
+def accuracy_curve(rows):
+    """Draw test top-1 (%) over the share cut.
+
+    A series has a colour, a stage a kind of line. Bars are the range over seeds. Grey lines are the
+    dense model's, one for each set of seeds that cuts have. A series of fewer seeds than others is
+    named with them.
+
+    rows: results.csv of one model.
+    Returns the Axes.
+    """
+    ax = new_axes(*WIDE)
+    cuts = _named_cuts(rows[rows.target.notna()])
+    styles = looks(cuts.series)
+    for (name, stage), line in cuts.groupby(["series", "stage"], sort=False):
+        style = styles[name] | LINES.get(stage, {})
+        mean_and_range(ax, line.groupby("target").top1, **style)
+    for name, mark in tables.marks(tables.sets_of_seeds(cuts, "series")).items():
+        _legend_entry(ax, name + mark, **styles[name])
+    for stage, style in LINES.items():
+        if stage in set(cuts.stage):
+            _legend_entry(ax, tables.STAGES[stage], color="0.35", **style)
+    _dense_lines(ax, rows, cuts)
+    is_budget = cuts.target_kind.isin(["macs", "params", "bytes", "latency"]).any()
+    ax.set(xlabel="share kept" if is_budget else "share cut", ylabel=tables.TOP1)
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    _stretch_top(ax, cuts.top1.min(), rows.top1.max())
+    legend_beside(ax)
+    return ax
+
+
+@style.styled
+def tradeoff(rows, x="macs", *, names=()):
+    """Draw test top-1 (%) over a cost.
+
+    A series has a colour and a marker, and a thin line through its targets. Of each cut the last of
+    `finetuned` and `distilled` is shown. What is `reconstructed` and was not trained yet has a
+    hollow marker. Controls are grey: the dense model, the same with as many epochs of training
+    (both with a line across) and random cuts. The dark step line joins the points, ringed, that no
+    other beats; those of fewer seeds than others stand back there, as in `best_under`. Points are
+    means over seeds, bars their range.
+
+    rows: results.csv of one model. Masked models stand where their dense tensors put them.
+    x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
+    relative_latency, a column that the caller makes as 1 / speedup from rows of several sessions.
+    names: `series` of more rows, so that each looks the same in several figures.
+    Returns the Axes.
+    Raises ValueError for another column or where no row has it.
+    """
+    if x not in tables.AXES or x not in rows:
+        raise ValueError(unknown("cost", x, tables.costs_of(rows)))
+    final = _final_rows(rows.rename(columns={x: "cost"}))
+    if final.empty:
+        raise ValueError(
+            f"no fine-tuned, reconstructed or dense row has {x}; it is measured in 6_efficiency"
+        )
+    unit, factor = tables.AXES[x]
+    points = _final_points(final, factor)
+    styles = looks([*names, *points.series])
+    for stage, look in tables.DENSE_POINTS.items():
+        styles[tables.STAGES[stage]] = look
+    marks = tables.marks(points.groupby("series").seeds.agg(lambda sets: max(sets, key=len)))
+    height = max(4.4, 1.2 + 0.23 * len(marks))  # inches: the legend has as many lines
+    ax = new_axes(WIDE[0] + 1, height)
+    _front(ax, points)
+    for name in _controls_first(points.series.unique()):
+        line = points[points.series == name]
+        _line(ax, line, styles[name], name + marks[name])
+    if (points.stage == "reconstructed").any():
+        ax.scatter(
+            [],
+            [],
+            s=40,
+            label="hollow: reconstructed,\nnot trained",
+            facecolor="white",
+            edgecolor="0.35",
+        )
+    ax.set(xlabel=unit, ylabel=tables.TOP1)
+    _stretch_top(ax, final.top1.min(), final.top1.max())
+    legend_beside(ax)
+    return ax
+
+
+def _final_rows(rows):
+    """Return the rows of the last stage of each cut, and of dense models of the same seeds."""
+    rows = rows.dropna(subset=["cost", "top1"])
+    rows = rows[rows.stage.isin([*tables.DENSE_POINTS, "reconstructed", "finetuned", "distilled"])]
+    cuts = tables.only_cuts(rows)
+    if len(cuts):
+        rows = rows[rows.seed.isin(cuts.seed)]
+    words = rows.stage.where(rows.stage.isin(tables.DENSE_POINTS)).map(tables.STAGES)
+    rows = rows.assign(
+        series=words.fillna(tables.series(rows)), is_distilled=rows.stage == "distilled"
+    )
+    cut = rows.groupby(["series", "target_kind", "target"], dropna=False)
+    return rows[(rows.stage != "finetuned") | ~cut.is_distilled.transform("any")]
+
+
+def _final_points(rows, factor):
+    """Return a point for each series, target and stage of the final rows.
+
+    factor: of the cost, to the unit of its axis.
+    Returns a frame with these columns and seeds (a tuple), cost_mean, cost_below, cost_above,
+    top1_mean, top1_below and top1_above.
+    """
+    keys = ["series", "target_kind", "target", "stage"]
+    groups = rows.groupby(keys, sort=False, dropna=False)
+    cost = tables.ranges_of(groups.cost) * factor
+    top1 = tables.ranges_of(groups.top1)
+    seeds = tables.sets_of_seeds(rows, keys).rename("seeds")
+    points = pd.concat([cost.add_prefix("cost_"), top1.add_prefix("top1_"), seeds], axis=1)
+    return points.reset_index()
+
+
+def _controls_first(names):
+    """Return names of series in the order in which they are drawn: dense, random, others."""
+    dense = [tables.STAGES[stage] for stage in tables.DENSE_POINTS]
+    return sorted(names, key=lambda name: (name not in dense, not tables.is_random(name)))
+
+
+def _front(ax, points):
+    """Ring the points that no other of as many seeds beats, and join them by a step line."""
+    is_dense = points.stage.isin(tables.DENSE_POINTS)
+    counts = points.seeds.map(len)
+    most = counts[~is_dense].max()
+    ranked = points[is_dense | (counts == most)]
+    best = ranked[tables.pareto(ranked.cost_mean, ranked.top1_mean)].sort_values("cost_mean")
+    edge = points.cost_mean.max() + 0.04 * np.ptp(points.cost_mean)
+    costs = [*best.cost_mean, edge]
+    heights = [*best.top1_mean, best.top1_mean.iloc[-1]]
+    ax.plot(
+        costs,
+        heights,
+        drawstyle="steps-post",
+        zorder=1,
+        color="0.25",
+        linewidth=1.2,
+    )
+    ax.scatter(
+        best.cost_mean,
+        best.top1_mean,
+        s=150,
+        zorder=5,
+        facecolor="none",
+        edgecolor="0.25",
+        linewidth=1.2,
+    )
+    label = "best for its cost"
+    if len(ranked) < len(points):
+        label += f",\nof {most:g} seeds"
+    _legend_entry(ax, label, color="0.25", marker="o", markersize=11, markerfacecolor="none")
+
+
+def _line(ax, points, style, label):
+    """Draw the points of one series, with a line across if they are of dense models."""
+    for is_hollow, part in points.groupby(points.stage == "reconstructed"):
+        _points(ax, part, style, is_hollow)
+    if points.stage.iloc[0] in tables.DENSE_POINTS:
+        top1 = points.top1_mean.mean()
+        ax.axhline(top1, color=style["color"], linewidth=0.8, linestyle=":", zorder=0)
+    ax.scatter([], [], s=55, label=label, **style)
+
+
+def _points(ax, points, style, is_hollow):
+    """Draw points of one series with bars for their range and, if trained, a line through them."""
+    points = points.sort_values("cost_mean")
+    places = points.cost_mean, points.top1_mean
+    color, marker = style["color"], style["marker"]
+    if is_hollow:
+        ax.scatter(
+            *places,
+            s=30,
+            marker=marker,
+            zorder=4,
+            facecolor="white",
+            edgecolor=color,
+            linewidth=1.4,
+        )
+    else:
+        ax.scatter(
+            *places,
+            s=60,
+            marker=marker,
+            color=color,
+            zorder=style.get("zorder", 3),
+        )
+        ax.plot(*places, color=color, linewidth=0.8, alpha=0.5, zorder=1)
+    x = points[["cost_below", "cost_above"]].to_numpy().T
+    y = points[["top1_below", "top1_above"]].to_numpy().T
+    if x.any() or y.any():
+        ax.errorbar(*places, xerr=x, yerr=y, fmt="none", ecolor=color, capsize=2, zorder=2)
+
+
+_FILLS = {  # colour and hatch of a stage's bars
+    "dense": ("0.35", ""),
+    "dense+epochs": ("0.35", ""),
+    "cut": ("0.85", "///"),
+    "folded": (style.COLORS[8], "--"),
+    "compensated": (style.COLORS[9], ".."),
+    "reconstructed": (style.COLORS[1], "xx"),
+    "finetuned": (style.COLORS[0], ""),
+    "distilled": (style.COLORS[2], "\\\\"),
+}
+
+
+@style.styled
+def recovery(rows):
+    """Draw test top-1 (%) of every cut as bars: after it and after each step of recovery.
+
+    Bars are means over seeds. Grey lines are the dense model's, as in `accuracy_curve`.
+
+    rows: results.csv of one model.
+    Returns the Axes.
+    """
+    cuts = _named_cuts(rows)
+    targets = cuts.target.map("{:.0%}".format)
+    cuts["name"] = cuts.series.str.replace(", ", "\n") + "\n" + targets
+    marks = tables.marks(tables.sets_of_seeds(cuts, "name")).str.replace(", ", "\n", n=1)
+    heights = cuts.groupby(["name", "stage"]).top1.mean().unstack().reindex(marks.index)
+    stages = [stage for stage in tables.STAGES if stage in heights]
+    ax = _bar_axes(marks.index + marks, 0.2 + 0.175 * max(4, len(stages)))
+    heights = heights[stages].rename(columns=tables.STAGES)
+    colors, hatches = zip(*map(_FILLS.get, stages), strict=True)
+    _bar_groups(ax, heights, colors, hatches, form="{:.0f}", fontsize=9, pad=0.5)
+    _dense_lines(ax, rows, cuts.dropna(subset="top1"))
+    ax.set(ylabel=tables.TOP1, ylim=(0, 105))
+    style.legend_beside(ax)
+    return ax
+
+
+def _bar_axes(names, space):
+    """Return Axes that are wide enough for a group of bars over each name.
+
+    space: inches for the bars of one group; a long word of a name may take more.
+    """
+    words = "\n".join(map(str, names)).split("\n")
+    space = max(space, 0.2 + 0.095 * max(map(len, words)))
+    ax = style.new_axes(max(style.WIDE[0], 3 + space * len(names)), style.WIDE[1])
+    ax.set_xticks(range(len(names)), names, fontsize=10)
+    ax.grid(False, axis="x")
+    return ax
+
+
+def _bar_groups(ax, heights, colors, hatches, *, form, fontsize, pad, spreads=None):
+    """Draw a group of bars for each row of a frame, with a bar for each column, and numbers above.
+
+    heights: a frame; its columns name the bars in the legend.
+    colors, hatches: of each column.
+    form: of the numbers, such as "{:.0f}"; fontsize: theirs; pad: of the box around them.
+    spreads: lengths of error bars for each column, or None for bars without.
+    """
+    width = 0.8 / heights.shape[1]
+    middle = (heights.shape[1] - 1) / 2
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": pad}
+    for i, label in enumerate(heights):
+        places = np.arange(len(heights)) + (i - middle) * width
+        style = {
+            "color": colors[i],
+            "hatch": hatches[i],
+            "edgecolor": "0.2",
+            "label": label,
+        }
+        if spreads:
+            style |= {"yerr": spreads[i], "capsize": 2}
+        bars = ax.bar(places, heights[label], width, **style)
+        ax.bar_label(bars, fmt=form, fontsize=fontsize, padding=2, bbox=box)
+
+
+@style.styled
+def ladder(rows, *, names=()):
+    """Draw test top-1 (%) after each step of recovery from one cut, in the order of the steps.
+
+    A series has a line. Points are means over seeds, bars their range. Hollow points are of no
+    training. Grey lines are the dense model's, as in `accuracy_curve`. The legend goes from the
+    best at the last step to the worst.
+
+    rows: results.csv of one model and one budget (target_kind and target), and of the dense model.
+    names: `series` of more rows, so that each looks the same in several figures.
+    Returns the Axes.
+    Raises ValueError for rows of several budgets, or of none.
+    """
+    cuts = _named_cuts(rows[rows.stage.isin(tables.STAGES) & rows.top1.notna()])
+    budgets = cuts[["target_kind", "target"]].drop_duplicates().values.tolist()
+    if len(budgets) != 1:
+        raise ValueError(f"a ladder is of one budget, and the rows have {len(budgets)}: {budgets}")
+    stages = [stage for stage in tables.STAGES if stage in set(cuts.stage)]
+    cuts["step"] = cuts.stage.map(stages.index)
+    means = cuts.groupby(["series", "step"]).top1.mean().unstack()
+    last = means.ffill(axis=1).iloc[:, -1].sort_values(ascending=False, kind="stable")
+    # Equal points stand side by side.
+    cuts["step"] += 0.025 * (cuts.series.map(last.index.get_loc) - (len(last) - 1) / 2)
+    styles = looks([*names, *cuts.series])
+    marks = tables.marks(tables.sets_of_seeds(cuts, "series"))
+    ax = new_axes(max(WIDE[0], 3.5 + 1.2 * len(stages)), 4.4)
+    for name in last.index:
+        line = cuts[cuts.series == name]
+        style = styles[name] | {"markersize": 7}
+        mean_and_range(ax, line.groupby("step").top1, label=name + marks[name], **style)
+        untrained = line[~line.stage.isin(["finetuned", "distilled"])]
+        points = untrained.groupby("step").top1.mean()
+        ax.plot(points, markerfacecolor="white", linestyle="", zorder=3, **style)
+    _dense_lines(ax, rows, cuts)
+    words = [tables.STAGES[stage].replace(", ", ",\n") for stage in stages]
+    ax.set_xticks(range(len(stages)), words)
+    ax.set(xlabel="step of recovery", ylabel=tables.TOP1, xlim=(-0.3, len(stages) - 0.7))
+    _stretch_top(ax, cuts.top1.min(), rows.top1.max())
+    legend_beside(ax)
+    return ax
+
+
+def _dense_lines(ax, rows, cuts):
+    """Draw grey lines at the mean top-1 of the dense model.
+
+    Those of the model with as many epochs of training are dash-dotted. Each set of seeds that cuts
+    have gets lines of its own, so that all are held against dense models of their own seeds.
+    """
+    sets = tables.sets_of_seeds(cuts, ["series", "target", "stage"]).drop_duplicates()
+    sets = sorted(sets, key=len, reverse=True) or [tuple(rows.seed.unique())]
+    color = "0.35"
+    for seeds in sets:
+        dense = rows[rows.seed.isin(seeds)]
+        for stage, line in (("dense", "-"), ("dense+epochs", "-.")):
+            top1 = dense.top1[dense.stage == stage]
+            label = tables.STAGES[stage] + (tables.of_seeds(seeds) if len(sets) > 1 else "")
+            if len(top1):
+                ax.axhline(
+                    top1.mean(),
+                    label=label,
+                    color=color,
+                    linestyle=line,
+                    linewidth=1,
+                    zorder=0,
+                )
+        color = "0.65"
+
+
+def _stretch_top(ax, low, high):
+    """Set a logarithmic y axis downwards from the best accuracy, in percent.
+
+    A point that is lost there takes more room than one far below.
+
+    low, high: percent, what is to be seen.
+    """
+    zero = high + 2  # percent: what the logarithm counts from
+
+    def to_place(value):
+        return -np.log(np.maximum(zero - value, 1e-6))
+
+    def to_value(place):
+        return zero - np.exp(-place)
+
+    bottom, top = zero - 1.12 * (zero - low), high + 0.4
+    ax.set_yscale("function", functions=(to_place, to_value))
+    ax.set_ylim(bottom, top)
+    least = (to_place(top) - to_place(bottom)) / 14  # between two ticks
+    ticks = []
+    for step in (10, 5, 2, 1):
+        first = max(0, bottom, high - 10 * step)  # fine steps on top only
+        for tick in np.arange(np.ceil(first / step) * step, top, step):
+            gaps = np.abs(to_place(tick) - to_place(np.array(ticks)))
+            if (gaps > least).all():
+                ticks.append(tick)
+    ticks.sort()
+    ax.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    ax.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+@style.styled
+def speedup_bars(table):
+    """Draw how many times as fast as the first model the others are.
+
+    Each model has a group of bars with quartiles, a bar for each way of running it. A short line
+    shows what the MACs promise where `promised` is known.
+
+    table: columns model, speedup, speedup_q1, speedup_q3, and runtime, precision and batch where
+    these vary, as bench.latency returns it; several rows of one model and way (seeds) become their
+    mean.
+    Returns the Axes.
+    """
+    names, ways = table.model.unique(), _ways(table)
+    order = ways.unique()
+    groups = table.groupby([table.model, ways])
+    means = {}
+    for column in ("speedup", "speedup_q1", "speedup_q3"):
+        means[column] = groups[column].mean().unstack().reindex(index=names, columns=order)
+    heights = means["speedup"]
+    below = (heights - means["speedup_q1"]).clip(lower=0)
+    above = (means["speedup_q3"] - heights).clip(lower=0)
+    ax = _bar_axes(names, 0.25 + 0.3 * len(order))
+    _bar_groups(
+        ax,
+        heights,
+        style.COLORS * len(order),
+        ["", "///", "..", "xx", "\\\\", "++"] * len(order),
+        form="{:.1f}",
+        fontsize=8,
+        pad=0.3,
+        spreads=[[below[way], above[way]] for way in order],
+    )
+    if "promised" in table:
+        promised = table.groupby("model").promised.mean()[names]
+        places = np.arange(len(names))
+        ax.hlines(
+            promised,
+            places - 0.45,
+            places + 0.45,
+            label="promised by the MACs",
+            color="0.1",
+            linewidth=1.2,
+        )
+    ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
+    ax.set(ylabel=f"times as fast as\n{names[0]}")
+    style.legend_beside(ax)
+    return ax
+
+
+def _ways(table):
+    """Return how each row was run, in words: runtime, precision and batch as far as these vary."""
+    varied = table.columns[table.nunique() > 1]
+    formats = {"runtime": "{}", "precision": "{}", "batch": "batch {}"}
+    return tables.in_words(table[varied], formats, ", ")
+
+
+@style.styled
+def roofline(table):
+    """Draw the work done per second over the work per byte, under the machine's ceilings.
+
+    There is a point for each row, a colour for each model and a line for each precision: at its
+    left the rate of the memory (a band, as caches make small operations faster), at its right that
+    of matrix products.
+
+    table: as roofline.bounds returns it.
+    Returns the Axes.
+    """
+    intensity = table.batch_macs / table.batch_bytes
+    rate = table.batch_macs / (1000000 * table.latency_ms)  # 10^9 MACs per second
+    ways = _ways(table)
+    colors = dict(zip(table.model.unique(), itertools.cycle(style.COLORS), strict=False))
+    markers = dict(zip(ways.unique(), itertools.cycle(style.MARKERS), strict=False))
+    ax = style.new_axes(style.WIDE[0], max(4.2, 0.8 + 0.25 * len(colors)))
+    _ceilings(ax, table, np.geomspace(intensity.min() / 2, intensity.max() * 2, 200))
+    for i, (name, color) in enumerate(colors.items()):
+        size = max(24, 160 * 0.6**i)  # the earlier ones show behind others at the same place
+        for way, marker in markers.items():
+            is_here = (table.model == name) & (ways == way)
+            if is_here.any():
+                ax.scatter(
+                    intensity[is_here],
+                    rate[is_here],
+                    s=size,
+                    zorder=2 + i / 100,
+                    color=color,
+                    marker=marker,
+                    edgecolor="white",
+                )
+    markers.pop("", None)  # where nothing varies there is no way to name
+    _legend_of(ax, colors, markers)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="MACs per byte moved",
+        ylabel="10⁹ MACs per second",
+    )
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(ticker.NullLocator())
+    style.legend_beside(ax)
+    return ax
+
+
+def _ceilings(ax, table, intensity):
+    """Draw the rate that the machine allows at each intensity (MACs per byte), by precision."""
+    for precision, rows in table.groupby("precision", sort=False):
+        top = rows.macs_per_s.max() / 1e9
+        slow = np.minimum(top, intensity * (rows.bytes_per_s.min() / 1e9))
+        fast = np.minimum(top, intensity * (rows.bytes_per_s.max() / 1e9))
+        line = "-" if precision == "float32" else "--"
+        ax.plot(
+            intensity,
+            fast,
+            color="0.3",
+            linestyle=line,
+            label=f"ceiling, {precision}",
+        )
+        ax.fill_between(intensity, slow, fast, color="0.9", zorder=0)
+
+
+@style.styled
+def sensitivity_curves(frame):
+    """Draw the rise of the loss (nats) over the share cut from one layer alone, by role and block.
+
+    There is a panel for each role and a line for each block.
+
+    frame: columns role, block, ratio, increase, as sensitivity.curves returns it.
+    Returns a Figure.
+    """
+    roles = frame.role.unique()
+    colors = style.shades(frame.block.dropna().unique())
+    figure, panels = style.panels_beside(len(roles), 1 + 2.6 * len(roles))
+    for ax, role in zip(panels, roles, strict=True):
+        lines = frame[frame.role == role].groupby("block", sort=False, dropna=False)
+        for block, line in lines:
+            color = colors.get(block, "0.3")
+            ax.plot(line.ratio, line.increase, marker=".", color=color, label=block)
+        ax.set(xlabel=f"share of {role} cut")
+    panels[0].set(ylabel="rise of the loss (nats)")
+    handles = [plt.Line2D([], [], color=colors[block], marker=".", label=block) for block in colors]
+    panels[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+@style.styled
+def agreement(frame):
+    """Draw the rank correlation between score and measured rise of the loss as bars.
+
+    There is a bar for each criterion and kind of unit.
+
+    frame: columns criterion, kind, spearman, as sensitivity.agreement returns it.
+    Returns the Axes.
+    """
+    width = max(style.HALF[0], 2.2 + 0.95 * frame.criterion.nunique())
+    ax = style.new_axes(width, style.HALF[1])
+    sns.barplot(
+        frame,
+        x="criterion",
+        y="spearman",
+        hue="kind",
+        errorbar=("pi", 100),
+        ax=ax,
+    )
+    ax.axhline(0, color="0.3", linewidth=0.8)
+    bottom = min(0, frame.spearman.min() - 0.1)
+    ax.set(
+        xlabel="",
+        ylabel="rank correlation with\nmeasured rise of the loss",
+        ylim=(bottom, 1),
+    )
+    style.legend_beside(ax)
+    return ax
+
+
+@style.styled
+def prediction_audit(frame):
+    """Draw the measured over the predicted rise of the loss (nats), both logarithmic.
+
+    Each cut has a point, a criterion has a colour, a kind a marker (KINDS has 13). On the diagonal
+    the prediction is right, in the grey band within a factor of three. What is below the lowest
+    decade shown, so also 0 and less, is drawn hollow on the dotted edge. That decade is the one of
+    the smallest value above 0, but at most four under the largest.
+
+    frame: columns criterion, kind, predicted, measured.
+    Returns the Axes.
+    Raises ValueError where no value is above 0.
+    """
+    frame = frame.dropna(subset=["predicted", "measured"])
+    values = frame[["predicted", "measured"]].to_numpy(float)
+    positive = values[values > 0]
+    if not positive.size:
+        raise ValueError("no rise of the loss is above 0: logarithmic axes have nothing to show")
+    top = positive.max()
+    floor = 10 ** np.floor(np.log10(max(positive.min(), top / 1e4)))
+    styles = style.looks(frame.criterion)
+    colors = {criterion: styles[criterion]["color"] for criterion in frame.criterion}
+    markers = dict(zip(frame.kind.unique(), itertools.cycle(style.KINDS), strict=False))
+    # The legend has as many lines, in inches.
+    height = max(4.4, 1.4 + 0.23 * (len(colors) + len(markers)))
+    ax = style.new_axes(height + 2.4, height)
+    _diagonal(ax, np.array([floor / 1.5, 1.8 * top]))
+    frame = frame.assign(is_below=(values < floor).any(axis=1))
+    for (criterion, kind), cuts in frame.groupby(["criterion", "kind"], sort=False):
+        for is_below, part in cuts.groupby("is_below"):
+            fill, edge = colors[criterion], "white"
+            if is_below:
+                fill, edge = edge, fill
+            _rises(
+                ax,
+                part,
+                floor,
+                marker=markers[kind],
+                facecolor=fill,
+                edgecolor=edge,
+                zorder=2 + is_below,
+            )
+    _legend_of(ax, colors, markers)
+    if frame.is_below.any():
+        _floor(ax, floor)
+    style.legend_beside(ax)
+    return ax
+
+
+def _floor(ax, floor):
+    """Draw the edges at which what is below the floor is drawn, and name the hollow marker."""
+    style = {"linestyle": "", "marker": "o", "markerfacecolor": "white"}
+    _legend_entry(ax, f"hollow: below {floor:g}", color="0.4", **style)
+    for line in (ax.axhline, ax.axvline):
+        line(floor, color="0.35", linestyle=":", linewidth=0.8)
+
+
+def _rises(ax, cuts, floor, **style):
+    """Draw cuts at their predicted and measured rise of the loss, at the edge what is below."""
+    predicted, measured = cuts.predicted.clip(floor), cuts.measured.clip(floor)
+    ax.scatter(predicted, measured, s=45, clip_on=False, **style)
+
+
+def _diagonal(ax, reach):
+    """Set both logarithmic axes of rises of the loss, with the diagonal and the band around it.
+
+    reach: array of the ends of both axes, in nats.
+    """
+    ax.fill_between(
+        reach,
+        reach / 3,
+        reach * 3,
+        color="0.93",
+        zorder=0,
+        label="within a factor of 3",
+    )
+    ax.plot(reach, reach, color="0.35", linewidth=1, zorder=1, label="as predicted")
+    ax.set(xscale="log", yscale="log", xlim=reach, ylim=reach)
+    ax.set(
+        xlabel="predicted rise of the loss (nats)",
+        ylabel="measured rise of the loss (nats)",
+    )
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(ticker.NullFormatter())
+    ax.set_box_aspect(1)
+
+
+@style.styled
+def class_change(frame):
+    """Draw the change of top-1 (percentage points) by class, the most forgotten on top.
+
+    Of more than 30 classes the 12 worst and the 12 best are drawn, with a gap that says how many
+    are not shown. The number of its images stands behind each name: of few, one weighs much.
+    Classes without images are left out.
+
+    frame: columns class, images and change, as evaluate.compare gives them; several rows of a class
+    (seeds) become mean and range.
+    Returns the Axes.
+    Raises ValueError where no class is left.
+    """
+    changes = tables.ranges_of(frame.dropna(subset="change").groupby("class", sort=False).change)
+    if changes.empty:
+        raise ValueError("no class has a change of its top-1 to show")
+    changes = changes.sort_values("mean", kind="stable")
+    places = np.arange(len(changes), dtype=float)
+    hidden = len(changes) - 24 if len(changes) > 30 else 0
+    if hidden:
+        changes = pd.concat([changes.head(12), changes.tail(12)])
+        places = np.arange(24) + np.where(np.arange(24) < 12, 0, 1.5)
+    ax = style.new_axes(6.4, 1 + 0.24 * (places[-1] + 1))
+    means = changes["mean"]
+    bars = ax.barh(places, means, 0.75, color=np.where(means < 0, style.COLORS[3], style.COLORS[0]))
+    lengths = style.error_bars(changes)
+    if lengths is None:
+        ax.bar_label(bars, fmt="{:+.1f}", fontsize=8, padding=3)
+    else:
+        ax.errorbar(
+            means,
+            places,
+            xerr=lengths,
+            fmt="none",
+            ecolor="0.2",
+            capsize=2,
+            elinewidth=1,
+        )
+    if hidden:
+        _gap(ax, f"… {hidden} classes between …", 12.25)
+    ax.axvline(0, color="0.35", linewidth=0.8)
+    counts = frame.groupby("class").images.first()
+    words = [f"{str(name)[:24]} ({counts[name]:g})" for name in changes.index]
+    ax.set_yticks(places, words, fontsize=9)
+    ax.set(
+        xlabel="change of top-1 (percentage points)",
+        ylim=(places[-1] + 0.7, -0.7),
+    )
+    ax.margins(x=0.12)
+    ax.grid(False, axis="y")
+    return ax
+
+
+def _gap(ax, words, height):
+    """Write words across the axes at a height of the y axis."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    ax.text(
+        0.5,
+        height,
+        words,
+        fontsize=9,
+        color="0.35",
+        bbox=box,
+        ha="center",
+        va="center",
+        transform=ax.get_yaxis_transform(),
+    )
+
+
+def _file_part(value):
+    """Return a value as part of the name of a file."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_PER = {"model": ["model"], "target": ["model", "target_kind", "target"]}
+
+
+def draw_each(
+    tables,
+    name,
+    draw,
+    *,
+    results,
+    folder,
+    per="model",
+    table=None,
+    note="",
+    controls=None,
+    **options,
+):
+    """Draw, save and show a figure for each model, or for each model and target.
+
+    Where no notebook has left the table, nothing is drawn. The file of a figure is called
+    `<name>-<model>`, or `<name>-<target_kind>-<target>-<model>` as far as the rows have these. The
+    caption says where the rows come from: rows of results.csv say it themselves, others have it
+    from the results of the same models and seeds.
+
+    A notebook gives what all figures share once and then has a line for each kind of figure:
+
+        draw_each = partial(plots.draw_each, results=results, folder=lab.figures)
+        draw_each(tables, "agreement", plots.agreement)
+        batches = "Batches of {batch} images."
+        draw_each(tables, "speedup", plots.speedup_bars, table="runtimes", note=batches)
+        plan = "{method}, {target:g} x {target_kind}."
+        draw_each(single, "kept", drawings.kept_widths, per="target", note=plan)
+        budgets = {"ladder": reached}
+        draw_each(budgets, "ladder", plots.ladder, per="target", controls=dense, names=names)
+
+    tables: {name: frame}, of which the figures draw one.
+    name: first part of the files' names, and of the table.
+    draw: a function from the rows of one figure to a Figure or Axes, such as one of this module.
+    results: rows of results.csv of all models and seeds.
+    folder: Path for the files.
+    per: "model" or "target" (with its kind, target_kind).
+    table: name of the table where it is another one.
+    note: last sentence of the caption, with {column} for a value of the first row.
+    controls: rows that are drawn before those of the same model, such as the dense model's.
+    options: handed on to draw.
+    """
+    rows = tables.get(table or name)
+    if rows is None:
+        return
+    keys = [column for column in _PER[per] if column in rows]
+    for key, group in rows.groupby(keys, sort=False, dropna=False):
+        model, *target = key
+        words = note.format(**group.iloc[0])
+        if controls is not None:
+            group = pd.concat([controls[controls.model == model], group])
+        source = [group] if "commit" in group else [results, group]
+        parts = [_file_part(part) for part in target if pd.notna(part)]
+        path = folder / "-".join([name, *parts, model])
+        text = f"{caption(*source)} {words}".rstrip()
+        display(style.save(draw(group, **options), path, caption=text))

@@ -1,0 +1,376 @@
+"""Compute the statistics of a study's results: frames in, frames out. No matplotlib, no torch.
+
+Public: AXES, CONDITION_COLUMNS, DENSE_POINTS, STAGES, TOP1, audit_table, beside_dense, best_under,
+caption, costs_of, in_words, is_random, marks, of_seeds, only_cuts, over_seeds, pareto, ranges_of,
+save_table, seeds_of, series, sets_of_seeds.
+"""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vitlab import files, names
+
+# -- statistics: frames in, frames out
+
+CONDITION_COLUMNS = (  # columns; rows of one cut have the same values in all of them
+    "model",
+    "method",
+    "criterion",
+    "form",
+    "target_kind",
+    "target",
+    "stage",
+)
+STAGES = {  # in the order in which a model goes through them
+    "dense": "dense",
+    "dense+epochs": "dense, same epochs",
+    "cut": "after the cut",
+    "folded": "mean folded",
+    "compensated": "compensated",
+    "reconstructed": "reconstructed",
+    "finetuned": "fine-tuned",
+    "distilled": "fine-tuned, distilled",
+}
+DENSE_POINTS = {  # stages of models without a cut; their points lie on top of others
+    "dense": {"color": "0.1", "marker": "*", "zorder": 4.5},
+    "dense+epochs": {"color": "0.5", "marker": "*", "zorder": 4.5},
+}
+TOP1 = "test top-1 (%)"
+AXES = {  # column: (label with unit, factor to that unit)
+    "top1": (TOP1, 1),
+    "params": ("parameters (M)", 1e-6),
+    "nonzero": ("non-zero parameters (M)", 1e-6),
+    "macs": ("MACs of one image (M)", 1e-6),
+    "macs_ideal": ("MACs of one image if zeros were free (M)", 1e-6),
+    "bytes_disk": ("size on disk (MB)", 1e-6),
+    "bytes_memory": ("weights in memory (MB)", 1e-6),
+    "latency_ms": ("latency of one batch (ms)", 1),
+    "relative_latency": (
+        "latency of one batch, as a share of the dense model's",
+        1,
+    ),
+    "images_per_s": ("images per second", 1),
+    "memory_mb": ("peak memory (MB)", 1),
+}
+_SLACK = 0.01  # a limit may be exceeded by this share, as budgets are met to within a hundredth
+
+
+def is_random(name):
+    """Return whether a series is of random cuts, which are the control for others.
+
+    name: a name as `series` gives it.
+    """
+    return "random" in str(name).replace(",", "").split()
+
+
+def series(rows):
+    """Name the line of each row: its method, with form and criterion where the method has several.
+
+    rows: a frame with the column method and, optionally, form and criterion.
+    Returns a Series of strings.
+    """
+    names = rows.method.astype(str)
+    for column in ("form", "criterion"):
+        if column in rows:
+            several = rows.groupby("method")[column].transform("nunique") > 1
+            longer = names + ", " + rows[column].fillna("-").astype(str)
+            names = names.where(~several, longer)
+    return names
+
+
+def in_words(rows, formats, between):
+    """Write the values of some columns of each row as one text.
+
+    rows: a frame; columns that it lacks and values that are missing are left out.
+    formats: {column: format such as "{:.0%}"}.
+    between: stands between two values.
+    Returns a Series of strings, "" where there is nothing.
+    """
+    words = pd.Series("", rows.index)
+    for column, form in formats.items():
+        if column in rows:
+            texts = rows[column].map(form.format, na_action="ignore")
+            words = words + texts.radd(between).fillna("")
+    return words.str.removeprefix(between)
+
+
+def over_seeds(frame, keys):
+    """Average the rows with equal keys over their seeds.
+
+    Where some rows of a key lack values that others have, only those with the most values count,
+    so that all means of one key are over the same seeds.
+
+    frame: one row for each seed and keys.
+    keys: list of columns.
+    Returns a frame with the keys, the means of the other numbers and `seeds`, the number of seeds.
+    """
+    values = frame.notna().sum(axis=1)
+    most = values.groupby([frame[key] for key in keys], dropna=False).transform("max")
+    groups = frame[values == most].groupby(keys, sort=False, dropna=False)
+    means = groups.mean(numeric_only=True).drop(columns="seed")
+    return means.assign(seeds=groups.seed.nunique()).reset_index()
+
+
+def beside_dense(rows, *columns):
+    """Write the value of the dense model beside each row, as a column `dense_<column>`.
+
+    rows: a frame with dense rows among the others.
+    columns: names of numbers; of several dense rows of one model and seed the mean is taken.
+    Returns rows with the new columns.
+    """
+    dense = rows[rows.stage == "dense"].groupby(["model", "seed"])[list(columns)].mean()
+    return rows.join(dense.add_prefix("dense_"), on=["model", "seed"])
+
+
+def seeds_of(rows):
+    """Say in words which seeds rows are of.
+
+    rows: a frame, of which rows without a seed or, where there is such a column, top1 do not count.
+    Returns for example "0, 1, 2", or "0, 1, 2 (some cuts: 0)" where some cuts have fewer, or
+    "unknown".
+    """
+    measured = rows.dropna(subset=rows.columns.intersection(["seed", "top1"]))
+    if "seed" not in measured or measured.empty:
+        return "unknown"
+    cuts = only_cuts(measured) if "stage" in measured else measured
+    keys = CONDITION_COLUMNS if "method" in cuts else ["model", "checkpoint"]
+    keys = [key for key in keys if key in cuts]
+    sets = set(sets_of_seeds(cuts, keys)) if keys else set()
+    every = tuple(sorted(set(measured.seed)))
+    fewer = sorted(sets - {every})
+    if not fewer:
+        return _listed(every)
+    who = "some cuts" if every in sets else "cuts"
+    return f"{_listed(every)} ({who}: {' or '.join(map(_listed, fewer))})"
+
+
+def only_cuts(rows):
+    """Return the rows of models with a cut."""
+    return rows[~rows.stage.isin(DENSE_POINTS)]
+
+
+def _listed(numbers):
+    return ", ".join(map("{:g}".format, numbers))
+
+
+def sets_of_seeds(rows, keys):
+    """Return the seeds of each group of rows as a Series of sorted tuples, by keys."""
+    groups = rows.groupby(keys, sort=False, dropna=False)
+    return groups.seed.agg(lambda seeds: tuple(sorted(set(seeds))))
+
+
+def marks(sets):
+    """Return an ending for the name of each group, such as ", seed 0"; "" where it has all seeds.
+
+    sets: tuples of seeds by group, a Series.
+    """
+    missing = sets.map(len) < sets.map(len).max()
+    return sets.map(of_seeds).where(missing, "")
+
+
+def of_seeds(seeds):
+    """Return an ending for a name, such as ", seeds 0, 1"."""
+    return f", seed{'s' if len(seeds) > 1 else ''} {_listed(seeds)}"
+
+
+def ranges_of(groups):
+    """Return the mean of each group, and how far its lowest and highest number are below and above.
+
+    groups: a grouped Series.
+    Returns a frame with the columns mean, below and above.
+    """
+    table = groups.agg(["mean", "min", "max"])
+    # The computed mean of three equal numbers may lie an ulp beside them.
+    mean = table["mean"].clip(table["min"], table["max"])
+    return pd.DataFrame({"mean": mean, "below": mean - table["min"], "above": table["max"] - mean})
+
+
+def pareto(cost, value):
+    """Find the points that no other beats.
+
+    One point beats another by costing at most as much and being worth more, or by costing less and
+    being worth as much.
+
+    cost, value: Series of one index; low cost and high value are good.
+    Returns a bool Series.
+    """
+    costs, values = cost.to_numpy(), value.to_numpy()
+    # The comparisons have points down and their rivals across.
+    cost_down, value_down = costs[:, None], values[:, None]
+    by_value = (cost_down >= costs) & (value_down < values)
+    by_cost = (cost_down > costs) & (value_down <= values)
+    return pd.Series(~(by_value | by_cost).any(axis=1), cost.index)
+
+
+def best_under(rows, cost, limits=(0.75, 0.5, 0.25)):
+    """Find the best model at each limit of a cost, which is a share of the dense model's.
+
+    One cut is one method, criterion, form, target_kind, target and stage, with means over its
+    seeds. Of the cuts that fit, those of fewer seeds than others stand back. A limit may be
+    exceeded by a hundredth of itself, as budgets are met to within that. The best has the highest
+    `val_top1` of those that have one, else the highest test top-1, which favours the lucky one a
+    little.
+
+    rows: results.csv of any models and seeds, the dense ones among them.
+    cost: a column, such as macs, params, bytes_disk, latency_ms or relative_latency.
+    limits: shares in (0, 1] of the cost of the dense model of the same model and seed.
+    Returns a frame of a row per model and limit: model, cost, limit, method, ..., stage, top1
+    (test, percent), dense (its top-1), share and value of the cost, chosen_on ("val" or "test"),
+    seeds. Where nothing fits, method is "none" and the rest is missing. Models without a cut that
+    has this cost are left out.
+    Raises ValueError for another column, limits out of range, and rows without a dense model.
+    """
+    if cost not in rows:
+        raise ValueError(names.unknown("cost", cost, costs_of(rows)))
+    if not all(0 < limit <= 1 for limit in limits):
+        raise ValueError(
+            f"limits are shares of the dense model's cost, in (0, 1]; got {list(limits)}"
+        )
+    if not (rows.stage == "dense").any():
+        raise ValueError("no row of stage dense, so that no cost is known as a share")
+    rows = beside_dense(rows, cost, "top1").dropna(subset=[cost, "top1"])
+    rows = rows.assign(share=rows[cost] / rows[f"dense_{cost}"], val=rows.get("val_top1", np.nan))
+    rows = rows.rename(columns={cost: "value", "dense_top1": "dense"})
+    keys = [key for key in CONDITION_COLUMNS if key in rows]
+    groups = rows.groupby(keys, dropna=False, sort=False)
+    points = groups[["top1", "dense", "share", "value", "val"]].mean()
+    points = points.assign(seeds=groups.seed.nunique()).reset_index()
+    points = points[points.model.isin(only_cuts(points).model)]
+    best = []
+    for (model, cuts), limit in itertools.product(points.groupby("model", sort=False), limits):
+        fitting = cuts[cuts.share <= limit * (1 + _SLACK)]
+        best.append({"model": model, "cost": cost, "limit": limit} | _best(fitting))
+    columns = [*keys[1:], "top1", "dense", "share", "value", "chosen_on", "seeds"]
+    return pd.DataFrame(best, columns=["model", "cost", "limit", *columns])
+
+
+def costs_of(rows):
+    """Return the names of the costs that rows have."""
+    return rows.columns.intersection(list(AXES)).drop("top1", errors="ignore")
+
+
+def _best(points):
+    """Return the best of several points as a dict; its method is "none" where there is no point."""
+    points = points[points.seeds == points.seeds.max()]
+    by, chosen_on = ("val", "val") if points.val.notna().any() else ("top1", "test")
+    ranked = points.dropna(subset=by).sort_values(by, kind="stable")
+    if ranked.empty:
+        return {"method": "none"}
+    return ranked.iloc[-1].to_dict() | {"chosen_on": chosen_on}
+
+
+def audit_table(frame, by=("criterion", "kind")):
+    """Tell how far predicted rises of the loss can be trusted, for each group of cuts.
+
+    frame: columns predicted and measured (nats), and those of `by`.
+    by: columns that tell groups apart.
+    Returns a frame with the columns of `by` and
+    cuts: how many there are;
+    spearman: rank correlation of both, in [-1, 1]: do they come in the right order? It is nan for
+    fewer than three cuts or equal ones;
+    ratio: the median of measured / predicted, where a rise is predicted and one of both is a
+    millinat or more: are they of the right size? It is nan where there is none.
+    Raises ValueError for a missing column.
+    """
+    for column in (*by, "predicted", "measured"):
+        if column not in frame:
+            raise ValueError(names.unknown("column", column, frame.columns))
+    rises = frame.dropna(subset=["predicted", "measured"])
+    rows = []
+    for name, cuts in rises.groupby(list(by), sort=False, dropna=False):
+        both = cuts[["predicted", "measured"]]
+        ranks = both.rank()
+        varied = len(cuts) > 2 and (ranks.nunique() > 1).all()
+        spearman = ranks.predicted.corr(ranks.measured) if varied else np.nan  # Pearson of ranks
+        # What is left of smaller ones is rounding, and its ratios run to 100,000.
+        large = cuts[(cuts.predicted > 0) & (both.abs().max(axis=1) >= 1e-3)]
+        ratio = (large.measured / large.predicted).median()
+        rows.append((*name, len(cuts), spearman, ratio))
+    return pd.DataFrame(rows, columns=[*by, "cuts", "spearman", "ratio"])
+
+
+# -- words and files of tables
+
+
+def caption(rows, drawn=None):
+    """Say where the rows of a figure come from: study, seeds, meters, machine, versions and commit.
+
+    rows: results.csv.
+    drawn: the rows of another table that the figure shows; then only those of `rows` with its
+    models and seeds count.
+    Returns one paragraph.
+    """
+    words = {"seeds": seeds_of(rows if drawn is None else drawn)}
+    if drawn is not None:
+        pair = ["model", "seed"]
+        shown = pd.MultiIndex.from_frame(drawn[pair])
+        rows = rows[pd.MultiIndex.from_frame(rows[pair]).isin(shown)]
+    for column in (
+        "study",
+        "data",
+        "model",
+        "split_seed",
+        "device",
+        "threads",
+        "torch",
+        "timm",
+        "commit",
+    ):
+        values = rows[column].dropna().unique() if column in rows else []
+        words[column] = ", ".join(map(str, values)) or "unknown"
+    return (
+        "Study {study} on {data}; {model}; seeds {seeds}, split {split_seed}. "
+        "MACs by vitlab's closed form; latency as median. {device}, threads: {threads}; "
+        "torch {torch}, timm {timm}, commit {commit}, {date:.10}."
+    ).format(**words, date=rows.date.astype(str).max())
+
+
+def save_table(frame, path, *, formats=None, kinds=("csv", "md", "tex")):
+    """Write a frame as path + ".csv" (as it is) and, formatted for people, ".md" and ".tex".
+
+    A frame without rows, as a study that was run in part has some, is not written; a line says so.
+
+    frame: what is missing in it is left empty.
+    path: without ending.
+    formats: {column: format such as "{:.1f}"}; other numbers have at most three digits after the
+    point.
+    kinds: the endings to write.
+    Raises ValueError for an unknown column.
+    """
+    formats = formats or {}
+    for column in formats:
+        if column not in frame:
+            raise ValueError(names.unknown("column", column, frame.columns))
+    if frame.empty:
+        files.log(f"{Path(path).name}: no rows yet, not written")
+        return
+    cells = frame.astype(object)
+    text = cells.apply(lambda column: column.map(_cell, form=formats.get(column.name)))
+    sides = ["right" if pd.api.types.is_numeric_dtype(kind) else "left" for kind in frame.dtypes]
+    letters = "".join(side[0] for side in sides)
+    tex = (
+        text.style.hide(axis="index")
+        .format(escape="latex")
+        .format_index(escape="latex", axis="columns")
+    )
+    write = {
+        "csv": lambda: frame.to_csv(index=False),
+        "md": lambda: text.to_markdown(index=False, disable_numparse=True, colalign=sides) + "\n",
+        "tex": lambda: tex.to_latex(hrules=True, column_format=letters),
+    }
+    for kind in kinds:
+        files.write_atomic(f"{path}.{kind}", write[kind]())
+
+
+def _cell(value, form):
+    """Return the text of one value of a table, in a format if there is one."""
+    if pd.isna(value):
+        return ""
+    if form:
+        return form.format(value)
+    if isinstance(value, float):
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    return str(value)

@@ -1,0 +1,320 @@
+"""Run a notebook without a screen.
+
+`python -m vitlab run 1_train --study demo --model vit --seed 0` checks names and types of all
+parameters first. Then it executes a copy through papermill, with the interpreter that runs this.
+It keeps that copy in the folder of the run, also when the notebook fails.
+People, the Makefile and the Snakefile all come through this door.
+
+With --processes 2, or started by torchrun, several processes execute the notebook together and
+train data-parallel. From a notebook, `notebooks.main(["1_train", "--processes", "2", ...])` does so.
+
+Public: execute, find_notebook, main, parameters_of.
+"""
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from vitlab import files, names, parallel
+from vitlab.studies import runs, settings
+
+_ONE_PROCESS = ("6_efficiency", "7_report")  # several processes would only disturb these
+
+
+def find_notebook(name):
+    """Return the path of a notebook.
+
+    name: its number ("3"), its name, or its path.
+    Raises ValueError, with all known names, for an unknown one.
+    """
+    if str(name).endswith(".ipynb") and Path(name).is_file():
+        return Path(name).resolve()
+    folder = files.repository() / "notebooks"
+    known = sorted(path.stem for path in folder.glob("*.ipynb"))
+    wanted = Path(name).name.removesuffix(".ipynb")
+    matching = [stem for stem in known if wanted in (stem, stem.split("_")[0])]
+    if len(matching) != 1:
+        raise ValueError(names.unknown("notebook", name, known))
+    return folder / f"{matching[0]}.ipynb"
+
+
+def parameters_of(path):
+    """Return {name: default} of a notebook's cell of parameters.
+
+    path: of the notebook.
+    Raises ValueError if there is not exactly one such cell.
+    Raises ValueError if it holds more than literals, which papermill would not compute again.
+    """
+    name = Path(path).name
+    cells = json.loads(Path(path).read_text())["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(
+            f"{name} has {len(tagged)} cells tagged `parameters`; it needs exactly one"
+        )
+    defaults = {}
+    for line in ast.parse("".join(tagged[0]["source"])).body:
+        try:
+            (target,) = line.targets
+            defaults[target.id] = ast.literal_eval(line.value)
+        except (AttributeError, ValueError) as error:
+            words = f"{name}: a parameters cell holds literals only, not `{ast.unparse(line)}`"
+            raise ValueError(words) from error
+    return defaults
+
+
+def _check(path, parameters):
+    """Return all parameters of a notebook: the given ones, and the defaults of the others.
+
+    Raises ValueError for an unknown parameter, study, model or overridden value.
+    Raises TypeError for a value of another type than the notebook's.
+    """
+    defaults = parameters_of(path)
+    for name, value in parameters.items():
+        if name not in defaults:
+            raise ValueError(names.unknown(f"parameter of {Path(path).name}:", name, defaults))
+        if name != "override":  # settings.study checks what a study overrides
+            settings.checked(name, defaults[name], value)
+    values = {**defaults, **parameters}
+    if "study" in values:
+        study = settings.study(values["study"], override=values.get("override"))
+        model = values.get("model")
+        if model is not None and model not in study.models:
+            raise ValueError(names.unknown(f"model of study {study.name}:", model, study.models))
+    return values
+
+
+def execute(path, parameters, *, out=None, log=False):
+    """Execute a copy of a notebook, and return the path of that copy.
+
+    path: of the notebook.
+    parameters: {name: value}; the others keep the notebook's values.
+    out: where to keep the copy; by default in `notebooks/` in the folder of the run. It is there
+    only when the notebook has run to its end. Before, it is called <name>.running.ipynb, and after
+    an error <name>.failed.ipynb.
+    log: bool, whether trainings write TensorBoard files.
+    Of several processes (see `parallel`) each executes its own copy. At the end those of all but
+    the first are deleted.
+    Raises ValueError and TypeError for wrong parameters, before anything starts.
+    Raises RuntimeError if the same notebook of the same run is being executed already.
+    Raises the notebook's error: papermill's PapermillExecutionError or nbclient's DeadKernelError.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    values = _check(path, parameters)
+    if str(values.get("study")).endswith((".yaml", ".yml")):  # the kernel works in another folder
+        parameters = {**parameters, "study": str(Path(values["study"]).resolve())}
+    out = Path(out).resolve() if out else _folder(values) / "notebooks" / Path(path).name
+    if not parallel.is_first():
+        out = out.with_suffix(f".rank{parallel.rank()}.ipynb")
+    running = out.with_suffix(".running.ipynb")
+    failed = out.with_suffix(".failed.ipynb")
+    files.make_folder(out.parent)
+    lock = out.with_name(f".{out.stem}.lock")
+    with files.lock(lock, f"{out.stem} of this run"), _kernel(log) as config:
+        try:
+            papermill.execute_notebook(
+                path,
+                running,
+                parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                stdout_file=sys.stdout if parallel.is_first() else None,
+                stderr_file=sys.stderr,
+                cwd=Path(path).parent,
+                config=config,
+            )
+        except BaseException as error:
+            if running.exists():
+                running.replace(failed)
+                error.add_note(f"The executed copy, up to there: {failed}")
+            if isinstance(error, DeadKernelError):
+                error.add_note("A kernel that dies has most often found no memory left.")
+            raise
+    failed.unlink(missing_ok=True)
+    if parallel.is_first():
+        running.replace(out)
+    else:
+        running.unlink()
+    return out
+
+
+def _folder(values):
+    """Return the folder of the run that the parameters of a notebook name."""
+    if "study" not in values:
+        raise ValueError(
+            "the notebook has no parameter `study`, so say where its copy goes: --out PATH"
+        )
+    seed = values.get("seed", 0)
+    run = runs.open_run(values["study"], values.get("model"), seed, values.get("override"))
+    return run.folder
+
+
+@contextlib.contextmanager
+def _kernel(log):
+    """Yield the configuration of a quiet kernel of this interpreter; others may start beside it."""
+    from traitlets.config import Config
+
+    with tempfile.TemporaryDirectory(prefix="nb", ignore_cleanup_errors=True) as folder:
+        # A kernel spec in this folder comes before any that the user installed for another Python.
+        spec = Path(folder, "kernels", "python3", "kernel.json")
+        spec.parent.mkdir(parents=True)
+        # Level 50: jupyter_client ends a kernel with an interrupt, which the kernel may log as an
+        # error.
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv.append("--log-level=50")
+        kernel = {"argv": argv, "display_name": "Python 3", "language": "python"}
+        spec.write_text(json.dumps(kernel))
+        # Kernels find free TCP ports by trying, and race for them. Sockets in a folder of its own
+        # spare each that, but not every system has them, nor for a long path.
+        config = Config()
+        if os.name == "posix" and len(folder) < 80:
+            config.KernelManager = Config(transport="ipc", ip=f"{folder}/k")
+        before = dict(os.environ)
+        os.environ.update(_environment(folder, log))
+        try:
+            yield config
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _environment(folder, log):
+    """Return the environment variables of a kernel whose specification lies in a folder."""
+    paths = [folder, os.environ.get("JUPYTER_PATH")]
+    environment = {
+        "JUPYTER_PATH": os.pathsep.join(filter(None, paths)),
+        "JUPYTER_RUNTIME_DIR": folder,
+        "VITLAB_HEADLESS": "1",
+        # A relative data root is meant from here, not from the kernel's folder.
+        "VITLAB_DATA": str(files.root()),
+    }
+    if log:
+        environment["VITLAB_LOG"] = "1"
+    defaults = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # two notebooks on two cores
+        # glibc gives the activations of each step back to the system and asks for them again.
+        # On CPUs that is a part of each training step. These let it keep them.
+        "MALLOC_TRIM_THRESHOLD_": str(10**9),
+        "MALLOC_MMAP_THRESHOLD_": str(10**9),
+    }
+    return defaults | os.environ | environment
+
+
+def _parse_value(text):
+    """Return (name, value) of "name=value", whose value is JSON, else text.
+
+    Raises ValueError without `=`.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"expected name=value, got {text!r}")
+    with contextlib.suppress(json.JSONDecodeError):
+        value = json.loads(value)
+    return name, value
+
+
+def main(arguments=None):
+    """Run the command line.
+
+    arguments: list of str; None for those of this process.
+    Returns its exit status: 0, 1 for a notebook that failed, 2 for wrong arguments.
+    """
+    options = _parser().parse_args(arguments)
+    if options.processes != 1 and "WORLD_SIZE" not in os.environ:
+        return _together(options.processes, sys.argv[1:] if arguments is None else arguments)
+    begun = time.perf_counter()
+    try:
+        path = find_notebook(options.notebook)
+        parameters = _parameters(options)
+        _check(path, parameters)
+        if parallel.world_size() > 1 and path.stem in _ONE_PROCESS:
+            words = "measures one process or writes figures: run it without --processes"
+            raise ValueError(f"{path.stem} {words}")
+    except (ValueError, TypeError) as error:
+        print(f"vitlab run: {error}", file=sys.stderr)
+        return 2
+    run = [parameters[name] for name in ("study", "model", "seed") if name in parameters]
+    name = " ".join(map(str, [path.stem, *run]))
+    files.log(f"{name}: running")
+    try:
+        out = execute(path, parameters, out=options.out, log=options.log)
+    except Exception as error:
+        print(f"vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
+        return 1
+    files.log(f"{name}: done in {time.perf_counter() - begun:.0f} s, {out}")
+    return 0
+
+
+def _parser():
+    """Return the parser of the command line."""
+    about = __doc__.split("\n")[0]
+    # Without abbreviations, as --mod could come to mean another option.
+    parser = argparse.ArgumentParser("python -m vitlab run", description=about, allow_abbrev=False)
+    add = parser.add_argument
+    add("notebook", help="number, name or path, such as 3 or 3_global_pruning")
+    add("--study", help="name in notebooks/params, or path of your own .yaml file")
+    add("--model", help="a name in the study's `models`")
+    add("--seed", type=int)
+    add("--set", action="append", metavar="SECTION.VALUE=…", dest="override")
+    add("-p", action="append", default=[], metavar="NAME=…", dest="parameters")
+    add("--out", help="where the executed copy goes (default: the folder of the run)")
+    add(
+        "--processes",
+        type=int,
+        default=1,
+        help="how many train together, by torchrun (%(default)s)",
+    )
+    add(
+        "--log",
+        action="store_true",
+        help="write TensorBoard files of trainings into the run's folder",
+    )
+    return parser
+
+
+def _parameters(options):
+    """Return the parameters of the notebook that stand on the command line."""
+    parameters = {"study": options.study, "model": options.model, "seed": options.seed}
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    parameters |= dict(map(_parse_value, options.parameters))
+    if options.override:
+        parameters["override"] = dict(map(_parse_value, options.override))
+    return parameters
+
+
+def _together(processes, arguments):
+    """Run this command line in several processes of this machine, which share its cores."""
+    if processes < 1:
+        print(f"vitlab run: --processes is at least 1, got {processes}", file=sys.stderr)
+        return 2
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += [f"--nproc-per-node={processes}", "-m", "vitlab", "run"]
+    process = subprocess.Popen([*torchrun, *map(str, arguments)], env=environment)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()  # torchrun ends its processes, which end their kernels
+        process.wait()
+        raise
+
+
+def _reason(error):
+    """Return what went wrong in which cell; the executed copy has the whole traceback."""
+    reason = f"{type(error).__name__}: {error}"
+    if hasattr(error, "ename"):
+        lines = [line for line in error.source.splitlines() if line.strip()]
+        cell = f"Cell [{error.exec_count}] `{(lines or [''])[0]}`"
+        reason = f"{cell} raised\n  {error.ename}: {error.evalue}"
+    return "\n  ".join([reason, *getattr(error, "__notes__", [])])

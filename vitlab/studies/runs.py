@@ -1,0 +1,494 @@
+"""Open the folder of a run, and collect its results with their provenance.
+
+A run is one model and one seed of a study. It writes to `<data
+root>/runs/<study>/<model>/seed<seed>/`. Notebooks open a run with `open_run` and never name a path.
+
+Public: Cut, IDENTITY, LOG, ROW, Results, Run, checkpoint_id, figures_folder, open_run, provenance,
+study_label, with_first_columns.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+from vitlab import files, names, parallel
+from vitlab.studies import settings
+from vitlab.studies.settings import without_defaults
+
+# -- runs: the folder of one model and seed, and what it writes
+
+_METER = "closed form (vitlab.cost)"  # of params, MACs and FLOPs; other meters have own columns
+LOG = "results.jsonl"  # of a run: every row that was ever saved
+IDENTITY = ["study", "model", "seed"]
+_CUT = ["method", "criterion", "form", "target_kind", "target", "stage"]
+_HISTORY = [*IDENTITY, *_CUT, "epoch"]
+_MEASURED = """
+    correct total top1 mean_per_class loss ece
+    params nonzero macs macs_ideal flops meter macs_torchprofile macs_thop
+    bytes_memory bytes_disk
+    latency_ms latency_q1 latency_q3 images_per_s memory_mb
+    batch threads precision image_size
+    epochs seconds
+    checkpoint data split_seed commit torch timm device date
+"""
+ROW = [*IDENTITY, *_CUT, *_MEASURED.split()]
+
+
+def open_run(study_name, model=None, seed=0, override=None):
+    """Return the Run of one model and seed of a study.
+
+    study_name, override: as in `study`. An overridden run has its own folder. Where the override
+    does not concern a notebook, the run reads what that notebook wrote for the study itself.
+    model: one of the study's models; None for the study as a whole (data, report).
+    seed: int >= 0.
+    Raises what `study` raises, and ValueError for an unknown model.
+    Raises TypeError for another seed, PermissionError where the folder cannot be written.
+    """
+    values = settings.study(study_name, seed=seed if model else None, override=override)
+    if model is not None and model not in values.models:
+        raise ValueError(names.unknown(f"model of study {values.name}:", model, values.models))
+    if settings.checked("seed", 0, seed) < 0:
+        raise TypeError(f"seed should be an integer of at least 0, got {seed}")
+    return Run(study_name, values, model, seed, dict(override or {}))
+
+
+class Run:
+    """Hold one model and seed of a study: its values, its folder, its rows. `open_run` makes it.
+
+    study, model_name: names.
+    seed: int.
+    params: the study's Values.
+    folder: path of the folder where this run writes.
+    """
+
+    def __init__(self, given, params, model_name, seed, override):
+        self.study = params.name
+        self.params = params
+        self.model_name = model_name
+        self.seed = seed
+        self.override = override
+        self._given = given  # name of the study, or path of its file
+        inner = Path(model_name, f"seed{seed}") if model_name else Path()
+        self.folder = files.root() / "runs" / study_label(self.study, override) / inner
+        self._base = files.root() / "runs" / self.study / inner
+        files.make_folder(self.folder)
+        self._commit = _commit()  # of the code as imported, not as it is when rows are saved
+
+    @property
+    def model(self):
+        """Return the arguments of models.create.
+
+        `models.create(**lab.model, num_classes=..., image_size=...)`
+        """
+        options = dict(self.params.models[self.model_name])
+        if options.get("weights"):
+            options["weights"] = str(files.repository() / options["weights"])
+        return options
+
+    @property
+    def data(self):
+        """Return the arguments of data.load: `data.load(**lab.data)`."""
+        options = {name: value for name, value in self.params.data.items() if name != "augment"}
+        # A relative path is meant from the repository, as that of `weights` is.
+        inside = files.repository() / options["name"]
+        if "/" in options["name"] and inside.is_dir():
+            options["name"] = str(inside)
+        return options
+
+    def training(self, section="train", *, stage=None):
+        """Return the recipe of a training, or all arguments of train.fit that a study knows.
+
+        section: str; its epochs, lr, images and warmup_epochs replace those of `train`.
+        stage: str, the name of the training. With it the result is {"recipe", "stage", "folder"}:
+        `train.fit(model, images.train, images.val, **lab.training("budget", stage=label))`.
+        Without it the result is the recipe alone, a flat dict, as checkpoints keep it.
+        """
+        replacing = self.params[section]
+        recipe = {
+            **self.params.train,
+            **{name: replacing[name] for name in settings.SETTINGS if name in replacing},
+            "augment": dict(self.params.data.augment),
+            "seed": self.seed,
+        }
+        if stage is None:
+            return recipe
+        return {"recipe": recipe, "stage": stage, "folder": self.path("training")}
+
+    def calibration(self, split, *, images=None, augment=None, device="cpu"):
+        """Return a list of (x, y) batches for scores, in evaluation transforms.
+
+        split: data.Split, of which a stratified part is taken.
+        images: int, how many; None for as many as the study's `calibration` says. A smaller split
+        gives all it has.
+        augment: whether each image is augmented as in training, by a draw from the run's seed.
+        None leaves that to the study's `calibration`. False is for the images that are compared
+        with the calibration images, such as those of val.
+        device: where the batches lie.
+        """
+        values = self.params.calibration
+        part = split.subset(min(images or values.images, len(split)), seed=self.seed)
+        augment = values.augment if augment is None else augment
+        options = {}
+        if augment:
+            options = {"augment": dict(self.params.data.augment), "seed": self.seed}
+        return list(part.batches(values.batch_size, device=device, **options))
+
+    def save_calibration(self, batches, losses):
+        """Write the table `calibration`, which says from what scores were taken.
+
+        Columns: images, batch_size, labels, augment, calibration_loss, val_loss.
+        batches: those of `calibration`.
+        losses: (calibration loss, val loss) in nats, of scores.check_calibration.
+        """
+        calibration_loss, val_loss = losses
+        row = {
+            **self.params.calibration,
+            "images": sum(len(y) for _, y in batches),
+            "calibration_loss": calibration_loss,
+            "val_loss": val_loss,
+        }
+        return self.save_table("calibration", pd.DataFrame([row]))
+
+    def path(self, name):
+        """Return where this run writes the file or folder of a name."""
+        return self.folder / name
+
+    def need(self, name, notebook):
+        """Return the path of what an earlier notebook wrote.
+
+        An overridden run takes the study's own where that notebook does not use what changed.
+        Raises FileNotFoundError that says which notebook to run first.
+        """
+        sections = _sections_of(notebook)
+        folders = [self.folder, self._base]
+        if any(dotted.split(".")[0] in sections for dotted in self.override):
+            folders = [self.folder]
+        for folder in folders:
+            if (folder / name).exists():
+                return folder / name
+        raise FileNotFoundError(
+            f"{self.path(name)} is missing: run notebooks/{notebook}.ipynb first, in JupyterLab "
+            f"or with\n  {self.command(notebook)}"
+        )
+
+    def shipped(self, settings, images):
+        """Return the folder of the dense checkpoint that the repository ships for this run.
+
+        That is checkpoints/STUDY/MODEL, or MODEL-seed1 for another seed than 0.
+        settings: the recipe of `training`, a flat dict.
+        images: data.Dataset.
+        Returns None if there is none, or one of other settings, another model or other data.
+        """
+        name = f"{self.model_name}-seed{self.seed}" if self.seed else str(self.model_name)
+        folder = files.repository() / "checkpoints" / self.study / name
+        if not (folder / "model.json").is_file():
+            return None
+        extra = json.loads((folder / "model.json").read_text())["extra"]
+        extra["settings"] = without_defaults("train", extra.get("settings", {}))
+        wanted = {
+            "settings": without_defaults("train", settings),
+            "values": self.origin,
+            "data": images.description,  # CIFAR-10 is not CIFAR-10 (JPEG)
+        }
+        same = wanted.items() <= extra.items()
+        return folder if same else None
+
+    @property
+    def origin(self):
+        """Return the values of data and model, on which a dense checkpoint depends, too."""
+        data = {name: value for name, value in self.data.items() if value is not None}
+        return json.loads(json.dumps({"data": data, "model": self.params.models[self.model_name]}))
+
+    def command(self, notebook):
+        """Return the command that runs a notebook for this run."""
+        words = ["python -m vitlab run", notebook, "--study", str(self._given)]
+        if self.model_name and notebook not in ("0_data", "7_report"):
+            words += ["--model", self.model_name, "--seed", str(self.seed)]
+        for name, value in self.override.items():
+            words += ["--set", f"'{name}={json.dumps(value)}'"]
+        return " ".join(words)
+
+    def results(self, notebook, images, measure):
+        """Return a collector of the rows and histories of a notebook. See `Results`."""
+        return Results(self, notebook, images, measure)
+
+    def save_rows(self, notebook, rows, *, data=None):
+        """Write all results of a notebook, and return them as a frame with provenance.
+
+        rows: frame or list of dicts, one for each model that was measured. Each has at least
+        `method` and `stage`, and a number as `target` where something was cut.
+        data: str, what the images are called, such as "CIFAR-10 (JPEG)".
+        The frame has the columns of ROW in that order, then all others.
+        Raises ValueError for rows without method or stage, and for a target that is no number.
+        """
+        sections = _sections_of(notebook)
+        frame = pd.DataFrame(rows)
+        missing = [column for column in ("method", "stage") if column not in frame]
+        if missing:
+            raise ValueError(f"rows of {notebook} lack {' and '.join(missing)}")
+        if data:
+            frame["data"] = data
+        if "target" in frame:
+            frame["target"] = pd.to_numeric(frame["target"])
+        for column, value in self._provenance().items():
+            if column not in frame:
+                frame[column] = value
+        frame = with_first_columns(frame, ROW, fill=True)
+        self._save(f"results-{notebook}.csv", frame)
+        values = {
+            section: settings.without_defaults(section, self.params[section])
+            for section in sections
+        }
+        if self.model_name and "models" in values:
+            values["models"] = self.params.models[self.model_name]
+        about = {"notebook": notebook, "save": uuid.uuid4().hex, "parameters": values}
+        lines = json.loads(frame.to_json(orient="records"))
+        _append(self.path(LOG), [about | line for line in lines])
+        return frame
+
+    def load_rows(self, notebook):
+        """Return the rows that a notebook saved for this run.
+
+        Raises FileNotFoundError as `need` does.
+        """
+        return pd.read_csv(self.need(f"results-{notebook}.csv", notebook))
+
+    def save_history(self, notebook, history):
+        """Write the histories of a notebook, and return them as one frame.
+
+        history: the frame of train.fit, or a list of such frames, marked by method, target, ...
+        """
+        frame = pd.concat(history, ignore_index=True) if isinstance(history, list) else history
+        frame = frame.assign(**self._identity())
+        return self._save(f"history-{notebook}.csv", with_first_columns(frame, _HISTORY))
+
+    def save_table(self, name, frame):
+        """Write any other frame as table-<name>.csv, marked with study, model and seed."""
+        rest = frame.drop(columns=IDENTITY, errors="ignore")
+        identity = pd.DataFrame(self._identity(), rest.index)
+        return self._save(f"table-{name}.csv", pd.concat([identity, rest], axis=1))
+
+    @property
+    def figures(self):
+        """Return the folder of the study's figures and tables. See `figures_folder`."""
+        return figures_folder(self._given, override=self.override)
+
+    def _save(self, name, frame):
+        if frame.empty:
+            raise ValueError(f"nothing to write to {name}: no rows")
+        files.write_atomic(self.path(name), frame.to_csv(index=False))
+        return frame
+
+    def _identity(self):
+        return {"study": self.study, "model": self.model_name, "seed": self.seed}
+
+    def _provenance(self):
+        return {
+            **self._identity(),
+            "split_seed": self.params.data.split_seed,
+            **provenance(),
+            "commit": self._commit,
+            "meter": _METER,
+            "override": json.dumps(self.override) if self.override else None,
+        }
+
+
+@dataclass
+class Results:
+    """Collect the results of a notebook: one row for each model that is measured on test.
+
+    `Run.results` makes it. Each cut of the study is opened with the columns that describe it, and
+    each stage of it adds a row:
+
+        log = lab.results("3_global_pruning", images, evaluate.measure)
+        cut = log.cut(method="unstructured", criterion="taylor", form="masked",
+                      target_kind="sparsity", target=0.9)
+        cut.add("cut", model, val_top1=val_top1)
+        history = train.fit(model, images.train, images.val,
+                            **lab.training("global_pruning", stage=label))
+        cut.add("finetuned", model, history=history, checkpoint=label)
+        table, history = log.save()
+
+    run: Run.
+    notebook: str, its name, such as "3_global_pruning".
+    images: data.Dataset, whose test split is measured.
+    measure: function of (model, split) that returns {column: value}, such as evaluate.measure.
+    rows, histories: lists of dicts and of frames, what was collected so far.
+    """
+
+    run: Run
+    notebook: str
+    images: object
+    measure: Callable
+    rows: list = field(default_factory=list)
+    histories: list = field(default_factory=list)
+
+    def cut(self, **columns):
+        """Return a Cut, whose rows and histories all have these columns."""
+        return Cut(self, columns)
+
+    def save(self):
+        """Write rows and histories, and return both frames; of no histories the second is None."""
+        table = self.run.save_rows(self.notebook, self.rows, data=self.images.description)
+        if not self.histories:
+            return table, None
+        return table, self.run.save_history(self.notebook, self.histories)
+
+
+@dataclass
+class Cut:
+    """Add the results of one cut, stage by stage, to the results of a notebook.
+
+    `Results.cut` makes it. The columns may grow: `cut.columns["form"] = "removed"`.
+    Other tables of the same cut take them, too: `table.assign(**cut.columns)`.
+    """
+
+    results: Results
+    columns: dict
+
+    def add(self, stage, model=None, *, history=None, **columns):
+        """Add a row, and return it as a dict.
+
+        stage: str, such as "cut", "finetuned", or "unreachable".
+        model: the model to be measured on test; None for a row without a measurement, such as
+        `cut.add("unreachable", note=str(error))`.
+        history: frame of train.fit. The row gets its epochs and seconds, and the frame is saved
+        with the columns of the cut. `history.assign(target=0.0)` gives it a column of its own.
+        columns: columns of this row alone, such as checkpoint=label or val_top1=91.5.
+        """
+        row = {**self.columns, "stage": stage, **columns}
+        if history is not None:
+            self.results.histories.append(history.assign(**self.columns))
+            row |= {"epochs": len(history), "seconds": history.seconds.sum()}
+        if model is not None:
+            row |= self.results.measure(model, self.results.images.test)
+        self.results.rows.append(row)
+        return row
+
+
+def _sections_of(notebook):
+    """Return the sections of a study that a notebook reads. Raises ValueError if unknown."""
+    if notebook not in settings.USES:
+        raise ValueError(names.unknown("notebook", notebook, settings.USES))
+    return settings.USES[notebook]
+
+
+def with_first_columns(frame, columns, *, fill=False):
+    """Return a frame with some columns before all others.
+
+    frame: any frame.
+    columns: names, in the order that is wanted.
+    fill: bool, whether names that the frame does not have become empty columns.
+    """
+    first = [column for column in columns if fill or column in frame]
+    rest = [column for column in frame if column not in columns]
+    return frame.reindex(columns=[*first, *rest])
+
+
+def _append(path, rows):
+    """Add rows to a file of JSON lines, in one piece even if others add at the same time."""
+    if not parallel.is_first():
+        return
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with open(path, "ab+") as file, parallel.in_turn(file):
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # the last line was cut short
+                text = "\n" + text
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def study_label(name, override):
+    """Return the name of a study's folder, another one for each override.
+
+    name: str, of the study.
+    override: {"section.value": new value}, or None. So an overridden study never replaces the
+    study itself.
+    """
+    if not override:
+        return name
+    changes = [f"{dotted}={json.dumps(value)}" for dotted, value in sorted(override.items())]
+    text = ",".join(changes)
+    if len(text) > 60 or not re.fullmatch(r"[\w.,=-]+", text):
+        text = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return f"{name}+{text}"
+
+
+def checkpoint_id(folder):
+    """Return (study, model, seed) of a folder of checkpoints/."""
+    model, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", folder.name).groups()
+    return folder.parent.name, model, int(seed or 0)
+
+
+def figures_folder(name, *, override=None):
+    """Return the folder of a study's figures, which is made if need be.
+
+    That is figures/<study> of the repository; for an overridden study `figures` in its runs.
+    """
+    label = study_label(settings.study(name, override=override).name, override)
+    folder = files.repository() / "figures" / label
+    if override:
+        folder = files.root() / "runs" / label / "figures"
+    files.make_folder(folder)
+    return folder
+
+
+def provenance():
+    """Return where numbers of this process come from.
+
+    Columns: threads, commit of the code, torch, timm, device, date.
+    """
+    import torch  # here, as the command line reads studies without waiting for it
+
+    return {
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "torch": version("torch"),
+        "timm": version("timm"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _commit():
+    """Return the short hash of the commit of the code, "unknown" without git.
+
+    The hash ends with "+dirty" if the code was changed since.
+    """
+    if not shutil.which("git"):
+        return "unknown"
+    head = _git("rev-parse", "--short=10", "HEAD")
+    changed = _git("diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks")
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip() + ("+dirty" if changed.returncode else "")
+
+
+def _git(*words):
+    """Run git in the repository, and return its end with what it printed."""
+    command = ["git", "-C", str(files.repository()), *words]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def _processor():
+    """Return the name of the processor, as Linux gives it, else its architecture."""
+    name = None
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()

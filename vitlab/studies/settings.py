@@ -1,0 +1,382 @@
+"""Read and check the values of a study.
+
+A study is one YAML file in notebooks/params that holds all its values. Each value is declared here
+in one line: its type, its bounds, its unit and its meaning.
+
+Public: SECTIONS, SETTINGS, Settings, USES, Values, checked, study, without_defaults.
+"""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
+
+from vitlab import files, names
+
+# -- settings: the values of a study
+
+_DENSE = ("data", "models", "train")
+_SCORED = (*_DENSE, "calibration")
+_CUTS = ("global_pruning", "heads_svd_iht", "budget")
+# The sections of a study that each notebook reads, itself or through the notebooks before it.
+USES = {
+    "0_data": ("data",),
+    "1_train": _DENSE,
+    "2_sensitivity": (*_SCORED, "sensitivity"),
+    "3_global_pruning": (*_SCORED, "global_pruning"),
+    "4_heads_svd_iht": (*_SCORED, "heads_svd_iht"),
+    "5_budget": (*_SCORED, "budget"),
+    "6_efficiency": (*_SCORED, *_CUTS, "efficiency"),
+}
+
+
+def _worded(annotation, words):
+    """Return an annotation whose errors say in these words what is allowed."""
+
+    def validate(value, handler):
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise PydanticCustomError(error.errors()[0]["type"], words) from None
+
+    return Annotated[annotation, WrapValidator(validate)]
+
+
+_Item = TypeVar("_Item")
+_Some = Annotated[list[_Item], Field(min_length=1)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+_Share = _worded(_Share, "is a share in [0, 1), not a percentage")
+_PositiveShare = Annotated[float, Field(gt=0, lt=1)]
+_PositiveShare = _worded(_PositiveShare, "is a share in (0, 1), not a percentage")
+_CountOrNull = _worded(PositiveInt | None, "should be an integer of at least 1, or null")
+_BoolOrNull = _worded(bool | None, "should be true, false or null")
+_Moments = _worded(str | list, "should be train, imagenet, or [means, deviations]")
+_Precision = Literal["auto", "bf16", "float32"]  # auto: bf16 where the device gains from it
+_ABSENT = None  # of a value that may be missing: data.load or models.create then choose it
+
+
+class _Section(BaseModel, extra="forbid", strict=True):
+    """Refuse unknown values and other types. An int may stand for a float, a bool for nothing else.
+
+    A default is the value of studies, checkpoints and training states from before there was one.
+    """
+
+
+class _Augment(_Section):
+    """Declare what is drawn anew for every training image."""
+
+    crop: NonNegativeInt = _ABSENT  # pixels of border that a crop may reach into
+    flip: bool = _ABSENT  # whether half of the images are mirrored
+    scale: _Some[float] = _ABSENT  # shares of the area that a random crop takes: [least, most]
+    erase: NonNegativeFloat = _ABSENT  # share of the images that lose a rectangle
+
+
+class _Data(_Section):
+    """Declare the images."""
+
+    name: str  # cifar10, caltech101, shapes, or the path of an ImageFolder
+    image_size: PositiveInt  # pixels, side of what the model sees
+    split_seed: int  # of train, val and test; results of two splits cannot be compared
+    images: _CountOrNull  # of each split, for a trial; null: all
+    normalise: _Moments  # by mean and deviation of train, of imagenet, or by these
+    skip_broken: _BoolOrNull = None  # true: leave out image files that cannot be decoded
+    augment: _Augment
+
+
+class _Model(_Section, extra="allow"):
+    """Declare the options of models.create, which checks those that are not declared here."""
+
+    name: str  # conv_vit, conv_swin, or a model of timm
+    pretrained: bool = _ABSENT  # whether timm downloads weights
+    weights: str | None = _ABSENT  # folder of a checkpoint to start from; null: none
+
+
+class _Train(_Section):
+    """Declare how the dense model is trained."""
+
+    epochs: PositiveInt  # passes over the training images
+    batch_size: PositiveInt  # images
+    lr: PositiveFloat  # peak rate, after the warm-up; then cosine to 0
+    weight_decay: NonNegativeFloat  # of AdamW
+    warmup_epochs: NonNegativeFloat  # epochs in which the rate rises
+    label_smoothing: _Share  # of the label, spread over all classes
+    clip_norm: NonNegativeFloat  # highest norm of the gradient; 0 is off
+    precision: _Precision
+    ema: _Share  # decay of averaged weights; 0 is off
+    mixup: NonNegativeFloat = 0.0  # alpha of its Beta distribution; 0 is off, 0.8 is usual
+    cutmix: NonNegativeFloat = 0.0  # alpha, too; with both, each batch gets one of them
+
+
+class _Tuning(_Section):
+    """Declare the training after a cut; what is not declared here is that of `train`."""
+
+    epochs: PositiveInt  # after each cut
+    lr: PositiveFloat  # peak rate
+    warmup_epochs: NonNegativeFloat
+    images: _CountOrNull  # drawn per epoch; null: all training images
+
+
+class _Calibration(_Section):
+    """Declare the training images from which scores and activations are taken."""
+
+    images: PositiveInt
+    batch_size: PositiveInt  # images
+    labels: Literal["true", "model"] = "true"  # of gradients; model: drawn from its prediction
+    augment: bool = False  # true: each image once, augmented as in training
+
+
+class _Sensitivity(_Section):
+    """Declare 2_sensitivity: the loss when one layer alone is cut."""
+
+    units_per_block: NonNegativeInt  # neurons that are silenced one by one; heads all are
+    images: PositiveInt  # validation images
+    ratios: _Some[_PositiveShare]  # shares cut
+
+
+class _GlobalPruning(_Tuning):
+    """Declare 3_global_pruning: weights and rows go, over all layers at once."""
+
+    sparsities: _Some[_Share]  # shares of the prunable weights, or of the rows, cut
+    criterion: str  # of weights
+    row_criterion: str  # of rows and neurons
+    controls: bool = False  # fine-tune random cuts, too, and show those by magnitude
+    schedules: _Some[str] = ["one-shot"]  # to the highest sparsity: one-shot, iterative, cubic
+    steps: PositiveInt = 1  # cuts of a schedule, which share its epochs
+    distil: bool = False  # each schedule once more, with the dense model as the teacher
+
+
+class _HeadsSvdIht(_Tuning):
+    """Declare 4_heads_svd_iht: heads go, and layers become low rank or sparse."""
+
+    ratios: _Some[_Share]  # shares cut, one after the other with fine-tuning between
+    head_criterion: str
+    kappa: _PositiveShare  # of a layer's kept parameters, for the low-rank part
+    forms: _Some[str]  # svd, iht, threshold, svd+iht entries, svd+iht columns
+    controls: bool = False  # random heads and directions, too, and dense with as many epochs
+
+
+class _Budget(_Tuning):
+    """Declare 5_budget: all kinds of units compete for one budget."""
+
+    target: Literal["macs", "params", "bytes", "latency"]  # of which a share is kept
+    shares: _Some[_PositiveShare]  # kept
+    kinds: _Some[str]  # heads, neurons, filters, width, ranks; there are qk, v and block, too
+    audit: _Some[_PositiveShare]  # shares of the MACs kept, at which predictions are checked
+    audit_images: PositiveInt  # validation images
+    distilled: _Some[str]  # methods that are fine-tuned once more, with the dense teacher
+    faster_at: _CountOrNull  # batch with which a factored layer must be faster; null: any
+
+
+class _Efficiency(_Section):
+    """Declare 6_efficiency: timings."""
+
+    batches: _Some[PositiveInt]  # images in one forward pass
+    gpu_batches: _Some[PositiveInt]  # these as well where there is a GPU
+    rounds: PositiveInt  # timed passes of each model, interleaved
+    precision: _Precision
+    runtimes: _Some[str]  # such as eager float32, compiled bf16, onnxruntime float32
+
+
+class Settings(_Section):
+    """Declare all values of a study: the sections of its file."""
+
+    about: str  # the command that runs it, and what to expect
+    seeds: _Some[NonNegativeInt]  # of initial weights, order and augmentation
+    data: _Data
+    models: Annotated[dict[str, _Model], Field(min_length=1)]
+    train: _Train
+    calibration: _Calibration
+    sensitivity: _Sensitivity
+    global_pruning: _GlobalPruning
+    heads_svd_iht: _HeadsSvdIht
+    budget: _Budget
+    efficiency: _Efficiency
+
+
+SECTIONS = tuple(Settings.model_fields)
+SETTINGS = tuple(_Tuning.model_fields)  # of train.fit, that a section may have of its own
+
+
+class Values(dict):
+    """Read a dict by attributes, too: values.train.epochs."""
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(names.unknown("value", name, self))
+
+
+def study(name, *, seed=None, override=None):
+    """Return all values of a study as nested Values; `name` among them is the study's name.
+
+    name: a file of notebooks/params without its ending, or the path of a .yaml file of your own.
+    seed: int, the seed of the run; None stands for the study's first. The values that a study
+    gives under `other_seeds` hold for all seeds but the first.
+    override: {"section.value": new value}, such as {"train.epochs": 2}, as in `other_seeds`.
+    Raises ValueError for an unknown study, section or value, with the nearest known name.
+    Raises ValueError for a missing value, an empty list, and a value out of its range.
+    Raises TypeError for a value of another type than `Settings` declares.
+    """
+    folder = files.repository() / "notebooks" / "params"
+    is_path = str(name).endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else folder / f"{name}.yaml"
+    if not path.is_file():
+        words = names.unknown("study", name, sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ValueError(f"{words} Your own is given by the path of its .yaml file.")
+    values = _read_yaml(path)
+    other_seeds = values.pop("other_seeds", {})
+    for section in SECTIONS:
+        if isinstance(values.get(section), dict):
+            for value, default in _later(section).items():
+                values[section].setdefault(value, default)
+    try:
+        _check(values)
+        values_of_others = _replaced(values, other_seeds, "other_seeds")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path.name}: {error}") from None
+    if seed not in (None, values.seeds[0]):
+        values = values_of_others
+    return Values(_replaced(values, override or {}, "override"), name=path.stem)
+
+
+def _later(section):
+    """Return {name: default} of the values that a section got after studies were published."""
+    declared = Settings.__annotations__.get(section)
+    # Without values a section has its defaults alone; what is no section has none.
+    return getattr(declared, "model_construct", _Section)().model_dump()
+
+
+def without_defaults(section, values):
+    """Return values of a section without those that came later and are off.
+
+    What is left can be compared with the values of older checkpoints and training states.
+    """
+    later = _later(section)
+    return {
+        name: value for name, value in values.items() if name not in later or value != later[name]
+    }
+
+
+def _replaced(values, changes, source):
+    """Return a checked copy of values, with {"section.value": new value} in their places."""
+    if not isinstance(changes, dict):
+        raise TypeError(f'{source} is a dict like {{"train.epochs": 2}}, got {changes!r}')
+    values = copy.deepcopy(values)
+    sections = _sections_by_name(values)
+    for dotted, value in changes.items():
+        if dotted not in sections:
+            above = str(dotted).partition(".")[0]
+            near = [name for name in sections if name.startswith(f"{above}.")]
+            raise ValueError(names.unknown("value", dotted, near or sections))
+        section = sections[dotted]
+        name = dotted.rpartition(".")[2]
+        if isinstance(section[name], dict):
+            inside = ", ".join(section[name])
+            raise TypeError(f"{dotted} is a section; override its values one by one: {inside}")
+        if dotted.startswith("models.") and name not in _Model.model_fields:
+            checked(dotted, section[name], value)  # an option that Settings does not declare
+        section[name] = list(value) if isinstance(value, tuple) else value
+    _check(values)
+    return values
+
+
+def _sections_by_name(values, above=""):
+    """Return {dotted name: the dict that holds it} of all sections and values."""
+    sections = {}
+    for name, value in values.items():
+        sections[above + name] = values
+        if isinstance(value, dict):
+            sections |= _sections_by_name(value, f"{above}{name}.")
+    return sections
+
+
+def _check(values, declared=Settings, name=""):
+    """Raise TypeError or ValueError, in words, for values that are not as declared."""
+    try:
+        TypeAdapter(declared).validate_python(values, strict=True)
+    except ValidationError as error:
+        errors = error.errors()
+        kind = TypeError if errors[0]["type"].endswith("_type") else ValueError
+        raise kind("; ".join(_sentence(details, name) for details in errors)) from None
+
+
+def _sentence(error, name):
+    """Return in words what one of pydantic's errors says about the value of a name."""
+    place = [name, *map(str, error["loc"])] if name else [str(step) for step in error["loc"]]
+    dotted = ".".join(place)
+    if error["type"] == "missing":
+        return f"{dotted} is missing; demo.yaml has every value"
+    if error["type"] == "extra_forbidden":
+        return names.unknown("value", dotted, _names_beside(place))
+    words = re.sub(r"^(Input|List|Dictionary) | or instance of \w+", "", error["msg"])
+    return f"{dotted} {words}, got {type(error['input']).__name__} {error['input']!r}"
+
+
+def _names_beside(place):
+    """Return the dotted names that a section declares, from the place of an unknown one in it."""
+    section = Settings
+    *parents, _ = place
+    for name in parents:
+        section = section.__annotations__[name]
+    names = [".".join([*parents, name]) for name in section.model_fields]
+    return names if parents else [*names, "other_seeds"]
+
+
+def checked(name, example, value):
+    """Return a value that has the type of an example; an int may stand for a float.
+
+    name: str, what the value is called.
+    example: the value whose type is wanted.
+    Raises TypeError for another type.
+    """
+    _check(value, type(example), name)
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Read plain values: no aliases, no key twice, no number that YAML takes for text."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for gigabytes
+            raise yaml.YAMLError(f"write out what *{self.peek_event().anchor} stands for")
+        node = super().compose_node(parent, index)
+        number = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+        if node.tag.endswith(":str") and re.fullmatch(number, node.value):
+            words = f"YAML reads {node.value!r} as text; write {float(node.value)!r}"
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {words}")
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        section = super().construct_mapping(node, deep)
+        if len(section) < len(node.value):
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"a name stands twice in the section that begins at line {line}")
+        return section
+
+
+def _read_yaml(path):
+    """Return the content of a study file as nested Values. Raises ValueError with its name."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = json.loads(json.dumps(content), object_hook=Values)
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        # TypeError, ValueError: it holds a date, or a number that cannot be, or is no text
+        raise ValueError(f"{path.name} is not written as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} has no sections; demo.yaml has every section")
+    return content

@@ -1,0 +1,1 @@
+"""Images, and the one loop that trains on them."""

@@ -1,0 +1,321 @@
+"""Load named datasets and image folders as train, val and test, and give batches of them.
+
+A batch is cut from the decoded images and sent to the device as uint8. Only there it is cropped,
+flipped, normalised and enlarged. Each image of a batch has its own draw.
+
+Public: Dataset, Split, load.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from vitlab import files
+from vitlab.training import augment, sources
+from vitlab.training.augment import augmentation
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of a cache with their labels.
+
+    store: uint8 [all, H, H, 3] memory map that the splits share
+    indices: int64 array [N], rows of store
+    labels: int64 tensor [N]
+    image_size: side S of a batch, in pixels
+    window: side in stored pixels of what a batch shows; it is enlarged to S where it is smaller
+    mean, std: of the three channels, in [0, 1]
+    """
+
+    store: np.ndarray
+    indices: np.ndarray
+    labels: torch.Tensor
+    image_size: int
+    window: int
+    mean: tuple
+    std: tuple
+
+    def __len__(self):
+        return len(self.indices)
+
+    @property
+    def identity(self):
+        """Return a hash of what the batches depend on.
+
+        These are the images (by the content key of their cache), the labels, the sizes and the
+        moments.
+        """
+        digest = hashlib.sha256(self.indices.tobytes() + self.labels.numpy().tobytes())
+        cache = Path(getattr(self.store, "filename", "")).parent.name
+        digest.update(repr((cache, self.image_size, self.window, self.mean, self.std)).encode())
+        return digest.hexdigest()
+
+    @property
+    def images(self):
+        """Return uint8 [N, H, H, 3], a new array; row i belongs to labels[i]."""
+        return self.store[self.indices]
+
+    def subset(self, n, *, seed=0):
+        """Return a Split of n images with the classes in the proportions of this one.
+
+        n: 1 .. len(self); the images of a larger n contain those of a smaller one
+
+        Raises ValueError unless n lies in 1 .. len(self).
+        """
+        if not 1 <= n <= len(self):
+            raise ValueError(f"a subset has 1 to {len(self)} images here, got n={n}")
+        rng = np.random.default_rng(seed)
+        place = np.empty(len(self))  # how far down its shuffled class an image stands, in (0, 1)
+        for label in self.labels.unique():
+            members = rng.permutation(np.flatnonzero(self.labels == label))
+            place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+        first = np.argsort(place, kind="stable")[:n]
+        return self.take(np.sort(first))
+
+    def take(self, places):
+        """Return a Split of the images at these places of this one, int64 [n], in that order."""
+        labels = self.labels[torch.from_numpy(places)]
+        return replace(self, indices=self.indices[places], labels=labels)
+
+    def batches(
+        self,
+        batch_size,
+        *,
+        device="cpu",
+        augment=False,
+        shuffle=False,
+        seed=0,
+        epoch=0,
+        drop_last=False,
+        start=0,
+    ):
+        """Yield the batches (x, y) of one epoch.
+
+        They are a function of (seed, epoch) alone, the same on every device. torch's and numpy's
+        own random states are neither read nor moved.
+
+        device: where the batches are made
+        augment: False; True for crop and flip; or a dict with any of
+          crop   int, pixels of reflected border (of stored pixels) that a random crop may reach
+                 into; by default an eighth of the side, or 0 where images are stored larger than
+                 the crop
+          flip   bool, mirror half of the images; True by default
+          scale  [low, high], instead of crop: a random-resized crop of this share of the area, with
+                 an aspect ratio of 3/4 to 4/3
+          erase  share of the images, in [0, 1], that lose a rectangle of 2 to 33 % of their area
+        shuffle: whether the images come in a random order
+        drop_last: whether a last batch of fewer images is left out
+        start: number of the first batch, as if those before had been drawn
+
+        Yields x, float32 [B, 3, S, S], normalised, in channels_last memory, and y, int64 [B].
+        Raises ValueError for another key of augment and for a value out of range.
+        """
+        if batch_size < 1 or start < 0:
+            raise ValueError(
+                f"batch_size is at least 1 and start at least 0, got {batch_size} and {start}"
+            )
+        options = augmentation(augment, self.store.shape[1], self.window)
+        order = np.arange(len(self))
+        if shuffle:
+            order = np.random.default_rng([seed, epoch, 0]).permutation(order)
+        stop = len(self) / batch_size
+        stop = math.floor(stop) if drop_last else math.ceil(stop)
+        chosen = {i: order[i * batch_size : (i + 1) * batch_size] for i in range(start, stop)}
+        return self._draw(chosen, torch.device(device), options, (seed, epoch))
+
+    def _draw(self, places_of_batches, device, options, seeds):
+        for number, places in places_of_batches.items():
+            raw = torch.from_numpy(self.store[self.indices[places]])
+            if device.type == "cuda":
+                raw = raw.pin_memory()
+            raw = raw.to(device, non_blocking=True)
+            rng = np.random.default_rng([*seeds, 1 + number])  # 0 draws the order
+            labels = self.labels[torch.from_numpy(places)]
+            yield self._prepare(raw, options, rng), labels.to(device)
+
+    def _prepare(self, raw, options, rng):
+        """Return raw, uint8 [B, H, H, 3], as float32 [B, 3, S, S] on its device.
+
+        options: of `_augmentation`; None shows the centre
+        """
+        if options is None:
+            edge = (raw.shape[1] - self.window) // 2
+            options = {"scale": None, "erase": 0}
+            raw = raw[:, edge : edge + self.window, edge : edge + self.window]
+        elif options["scale"] is None:
+            raw = augment.shifted(raw, self.window, options["crop"], options["flip"], rng)
+        x = augment.normalised(raw, self.mean, self.std)
+        if options["scale"]:
+            x = augment.resized_crops(x, self.image_size, options["scale"], options["flip"], rng)
+        elif x.shape[-1] != self.image_size:
+            shrinks = x.shape[-1] > self.image_size
+            x = F.interpolate(x, self.image_size, mode="bilinear", antialias=shrinks)
+        if options["erase"]:
+            x = x.masked_fill(augment.rectangles(x, options["erase"], rng), 0)  # 0 is the mean
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Train, val and test of one set of images.
+
+    classes: names, in the order of the labels
+    image_size: side of a batch, in pixels
+    description: what results call the images, such as "CIFAR-10 (JPEG)"
+    skipped: the unreadable files that were left out
+    """
+
+    name: str
+    classes: list
+    train: Split
+    val: Split
+    test: Split
+    image_size: int
+    description: str
+    skipped: list = field(default_factory=list)
+
+    def summary(self):
+        """Return a row for each split: images, classes, images of smallest and largest class."""
+        counts = {}
+        for name in sources.SPLITS:
+            labels = getattr(self, name).labels
+            counts[name] = torch.bincount(labels, minlength=len(self.classes)).numpy()
+        counts = pd.DataFrame(counts)
+        columns = {
+            "images": counts.sum(),
+            "classes": (counts > 0).sum(),
+            "smallest_class": counts.min(),
+            "largest_class": counts.max(),
+        }
+        return pd.DataFrame(columns).rename_axis("split")
+
+
+# Loading
+
+
+def load(
+    name,
+    *,
+    root=None,
+    image_size,
+    split_seed=0,
+    normalise="train",
+    images=None,
+    skip_broken=False,
+    download=True,
+    progress=True,
+):
+    """Return a Dataset of train / val / test, from its cache or decoded into it.
+
+    Splits are stratified and depend on split_seed alone, never on a run's seed. A split that is not
+    there is taken from train (val 10 %, test 20 %). One tree and Caltech-101 become 70 / 10 / 20.
+    CIFAR-10 keeps its test set.
+
+    name: "cifar10", "caltech101", "shapes" (drawn at first use), or the path of an ImageFolder:
+        `train/` with or without `val/` and `test/`, or one tree of class folders
+    root: folder of the images and of the cache; None for the data root, `files.root()`
+    image_size: side of a batch in pixels, >= 1
+    normalise: "train" for mean and deviation of the train split, "imagenet" for those that
+        pretrained weights expect, or (mean, std) of three numbers each
+    images: at most so many of each split, stratified, for a trial run; None for all
+    skip_broken: leave out files that cannot be decoded and list them in `skipped`
+    download: whether CIFAR-10 and Caltech-101 may be downloaded
+    progress: whether progress bars are shown
+
+    Raises ValueError for an unknown name, an empty class folder or a file that is no whole image,
+    RuntimeError where the images are missing and cannot be downloaded, PermissionError where the
+    cache cannot be written.
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size is a side in pixels, at least 1; got {image_size}")
+    home = Path(root).expanduser().absolute() if root else files.root()
+    source = sources.find(str(name), home, download)
+    store, skipped, cache = sources.cached(source, home / "cache", image_size, progress)
+    if skipped and not skip_broken:
+        path, reason = next(iter(skipped.items()))
+        raise ValueError(
+            f"{len(skipped)} unreadable image file(s), the first is {source.folder / path} "
+            f"({reason}): replace or delete it, or go on without by skip_broken=True "
+            "(in a study: --set data.skip_broken=true)"
+        )
+    usable = ~np.isin(source.names, list(skipped))
+    parts = _split(source, usable, split_seed)
+    memory = cache / f"moments-{split_seed}.json"
+    mean, std = _moments(store, parts["train"], normalise, memory)
+    window = store.shape[1] if source.side else image_size
+    splits = {}
+    for part, rows in parts.items():
+        labels = torch.from_numpy(source.labels[rows])
+        splits[part] = Split(store, rows, labels, image_size, window, mean, std)
+        if images is not None:
+            splits[part] = splits[part].subset(min(images, len(rows)))
+    options = {"description": source.description, "skipped": sorted(skipped)}
+    return Dataset(source.name, source.classes, **splits, image_size=image_size, **options)
+
+
+def _split(source, usable, seed):
+    """Return {"train", "val", "test": sorted rows}.
+
+    Splits that do not lie on disk are drawn class by class.
+
+    usable: bool [N], False for images that are left out
+    """
+    splits = source.splits.astype("U8")
+    splits[~usable] = "left out"
+    shares = {"val": 0.1, "test": 0.2}
+    shares = {split: share for split, share in shares.items() if split not in source.splits}
+    undivided = "train" if "train" in source.splits else ""
+    for label, name in enumerate(source.classes):
+        rows = np.flatnonzero((splits == undivided) & (source.labels == label))
+        count = len(rows)
+        if count <= len(shares):
+            raise ValueError(
+                f"class {name!r} has {count} image(s) to make {1 + len(shares)} splits of"
+            )
+        rows = np.random.default_rng([seed, label]).permutation(rows)
+        splits[rows] = "train"
+        for split, share in shares.items():
+            size = max(1, round(share * count))
+            splits[rows[:size]] = split
+            rows = rows[size:]
+    return {split: np.flatnonzero(splits == split) for split in sources.SPLITS}
+
+
+def _moments(store, rows, normalise, memory):
+    """Return mean and standard deviation of the three channels, in [0, 1].
+
+    memory: file that keeps those of train
+    """
+    if normalise == "imagenet":
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if normalise == "train":
+        normalise = sources.read_json(memory)
+        if not normalise:
+            normalise = _measured(store, rows)
+            sources.write_json(memory, normalise)
+    elif isinstance(normalise, str) or np.shape(normalise) != (2, 3):
+        raise ValueError(
+            f"normalise is 'train', 'imagenet' or (mean, std) of three; got {normalise!r}"
+        )
+    return tuple(map(tuple, normalise))
+
+
+def _measured(store, rows):
+    """Return [mean, standard deviation] of the channels of these rows of store."""
+    counts = np.zeros((3, 256))  # of each channel's values
+    for piece in np.array_split(rows, -(-len(rows) // 512)):
+        pixels = store[piece].reshape(-1, 3)
+        counts += [np.bincount(channel, minlength=256) for channel in pixels.T]
+    weights = counts / counts.sum(axis=1, keepdims=True)
+    values = np.arange(256) / 255
+    mean = weights @ values
+    variance = weights @ values**2 - mean**2
+    std = np.sqrt(variance).clip(min=1 / 255)  # a constant channel stays finite
+    return [mean.tolist(), std.tolist()]

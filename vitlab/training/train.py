@@ -1,0 +1,511 @@
+"""Train models that are dense, masked, distilled or cut in steps, with one loop on accelerate.
+
+A killed training resumes and ends with the same result as an unbroken one.
+
+Public: Distillation, Recipe, fit, in_steps.
+"""
+
+import contextlib
+import copy
+import functools
+import gc
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.optim.swa_utils import AveragedModel
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+from vitlab import files, parallel
+from vitlab.evaluation import evaluate, memory
+from vitlab.pruning import prune
+from vitlab.training import resume
+
+# Columns of the history that TensorBoard gets.
+_LOGGED = ("train_loss", "train_top1", "val_loss", "val_top1", "lr", "images_per_s")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hold the settings of one training.
+
+    Beside them the result depends on model, images, masks and teacher alone. Checkpoints of dense
+    models keep these fields as "settings".
+
+    epochs: int >= 1
+    lr: peak of the learning rate, > 0
+    batch_size: images of a batch, >= 1, of all processes together
+    weight_decay: of AdamW; biases and norms have none
+    warmup_epochs: epochs of linear warm-up, >= 0 and < epochs; a cosine down to 0 follows
+    label_smoothing: share in [0, 1)
+    clip_norm: highest norm of the gradient of all parameters; 0 switches clipping off
+    augment: what `data.Split.batches` accepts
+    images: training images that each epoch draws, >= 1; None takes all
+    precision: what `evaluate.precision_on` accepts
+    ema: decay in [0, 1) of averaged weights, which are then validated and kept; 0 switches
+        averaging off
+    mixup, cutmix: alpha >= 0 of the Beta distribution that says, batch by batch, how much each
+        image and its label get of another image (Zhang et al. 2018, Yun et al. 2019); 0 is off, and
+        with both each batch gets one of them
+    keep_best: whether training ends with the weights of the epoch that was best on val, else with
+        the last
+    seed: int, of order, augmentation, mixing, drop-out and drop-path
+
+    Raises ValueError for a value out of range.
+    """
+
+    epochs: int
+    lr: float
+    batch_size: int = 128
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    label_smoothing: float = 0.1
+    clip_norm: float = 1.0
+    augment: bool | dict = True
+    images: int | None = None
+    precision: str = "auto"
+    ema: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    keep_best: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        shares_hold = 0 <= self.ema < 1 and 0 <= self.label_smoothing < 1
+        counts_hold = self.batch_size >= 1 and (self.images is None or self.images >= 1)
+        rules = {
+            "epochs >= 1": self.epochs >= 1,
+            "0 <= warmup_epochs < epochs": 0 <= self.warmup_epochs < self.epochs,
+            "lr > 0": self.lr > 0,
+            "ema and label_smoothing lie in [0, 1), shares and not percentages": shares_hold,
+            "batch_size and images of at least 1 (or images=None for all)": counts_hold,
+            "mixup and cutmix of at least 0": self.mixup >= 0 and self.cutmix >= 0,
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise ValueError(f"a recipe needs: {'; '.join(broken)}. Got {self}")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Hold a teacher and its part in the loss (Hinton et al. 2015).
+
+    The loss is (1 - a) CE + a T**2 KL with a = share, T = temperature, see
+    docs/methods/distillation.md.
+
+    teacher: model with the classes of the student, in their order
+    share: a, in [0, 1]
+    temperature: T, > 0
+
+    Raises ValueError for a share that is out of range.
+    """
+
+    teacher: torch.nn.Module
+    share: float = 0.5
+    temperature: float = 2.0
+
+    def __post_init__(self):
+        if not 0 <= self.share <= 1:
+            raise ValueError(
+                f"a teacher's share lies in [0, 1] and is no percentage; got {self.share}"
+            )
+
+    def blend(self, loss, logits, x):
+        """Return the whole loss of the student.
+
+        loss: its cross entropy
+        logits: [B, classes], of the student on the images x
+        """
+        with torch.no_grad():
+            target = log_softmax(self.teacher(x).float() / self.temperature, 1)
+        student = log_softmax(logits.float() / self.temperature, 1)
+        distance = kl_div(student, target, reduction="batchmean", log_target=True)
+        # T**2 makes up for gradients of softened logits, which shrink with 1 / T**2.
+        return (1 - self.share) * loss + self.share * self.temperature**2 * distance
+
+
+def fit(
+    model, train, val, recipe, *, masks=None, distil=None, stage="dense", folder=None, log=None
+):
+    """Train model in place and return its history as a frame.
+
+    The optimizer is AdamW, with linear warm-up and cosine decay of the rate to 0.
+
+    Under torchrun (see `parallel`), each process takes its part of each batch. The result is then
+    that of one process, up to rounding and to what drop-out and drop-path draw.
+
+    train, val: data.Split
+    recipe: Recipe, or a mapping of its fields
+    masks: {parameter: bool}, applied before the first step and held through every one; each epoch's
+        end asserts them. Masking gradients would lose them to momentum and weight decay, see
+        docs/methods/schedules.md
+    distil: Distillation, or None to train without a teacher
+    stage: name of this training in its history, messages and state file
+    folder: keeps a state file of each epoch, from which a killed training goes on. A state of other
+        settings, images, weights, masks or teacher is not used. The state of the epoch before
+        stands in for a damaged one
+    log: folder for TensorBoard, which gets loss and top-1 on train and val, rate and images per
+        second of each epoch
+
+    Returns a frame with one row an epoch; `_Training.epoch` says what its columns mean.
+    Raises ValueError for settings out of range, FloatingPointError when the loss is no longer
+    finite, and RuntimeError when another process trains the same stage in the same folder.
+    """
+    if isinstance(recipe, Mapping):
+        recipe = Recipe(**recipe)
+    _check_batch(min(recipe.batch_size, len(train)))
+    with _lock(stage, folder):
+        accelerator = _join(stage, folder, log)
+        training = _Training(accelerator, model, train, val, recipe, masks, distil, stage)
+        state_file = Path(folder) / f"{stage}.state.pt" if folder else None
+        training.start(state_file)
+        history = training.state["history"]
+        for epoch in range(len(history), recipe.epochs):
+            row = training.epoch(epoch)
+            training.validate(row)
+            moved = {name: part.state_dict() for name, part in training.moving.items()}
+            resume.save_state(state_file, {"averaged": None, **training.state, **moved})
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    model.load_state_dict(training.state["best"]["model"])
+    model.eval()
+    return pd.DataFrame(history)
+
+
+def in_steps(
+    model, cut, train, val, recipe, *, shares, tail_epochs=None, stage="gradual", **options
+):
+    """Cut a little, train, cut more, train on; return the model, its masks and the history.
+
+    The idea is of Zhu & Gupta 2017.
+
+    Every training starts its optimizer and its schedule of rates anew, and draws other images. A
+    killed run calls all cuts again, and trains only what was not trained yet. The cuts must then
+    give the same for the same model; torch is seeded before each.
+
+    cut: function of (model, share), called before each training with the model as it is by then. It
+        takes new scores and returns (model, masks) or a smaller (model, None). Masks have that
+        sparsity and keep dead weights dead, as prune.keep_more_zero does; shrink.remove makes smaller
+        models. The function decides what a share is a share of
+    train, val: data.Split
+    recipe: Recipe, or a mapping of its fields; its epochs follow each cut but the last
+    shares: rising numbers in (0, 1), as prune.shares returns them; one share is one-shot
+    tail_epochs: epochs after the last cut, with its masks frozen; None takes the recipe's
+    stage: name of all these trainings in the history
+    options: distil, folder and log of `fit`
+
+    Returns a history as `fit` does, with epochs counted through, and the columns step (1, 2, ...),
+    share and params (of the model).
+    Raises ValueError for shares that do not rise, for a first cut that changes nothing, and for
+    masks that bring dead weights back; else what `fit` raises.
+    """
+    shares = list(shares)
+    if not shares or any(low >= high for low, high in pairwise([0, *shares, 1])):
+        raise ValueError(
+            f"shares must rise, above 0 and below 1, at least one of them; got {shares}"
+        )
+    settings = dict(recipe if isinstance(recipe, Mapping) else vars(recipe))
+    first_seed = len(shares) * settings.get("seed", 0)
+    params = _params(model)
+    masks, histories = None, []
+    for step, share in enumerate(shares, 1):
+        settings["seed"] = first_seed + step - 1
+        if step == len(shares) and tail_epochs is not None:
+            settings["epochs"] = tail_epochs
+        torch.manual_seed(settings["seed"])
+        masks_before = masks
+        model, masks = cut(model, share)
+        if step == 1 and not masks and _params(model) == params:
+            raise ValueError(
+                f"the first cut, of {share}, changed nothing; "
+                "give masks or a smaller model, or fewer steps"
+            )
+        _check_grown(model, masks_before or {}, masks or {})
+        history = fit(model, train, val, settings, masks=masks, stage=f"{stage}-{step}", **options)
+        histories.append(history.assign(stage=stage, step=step, share=share, params=_params(model)))
+    history = pd.concat(histories, ignore_index=True)
+    return model, masks, history.assign(epoch=range(1, len(history) + 1))
+
+
+def _params(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_grown(model, before, after):
+    """Raise ValueError if the masks after bring back weights that the masks before had cut."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, mask in before.items():
+        if shapes.get(name) != mask.shape:
+            continue  # it was removed for good
+        if name not in after or (after[name].to(mask.device) & ~mask).any():
+            raise ValueError(
+                f"the cut brings dead weights of {name} back; prune.further gives masks that do not"
+            )
+
+
+def _check_batch(size):
+    """Raise ValueError if the processes cannot share out a batch of this size evenly."""
+    if size % parallel.world_size():
+        raise ValueError(
+            f"a batch of {size} images cannot be shared out evenly to {parallel.world_size()} "
+            "processes: choose a batch_size that is a multiple of their number"
+        )
+
+
+def _lock(stage, folder):
+    """Return a context in which no other process may train this stage in this folder."""
+    if folder is None or not parallel.is_first():
+        return contextlib.nullcontext()
+    files.make_folder(Path(folder))
+    return files.lock(Path(folder, f".{stage}.lock"), f"the training of {stage} in {folder}")
+
+
+def _join(stage, folder, log):
+    """Meet the other processes and return the Accelerator.
+
+    It has a tracker for TensorBoard if log or the environment's VITLAB_LOG asks for one.
+    """
+    parallel.join()
+    if not log and folder and os.environ.get("VITLAB_LOG"):
+        log = Path(folder) / "tensorboard"
+    accelerator = Accelerator(log_with="tensorboard" if log else None, project_dir=log)
+    accelerator.init_trackers(stage)
+    return accelerator
+
+
+@dataclass
+class _Training:
+    """Hold one training under way: its settings, what the optimizer moves, and its state."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    train: object
+    val: object
+    recipe: Recipe
+    masks: dict | None
+    distil: Distillation | None
+    stage: str
+
+    def start(self, file):
+        """Make the optimizer, and go on from the state in file if it is of this training.
+
+        Raises RuntimeError if the processes differ in the key of this training or in the state.
+        """
+        model, recipe, device = self.model, self.recipe, self.accelerator.device
+        model.to(device)
+        parallel.broadcast_weights(model)
+        teacher = self.distil and self.distil.teacher.to(device).eval()
+        # What is held by now, model included, is not what training needs.
+        gc.collect()
+        memory.release_memory()
+        self.memory_before = memory.own_memory_mb(device)
+        # The key is taken before the masks change the weights.
+        key = resume.fingerprint(self._settings(), model, self.masks, teacher)
+        self.state = resume.load_state(file, key)
+        if len(set(parallel.gather((key, len(self.state["history"]))))) > 1:
+            raise RuntimeError(
+                f"{self.stage}: the processes do not train the same model by the same settings, "
+                f"images and masks, or not all of them can see {file}: "
+                "give them one data root (VITLAB_DATA)"
+            )
+        options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
+        optimizer = create_optimizer_v2(model, "adamw", **options)
+        self.holder = prune.MaskHolder(model, self.masks, optimizer) if self.masks else None
+        self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.moving = {"model": model, "optimizer": self.optimizer}
+        self.outcome = model  # that is validated, and whose best weights stay
+        if recipe.ema:
+            average = functools.partial(_average, recipe.ema)
+            self.moving["averaged"] = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.outcome = self.moving["averaged"].module
+        for name, part in self.moving.items():
+            if name in self.state:
+                part.load_state_dict(self.state.pop(name))
+        self.batch_size = min(recipe.batch_size, len(self.train))  # of all processes together
+        images = min(recipe.images or len(self.train), len(self.train))
+        self.steps = max(1, images // recipe.batch_size)  # of an epoch
+
+    def _settings(self):
+        """Return the settings that a state must share to be used."""
+        images = [getattr(split, "identity", len(split)) for split in (self.train, self.val)]
+        distil = self.distil and (self.distil.share, self.distil.temperature)
+        return {**vars(self.recipe), "stage": self.stage, "images seen": images, "distil": distil}
+
+    def epoch(self, epoch):
+        """Train for one epoch, int from 0, and return its row of the history without validation."""
+        device = self.accelerator.device
+        began = time.perf_counter()
+        memory.release_memory()  # what validation took
+        memory.reset_peak_memory()
+        sums, waited, lr = self._steps(epoch)
+        # This waits for the device, so it comes before the clock is read.
+        loss, right = parallel.mean(sums).tolist()
+        seconds = time.perf_counter() - began
+        # Peaks are read before validation has its own.
+        device_mb = memory.peak_memory_mb(device) if device.type == "cuda" else 0.0
+        training_mb = memory.own_memory_mb(device, peak=True) - self.memory_before
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is no longer finite in epoch {epoch + 1}; "
+                f"use a lower lr than {self.recipe.lr}"
+            )
+        images = self.steps * self.batch_size
+        return {
+            "stage": self.stage,
+            "epoch": epoch + 1,
+            "train_loss": loss / self.steps,  # mean over the batches
+            # In percent, on augmented batches, in passing; of mixed images for the label of the
+            # larger share.
+            "train_top1": 100 * right * parallel.world_size() / images,
+            "val_loss": None,  # `validate` fills all that is None, and sparsity
+            "val_top1": None,  # in percent
+            "lr": lr,  # of the last step
+            "seconds": seconds,  # without validation
+            "precision": evaluate.precision_on(device, self.recipe.precision),  # bf16 or float32
+            "images_per_s": images / seconds,
+            # Share of the seconds spent waiting for batches; on a GPU that still computes also for
+            # it.
+            "data_share": waited / seconds,
+            # Peaks of the epoch in MB of 10**6 bytes. The first is of the whole process, with all
+            # that it loaded before.
+            "resident_mb": None,
+            "device_mb": device_mb,  # that torch held on the GPU
+            # By how much training needed more on its device than was held when it began, model
+            # included: gradients, moments, activations, batches (memory.own_memory_mb). This one
+            # compares trainings.
+            "training_mb": training_mb,
+            "sparsity": 0.0,  # share of zeros in what the masks cover
+        }
+
+    def _steps(self, epoch):
+        """Take the steps of an epoch.
+
+        Returns the sums [loss, right answers] over this process' batches, the seconds that it
+        waited for batches, and the last rate.
+        """
+        recipe, device, steps = self.recipe, self.accelerator.device, self.steps
+        # Drop-path and drop-out depend on seed, epoch and process alone: a resumed training draws
+        # the same.
+        torch.manual_seed(1_000_003 * recipe.seed + epoch + 1_000_000_007 * parallel.rank())
+        self.prepared.train()
+        draw = {"augment": recipe.augment, "shuffle": True, "seed": recipe.seed, "epoch": epoch}
+        batches = self.train.batches(self.batch_size, device=device, drop_last=True, **draw)
+        sums = torch.zeros(2, device=device)
+        waited = 0.0
+        title = f"{self.stage} {epoch + 1}/{recipe.epochs}"
+        bar = tqdm(range(steps), desc=title, leave=False, disable=files.headless())
+        with _plain_attention(self.model, device), parallel.whole_batch_norms(self.model):
+            for step in bar:
+                began = time.perf_counter()
+                x, y = next(batches)
+                if recipe.mixup or recipe.cutmix:
+                    x, y = _mix(x, y, recipe, self.model.num_classes, (recipe.seed, epoch, step))
+                x, y = parallel.shard((x, y))
+                waited += time.perf_counter() - began
+                share = _schedule(
+                    epoch * steps + step, recipe.epochs * steps, recipe.warmup_epochs * steps
+                )
+                sums += self._step(x, y, recipe.lr * share)
+        return sums, waited, recipe.lr * share
+
+    def _step(self, x, y, lr):
+        """Take one step at this rate and return the tensor [loss, number of right answers].
+
+        y: int64 [B] or, of mixed images, shares [B, classes]
+        """
+        recipe = self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with evaluate.autocast(x.device, recipe.precision):
+            logits = self.prepared(x)
+            loss = cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
+            if self.distil:
+                loss = self.distil.blend(loss, logits, x)
+        self.accelerator.backward(loss)
+        if recipe.clip_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.holder:
+            self.holder.step()
+        if self.outcome is not self.model:
+            self.moving["averaged"].update_parameters(self.model)
+        labels = y if y.ndim == 1 else y.argmax(1)
+        right = (logits.argmax(1) == labels).sum()
+        return torch.stack([loss.detach(), right.to(loss.dtype)])
+
+    def validate(self, row):
+        """Complete a row of the history on val, and keep the weights if they are the best."""
+        if self.holder:
+            self.holder.check(self.outcome)
+            row["sparsity"] = prune.sparsity(self.model, self.masks)
+        result = evaluate.accuracy(self.outcome, self.val, precision=self.recipe.precision)
+        row |= {"val_loss": result.loss, "val_top1": result.top1}
+        row["resident_mb"] = memory.peak_memory_mb("cpu")
+        self.state["history"].append(row)
+        if result.top1 > self.state["best"]["top1"] or not self.recipe.keep_best:
+            weights = copy.deepcopy(self.outcome.state_dict())
+            self.state["best"] = {"top1": result.top1, "model": weights}
+        progress = f"epoch {row['epoch']}/{self.recipe.epochs}"
+        accuracy = f"train {row['train_top1']:.1f} %, val {result.top1:.1f} %"
+        files.log(f"{self.stage} {progress}: {accuracy}, {row['seconds']:.0f} s")
+        self.accelerator.log({name: row[name] for name in _LOGGED}, step=row["epoch"])
+
+
+def _mix(x, y, recipe, classes, seeds):
+    """Mix each image with the next one and return them with their labels.
+
+    x: float32 [B, 3, S, S]
+    y: int64 [B]
+    seeds: ints, on which alone the draws depend; torch's own random numbers stay as they were
+
+    Returns x and, in place of y, shares [B, classes] that sum to 1.
+    """
+    alphas = {v2.MixUp: recipe.mixup, v2.CutMix: recipe.cutmix}
+    ways = [way(alpha=alpha, num_classes=classes) for way, alpha in alphas.items() if alpha]
+    [seed] = np.random.SeedSequence(seeds).generate_state(1, np.uint64)
+    with torch.random.fork_rng(devices=[]):  # v2 draws on the CPU, whatever the device
+        torch.default_generator.manual_seed(int(seed >> 1))
+        x, shares = v2.RandomChoice(ways)(x, y)
+    return x.contiguous(memory_format=torch.channels_last), shares
+
+
+def _average(decay, averaged, current, _):
+    """Average tensors of one kind in place: what AveragedModel calls, behind the decay."""
+    if averaged[0].is_floating_point():
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+    else:  # an average would round indices down
+        torch._foreach_copy_(averaged, current)
+
+
+@contextlib.contextmanager
+def _plain_attention(model, device):
+    """Compute attention on CPUs without the fused kernel, which trains slower in bf16 there."""
+    fused = []
+    if device.type == "cpu":
+        fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    try:
+        for module in fused:
+            module.fused_attn = False
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
+
+
+def _schedule(step, steps, warmup_steps):
+    """Return the share of the peak rate: linear over the warm-up, then half a cosine to 0."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
