@@ -13,14 +13,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from vitlab import record
+from vitlab import files, names
+from vitlab.studies import settings
 
 config.setdefault("study", "demo")
-STUDY = record.study(config["study"])
-RUNS = record.root() / "runs" / STUDY.name
+STUDY = settings.study(config["study"])
+RUNS = files.root() / "runs" / STUDY.name
 MODELS = [config["model"]] if "model" in config else list(STUDY.models)
 if MODELS[0] not in STUDY.models:
-    raise ValueError(record.unknown("model", MODELS[0], STUDY.models))
+    raise ValueError(names.unknown("model", MODELS[0], STUDY.models))
 SEEDS = [config["seed"]] if "seed" in config else STUDY.seeds
 AFTER = {  # step: the steps whose files it reads
     "1_train": [],
@@ -50,8 +51,8 @@ def code(notebook):
 
 def values(notebook, model=None, seed=None):
     """The values of the study that a notebook uses, of the models only its own."""
-    study = record.study(config["study"], seed=seed)
-    used = {section: record.in_force(section, study[section]) for section in record.USES[notebook]}
+    study = settings.study(config["study"], seed=seed)
+    used = {section: settings.without_defaults(section, study[section]) for section in settings.USES[notebook]}
     return json.dumps(used | ({"models": study.models[model]} if model else {}), sort_keys=True)
 
 

@@ -222,7 +222,7 @@ def test_bounds_in_bf16_count_the_batch_and_not_its_conversion(model, batch, mon
         }
         for precision, rate in rates.items()
     }
-    monkeypatch.setattr(bench, "ceilings", lambda device, precision, threads: ceilings[precision])
+    monkeypatch.setattr(roofline, "_ceilings", lambda device, precision, threads: ceilings[precision])
     half = shrink.remove(model, {(models.view(model).blocks[0].name, "neurons"): range(20)})
     named, rows = {}, []
     for name, each in {"dense": model, "half": half}.items():
@@ -256,7 +256,7 @@ def test_nothing_is_achieved_beside_a_dense_model_that_was_not_timed_so(vit, mon
         "launch_s": 1e-6,
         "bytes_per_s": dict.fromkeys(roofline._SIZES, 2e9),
     }
-    monkeypatch.setattr(bench, "ceilings", lambda *_: ceilings)
+    monkeypatch.setattr(roofline, "_ceilings", lambda *_: ceilings)
     half = shrink.remove(vit, {("blocks.0", "neurons"): range(20)})
     named = {"dense": vit, "exported": bench.Setting(half, "onnxruntime")}
     times = pd.DataFrame(
@@ -298,7 +298,7 @@ def test_bounds_by_hand(vit, monkeypatch):
         "launch_s": 1e-6,
         "bytes_per_s": dict.fromkeys(roofline._SIZES, 2e9),
     }
-    monkeypatch.setattr(bench, "ceilings", lambda *_: ceilings)
+    monkeypatch.setattr(roofline, "_ceilings", lambda *_: ceilings)
     named = {"dense": vit, "masked": masked, "half": half}
     times = pd.DataFrame(
         {"model": list(named), "latency_ms": 4.0, "speedup": [1, 1, 1.5], "batch": 2}

@@ -286,7 +286,7 @@ def forbid_decoding(monkeypatch):
     def fail(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(data, "_decode", fail)
+    monkeypatch.setattr(sources, "_decode", fail)
 
 
 def test_images_are_decoded_once(tmp_path, monkeypatch):
@@ -405,7 +405,7 @@ def test_cifar10_in_torchvisions_layout(tmp_path, monkeypatch):
             data=pixels, targets=[0, 1] * (len(pixels) // 2), classes=["cat", "dog"]
         )
 
-    monkeypatch.setattr(data.datasets, "CIFAR10", stand_in)
+    monkeypatch.setattr(sources.datasets, "CIFAR10", stand_in)
     (tmp_path / "cifar-10-batches-py").mkdir()
     images = data.load("cifar10", root=tmp_path, image_size=32)
     assert images.description == "CIFAR-10" and images.classes == ["cat", "dog"]
@@ -448,8 +448,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path, name, near):
 
 
 def test_nothing_is_downloaded_that_could_leave_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.datasets, "CIFAR10", lambda *_, **__: pytest.fail("downloaded"))
-    monkeypatch.setattr(data.datasets.CIFAR10, "__name__", "CIFAR10")
+    monkeypatch.setattr(sources.datasets, "CIFAR10", lambda *_, **__: pytest.fail("downloaded"))
+    monkeypatch.setattr(sources.datasets.CIFAR10, "__name__", "CIFAR10")
     monkeypatch.delattr("tarfile.data_filter", raising=False)  # which 3.11.2 has not
     with pytest.raises(
         RuntimeError, match=r"no images of CIFAR10 .*within its folder, 3\.11\.4 and newer can"
@@ -469,7 +469,7 @@ def test_missing_images_say_where_to_put_them(tmp_path, monkeypatch, name, place
 
     monkeypatch.setattr("tarfile.data_filter", None, raising=False)
     monkeypatch.setattr(
-        data.datasets, {"cifar10": "CIFAR10", "caltech101": "Caltech101"}[name], no_network
+        sources.datasets, {"cifar10": "CIFAR10", "caltech101": "Caltech101"}[name], no_network
     )
     monkeypatch.setattr(no_network, "__name__", name, raising=False)
     with pytest.raises(RuntimeError, match=rf"no route to host.*{place}"):

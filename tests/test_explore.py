@@ -318,7 +318,7 @@ def test_each_checkpoint_comes_with_the_images_of_its_own_run(lab, vit, tmp_path
 
 
 def test_without_any_checkpoint_the_commands_that_make_one_are_named(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "repository", lambda: tmp_path / "clone")
+    monkeypatch.setattr(files, "repository", lambda: tmp_path / "clone")
     with pytest.raises(
         FileNotFoundError,
         match="make demo.*\n.*vitlab run 1_train --study smoke --model vit --seed 0",

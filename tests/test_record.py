@@ -339,7 +339,7 @@ def test_local_weights_are_found_from_anywhere():
 def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkeypatch, tmp_path):
     settings, folder = lab.training(), tmp_path / "checkpoints" / "demo" / "vit"
     other = runs.open_run("demo", "vit", 7)
-    monkeypatch.setattr(runs, "repository", lambda: tmp_path)
+    monkeypatch.setattr(files, "repository", lambda: tmp_path)
     images = SimpleNamespace(description="drawn shapes")
     assert lab.shipped(settings, images) is None
     kept = {"settings": settings, "values": lab.origin, "data": "drawn shapes"}
@@ -533,7 +533,7 @@ def published(data_root, monkeypatch, tmp_path):
     """Folder of the figures of the study demo, in a repository that has nothing else."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "params").symlink_to(files.repository() / "notebooks" / "params")
-    monkeypatch.setattr(runs, "repository", lambda: tmp_path)
+    monkeypatch.setattr(files, "repository", lambda: tmp_path)
     return tmp_path / "figures" / "demo"
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from vitlab import files
-from vitlab.studies import notebooks, runs, settings
+from vitlab.studies import notebooks, settings
 
 PARAMETERS = 'study = "demo"  # a file of notebooks/params\nmodel = "vit"\nseed = 0\noverride = {}'
 OPEN = "from vitlab import record\nlab = record.open_run(study, model, seed, override)"
@@ -120,7 +120,7 @@ def test_the_command_line_says_what_is_wrong_and_starts_nothing(tmp_path, capsys
 def test_a_notebook_is_found_by_number_name_and_path(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     made = notebook(tmp_path / "notebooks" / "3_global_pruning.ipynb")
-    monkeypatch.setattr(runs, "repository", lambda: tmp_path)
+    monkeypatch.setattr(files, "repository", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in (
         "3",
