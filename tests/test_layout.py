@@ -140,10 +140,7 @@ def loaded_by(code):
     "module",
     [
         *(name for name in FILES if name.startswith("vitlab.studies.")),
-        *(
-            f"vitlab.report.{name}"
-            for name in ("tables", "style", "plots", "drawings", "published", "pages")
-        ),
+        *(f"vitlab.report.{name}" for name in ("tables", "style", "plots", "drawings")),
     ],
 )
 def test_studies_and_figures_load_no_torch(module):
