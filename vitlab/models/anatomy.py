@@ -189,7 +189,7 @@ class View:
             counts |= {(block.name, kind): sizes[kind] for kind in kinds if kind in sizes}
         if "width" in kinds:
             for stage in self.stages:
-                first, _ = self.stream(stage)[0]
+                first, _ = self.residual_stream(stage)[0]
                 counts[stage, "width"] = len(first.weight)
         if "filters" in kinds:
             for name, conv in self.stem:
@@ -227,7 +227,7 @@ class View:
         return self._whole_stem | self.linears()
 
     @property
-    def segments(self):
+    def layers_along_stream(self):
         """{module name: names of its layers, in forward order} along the residual stream.
 
         The modules make the stream one after the other: the patch embedding, the blocks, and in
@@ -242,7 +242,7 @@ class View:
                 segments[name] = [layer for layer in self.linears() if layer.startswith(f"{name}.")]
         return segments | {"": self.classifiers}
 
-    def ends_block(self, layer):
+    def block_end(self, layer):
         """Return how the last layer of a block writes to the residual stream, by the layer's name.
 
         Returns (the norm that reads the stream before the layer, the factors [width] by which its
@@ -252,14 +252,14 @@ class View:
         block = self.block_of(layer)
         if block is None:
             return None
-        _, last = self.writes(block)
+        _, last = self.residual_writers(block)
         if last is not self.model.get_submodule(layer):
             return None
         inside = self.model.get_submodule(block.name)
         scale = getattr(inside, "ls2", None)
         return inside.norm2, getattr(scale, "gamma", None)
 
-    def writes(self, block):
+    def residual_writers(self, block):
         """Return the two modules whose outputs a block adds to the residual stream.
 
         On the way their outputs are scaled by the channel at most.
@@ -270,7 +270,7 @@ class View:
             return [inside.norm1, inside.norm2]
         return block.writers
 
-    def stream(self, stage):
+    def residual_stream(self, stage):
         """Return all that is as wide as the residual stream of a stage: [(part, how)].
 
         The first part has a weight row for each channel. How a part is as wide:
