@@ -2,8 +2,8 @@
 
 In this package only the folder `models` knows timm's classes.
 
-Public: Block, FAMILIES, ROLES, UNITS, View, classifier_names, family_of, is_factor, known,
-norm_after, view.
+Public: Block, FAMILIES, ROLES, UNITS, View, classifier_names, family_of, is_factor, norm_after,
+view.
 """
 
 import re
@@ -18,7 +18,6 @@ from torch import nn
 
 from vitlab import names
 from vitlab.models import attention, layers
-from vitlab.names import nearest
 
 UNITS = ("heads", "neurons", "qk", "v", "width", "filters", "block")
 ROLES = {
@@ -34,14 +33,6 @@ FAMILIES = {
     SwinTransformerV2: ("swin", r"layers\.(\d+)\.blocks\.\d+"),
     VisionTransformer: ("vit", r"()blocks\.\d+"),
 }
-
-
-def known(names, allowed, noun):
-    """Raise ValueError, with the nearest known name, for the first of names that is not known."""
-    for name in names:
-        if name not in allowed:
-            hint = nearest(name, allowed)
-            raise ValueError(f"unknown {noun} {name!r}{hint} Known are {', '.join(allowed)}.")
 
 
 def _look_up(things, name, noun):
@@ -159,8 +150,8 @@ class View:
             protected unless its role is given
         Raises ValueError for an unknown role, with the nearest one.
         """
-        roles = list(ROLES.values() if roles is None else roles)
-        known(roles, [*ROLES.values(), "head"], "role")
+        roles = ROLES.values() if roles is None else roles
+        roles = names.known(roles, [*ROLES.values(), "head"], "role")
         return {name: m for name, m in self.model.named_modules() if self.role(name) in roles}
 
     def units(self, kinds=("heads", "neurons")):
@@ -176,7 +167,7 @@ class View:
             "block"             the block itself: 1
         Raises ValueError for an unknown kind, with the nearest one.
         """
-        known(kinds, UNITS, "kind of unit")
+        kinds = names.known(kinds, UNITS, "kind of unit")
         counts = {}
         for block in self.blocks:
             sizes = {
@@ -282,17 +273,21 @@ class View:
         Raises ValueError for an unknown stage, TypeError for what cannot be made narrower.
         """
         number = _look_up({name: i for i, name in enumerate(self.stages)}, stage, "stage")
+        model = self.model
         if number == 0:
             last = self.stem[-1][1]
-            parts = _stem_end(self.model, last)
+            parts = _stem_end(model, last)
         else:
-            parts = _merging(self.model.layers[number].downsample, "rows")
+            parts = _merging(model.layers[number].downsample, "rows")
         for block in self.blocks:
             if block.stage == number:
-                parts += _block_stream(block, self.model.get_submodule(block.name))
+                parts += _block_stream(block, model.get_submodule(block.name))
         if number + 1 < len(self.stages):
-            return parts + _merging(self.model.layers[number + 1].downsample, "merged")
-        return parts + _ending(self.model, self.classifiers)
+            return parts + _merging(model.layers[number + 1].downsample, "merged")
+        if getattr(model, "attn_pool", None) is not None:
+            raise TypeError("a model that pools by attention cannot be made narrower")
+        parts += _parts(model, ["norm", "fc_norm"], "channels")
+        return parts + [(model.get_submodule(name), "columns") for name in self.classifiers]
 
 
 _CONVOLUTIONS = (nn.Conv2d, layers.FactoredConv2d)
@@ -328,34 +323,30 @@ def is_factor(model, layer):
     return isinstance(parent, layers.FactoredConv2d)
 
 
-def _parts(owner, *names):
-    """Return the attributes of owner with these names that are there."""
-    parts = [getattr(owner, name, None) for name in names]
-    return [part for part in parts if part is not None]
-
-
-def _channels(modules):
-    """Return (module, "channels") of each of these modules that has parameters."""
-    return [(module, "channels") for module in modules if list(module.parameters())]
+def _parts(owner, attributes, how):
+    """Return [(part, how)] of the attributes of owner that are there and do something."""
+    parts = [getattr(owner, attribute, None) for attribute in attributes]
+    return [(part, how) for part in parts if not isinstance(part, nn.Identity | None)]
 
 
 def _stem_end(model, last):
     """Return what is as wide as the first stage before the blocks, the last convolution first."""
     inside = list(model.patch_embed.modules())
     behind = inside[inside.index(last) + 1 :]
-    parts = [(last, "rows"), *_channels(behind)]
-    tokens = _parts(model, "cls_token", "reg_token", "dist_token", "pos_embed")
-    parts += [(token, "last") for token in tokens]
-    return parts + _channels(_parts(model, "norm_pre"))
+    norms = [(module, "channels") for module in behind if list(module.parameters())]
+    tokens = _parts(model, ["cls_token", "reg_token", "dist_token", "pos_embed"], "last")
+    return [(last, "rows"), *norms, *tokens, *_parts(model, ["norm_pre"], "channels")]
 
 
 def _merging(merging, side):
     """Return patch merging where it writes ("rows") or reads ("merged") a stage's stream."""
     # Swin's norm is on what merging reads, SwinV2's on what it writes.
-    norm_side = "rows" if isinstance(merging, swin_transformer_v2.PatchMerging) else "merged"
+    writes_norm = isinstance(merging, swin_transformer_v2.PatchMerging)
     parts = [(merging.reduction, side)]
-    if side == norm_side:
-        parts.append((merging.norm, "channels" if side == "rows" else "merged"))
+    if side == "merged" and not writes_norm:
+        parts.append((merging.norm, "merged"))
+    if side == "rows" and writes_norm:
+        parts.append((merging.norm, "channels"))
     return parts
 
 
@@ -363,18 +354,9 @@ def _block_stream(block, inside):
     """Return what of a block, with its module inside, is as wide as the residual stream."""
     if getattr(block.attn, "gate", None) is not None:
         raise TypeError("attention with a gate cannot be made narrower")
-    readers = _parts(block.attn, "qkv") + _parts(block.mlp, "fc1")
-    parts = [(reader, "columns") for reader in readers]
-    parts += [(writer, "rows") for writer in block.writers]
-    return parts + _channels(_parts(inside, "norm1", "norm2", "ls1", "ls2"))
-
-
-def _ending(model, classifiers):
-    """Return what is as wide as the last stage behind the blocks."""
-    if getattr(model, "attn_pool", None) is not None:
-        raise TypeError("a model that pools by attention cannot be made narrower")
-    parts = _channels(_parts(model, "norm", "fc_norm"))
-    return parts + [(model.get_submodule(name), "columns") for name in classifiers]
+    readers = _parts(block.attn, ["qkv"], "columns") + _parts(block.mlp, ["fc1"], "columns")
+    writers = [(writer, "rows") for writer in block.writers]
+    return readers + writers + _parts(inside, ["norm1", "norm2", "ls1", "ls2"], "channels")
 
 
 def view(model):

@@ -11,7 +11,7 @@ Indices and masks are buffers, so that `build(config)` and the state dict restor
 
 Public: COMPRESSED_LAYERS, Constant, FactoredConv2d, FactoredLinear, LowRankSparseLinear, RowLinear,
 SUPPORTS, Skip, break_even_rank, build, config, factored, factored_conv, linear, low_rank_sparse,
-macs, merged_conv, recombine, select, shift.
+merged_conv, recombine, select, shift.
 """
 
 import math
@@ -19,6 +19,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from vitlab import names
 
 SUPPORTS = ("entries", "rows", "columns")
 
@@ -34,21 +36,16 @@ class _Layer(nn.Module):
         self.out_features = out_features
 
     @property
+    def _matrices(self):
+        return [p for p in self.parameters() if p.ndim == 2]  # without the bias
+
+    @property
     def macs(self):
-        matrices = [p for p in self.parameters() if p.ndim == 2]  # without the bias
-        return sum(matrix.numel() for matrix in matrices)
+        return sum(matrix.numel() for matrix in self._matrices)
 
     @property
     def macs_ideal(self):
-        return sum(macs(layer, ideal=True) for layer in self.children())
-
-    def config(self):
-        options = {name: getattr(self, name) for name in self.options}
-        return _shape(self) | options
-
-    def extra_repr(self):
-        names = ("in_features", "out_features", *self.options)
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return sum(int(matrix.count_nonzero()) for matrix in self._matrices)
 
 
 class FactoredLinear(_Layer):
@@ -91,9 +88,8 @@ class FactoredLinear(_Layer):
 
     def select(self, rows, columns):
         u, v = self.factors
-        u, v = u[rows], v[:, columns]
-        new = factored(u, v, bias=_bias_of(self, rows))
-        return _unless_dense_is_cheaper(new, self, rows, columns)
+        small = factored(u[rows], v[:, columns], bias=_bias_of(self, rows))
+        return _if_cheaper(small, rows, columns)
 
     def recombine(self, whole, transfer):
         self.first.weight.copy_(whole.first.weight @ transfer)
@@ -151,8 +147,7 @@ class LowRankSparseLinear(_Layer):
     def __init__(self, in_features, out_features, *, rank, support, count, bias=True, **like):
         super().__init__(in_features, out_features)
         m, n = out_features, in_features
-        if support not in SUPPORTS:
-            raise ValueError(f"unknown support {support!r}; supports are {', '.join(SUPPORTS)}")
+        names.check("support", support, SUPPORTS)
         most = {"entries": m * n, "rows": m, "columns": n}[support]
         if rank < 0 or not 0 <= count <= most or rank + count == 0:
             raise ValueError(
@@ -160,10 +155,9 @@ class LowRankSparseLinear(_Layer):
                 "give no more than these, no negative rank, and at least 1 of either"
             )
         self.rank, self.support, self.count = rank, support, count
-        rows = count if support == "rows" else 0
-        columns = count if support == "columns" else 0
-        self.first = _zeros(rank + rows, n, **like)
-        self.second = _zeros(m, rank + columns, **like)
+        counts = {support: count}
+        self.first = _zeros(rank + counts.get("rows", 0), n, **like)
+        self.second = _zeros(m, rank + counts.get("columns", 0), **like)
         self.sparse = _zeros(m, n, **like) if support == "entries" else None
         self.bias = _zeros(m, **like) if bias else None
         device = like.get("device")
@@ -242,19 +236,19 @@ class LowRankSparseLinear(_Layer):
     def select(self, rows, columns):
         u, v = self.factors
         u, v = u[rows], v[:, columns]
-        mask = self.support_mask[rows][:, columns]
         bias = _bias_of(self, rows)
+        mask = self.support_mask[rows][:, columns]
         if mask.any():
             sparse = self.sparse_weight[rows][:, columns]
             options = {"mask": mask, "support": self.support, "bias": bias}
-            new = low_rank_sparse(u, v, sparse=sparse, **options)
+            small = low_rank_sparse(u, v, sparse=sparse, **options)
             if self.support == "entries":  # executes more than dense from the start
-                return new
+                return small
         elif self.rank:
-            new = factored(u, v, bias=bias)
-        else:  # only zeros are left
-            return _dense(self, rows, columns)
-        return _unless_dense_is_cheaper(new, self, rows, columns)
+            small = factored(u, v, bias=bias)
+        else:
+            return None
+        return _if_cheaper(small, rows, columns)
 
     def recombine(self, whole, transfer):
         if self.support != "rows":
@@ -302,14 +296,10 @@ class RowLinear(_Layer):
         bias = self.kept.bias
         return None if bias is None else self._spread(bias, 0)
 
-    def config(self):
-        kept = config(self.kept)
-        return _shape(self) | {"rows": self.rows.tolist(), "kept": kept}
-
     def select(self, rows, columns):
         stays = torch.isin(self.rows, rows)
-        if not stays.any():  # only zeros are left
-            return _dense(self, rows, columns)
+        if not stays.any():
+            return None
         own_rows = stays.nonzero().flatten()
         kept = select(self.kept, rows=own_rows, columns=columns)
         if kept.out_features == len(rows):
@@ -340,9 +330,6 @@ class Constant(nn.Module):
     def config(self):
         return {"out_features": self.out_features, "bias": self.bias is not None}
 
-    def extra_repr(self):
-        return f"out_features={self.out_features}"
-
 
 class Skip(nn.Identity):
     """Stand for a whole block that is gone: pass the residual stream on."""
@@ -365,26 +352,28 @@ def _like(tensor):
     return {"device": tensor.device, "dtype": tensor.dtype}
 
 
-def _shape(module):
-    return {
-        "type": type(module).__name__,
-        "in_features": module.in_features,
-        "out_features": module.out_features,
-        "bias": module.bias is not None,
-    }
-
-
 def _conv_like(conv, out_channels, *, bias):
     """Return a new convolution that looks at the inputs as conv does."""
-    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    options = {name: getattr(conv, name) for name in names}
+    geometry = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    options = {name: getattr(conv, name) for name in geometry}
     like = _like(conv.weight)
     return nn.Conv2d(conv.in_channels, out_channels, **options, bias=bias, **like)
 
 
 def config(module):
     """Return a JSON-able description of an nn.Linear or a layer of this file, for `build`."""
-    return module.config() if isinstance(module, COMPRESSED_LAYERS) else _shape(module)
+    described = {
+        "type": type(module).__name__,
+        "in_features": module.in_features,
+        "out_features": module.out_features,
+        "bias": module.bias is not None,
+    }
+    for name in getattr(module, "options", ()):
+        described[name] = getattr(module, name)
+    if isinstance(module, RowLinear):
+        described["rows"] = module.rows.tolist()
+        described["kept"] = config(module.kept)
+    return described
 
 
 def build(config, **like):
@@ -397,24 +386,10 @@ def build(config, **like):
     config = dict(config)
     classes = {layer.__name__: layer for layer in (nn.Linear, *COMPRESSED_LAYERS)}
     name = config.pop("type", None)
-    if name not in classes:
-        raise ValueError(f"unknown type of layer {name!r}; types are {', '.join(classes)}")
+    names.check("type of layer", name, classes)
     if "kept" in config:
         config["kept"] = build(config["kept"], **like)
     return classes[name](**config, **like)
-
-
-def macs(module, *, ideal=False):
-    """Return the multiply-accumulates of one token, without the bias.
-
-    module: an nn.Linear or a layer of this file
-    ideal: count as if zeros were free (an nn.Linear's too)
-    """
-    if isinstance(module, COMPRESSED_LAYERS):
-        return module.macs_ideal if ideal else module.macs
-    if ideal:
-        return int(module.weight.count_nonzero())
-    return module.weight.numel()
 
 
 def linear(weight, bias=None):
@@ -505,8 +480,11 @@ def select(module, *, rows=None, columns=None):
     rows = _indices(rows, module.out_features, module)
     columns = _indices(columns, module.in_features, module)
     if isinstance(module, COMPRESSED_LAYERS):
-        return module.select(rows, columns)
-    return _dense(module, rows, columns)
+        small = module.select(rows, columns)
+        if small is not None:
+            return small
+    weight = module.weight[rows][:, columns]
+    return linear(weight, _bias_of(module, rows))
 
 
 def _indices(indices, count, module):
@@ -516,21 +494,13 @@ def _indices(indices, count, module):
     return torch.as_tensor(indices).to(module.weight.device)
 
 
-def _dense(module, rows, columns):
-    """Return an nn.Linear that computes these outputs of these inputs of module."""
-    weight = module.weight[rows][:, columns]
-    return linear(weight, _bias_of(module, rows))
-
-
 def _bias_of(module, rows):
     return None if module.bias is None else module.bias[rows]
 
 
-def _unless_dense_is_cheaper(new, module, rows, columns):
-    """Return new, or an nn.Linear of the same function where new does not cost less."""
-    if new.macs < len(rows) * len(columns):
-        return new
-    return _dense(module, rows, columns)
+def _if_cheaper(small, rows, columns):
+    """Return small, or None where a dense layer of these rows and columns costs no more."""
+    return small if small.macs < len(rows) * len(columns) else None
 
 
 @torch.no_grad()
