@@ -116,10 +116,7 @@ class FactoredConv2d(nn.Sequential):
         has_bias = conv.bias is not None
         second = nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias, **_like(conv.weight))
         super().__init__(first, second)
-
-    @property
-    def rank(self):
-        return self[0].out_channels
+        self.rank = rank
 
 
 class LowRankSparseLinear(_Layer):
