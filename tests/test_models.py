@@ -61,7 +61,7 @@ def test_layers_parameters_and_blocks_are_found_by_name(vit):
             "parameter 'blocks.0.attn.qvk.bias' in .* mean 'blocks.0.attn.qkv.bias'",
         ),
         (view.block, "blocks.2", "block 'blocks.2' in this model, did you mean 'blocks.1'"),
-        (view.residual_stream, "stage.0", "stage 'stage.0' in this model, did you mean 'stages.0'"),
+        (view.residual_stream, "stage.0", "unknown stage 'stage.0', did you mean 'stages.0'"),
         (view.layer, "nothing like it", r"no layer 'nothing like it' in this model\."),
     ):
         with pytest.raises(ValueError, match=near):

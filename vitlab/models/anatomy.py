@@ -48,11 +48,8 @@ def family_of(model):
 
 
 def classifier_names(model):
-    """Return the names of the classifier layers, by timm's get_classifier.
-
-    A distilled DeiT has two.
-    """
-    heads = model.get_classifier()
+    """Return the names of the classifier layers, by timm's get_classifier."""
+    heads = model.get_classifier()  # a distilled DeiT has two: of the class token and of its own
     if isinstance(heads, nn.Module):
         heads = [heads]
     heads = [head for head in heads if not isinstance(head, nn.Identity)]
@@ -103,18 +100,19 @@ class Block:
         return [getattr(attn, "proj", attn), getattr(mlp, "fc2", mlp)]
 
 
+@dataclass(eq=False)
 class View:
-    """Show a ViT or Swin, cut or not, as blocks, units and linear layers by role. See `view`.
+    """Show a ViT or Swin, cut or not, as blocks, units and linear layers by role. See `view`."""
 
-    The residual stream is the tensor of tokens that the blocks pass on: each block reads it and
-    adds something to it. Swin has one in each stage, with patch merging in between.
-    """
+    # The residual stream is the tensor of tokens that the blocks pass on: each block reads it and
+    # adds something to it. Swin has one in each stage, with patch merging in between.
 
-    def __init__(self, model, kind, blocks):
-        self.model = model
-        self.kind = kind
-        self.blocks = blocks
-        self.classifiers = classifier_names(model)
+    model: nn.Module
+    kind: str  # "vit" or "swin"
+    blocks: list
+
+    def __post_init__(self):
+        self.classifiers = classifier_names(self.model)
 
     def layer(self, name):
         """Return the module called name. Raises ValueError with the nearest name for none."""
@@ -210,21 +208,19 @@ class View:
 
     @property
     def matrices(self):
-        """{name: module} of all that may become low rank.
-
-        These are the stem's convolutions that are not factored, and the linear layers but the
-        classifier.
-        """
+        """{name: module} of all that may become low rank."""
+        # The stem's convolutions that are not factored, and the linear layers but the classifier.
         return self._whole_stem | self.linears()
 
     @property
     def layers_along_stream(self):
         """{module name: names of its layers, in forward order} along the residual stream.
 
-        The modules make the stream one after the other: the patch embedding, the blocks, and in
-        Swin patch merging between them. "" stands for the whole model and its classifier. Between
-        the patch embedding and the first block a model may add to the stream.
+        "" stands for the whole model and its classifier.
         """
+        # The modules make the stream one after the other: the patch embedding, the blocks, and in
+        # Swin patch merging between them. Between the patch embedding and the first block a model
+        # may add to the stream.
         merging = (swin_transformer.PatchMerging, swin_transformer_v2.PatchMerging)
         blocks = {block.name for block in self.blocks}
         segments = {"patch_embed": list(self._whole_stem)}
@@ -237,13 +233,13 @@ class View:
         """Return how the last layer of a block writes to the residual stream, by the layer's name.
 
         Returns (the norm that reads the stream before the layer, the factors [width] by which its
-        outputs are scaled or None). Returns None for any other layer, and where a norm comes
-        between the layer and the stream.
+        outputs are scaled or None). Returns None for any other layer.
         """
         block = self.block_of(layer)
         if block is None:
             return None
         _, last = self.residual_writers(block)
+        # The last writer is another module where a norm comes between the layer and the stream.
         if last is not self.model.get_submodule(layer):
             return None
         inside = self.model.get_submodule(block.name)
@@ -251,10 +247,9 @@ class View:
         return inside.norm2, getattr(scale, "gamma", None)
 
     def residual_writers(self, block):
-        """Return the two modules whose outputs a block adds to the residual stream.
-
-        On the way their outputs are scaled by the channel at most.
-        """
+        """Return the two modules whose outputs a block adds to the residual stream."""
+        # On the way to the stream a factor for each channel may scale the outputs, no more. Where
+        # the norms come last, they are what writes.
         inside = self.model.get_submodule(block.name)
         norms_last = isinstance(inside, vision_transformer.ResPostBlock)
         if norms_last or isinstance(self.model, SwinTransformerV2):
@@ -272,7 +267,8 @@ class View:
             "last"             dimension of a parameter
         Raises ValueError for an unknown stage, TypeError for what cannot be made narrower.
         """
-        number = _look_up({name: i for i, name in enumerate(self.stages)}, stage, "stage")
+        names.check("stage", stage, self.stages)
+        number = self.stages.index(stage)
         model = self.model
         if number == 0:
             last = self.stem[-1][1]
@@ -294,11 +290,10 @@ _CONVOLUTIONS = (nn.Conv2d, layers.FactoredConv2d)
 
 
 def _chain_behind(model, layer):
-    """Return [(name, module)] behind a convolution in its nn.Sequential; [] for another layer."""
+    """Return [(name, module)] behind a layer in its nn.Sequential; [] for a layer in no such."""
     parent, _, number = layer.rpartition(".")
-    modules = dict(model.named_modules())
-    chain = modules.get(parent)
-    if not isinstance(modules.get(layer), _CONVOLUTIONS) or not isinstance(chain, nn.Sequential):
+    chain = model.get_submodule(parent)
+    if not isinstance(chain, nn.Sequential):
         return []
     children = list(chain.named_children())[int(number) + 1 :]
     return [(f"{parent}.{name}", module) for name, module in children]

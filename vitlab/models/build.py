@@ -25,17 +25,12 @@ from vitlab.models import anatomy, attention, packed
 class ConvStem(nn.Module):
     """Turn patch_size x patch_size pixels into one token by three 3x3 convolutions.
 
-    For timm's `embed_layer`. Early convolutions make small ViTs train in few epochs (Xiao et al.
-    2021, Hassani et al. 2021). Strides are patch_size / 4 by the first convolution and 2 x 2 by max
-    pooling. So the parameters do not depend on patch_size: weights move from 32 px with patch 4 to
-    64 px with patch 8.
+    For timm's `embed_layer`.
 
     img_size: side in pixels, a multiple of patch_size
     patch_size: a multiple of 4
     widths: channels after the first and the second convolution
     output_fmt: "NHWC" (Swin) for tokens as a grid
-    timm_options: other options that timm gives (bias, norm_layer, strict_img_size,
-        dynamic_img_pad); this stem has no use for them
     x: [B, in_chans, H, W] with H and W multiples of patch_size. Returns [B, H*W / patch_size**2,
     embed_dim], or [B, H / patch_size, W / patch_size, embed_dim] with output_fmt "NHWC".
     Raises ValueError for sizes that do not divide so.
@@ -52,7 +47,7 @@ class ConvStem(nn.Module):
         output_fmt=None,
         device=None,
         dtype=None,
-        **timm_options,
+        **timm_options,  # bias, norm_layer, strict_img_size, dynamic_img_pad: no use for them here
     ):
         super().__init__()
         self.img_size = to_2tuple(img_size)
@@ -66,6 +61,10 @@ class ConvStem(nn.Module):
         self.num_patches = self.grid_size[0] ** 2
         self.channels_last = output_fmt == "NHWC"
         like = {"device": device, "dtype": dtype}
+        # Early convolutions make small ViTs train in few epochs (Xiao et al. 2021, Hassani et al.
+        # 2021). Strides are patch_size / 4 by the first convolution and 2 x 2 by max pooling. So
+        # the parameters do not depend on patch_size: weights move from 32 px with patch 4 to 64 px
+        # with patch 8.
         steps = []
         for number, (ins, outs) in enumerate(pairwise((in_chans, *widths, embed_dim))):
             stride = patch // 4 if number == 0 else 1
@@ -116,8 +115,7 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
     num_classes: size of the new head
     image_size: side in pixels; None: timm's own for the name
     pretrained: take timm's weights, downloaded by timm
-    weights: a local file (.safetensors, or .pth opened with weights_only) or a checkpoint folder. A
-        head of another size is left out with a warning, position tables are resampled by timm.
+    weights: a local file (.safetensors, or .pth opened with weights_only) or a checkpoint folder
     options: timm's own arguments of the class (embed_dim, depth, patch_size, window_size,
         drop_path_rate, ...)
     Returns the model in train mode, with `model.recipe` holding what is needed to build it again.
@@ -195,6 +193,7 @@ def _load_weights(model, path):
             f"{len(missing)} tensors are missing (first {missing[:1]}), "
             f"{len(wrong)} do not fit (first {wrong[:1]})"
         )
+    # A head of another size is left out; position tables were resampled by timm.
     if heads - fitting.keys():
         warnings.warn(
             f"{path.name}: the head is left out and starts new with {model.num_classes} classes",

@@ -1,12 +1,6 @@
 """Save and load any model, pruned or not, as safetensors and a JSON record to build it from.
 
-A checkpoint is a folder with `model.safetensors`, `model.json` and, where masks were given that the
-weights do not follow, `masks.safetensors`. Tensors with many zeros are stored without them (see
-`packed`). Nothing is pickled, and loading needs nothing but the folder.
-
-The record holds a hash of each file and one of all that the record itself says. So what was
-altered, cut short or mixed up after saving is refused. The hashes are no signature: who alters a
-record on purpose can give it a new hash, and nothing here can tell.
+A checkpoint is a folder. Nothing is pickled, and loading needs nothing but the folder.
 
 Public: RECORD, WEIGHTS, load, load_masks, read, save.
 """
@@ -25,18 +19,17 @@ from vitlab import parallel
 from vitlab.models import build, packed, structure
 
 RECORD = "model.json"
-WEIGHTS = "model.safetensors"
-_MASKS = "masks.safetensors"
+WEIGHTS = "model.safetensors"  # tensors with many zeros are stored without them, see `packed`
+_MASKS = "masks.safetensors"  # only where masks were given that the weights do not follow
+# The record holds a hash of each file and one of all that the record itself says. So what was
+# altered, cut short or mixed up after saving is refused. The hashes are no signature: who alters a
+# record on purpose can give it a new hash, and nothing here can tell.
 _FORMAT = 3
 _READABLE = (1, 2, 3)  # 1: nothing packed; 1 and 2: only recipe and structure of the record hashed
 
 
 def save(model, folder, *, extra=None, dtype=None, masks=None):
     """Write model to folder, over an older checkpoint there, and return the record.
-
-    Weights come back as they are, whether masks were applied or not. Where they were, the stored
-    bits serve both: at 90 % zeros a float32 file has 13 % of its size. A save that fails or is
-    killed leaves the older checkpoint as it was.
 
     model: as from `models.create`, cut or not
     extra: JSON-able values of the caller's, such as test top1
@@ -49,6 +42,8 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     folder = Path(folder)
     masks = masks or {}
     cut = structure.structure(model)  # refuses a model that has no recipe
+    # Weights come back as they are, whether masks were applied or not. Where they were, the stored
+    # bits serve both: at 90 % zeros a float32 file has 13 % of its size.
     tensors, shapes = packed.pack(_tensors(model, dtype), masks)
     files = {WEIGHTS: safetensors.torch.save(tensors)}
     if bits := _bits_apart(masks, tensors):
@@ -66,6 +61,7 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     record = json.loads(json.dumps(record))  # as it will be read
     record["sha256"]["record"] = _own_hash(record)
     files[RECORD] = json.dumps(record, indent=1).encode()
+    # A save that fails or is killed leaves the older checkpoint as it was.
     try:
         if parallel.is_first():
             _write(folder, files)
@@ -159,8 +155,7 @@ def read(folder):
     """Return the record of the checkpoint in folder, after checking it and its files.
 
     Returns a dict of format, vitlab (version), recipe, structure, packed and masks ({parameter:
-    shape}), extra, sha256. In the older formats 1 and 2 only recipe, structure and files are known
-    to be as they were saved, not masks and extra.
+    shape}), extra, sha256.
     Raises FileNotFoundError for a missing folder or file. Raises ValueError for a record that is
     broken, altered or of another format, and for files that were altered or cut short after saving.
     """
@@ -205,6 +200,8 @@ def _record(folder):
             "or save it again"
         )
     if not is_as_saved:
+        # In the older formats 1 and 2 only recipe, structure and files are known to be as they were
+        # saved, not masks and extra.
         hashed = "what it says is" if written == _FORMAT else "recipe or structure are"
         raise ValueError(
             f"{path} was altered after saving: {hashed} not what was saved (sha256 differs); "
@@ -220,11 +217,8 @@ def _own_name(record):
 def load(folder, *, device="cpu"):
     """Build the model in folder again, from record and tensors alone.
 
-    Leaves torch's random numbers as they were.
-
     Returns the model in eval mode on device.
-    Raises what `read` raises, and ValueError naming the first tensor that does not fit the recorded
-    architecture.
+    Raises what `read` raises, and ValueError for tensors that do not fit the recorded architecture.
     """
     folder = Path(folder)
     record = read(folder)
@@ -249,8 +243,6 @@ def _naming(folder):
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError | ValueError) and str(folder) in str(error):
-            raise
         raise ValueError(
             f"the checkpoint in {folder} gives no model that fits its record: "
             f"{type(error).__name__}: {error}; save it again"
@@ -258,10 +250,8 @@ def _naming(folder):
 
 
 def _check_sizes(recipe, tensors):
-    """Raise ValueError for a recipe of a model that is much larger than the stored tensors.
-
-    To build it might never end.
-    """
+    """Raise ValueError for a recipe of a model that is much larger than the stored tensors."""
+    # To build it might never end. A block has many tensors, so there are fewer blocks than tensors.
     bounds = {"depth": len(tensors), "depths": len(tensors), "image_size": 8192, "img_size": 8192}
     for name, value in (recipe | recipe["options"]).items():
         bound = bounds.get(name, 1_000_000)
@@ -281,7 +271,7 @@ def _built(record):
         # What no state dict holds, such as the masks of Swin's windows, timm computes anew.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # leaves torch's random numbers as they were
         return structure.rebuild(model, record["structure"])
 
 

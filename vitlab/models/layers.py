@@ -51,14 +51,14 @@ class _Layer(nn.Module):
 class FactoredLinear(_Layer):
     """Compute y = second(first(x)): two thin layers, [rank, in_features] and [out_features, rank].
 
-    Below rank m n / (m + n) these are fewer multiply-accumulates. That is not yet less time: two
-    calls move more than one. What makes factoring faster is a limit on each rank: measure it by
-    bench.rank_speed and bench.break_even, and give it to ranks.allocate(most=...). The same share of
-    every layer (factor.compress by "svd") is a baseline.
-
     rank: at least 1
     Raises ValueError for a rank below 1.
     """
+
+    # Below rank m n / (m + n) these are fewer multiply-accumulates. That is not yet less time: two
+    # calls move more than one. What makes factoring faster is a limit on each rank: measure it by
+    # bench.rank_speed and bench.break_even, and give it to ranks.allocate(most=...). The same share
+    # of every layer (factor.compress by "svd") is a baseline.
 
     options = ("rank",)
 
@@ -98,20 +98,19 @@ class FactoredLinear(_Layer):
 class FactoredConv2d(nn.Sequential):
     """Stand for a convolution: one like it to rank channels, without bias, then one of 1 x 1.
 
-    Source: Zhang et al. 2016. It executes rank (C k k + O) multiply-accumulates at each output
-    position. Both parts are convolutions of the stem like any other.
+    Source: Zhang et al. 2016.
 
     conv: nn.Conv2d of one group. Its shapes are taken over, not its values (see `factored_conv`).
     rank: at least 1
-    Raises ValueError for several groups and for a rank below 1.
+    Raises ValueError for a rank below 1.
     """
 
+    # It executes rank (C k k + O) multiply-accumulates at each output position. Both parts are
+    # convolutions of the stem like any other.
+
     def __init__(self, conv, *, rank):
-        if conv.groups != 1 or rank < 1:
-            raise ValueError(
-                f"a convolution of {conv.groups} groups at rank {rank}: "
-                "give one of 1 group and rank >= 1"
-            )
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1; got {rank}")
         first = _conv_like(conv, rank, bias=False)
         has_bias = conv.bias is not None
         second = nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias, **_like(conv.weight))
@@ -122,23 +121,23 @@ class FactoredConv2d(nn.Sequential):
 class LowRankSparseLinear(_Layer):
     """Compute y = (L + S) x + bias with L = U V of low rank and S sparse, on a fixed support.
 
-    support: where S may differ from zero, and how it is stored:
-        "entries": count entries anywhere, stored dense with zeros elsewhere. `mask` [m, n] is
-            applied wherever gradients are wanted, so that training cannot leave the support.
-            Inference takes the zeros as they are stored. Executes r (m + n) + m n
-            multiply-accumulates, more than dense; ideally r (m + n) + count.
-        "rows": count whole rows, `index` [count]. Executes r (m + n) + count n.
-        "columns": count whole columns, `index` [count]. Executes r (m + n) + count m.
+    support: where S may differ from zero: "entries" anywhere, whole "rows" or whole "columns"
     rank: r, rank of L; 0 for no L
     count: how many entries, rows or columns
 
-    Rows of S are stored under V in `first` [r + count, n], columns of S beside U in `second`
-    [m, r + count], so that either costs two matrix products. A new layer is zero: give it values by
-    `low_rank_sparse` or a state dict.
+    A new layer is zero: give it values by `low_rank_sparse` or a state dict.
     Raises ValueError for an unknown support, for neither rank nor count, and for a count beyond
     the matrix.
     """
 
+    # How S is stored, and what a token costs:
+    #     "entries": `sparse` [m, n], dense with zeros outside of `mask` [m, n]. Executes
+    #         r (m + n) + m n multiply-accumulates, more than dense; ideally r (m + n) + count.
+    #     "rows": under V in `first` [r + count, n], at `index` [count]. Executes
+    #         r (m + n) + count n.
+    #     "columns": beside U in `second` [m, r + count], at `index` [count]. Executes
+    #         r (m + n) + count m.
+    # So rows and columns cost two matrix products, like the low-rank part alone.
     options = ("rank", "support", "count")
 
     def __init__(self, in_features, out_features, *, rank, support, count, bias=True, **like):
@@ -182,7 +181,9 @@ class LowRankSparseLinear(_Layer):
     def _with_entries(self, x):
         sparse = self.sparse
         if torch.is_grad_enabled() and sparse.requires_grad:
-            sparse = sparse * self.mask  # no gradient outside the support
+            # Wherever gradients are wanted: training cannot leave the support. Inference takes the
+            # zeros as they are stored.
+            sparse = sparse * self.mask
         if not self.rank:
             return F.linear(x, sparse, self.bias)
         hidden = F.linear(x, self.first)
@@ -467,16 +468,15 @@ def _fill(layer, **values):
 def select(module, *, rows=None, columns=None):
     """Return a new layer with only these outputs and inputs of a layer.
 
-    Factors keep their rank, and sparse parts what is left of their support. A layer of low rank,
-    whole rows or whole columns that no longer costs less than a dense one becomes an nn.Linear of
-    the same function.
-
     module: an nn.Linear or a layer of this file
     rows, columns: sorted indices of outputs and inputs; None: all
     """
     rows = _indices(rows, module.out_features, module)
     columns = _indices(columns, module.in_features, module)
     if isinstance(module, COMPRESSED_LAYERS):
+        # Factors keep their rank, and sparse parts what is left of their support. A layer of low
+        # rank, whole rows or whole columns that no longer costs less than a dense one becomes an
+        # nn.Linear of the same function, and so does a layer of which only zeros are left.
         small = module.select(rows, columns)
         if small is not None:
             return small
