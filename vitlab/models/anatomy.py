@@ -236,11 +236,9 @@ class View:
         outputs are scaled or None). Returns None for any other layer.
         """
         block = self.block_of(layer)
-        if block is None:
-            return None
-        _, last = self.residual_writers(block)
         # The last writer is another module where a norm comes between the layer and the stream.
-        if last is not self.model.get_submodule(layer):
+        module = self.model.get_submodule(layer)
+        if block is None or self.residual_writers(block)[1] is not module:
             return None
         inside = self.model.get_submodule(block.name)
         scale = getattr(inside, "ls2", None)
@@ -367,21 +365,16 @@ def view(model):
             if match and not isinstance(module, layers.Skip):
                 parts = [getattr(module, part, None) for part in ("attn", "mlp")]
                 blocks.append(Block(name, int(match[1] or 0), *parts))
-    if not blocks or not all(map(_is_plain, blocks)):
+    attentions = (Attention, swin_transformer.WindowAttention, attention.CutWindowAttentionV2)
+    is_plain = all(
+        isinstance(block.attn, (*attentions, layers.Constant))
+        and isinstance(block.mlp, (Mlp, layers.Constant))
+        for block in blocks
+    )
+    if not blocks or not is_plain:
         raise TypeError(
             f"cannot see into {type(model).__name__}: supported are timm's VisionTransformer "
             "family (ViT, DeiT), SwinTransformer and (made by models.create) SwinTransformerV2, "
             "with fused qkv and a two-layer MLP; not EVA, SwiGLU, MaxViT or ConvNets"
         )
     return View(model, kind, blocks)
-
-
-def _is_plain(block):
-    """Return whether attention and MLP of a block are of classes that vitlab can cut."""
-    attentions = (
-        Attention,
-        swin_transformer.WindowAttention,
-        attention.CutWindowAttentionV2,
-        layers.Constant,
-    )
-    return isinstance(block.attn, attentions) and isinstance(block.mlp, (Mlp, layers.Constant))

@@ -123,12 +123,11 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
     ones with the nearest known), and for weights of another architecture. Raises FileNotFoundError
     for missing weights.
     """
-    if pretrained and weights:
+    if pretrained and (weights or name in SMALL):
         raise ValueError(
-            "give either pretrained=True (timm's weights) or weights=... (a local file), not both"
+            "give either pretrained=True (timm's weights) or weights=... (a local file), not both; "
+            f"{' and '.join(SMALL)} have no weights to download"
         )
-    if name in SMALL and pretrained:
-        raise ValueError(f"{name} has no weights to download; give weights=... or pretrained=False")
     if not timm.is_model(name):
         names.check("model", name, [*SMALL, *timm.list_models()])
     sized = {} if image_size is None else {"img_size": image_size}

@@ -190,7 +190,8 @@ def _record(folder):
         written = record["format"]
         is_readable = written in _READABLE
         # Here fields that the hash needs may be missing or of another type.
-        is_as_saved = is_readable and _own_hash(record) == record["sha256"][_own_name(record)]
+        own = "record" if written == _FORMAT else "architecture"
+        is_as_saved = is_readable and _own_hash(record) == record["sha256"][own]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint's record: {error!r}; save it again") from error
     if not is_readable:
@@ -208,10 +209,6 @@ def _record(folder):
             "copy or save the checkpoint again"
         )
     return record
-
-
-def _own_name(record):
-    return "record" if record["format"] == _FORMAT else "architecture"
 
 
 def load(folder, *, device="cpu"):

@@ -165,12 +165,19 @@ class LowRankSparseLinear(_Layer):
 
     def forward(self, x):
         if self.support == "entries":
-            return self._with_entries(x)
+            sparse = self.sparse
+            if torch.is_grad_enabled() and sparse.requires_grad:
+                # Gradients are wanted, and training cannot leave the support. Inference takes the
+                # zeros as they are stored.
+                sparse = sparse * self.mask
+            if not self.rank:
+                return F.linear(x, sparse, self.bias)
+            hidden = F.linear(x, self.first)
+            return F.linear(hidden, self.second, self.bias) + F.linear(x, sparse)
         if self.support == "columns":
             hidden = x.index_select(-1, self.index)
             if self.rank:
-                low_rank = F.linear(x, self.first)
-                hidden = torch.cat([low_rank, hidden], dim=-1)
+                hidden = torch.cat([F.linear(x, self.first), hidden], dim=-1)
             return F.linear(hidden, self.second, self.bias)
         # Rows: one product gives the inputs of U and the outputs of the rows of S.
         both = F.linear(x, self.first)
@@ -178,27 +185,13 @@ class LowRankSparseLinear(_Layer):
         y = F.linear(hidden, self.factors[0], self.bias)  # of rank 0: the bias alone
         return y.index_add_(-1, self.index, outputs)  # in place is safe: no backward needs y
 
-    def _with_entries(self, x):
-        sparse = self.sparse
-        if torch.is_grad_enabled() and sparse.requires_grad:
-            # Wherever gradients are wanted: training cannot leave the support. Inference takes the
-            # zeros as they are stored.
-            sparse = sparse * self.mask
-        if not self.rank:
-            return F.linear(x, sparse, self.bias)
-        hidden = F.linear(x, self.first)
-        low_rank = F.linear(hidden, self.second, self.bias)
-        return low_rank + F.linear(x, sparse)
-
     @property
     def factors(self):
         """U [m, r] and V [r, n] of the low-rank part."""
         if self.rank:
             return self.second[:, : self.rank], self.first[: self.rank]
         like = next(self.parameters())
-        u = like.new_zeros(self.out_features, 0)
-        v = like.new_zeros(0, self.in_features)
-        return u, v
+        return like.new_zeros(self.out_features, 0), like.new_zeros(0, self.in_features)
 
     @property
     def sparse_weight(self):
