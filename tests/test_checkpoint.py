@@ -290,7 +290,7 @@ def test_the_committed_checkpoints_are_read(folder):
     "shape, reason",
     [
         ([3, 64], r"needs 24 bytes of bits; got 12"),
-        ([4, 24], r"head.weight is \[3, 32\] by the record and \[4, 24\]"),
+        ([4, 24], r"size mismatch for head.weight: .*\[4, 24\].*\[3, 32\]"),
     ],
 )
 def test_bits_that_do_not_belong_to_their_record(vit, shape, reason, tmp_path):
@@ -381,36 +381,33 @@ TAMPERED = {  # {what was altered: (the altered record, the reason for which it 
     ),
     "no masks": (lambda r: r | {"masks": {}}, "was altered after saving"),
     "a packed tensor less": (lambda r: r | {"packed": {}}, "was altered after saving"),
-    "an older format": (
-        lambda r: r | {"format": 2},
-        "format 2: sha256 has an entry .*: architecture, record",
-    ),
-    "the oldest format": (lambda r: r | {"format": 1}, "format 1: there is no packed in it"),
-    "a format that is none": (lambda r: r | {"format": 3.0}, "format is no int"),
-    "a field that is none": (lambda r: r | {"mood": "good"}, "there is no mood in it"),
-    "hashes as a list": (lambda r: r | {"sha256": ["a"]}, "sha256 is no dict"),
-    "no hash of the weights": (
-        hashes(model_safetensors=None),
-        "sha256 has an entry .*: model.safetensors",
-    ),
+    "an older format": (lambda r: r | {"format": 2}, "no checkpoint's record.*architecture"),
+    "the oldest format": (lambda r: r | {"format": 1}, "no checkpoint's record.*architecture"),
+    "a format that is none": (lambda r: r | {"format": 3.0}, "was altered after saving"),
+    "a format that is a list": (lambda r: r | {"format": [3]}, r"has format \[3\]"),
+    "a field that is none": (lambda r: r | {"mood": "good"}, "was altered after saving"),
+    "hashes as a list": (lambda r: r | {"sha256": ["a"]}, "is no checkpoint's record"),
+    "no hash of the weights": (hashes(model_safetensors=None), "was altered after saving"),
     "no hash of the masks": (hashes(masks_safetensors=None), "was altered after saving"),
-    "no hash of the record": (hashes(record=None), "sha256 has an entry .*: record"),
+    "no hash of the record": (hashes(record=None), "no checkpoint's record.*'record'"),
     "another hash of the weights": (hashes(model_safetensors="0"), "was altered after saving"),
-    "a hash of another file": (hashes(other="0"), "sha256 has an entry .*: other"),
-    "masks as a list": (lambda r: r | {"masks": ["apart"]}, "masks is no dict"),
+    "a hash of another file": (hashes(other="0"), "was altered after saving"),
+    "masks as a list": (lambda r: r | {"masks": ["apart"]}, "was altered after saving"),
     "a shape that is none": (
         lambda r: r | {"masks": {"apart": 21}},
-        "masks has 21 as the shape of apart",
+        "was altered after saving",
     ),
     "a shape below 0": (
         lambda r: r | {"packed": {"w": [-3, 7]}},
-        r"packed has \[-3, 7\] as the shape of w",
+        "was altered after saving",
     ),
-    **{
-        f"no {name}": (without(name), f"{name} is missing")
-        for name in checkpoint._FIELDS
-        if name != "format"
-    },
+    "no version": (without("vitlab"), "was altered after saving"),
+    "no recipe": (without("recipe"), "no checkpoint's record.*'recipe'"),
+    "no structure": (without("structure"), "no checkpoint's record.*'structure'"),
+    "no packed": (without("packed"), "was altered after saving"),
+    "no field of masks": (without("masks"), "was altered after saving"),
+    "no extra": (without("extra"), "was altered after saving"),
+    "no hashes": (without("sha256"), "no checkpoint's record.*'sha256'"),
 }
 
 
@@ -441,9 +438,7 @@ def test_doubled_weights_without_their_hash(vit, tmp_path):
         rewrite_with_new_hash(
             tmp_path, without("packed" if written == 1 else "")(record) | {"format": written}
         )
-        with pytest.raises(
-            ValueError, match="sha256 has an entry too many or too few: model.safetensors"
-        ):
+        with pytest.raises(ValueError, match="model.safetensors is not the file"):
             checkpoint.load(tmp_path)
         record["sha256"]["model.safetensors"] = "0"
 
@@ -495,14 +490,12 @@ def test_tensors_of_another_architecture(vit, swin, tmp_path):
     record = json.loads((tmp_path / "vit" / "model.json").read_text())
     digest = hashlib.sha256((tmp_path / "vit" / "model.safetensors").read_bytes()).hexdigest()
     rewrite_with_new_hash(tmp_path / "vit", record | {"sha256": {"model.safetensors": digest}})
-    with pytest.raises(
-        ValueError, match=r"another architecture than its record: pos_embed is \[1, 16, 32\] by the"
-    ):
+    with pytest.raises(ValueError, match=r"no model that fits its record: .*VisionTransformer"):
         checkpoint.load(tmp_path / "vit")
 
 
 def test_a_model_of_unknown_making(tmp_path):
-    with pytest.raises(ValueError, match="Linear has no recipe"):
+    with pytest.raises(ValueError, match="has no recipe"):
         checkpoint.save(torch.nn.Linear(2, 2), tmp_path)
 
 

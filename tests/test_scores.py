@@ -155,7 +155,7 @@ def test_a_blocks_gate_is_on_both_that_it_writes(any_model, batch):
             gate = torch.ones(1, requires_grad=True)
             handles = [
                 module.register_forward_hook(lambda _, arguments, result, z=gate: z * result)
-                for module in view.writes(block)
+                for module in view.residual_writers(block)
             ]
             gradients.append(torch.autograd.grad(cross_entropy(any_model(x), y), gate)[0])
             for handle in handles:

@@ -175,7 +175,7 @@ def masked_as_well(model, drop):
             )
             assert keep
         elif kind == "width":
-            mask_stream(model, view.stream(name), indices)
+            mask_stream(model, view.residual_stream(name), indices)
     return model
 
 

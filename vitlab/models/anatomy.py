@@ -2,8 +2,8 @@
 
 In this package only the folder `models` knows timm's classes.
 
-Public: Block, FAMILIES, ROLES, UNITS, View, classifier_names, family_of, is_factor, known,
-norm_after, view.
+Public: Block, FAMILIES, ROLES, UNITS, View, classifier_names, family_of, is_factor, norm_after,
+view.
 """
 
 import re
@@ -18,7 +18,6 @@ from torch import nn
 
 from vitlab import names
 from vitlab.models import attention, layers
-from vitlab.names import nearest
 
 UNITS = ("heads", "neurons", "qk", "v", "width", "filters", "block")
 ROLES = {
@@ -36,14 +35,6 @@ FAMILIES = {
 }
 
 
-def known(names, allowed, noun):
-    """Raise ValueError, with the nearest known name, for the first of names that is not known."""
-    for name in names:
-        if name not in allowed:
-            hint = nearest(name, allowed)
-            raise ValueError(f"unknown {noun} {name!r}{hint} Known are {', '.join(allowed)}.")
-
-
 def _look_up(things, name, noun):
     """Return things[name]. Raises ValueError with the nearest name if there is none."""
     if name not in things:
@@ -57,11 +48,8 @@ def family_of(model):
 
 
 def classifier_names(model):
-    """Return the names of the classifier layers, by timm's get_classifier.
-
-    A distilled DeiT has two.
-    """
-    heads = model.get_classifier()
+    """Return the names of the classifier layers, by timm's get_classifier."""
+    heads = model.get_classifier()  # a distilled DeiT has two: of the class token and of its own
     if isinstance(heads, nn.Module):
         heads = [heads]
     heads = [head for head in heads if not isinstance(head, nn.Identity)]
@@ -112,18 +100,19 @@ class Block:
         return [getattr(attn, "proj", attn), getattr(mlp, "fc2", mlp)]
 
 
+@dataclass(eq=False)
 class View:
-    """Show a ViT or Swin, cut or not, as blocks, units and linear layers by role. See `view`.
+    """Show a ViT or Swin, cut or not, as blocks, units and linear layers by role. See `view`."""
 
-    The residual stream is the tensor of tokens that the blocks pass on: each block reads it and
-    adds something to it. Swin has one in each stage, with patch merging in between.
-    """
+    # The residual stream is the tensor of tokens that the blocks pass on: each block reads it and
+    # adds something to it. Swin has one in each stage, with patch merging in between.
 
-    def __init__(self, model, kind, blocks):
-        self.model = model
-        self.kind = kind
-        self.blocks = blocks
-        self.classifiers = classifier_names(model)
+    model: nn.Module
+    kind: str  # "vit" or "swin"
+    blocks: list
+
+    def __post_init__(self):
+        self.classifiers = classifier_names(self.model)
 
     def layer(self, name):
         """Return the module called name. Raises ValueError with the nearest name for none."""
@@ -159,8 +148,8 @@ class View:
             protected unless its role is given
         Raises ValueError for an unknown role, with the nearest one.
         """
-        roles = list(ROLES.values() if roles is None else roles)
-        known(roles, [*ROLES.values(), "head"], "role")
+        roles = ROLES.values() if roles is None else roles
+        roles = names.known(roles, [*ROLES.values(), "head"], "role")
         return {name: m for name, m in self.model.named_modules() if self.role(name) in roles}
 
     def units(self, kinds=("heads", "neurons")):
@@ -176,7 +165,7 @@ class View:
             "block"             the block itself: 1
         Raises ValueError for an unknown kind, with the nearest one.
         """
-        known(kinds, UNITS, "kind of unit")
+        kinds = names.known(kinds, UNITS, "kind of unit")
         counts = {}
         for block in self.blocks:
             sizes = {
@@ -189,7 +178,7 @@ class View:
             counts |= {(block.name, kind): sizes[kind] for kind in kinds if kind in sizes}
         if "width" in kinds:
             for stage in self.stages:
-                first, _ = self.stream(stage)[0]
+                first, _ = self.residual_stream(stage)[0]
                 counts[stage, "width"] = len(first.weight)
         if "filters" in kinds:
             for name, conv in self.stem:
@@ -219,21 +208,19 @@ class View:
 
     @property
     def matrices(self):
-        """{name: module} of all that may become low rank.
-
-        These are the stem's convolutions that are not factored, and the linear layers but the
-        classifier.
-        """
+        """{name: module} of all that may become low rank."""
+        # The stem's convolutions that are not factored, and the linear layers but the classifier.
         return self._whole_stem | self.linears()
 
     @property
-    def segments(self):
+    def layers_along_stream(self):
         """{module name: names of its layers, in forward order} along the residual stream.
 
-        The modules make the stream one after the other: the patch embedding, the blocks, and in
-        Swin patch merging between them. "" stands for the whole model and its classifier. Between
-        the patch embedding and the first block a model may add to the stream.
+        "" stands for the whole model and its classifier.
         """
+        # The modules make the stream one after the other: the patch embedding, the blocks, and in
+        # Swin patch merging between them. Between the patch embedding and the first block a model
+        # may add to the stream.
         merging = (swin_transformer.PatchMerging, swin_transformer_v2.PatchMerging)
         blocks = {block.name for block in self.blocks}
         segments = {"patch_embed": list(self._whole_stem)}
@@ -242,35 +229,32 @@ class View:
                 segments[name] = [layer for layer in self.linears() if layer.startswith(f"{name}.")]
         return segments | {"": self.classifiers}
 
-    def ends_block(self, layer):
+    def block_end(self, layer):
         """Return how the last layer of a block writes to the residual stream, by the layer's name.
 
         Returns (the norm that reads the stream before the layer, the factors [width] by which its
-        outputs are scaled or None). Returns None for any other layer, and where a norm comes
-        between the layer and the stream.
+        outputs are scaled or None). Returns None for any other layer.
         """
         block = self.block_of(layer)
-        if block is None:
-            return None
-        _, last = self.writes(block)
-        if last is not self.model.get_submodule(layer):
+        # The last writer is another module where a norm comes between the layer and the stream.
+        module = self.model.get_submodule(layer)
+        if block is None or self.residual_writers(block)[1] is not module:
             return None
         inside = self.model.get_submodule(block.name)
         scale = getattr(inside, "ls2", None)
         return inside.norm2, getattr(scale, "gamma", None)
 
-    def writes(self, block):
-        """Return the two modules whose outputs a block adds to the residual stream.
-
-        On the way their outputs are scaled by the channel at most.
-        """
+    def residual_writers(self, block):
+        """Return the two modules whose outputs a block adds to the residual stream."""
+        # On the way to the stream a factor for each channel may scale the outputs, no more. Where
+        # the norms come last, they are what writes.
         inside = self.model.get_submodule(block.name)
         norms_last = isinstance(inside, vision_transformer.ResPostBlock)
         if norms_last or isinstance(self.model, SwinTransformerV2):
             return [inside.norm1, inside.norm2]
         return block.writers
 
-    def stream(self, stage):
+    def residual_stream(self, stage):
         """Return all that is as wide as the residual stream of a stage: [(part, how)].
 
         The first part has a weight row for each channel. How a part is as wide:
@@ -281,29 +265,33 @@ class View:
             "last"             dimension of a parameter
         Raises ValueError for an unknown stage, TypeError for what cannot be made narrower.
         """
-        number = _look_up({name: i for i, name in enumerate(self.stages)}, stage, "stage")
+        names.check("stage", stage, self.stages)
+        number = self.stages.index(stage)
+        model = self.model
         if number == 0:
             last = self.stem[-1][1]
-            parts = _stem_end(self.model, last)
+            parts = _stem_end(model, last)
         else:
-            parts = _merging(self.model.layers[number].downsample, "rows")
+            parts = _merging(model.layers[number].downsample, "rows")
         for block in self.blocks:
             if block.stage == number:
-                parts += _block_stream(block, self.model.get_submodule(block.name))
+                parts += _block_stream(block, model.get_submodule(block.name))
         if number + 1 < len(self.stages):
-            return parts + _merging(self.model.layers[number + 1].downsample, "merged")
-        return parts + _ending(self.model, self.classifiers)
+            return parts + _merging(model.layers[number + 1].downsample, "merged")
+        if getattr(model, "attn_pool", None) is not None:
+            raise TypeError("a model that pools by attention cannot be made narrower")
+        parts += _parts(model, ["norm", "fc_norm"], "channels")
+        return parts + [(model.get_submodule(name), "columns") for name in self.classifiers]
 
 
 _CONVOLUTIONS = (nn.Conv2d, layers.FactoredConv2d)
 
 
 def _chain_behind(model, layer):
-    """Return [(name, module)] behind a convolution in its nn.Sequential; [] for another layer."""
+    """Return [(name, module)] behind a layer in its nn.Sequential; [] for a layer in no such."""
     parent, _, number = layer.rpartition(".")
-    modules = dict(model.named_modules())
-    chain = modules.get(parent)
-    if not isinstance(modules.get(layer), _CONVOLUTIONS) or not isinstance(chain, nn.Sequential):
+    chain = model.get_submodule(parent)
+    if not isinstance(chain, nn.Sequential):
         return []
     children = list(chain.named_children())[int(number) + 1 :]
     return [(f"{parent}.{name}", module) for name, module in children]
@@ -328,34 +316,30 @@ def is_factor(model, layer):
     return isinstance(parent, layers.FactoredConv2d)
 
 
-def _parts(owner, *names):
-    """Return the attributes of owner with these names that are there."""
-    parts = [getattr(owner, name, None) for name in names]
-    return [part for part in parts if part is not None]
-
-
-def _channels(modules):
-    """Return (module, "channels") of each of these modules that has parameters."""
-    return [(module, "channels") for module in modules if list(module.parameters())]
+def _parts(owner, attributes, how):
+    """Return [(part, how)] of the attributes of owner that are there and do something."""
+    parts = [getattr(owner, attribute, None) for attribute in attributes]
+    return [(part, how) for part in parts if not isinstance(part, nn.Identity | None)]
 
 
 def _stem_end(model, last):
     """Return what is as wide as the first stage before the blocks, the last convolution first."""
     inside = list(model.patch_embed.modules())
     behind = inside[inside.index(last) + 1 :]
-    parts = [(last, "rows"), *_channels(behind)]
-    tokens = _parts(model, "cls_token", "reg_token", "dist_token", "pos_embed")
-    parts += [(token, "last") for token in tokens]
-    return parts + _channels(_parts(model, "norm_pre"))
+    norms = [(module, "channels") for module in behind if list(module.parameters())]
+    tokens = _parts(model, ["cls_token", "reg_token", "dist_token", "pos_embed"], "last")
+    return [(last, "rows"), *norms, *tokens, *_parts(model, ["norm_pre"], "channels")]
 
 
 def _merging(merging, side):
     """Return patch merging where it writes ("rows") or reads ("merged") a stage's stream."""
     # Swin's norm is on what merging reads, SwinV2's on what it writes.
-    norm_side = "rows" if isinstance(merging, swin_transformer_v2.PatchMerging) else "merged"
+    writes_norm = isinstance(merging, swin_transformer_v2.PatchMerging)
     parts = [(merging.reduction, side)]
-    if side == norm_side:
-        parts.append((merging.norm, "channels" if side == "rows" else "merged"))
+    if side == "merged" and not writes_norm:
+        parts.append((merging.norm, "merged"))
+    if side == "rows" and writes_norm:
+        parts.append((merging.norm, "channels"))
     return parts
 
 
@@ -363,18 +347,9 @@ def _block_stream(block, inside):
     """Return what of a block, with its module inside, is as wide as the residual stream."""
     if getattr(block.attn, "gate", None) is not None:
         raise TypeError("attention with a gate cannot be made narrower")
-    readers = _parts(block.attn, "qkv") + _parts(block.mlp, "fc1")
-    parts = [(reader, "columns") for reader in readers]
-    parts += [(writer, "rows") for writer in block.writers]
-    return parts + _channels(_parts(inside, "norm1", "norm2", "ls1", "ls2"))
-
-
-def _ending(model, classifiers):
-    """Return what is as wide as the last stage behind the blocks."""
-    if getattr(model, "attn_pool", None) is not None:
-        raise TypeError("a model that pools by attention cannot be made narrower")
-    parts = _channels(_parts(model, "norm", "fc_norm"))
-    return parts + [(model.get_submodule(name), "columns") for name in classifiers]
+    readers = _parts(block.attn, ["qkv"], "columns") + _parts(block.mlp, ["fc1"], "columns")
+    writers = [(writer, "rows") for writer in block.writers]
+    return readers + writers + _parts(inside, ["norm1", "norm2", "ls1", "ls2"], "channels")
 
 
 def view(model):
@@ -390,21 +365,16 @@ def view(model):
             if match and not isinstance(module, layers.Skip):
                 parts = [getattr(module, part, None) for part in ("attn", "mlp")]
                 blocks.append(Block(name, int(match[1] or 0), *parts))
-    if not blocks or not all(map(_is_plain, blocks)):
+    attentions = (Attention, swin_transformer.WindowAttention, attention.CutWindowAttentionV2)
+    is_plain = all(
+        isinstance(block.attn, (*attentions, layers.Constant))
+        and isinstance(block.mlp, (Mlp, layers.Constant))
+        for block in blocks
+    )
+    if not blocks or not is_plain:
         raise TypeError(
             f"cannot see into {type(model).__name__}: supported are timm's VisionTransformer "
             "family (ViT, DeiT), SwinTransformer and (made by models.create) SwinTransformerV2, "
             "with fused qkv and a two-layer MLP; not EVA, SwiGLU, MaxViT or ConvNets"
         )
     return View(model, kind, blocks)
-
-
-def _is_plain(block):
-    """Return whether attention and MLP of a block are of classes that vitlab can cut."""
-    attentions = (
-        Attention,
-        swin_transformer.WindowAttention,
-        attention.CutWindowAttentionV2,
-        layers.Constant,
-    )
-    return isinstance(block.attn, attentions) and isinstance(block.mlp, (Mlp, layers.Constant))

@@ -1,9 +1,6 @@
 """Let attention lose heads and head dimensions: timm's own classes with a forward pass for it.
 
-timm's attention takes queries, keys and values of one size. Here queries and keys have one size
-and values another, and `scale` stays what it was. The layers qkv and proj are always called as
-modules. So hooks see them, and any layer of `vitlab.layers` can stand in their place. Parameters
-and their names are timm's.
+Parameters and their names are timm's.
 
 Public: CUT_CLASSES, CutAttention, CutWindowAttention, CutWindowAttentionV2, allow_cuts.
 """
@@ -14,6 +11,9 @@ from timm.layers import Attention
 from timm.models import swin_transformer, swin_transformer_v2
 
 
+# timm's attention takes queries, keys and values of one size. Here queries and keys have one size
+# and values another, and `scale` stays what it was. The layers qkv and proj are always called as
+# modules. So hooks see them, and any layer of `layers` can stand in their place.
 class CutAttention(Attention):
     """Compute a ViT's attention.
 
@@ -59,7 +59,7 @@ class CutWindowAttention(swin_transformer.WindowAttention):
 
 
 class CutWindowAttentionV2(swin_transformer_v2.WindowAttention):
-    """Compute SwinV2's cosine attention in windows; biases of q and v are parameters beside qkv.
+    """Compute SwinV2's cosine attention in windows.
 
     x: [B * windows, tokens of a window, C]
     mask: [windows, tokens, tokens] of shifted windows, or None
@@ -69,7 +69,7 @@ class CutWindowAttentionV2(swin_transformer_v2.WindowAttention):
 
     def forward(self, x, mask=None):
         y = self.qkv(x)
-        if self.q_bias is not None:  # keys have no bias
+        if self.q_bias is not None:  # q and v have biases beside qkv, keys have none
             y = y + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = _split(self, y)
         # Liu et al. 2022, section 3.2: tau not below 0.01, so a scale of at most 100.
@@ -90,7 +90,8 @@ CUT_CLASSES = {
 
 
 def allow_cuts(attn):
-    """Let this attention lose head dimensions, in place. Its outputs change by rounding at most."""
+    """Let this attention lose head dimensions, in place."""
+    # The two classes compute the same: outputs change by rounding at most.
     attn.__class__ = CUT_CLASSES.get(type(attn), type(attn))
 
 

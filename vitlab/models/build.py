@@ -1,6 +1,6 @@
 """Create any ViT or Swin of timm by its name, with given weights or without.
 
-Public: ConvStem, SMALL, create, load_weights.
+Public: ConvStem, SMALL, create.
 """
 
 import inspect
@@ -25,17 +25,12 @@ from vitlab.models import anatomy, attention, packed
 class ConvStem(nn.Module):
     """Turn patch_size x patch_size pixels into one token by three 3x3 convolutions.
 
-    For timm's `embed_layer`. Early convolutions make small ViTs train in few epochs (Xiao et al.
-    2021, Hassani et al. 2021). Strides are patch_size / 4 by the first convolution and 2 x 2 by max
-    pooling. So the parameters do not depend on patch_size: weights move from 32 px with patch 4 to
-    64 px with patch 8.
+    For timm's `embed_layer`.
 
     img_size: side in pixels, a multiple of patch_size
     patch_size: a multiple of 4
     widths: channels after the first and the second convolution
     output_fmt: "NHWC" (Swin) for tokens as a grid
-    timm_options: other options that timm gives (bias, norm_layer, strict_img_size,
-        dynamic_img_pad); this stem has no use for them
     x: [B, in_chans, H, W] with H and W multiples of patch_size. Returns [B, H*W / patch_size**2,
     embed_dim], or [B, H / patch_size, W / patch_size, embed_dim] with output_fmt "NHWC".
     Raises ValueError for sizes that do not divide so.
@@ -43,16 +38,16 @@ class ConvStem(nn.Module):
 
     def __init__(
         self,
-        img_size=32,
-        patch_size=4,
-        in_chans=3,
-        embed_dim=128,
+        img_size,
+        patch_size,
+        in_chans,
+        embed_dim,
         *,
         widths=(32, 64),
         output_fmt=None,
         device=None,
         dtype=None,
-        **timm_options,
+        **timm_options,  # bias, norm_layer, strict_img_size, dynamic_img_pad: no use for them here
     ):
         super().__init__()
         self.img_size = to_2tuple(img_size)
@@ -66,6 +61,10 @@ class ConvStem(nn.Module):
         self.num_patches = self.grid_size[0] ** 2
         self.channels_last = output_fmt == "NHWC"
         like = {"device": device, "dtype": dtype}
+        # Early convolutions make small ViTs train in few epochs (Xiao et al. 2021, Hassani et al.
+        # 2021). Strides are patch_size / 4 by the first convolution and 2 x 2 by max pooling. So
+        # the parameters do not depend on patch_size: weights move from 32 px with patch 4 to 64 px
+        # with patch 8.
         steps = []
         for number, (ins, outs) in enumerate(pairwise((in_chans, *widths, embed_dim))):
             stride = patch // 4 if number == 0 else 1
@@ -78,9 +77,6 @@ class ConvStem(nn.Module):
     def forward(self, x):
         x = self.steps(x).permute(0, 2, 3, 1)  # [B, H / patch, W / patch, embed_dim]
         return x if self.channels_last else x.flatten(1, 2)
-
-    def feat_ratio(self, as_scalar=True):
-        return self.patch_size[0] if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size):
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
@@ -119,8 +115,7 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
     num_classes: size of the new head
     image_size: side in pixels; None: timm's own for the name
     pretrained: take timm's weights, downloaded by timm
-    weights: a local file (.safetensors, or .pth opened with weights_only) or a checkpoint folder. A
-        head of another size is left out with a warning, position tables are resampled by timm.
+    weights: a local file (.safetensors, or .pth opened with weights_only) or a checkpoint folder
     options: timm's own arguments of the class (embed_dim, depth, patch_size, window_size,
         drop_path_rate, ...)
     Returns the model in train mode, with `model.recipe` holding what is needed to build it again.
@@ -128,23 +123,20 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
     ones with the nearest known), and for weights of another architecture. Raises FileNotFoundError
     for missing weights.
     """
-    if pretrained and weights:
+    if pretrained and (weights or name in SMALL):
         raise ValueError(
-            "give either pretrained=True (timm's weights) or weights=... (a local file), not both"
+            "give either pretrained=True (timm's weights) or weights=... (a local file), not both; "
+            f"{' and '.join(SMALL)} have no weights to download"
         )
-    if name in SMALL and pretrained:
-        raise ValueError(f"{name} has no weights to download; give weights=... or pretrained=False")
-    if name not in SMALL and not timm.is_model(name):
-        hint = names.nearest(name, [*SMALL, *timm.list_models()])
-        raise ValueError(
-            f"unknown model {name!r}{hint} Known are {', '.join(SMALL)} and timm.list_models()."
-        )
+    if not timm.is_model(name):
+        names.check("model", name, [*SMALL, *timm.list_models()])
     sized = {} if image_size is None else {"img_size": image_size}
     try:
         model = _build(name, pretrained, num_classes, options | sized)
     except (TypeError, AssertionError) as error:
-        # timm's own words do not say which model or value they are about
-        raise ValueError(_what_is_wrong(name, options, str(error))) from error
+        _check_option(str(error))
+        # timm's own words do not say which model or value they are about.
+        raise ValueError(f"{name} cannot be built with {options}: {error}") from error
     if isinstance(model, SwinTransformerV2):  # timm's reads the weight of qkv past its module
         for module in model.modules():
             attention.allow_cuts(module)
@@ -155,7 +147,7 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
         "options": options,
     }
     if weights:
-        load_weights(model, weights)
+        _load_weights(model, Path(weights))
     return model
 
 
@@ -169,25 +161,17 @@ def _build(name, pretrained, num_classes, options):
     return model_class(num_classes=num_classes, embed_layer=stem, **options)
 
 
-def _what_is_wrong(name, options, reason):
-    """Return words for options that a model cannot be built with, from Python's or timm's words."""
+def _check_option(reason):
+    """Raise ValueError for an option that timm's class does not know, by the words of Python."""
     match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", reason)
-    classes = {family.__name__: family for family in anatomy.FAMILIES}
-    if not match or match[1] not in classes:
-        return f"{name} cannot be built with {options}: {reason}"
-    allowed = [*inspect.signature(classes[match[1]]).parameters, "pretrained", "weights"]
-    if name in SMALL:
-        allowed.append("stem_widths")
-    hint = names.nearest(match[2], allowed)
-    return f"unknown option {match[2]!r} of {name}{hint} Options are {', '.join(allowed)}."
+    for family in anatomy.FAMILIES:
+        if match and match[1] == family.__name__:
+            parameters = inspect.signature(family).parameters
+            names.check("option", match[2], [*parameters, "pretrained", "weights", "stem_widths"])
 
 
-def load_weights(model, path):
-    """Fill model from a local weights file or checkpoint folder.
-
-    path: as `weights` of `create`, which says what is raised
-    """
-    path = Path(path)
+def _load_weights(model, path):
+    """Fill model from a local weights file or checkpoint folder, as `create` says."""
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
@@ -195,20 +179,20 @@ def load_weights(model, path):
             f"no weights at {path}; give a .safetensors or .pth file or a checkpoint folder"
         )
     state = _adapted(model, _stored_weights(path))
-    expected = model.state_dict()
-    fitting = {k: t for k, t in state.items() if k in expected and expected[k].shape == t.shape}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    fitting = {name: t for name, t in state.items() if t.shape == expected.get(name)}
     # Of a model without classes: the names that timm's files give to a head.
-    names = anatomy.classifier_names(model) or ["head", "head.fc", "head_dist"]
-    heads = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
-    missing = [key for key in expected if key not in state and key not in heads]
-    wrong = [key for key in state if key not in fitting and key not in heads]
+    layers = anatomy.classifier_names(model) or ["head", "head.fc", "head_dist"]
+    heads = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    missing = sorted(expected.keys() - state.keys() - heads)
+    wrong = sorted(state.keys() - fitting.keys() - heads)
     if missing or wrong:
-        recipe = getattr(model, "recipe", "")
         raise ValueError(
-            f"{path} holds another architecture than {type(model).__name__} {recipe}: "
+            f"{path} holds another architecture than {type(model).__name__} {model.recipe}: "
             f"{len(missing)} tensors are missing (first {missing[:1]}), "
             f"{len(wrong)} do not fit (first {wrong[:1]})"
         )
+    # A head of another size is left out; position tables were resampled by timm.
     if heads - fitting.keys():
         warnings.warn(
             f"{path.name}: the head is left out and starts new with {model.num_classes} classes",

@@ -1,18 +1,11 @@
 """Save and load any model, pruned or not, as safetensors and a JSON record to build it from.
 
-A checkpoint is a folder with `model.safetensors`, `model.json` and, where masks were given that the
-weights do not follow, `masks.safetensors`. Tensors with many zeros are stored without them (see
-`packed`). Nothing is pickled, and loading needs nothing but the folder.
-
-The record holds a hash of each file and one of all that the record itself says. So what was
-altered, cut short or mixed up after saving is refused. The hashes are no signature: who alters a
-record on purpose can give it a new hash, and nothing here can tell.
+A checkpoint is a folder. Nothing is pickled, and loading needs nothing but the folder.
 
 Public: RECORD, WEIGHTS, load, load_masks, read, save.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -26,28 +19,17 @@ from vitlab import parallel
 from vitlab.models import build, packed, structure
 
 RECORD = "model.json"
-WEIGHTS = "model.safetensors"
-_MASKS = "masks.safetensors"
+WEIGHTS = "model.safetensors"  # tensors with many zeros are stored without them, see `packed`
+_MASKS = "masks.safetensors"  # only where masks were given that the weights do not follow
+# The record holds a hash of each file and one of all that the record itself says. So what was
+# altered, cut short or mixed up after saving is refused. The hashes are no signature: who alters a
+# record on purpose can give it a new hash, and nothing here can tell.
 _FORMAT = 3
 _READABLE = (1, 2, 3)  # 1: nothing packed; 1 and 2: only recipe and structure of the record hashed
-_FIELDS = {
-    "format": int,
-    "vitlab": str,
-    "recipe": dict,
-    "structure": dict,
-    "packed": dict,
-    "masks": dict,
-    "extra": object,
-    "sha256": dict,
-}
 
 
 def save(model, folder, *, extra=None, dtype=None, masks=None):
     """Write model to folder, over an older checkpoint there, and return the record.
-
-    Weights come back as they are, whether masks were applied or not. Where they were, the stored
-    bits serve both: at 90 % zeros a float32 file has 13 % of its size. A save that fails or is
-    killed leaves the older checkpoint as it was.
 
     model: as from `models.create`, cut or not
     extra: JSON-able values of the caller's, such as test top1
@@ -57,12 +39,11 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     Raises ValueError for a model that `models.create` did not make and for values beyond dtype's
     range, OSError for a folder that cannot be written.
     """
-    if not hasattr(model, "recipe"):
-        raise ValueError(
-            f"{type(model).__name__} has no recipe to build it again: make it by models.create"
-        )
     folder = Path(folder)
     masks = masks or {}
+    cut = structure.structure(model)  # refuses a model that has no recipe
+    # Weights come back as they are, whether masks were applied or not. Where they were, the stored
+    # bits serve both: at 90 % zeros a float32 file has 13 % of its size.
     tensors, shapes = packed.pack(_tensors(model, dtype), masks)
     files = {WEIGHTS: safetensors.torch.save(tensors)}
     if bits := _bits_apart(masks, tensors):
@@ -71,7 +52,7 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
         "format": _FORMAT,
         "vitlab": version("vitlab"),
         "recipe": model.recipe,
-        "structure": structure.structure(model),
+        "structure": cut,
         "packed": shapes,
         "masks": {name: list(mask.shape) for name, mask in masks.items()},
         "extra": extra or {},
@@ -80,16 +61,15 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     record = json.loads(json.dumps(record))  # as it will be read
     record["sha256"]["record"] = _own_hash(record)
     files[RECORD] = json.dumps(record, indent=1).encode()
+    # A save that fails or is killed leaves the older checkpoint as it was.
     try:
         if parallel.is_first():
             _write(folder, files)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        cure = "make room on its disk" if full else "make this one a folder that you may write to"
         raise type(error)(
             error.errno,
-            f"cannot write the checkpoint folder {folder} ({error.strerror}): "
-            f"choose another folder, or {cure}",
+            f"cannot write the checkpoint folder {folder} ({error.strerror}): choose another "
+            "folder, make room on its disk, or make this one a folder that you may write to",
         ) from error
     parallel.wait_for_everyone()
     return record
@@ -175,22 +155,22 @@ def read(folder):
     """Return the record of the checkpoint in folder, after checking it and its files.
 
     Returns a dict of format, vitlab (version), recipe, structure, packed and masks ({parameter:
-    shape}), extra, sha256. In the older formats 1 and 2 only recipe, structure and files are known
-    to be as they were saved, not masks and extra.
+    shape}), extra, sha256.
     Raises FileNotFoundError for a missing folder or file. Raises ValueError for a record that is
     broken, altered or of another format, and for files that were altered or cut short after saving.
     """
     folder = Path(folder)
     _settle(folder)
     record = _record(folder)
+    hashes = record["sha256"]
     for name in (WEIGHTS, _MASKS):
-        if name not in record["sha256"]:  # no masks apart
+        if name == _MASKS and name not in hashes:  # no masks apart
             continue
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"the checkpoint in {folder} has lost its {name}; save it again"
             )
-        if _sha256(folder / name) != record["sha256"][name]:
+        if _sha256(folder / name) != hashes.get(name):
             raise ValueError(
                 f"{folder / name} is not the file that its record was saved with: it was altered "
                 "or cut short (sha256 differs); copy or save the checkpoint again"
@@ -208,19 +188,21 @@ def _record(folder):
     try:
         record = json.loads(path.read_text())
         written = record["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        is_readable = written in _READABLE
+        # Here fields that the hash needs may be missing or of another type.
+        own = "record" if written == _FORMAT else "architecture"
+        is_as_saved = is_readable and _own_hash(record) == record["sha256"][own]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint's record: {error!r}; save it again") from error
-    if written not in _READABLE:
+    if not is_readable:
         raise ValueError(
             f"{path} has format {written}, this vitlab ({version('vitlab')}) reads up to format "
             f"{_FORMAT}: install the version that wrote it ({record.get('vitlab')}) "
             "or save it again"
         )
-    if fault := _fault(record):
-        raise ValueError(
-            f"{path} is no checkpoint's record of format {written}: {fault}; save it again"
-        )
-    if _own_hash(record) != record["sha256"][_own_name(record)]:
+    if not is_as_saved:
+        # In the older formats 1 and 2 only recipe, structure and files are known to be as they were
+        # saved, not masks and extra.
         hashed = "what it says is" if written == _FORMAT else "recipe or structure are"
         raise ValueError(
             f"{path} was altered after saving: {hashed} not what was saved (sha256 differs); "
@@ -229,64 +211,26 @@ def _record(folder):
     return record
 
 
-def _own_name(record):
-    return "record" if record["format"] == _FORMAT else "architecture"
-
-
-def _fault(record):
-    """Return what is wrong with the fields of record, in words that name the field, or None."""
-    fields = dict(_FIELDS)
-    if record["format"] == 1:
-        del fields["packed"]
-    for name in fields | record:
-        if name not in record:
-            return f"{name} is missing"
-        if name not in fields:
-            return f"there is no {name} in it"
-        if not isinstance(record[name], fields[name]):
-            return f"{name} is no {fields[name].__name__}"
-    for name in ("packed", "masks"):
-        for key, shape in record.get(name, {}).items():
-            if not isinstance(shape, list) or not all(map(_is_size, shape)):
-                return f"{name} has {shape!r} as the shape of {key}"
-    if wrong := (record["sha256"].keys() ^ {WEIGHTS, _own_name(record)}) - {_MASKS}:
-        return f"sha256 has an entry too many or too few: {', '.join(sorted(wrong))}"
-    return None
-
-
-def _is_size(value):
-    return type(value) is int and value >= 0
-
-
 def load(folder, *, device="cpu"):
     """Build the model in folder again, from record and tensors alone.
 
-    Leaves torch's random numbers as they were.
-
     Returns the model in eval mode on device.
-    Raises what `read` raises, and ValueError naming the first tensor that does not fit the recorded
-    architecture.
+    Raises what `read` raises, and ValueError for tensors that do not fit the recorded architecture.
     """
     folder = Path(folder)
     record = read(folder)
     with _naming(folder):
-        tensors = _stored(folder, record)
-        _check_sizes(record["recipe"], tensors)
+        stored = safetensors.torch.load_file(folder / WEIGHTS)
+        stored = packed.unpack(stored, record.get("packed", {}))
+        _check_sizes(record["recipe"], stored)
         model = _built(record)
-    empty = model.state_dict()
-    expected = {name: list(tensor.shape) for name, tensor in empty.items()}
-    stored = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    wrong = [name for name in expected | stored if expected.get(name) != stored.get(name)]
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"the tensors in {folder} are of another architecture than its record: {name} is "
-            f"{expected.get(name, 'missing')} by the record and {stored.get(name, 'missing')} in "
-            f"{WEIGHTS} ({len(wrong)} tensors differ)"
-        )
-    # Copies: the tensors are the file itself, which may change.
-    tensors = {name: tensor.to(empty[name].dtype, copy=True) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, assign=True)
+        empty = model.state_dict()
+        tensors = {}
+        for name, tensor in stored.items():
+            # Weights may be stored in half precision. Copies: the file itself may change.
+            dtype = empty.get(name, tensor).dtype
+            tensors[name] = tensor.to(dtype, copy=True)
+        model.load_state_dict(tensors, assign=True)
     return model.to(device).eval()
 
 
@@ -296,36 +240,21 @@ def _naming(folder):
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError | ValueError) and str(folder) in str(error):
-            raise
         raise ValueError(
-            f"the checkpoint in {folder} describes no model that can be built: "
+            f"the checkpoint in {folder} gives no model that fits its record: "
             f"{type(error).__name__}: {error}; save it again"
         ) from error
 
 
 def _check_sizes(recipe, tensors):
-    """Raise ValueError for a recipe of a model that is much larger than the stored tensors.
-
-    To build it might never end.
-    """
+    """Raise ValueError for a recipe of a model that is much larger than the stored tensors."""
+    # To build it might never end. A block has many tensors, so there are fewer blocks than tensors.
     bounds = {"depth": len(tensors), "depths": len(tensors), "image_size": 8192, "img_size": 8192}
     for name, value in (recipe | recipe["options"]).items():
         bound = bounds.get(name, 1_000_000)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not abs(number) <= bound:
                 raise ValueError(f"{name} is {number} in its recipe, beyond {bound}")
-
-
-def _stored(folder, record):
-    """Return {name: tensor} of the checkpoint in folder, in the dtype that they were stored in."""
-    stored = safetensors.torch.load_file(folder / WEIGHTS)
-    try:
-        return packed.unpack(stored, record.get("packed", {}))
-    except ValueError as error:
-        raise ValueError(
-            f"{folder / WEIGHTS} and its record do not belong together: {error}"
-        ) from error
 
 
 def _built(record):
@@ -339,7 +268,7 @@ def _built(record):
         # What no state dict holds, such as the masks of Swin's windows, timm computes anew.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # leaves torch's random numbers as they were
         return structure.rebuild(model, record["structure"])
 
 
@@ -351,17 +280,14 @@ def load_masks(folder):
     folder = Path(folder)
     record = read(folder)
     with _naming(folder):
-        bits = {}
-        if record["masks"]:
-            for name, tensor in safetensors.torch.load_file(folder / WEIGHTS).items():
-                if name.endswith(packed.BITS):
-                    bits[name.removesuffix(packed.BITS)] = tensor
+        shapes = record["masks"]
+        stored = safetensors.torch.load_file(folder / WEIGHTS)
+        apart = {}
         if _MASKS in record["sha256"]:
-            bits |= safetensors.torch.load_file(folder / _MASKS)
-        if lost := record["masks"].keys() - bits.keys():
+            apart = safetensors.torch.load_file(folder / _MASKS)
+        bits = {name: apart.get(name, stored.get(name + packed.BITS)) for name in shapes}
+        if lost := sorted(name for name in bits if bits[name] is None):
             raise ValueError(
-                f"the masks in {folder / RECORD} are in no file beside it: "
-                f"{', '.join(sorted(lost))}"
+                f"the masks in {folder / RECORD} are in no file beside it: {', '.join(lost)}"
             )
-        shapes = record["masks"].items()
-        return {name: packed.bits_to_mask(bits[name], shape, name) for name, shape in shapes}
+        return {name: packed.bits_to_mask(bits[name], shapes[name], name) for name in shapes}

@@ -11,7 +11,7 @@ Indices and masks are buffers, so that `build(config)` and the state dict restor
 
 Public: COMPRESSED_LAYERS, Constant, FactoredConv2d, FactoredLinear, LowRankSparseLinear, RowLinear,
 SUPPORTS, Skip, break_even_rank, build, config, factored, factored_conv, linear, low_rank_sparse,
-macs, merged_conv, recombine, select, shift.
+merged_conv, recombine, select, shift.
 """
 
 import math
@@ -19,6 +19,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from vitlab import names
 
 SUPPORTS = ("entries", "rows", "columns")
 
@@ -34,34 +36,29 @@ class _Layer(nn.Module):
         self.out_features = out_features
 
     @property
+    def _matrices(self):
+        return [p for p in self.parameters() if p.ndim == 2]  # without the bias
+
+    @property
     def macs(self):
-        matrices = [p for p in self.parameters() if p.ndim == 2]  # without the bias
-        return sum(matrix.numel() for matrix in matrices)
+        return sum(matrix.numel() for matrix in self._matrices)
 
     @property
     def macs_ideal(self):
-        return sum(macs(layer, ideal=True) for layer in self.children())
-
-    def config(self):
-        options = {name: getattr(self, name) for name in self.options}
-        return _shape(self) | options
-
-    def extra_repr(self):
-        names = ("in_features", "out_features", *self.options)
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return sum(int(matrix.count_nonzero()) for matrix in self._matrices)
 
 
 class FactoredLinear(_Layer):
     """Compute y = second(first(x)): two thin layers, [rank, in_features] and [out_features, rank].
 
-    Below rank m n / (m + n) these are fewer multiply-accumulates. That is not yet less time: two
-    calls move more than one. What makes factoring faster is a limit on each rank: measure it by
-    bench.rank_speed and bench.break_even, and give it to ranks.allocate(most=...). The same share of
-    every layer (factor.compress by "svd") is a baseline.
-
     rank: at least 1
     Raises ValueError for a rank below 1.
     """
+
+    # Below rank m n / (m + n) these are fewer multiply-accumulates. That is not yet less time: two
+    # calls move more than one. What makes factoring faster is a limit on each rank: measure it by
+    # bench.rank_speed and bench.break_even, and give it to ranks.allocate(most=...). The same share
+    # of every layer (factor.compress by "svd") is a baseline.
 
     options = ("rank",)
 
@@ -91,9 +88,8 @@ class FactoredLinear(_Layer):
 
     def select(self, rows, columns):
         u, v = self.factors
-        u, v = u[rows], v[:, columns]
-        new = factored(u, v, bias=_bias_of(self, rows))
-        return _unless_dense_is_cheaper(new, self, rows, columns)
+        small = factored(u[rows], v[:, columns], bias=_bias_of(self, rows))
+        return _if_cheaper(small, rows, columns)
 
     def recombine(self, whole, transfer):
         self.first.weight.copy_(whole.first.weight @ transfer)
@@ -102,57 +98,52 @@ class FactoredLinear(_Layer):
 class FactoredConv2d(nn.Sequential):
     """Stand for a convolution: one like it to rank channels, without bias, then one of 1 x 1.
 
-    Source: Zhang et al. 2016. It executes rank (C k k + O) multiply-accumulates at each output
-    position. Both parts are convolutions of the stem like any other.
+    Source: Zhang et al. 2016.
 
     conv: nn.Conv2d of one group. Its shapes are taken over, not its values (see `factored_conv`).
     rank: at least 1
-    Raises ValueError for several groups and for a rank below 1.
+    Raises ValueError for a rank below 1.
     """
 
+    # It executes rank (C k k + O) multiply-accumulates at each output position. Both parts are
+    # convolutions of the stem like any other.
+
     def __init__(self, conv, *, rank):
-        if conv.groups != 1 or rank < 1:
-            raise ValueError(
-                f"a convolution of {conv.groups} groups at rank {rank}: "
-                "give one of 1 group and rank >= 1"
-            )
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1; got {rank}")
         first = _conv_like(conv, rank, bias=False)
         has_bias = conv.bias is not None
         second = nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias, **_like(conv.weight))
         super().__init__(first, second)
-
-    @property
-    def rank(self):
-        return self[0].out_channels
+        self.rank = rank
 
 
 class LowRankSparseLinear(_Layer):
     """Compute y = (L + S) x + bias with L = U V of low rank and S sparse, on a fixed support.
 
-    support: where S may differ from zero, and how it is stored:
-        "entries": count entries anywhere, stored dense with zeros elsewhere. `mask` [m, n] is
-            applied wherever gradients are wanted, so that training cannot leave the support.
-            Inference takes the zeros as they are stored. Executes r (m + n) + m n
-            multiply-accumulates, more than dense; ideally r (m + n) + count.
-        "rows": count whole rows, `index` [count]. Executes r (m + n) + count n.
-        "columns": count whole columns, `index` [count]. Executes r (m + n) + count m.
+    support: where S may differ from zero: "entries" anywhere, whole "rows" or whole "columns"
     rank: r, rank of L; 0 for no L
     count: how many entries, rows or columns
 
-    Rows of S are stored under V in `first` [r + count, n], columns of S beside U in `second`
-    [m, r + count], so that either costs two matrix products. A new layer is zero: give it values by
-    `low_rank_sparse` or a state dict.
+    A new layer is zero: give it values by `low_rank_sparse` or a state dict.
     Raises ValueError for an unknown support, for neither rank nor count, and for a count beyond
     the matrix.
     """
 
+    # How S is stored, and what a token costs:
+    #     "entries": `sparse` [m, n], dense with zeros outside of `mask` [m, n]. Executes
+    #         r (m + n) + m n multiply-accumulates, more than dense; ideally r (m + n) + count.
+    #     "rows": under V in `first` [r + count, n], at `index` [count]. Executes
+    #         r (m + n) + count n.
+    #     "columns": beside U in `second` [m, r + count], at `index` [count]. Executes
+    #         r (m + n) + count m.
+    # So rows and columns cost two matrix products, like the low-rank part alone.
     options = ("rank", "support", "count")
 
     def __init__(self, in_features, out_features, *, rank, support, count, bias=True, **like):
         super().__init__(in_features, out_features)
         m, n = out_features, in_features
-        if support not in SUPPORTS:
-            raise ValueError(f"unknown support {support!r}; supports are {', '.join(SUPPORTS)}")
+        names.check("support", support, SUPPORTS)
         most = {"entries": m * n, "rows": m, "columns": n}[support]
         if rank < 0 or not 0 <= count <= most or rank + count == 0:
             raise ValueError(
@@ -160,10 +151,9 @@ class LowRankSparseLinear(_Layer):
                 "give no more than these, no negative rank, and at least 1 of either"
             )
         self.rank, self.support, self.count = rank, support, count
-        rows = count if support == "rows" else 0
-        columns = count if support == "columns" else 0
-        self.first = _zeros(rank + rows, n, **like)
-        self.second = _zeros(m, rank + columns, **like)
+        counts = {support: count}
+        self.first = _zeros(rank + counts.get("rows", 0), n, **like)
+        self.second = _zeros(m, rank + counts.get("columns", 0), **like)
         self.sparse = _zeros(m, n, **like) if support == "entries" else None
         self.bias = _zeros(m, **like) if bias else None
         device = like.get("device")
@@ -175,12 +165,19 @@ class LowRankSparseLinear(_Layer):
 
     def forward(self, x):
         if self.support == "entries":
-            return self._with_entries(x)
+            sparse = self.sparse
+            if torch.is_grad_enabled() and sparse.requires_grad:
+                # Gradients are wanted, and training cannot leave the support. Inference takes the
+                # zeros as they are stored.
+                sparse = sparse * self.mask
+            if not self.rank:
+                return F.linear(x, sparse, self.bias)
+            hidden = F.linear(x, self.first)
+            return F.linear(hidden, self.second, self.bias) + F.linear(x, sparse)
         if self.support == "columns":
             hidden = x.index_select(-1, self.index)
             if self.rank:
-                low_rank = F.linear(x, self.first)
-                hidden = torch.cat([low_rank, hidden], dim=-1)
+                hidden = torch.cat([F.linear(x, self.first), hidden], dim=-1)
             return F.linear(hidden, self.second, self.bias)
         # Rows: one product gives the inputs of U and the outputs of the rows of S.
         both = F.linear(x, self.first)
@@ -188,25 +185,13 @@ class LowRankSparseLinear(_Layer):
         y = F.linear(hidden, self.factors[0], self.bias)  # of rank 0: the bias alone
         return y.index_add_(-1, self.index, outputs)  # in place is safe: no backward needs y
 
-    def _with_entries(self, x):
-        sparse = self.sparse
-        if torch.is_grad_enabled() and sparse.requires_grad:
-            sparse = sparse * self.mask  # no gradient outside the support
-        if not self.rank:
-            return F.linear(x, sparse, self.bias)
-        hidden = F.linear(x, self.first)
-        low_rank = F.linear(hidden, self.second, self.bias)
-        return low_rank + F.linear(x, sparse)
-
     @property
     def factors(self):
         """U [m, r] and V [r, n] of the low-rank part."""
         if self.rank:
             return self.second[:, : self.rank], self.first[: self.rank]
         like = next(self.parameters())
-        u = like.new_zeros(self.out_features, 0)
-        v = like.new_zeros(0, self.in_features)
-        return u, v
+        return like.new_zeros(self.out_features, 0), like.new_zeros(0, self.in_features)
 
     @property
     def sparse_weight(self):
@@ -242,19 +227,19 @@ class LowRankSparseLinear(_Layer):
     def select(self, rows, columns):
         u, v = self.factors
         u, v = u[rows], v[:, columns]
-        mask = self.support_mask[rows][:, columns]
         bias = _bias_of(self, rows)
+        mask = self.support_mask[rows][:, columns]
         if mask.any():
             sparse = self.sparse_weight[rows][:, columns]
             options = {"mask": mask, "support": self.support, "bias": bias}
-            new = low_rank_sparse(u, v, sparse=sparse, **options)
+            small = low_rank_sparse(u, v, sparse=sparse, **options)
             if self.support == "entries":  # executes more than dense from the start
-                return new
+                return small
         elif self.rank:
-            new = factored(u, v, bias=bias)
-        else:  # only zeros are left
-            return _dense(self, rows, columns)
-        return _unless_dense_is_cheaper(new, self, rows, columns)
+            small = factored(u, v, bias=bias)
+        else:
+            return None
+        return _if_cheaper(small, rows, columns)
 
     def recombine(self, whole, transfer):
         if self.support != "rows":
@@ -302,14 +287,10 @@ class RowLinear(_Layer):
         bias = self.kept.bias
         return None if bias is None else self._spread(bias, 0)
 
-    def config(self):
-        kept = config(self.kept)
-        return _shape(self) | {"rows": self.rows.tolist(), "kept": kept}
-
     def select(self, rows, columns):
         stays = torch.isin(self.rows, rows)
-        if not stays.any():  # only zeros are left
-            return _dense(self, rows, columns)
+        if not stays.any():
+            return None
         own_rows = stays.nonzero().flatten()
         kept = select(self.kept, rows=own_rows, columns=columns)
         if kept.out_features == len(rows):
@@ -340,9 +321,6 @@ class Constant(nn.Module):
     def config(self):
         return {"out_features": self.out_features, "bias": self.bias is not None}
 
-    def extra_repr(self):
-        return f"out_features={self.out_features}"
-
 
 class Skip(nn.Identity):
     """Stand for a whole block that is gone: pass the residual stream on."""
@@ -365,26 +343,28 @@ def _like(tensor):
     return {"device": tensor.device, "dtype": tensor.dtype}
 
 
-def _shape(module):
-    return {
-        "type": type(module).__name__,
-        "in_features": module.in_features,
-        "out_features": module.out_features,
-        "bias": module.bias is not None,
-    }
-
-
 def _conv_like(conv, out_channels, *, bias):
     """Return a new convolution that looks at the inputs as conv does."""
-    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    options = {name: getattr(conv, name) for name in names}
+    geometry = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    options = {name: getattr(conv, name) for name in geometry}
     like = _like(conv.weight)
     return nn.Conv2d(conv.in_channels, out_channels, **options, bias=bias, **like)
 
 
 def config(module):
     """Return a JSON-able description of an nn.Linear or a layer of this file, for `build`."""
-    return module.config() if isinstance(module, COMPRESSED_LAYERS) else _shape(module)
+    described = {
+        "type": type(module).__name__,
+        "in_features": module.in_features,
+        "out_features": module.out_features,
+        "bias": module.bias is not None,
+    }
+    for name in getattr(module, "options", ()):
+        described[name] = getattr(module, name)
+    if isinstance(module, RowLinear):
+        described["rows"] = module.rows.tolist()
+        described["kept"] = config(module.kept)
+    return described
 
 
 def build(config, **like):
@@ -397,24 +377,10 @@ def build(config, **like):
     config = dict(config)
     classes = {layer.__name__: layer for layer in (nn.Linear, *COMPRESSED_LAYERS)}
     name = config.pop("type", None)
-    if name not in classes:
-        raise ValueError(f"unknown type of layer {name!r}; types are {', '.join(classes)}")
+    names.check("type of layer", name, classes)
     if "kept" in config:
         config["kept"] = build(config["kept"], **like)
     return classes[name](**config, **like)
-
-
-def macs(module, *, ideal=False):
-    """Return the multiply-accumulates of one token, without the bias.
-
-    module: an nn.Linear or a layer of this file
-    ideal: count as if zeros were free (an nn.Linear's too)
-    """
-    if isinstance(module, COMPRESSED_LAYERS):
-        return module.macs_ideal if ideal else module.macs
-    if ideal:
-        return int(module.weight.count_nonzero())
-    return module.weight.numel()
 
 
 def linear(weight, bias=None):
@@ -495,18 +461,20 @@ def _fill(layer, **values):
 def select(module, *, rows=None, columns=None):
     """Return a new layer with only these outputs and inputs of a layer.
 
-    Factors keep their rank, and sparse parts what is left of their support. A layer of low rank,
-    whole rows or whole columns that no longer costs less than a dense one becomes an nn.Linear of
-    the same function.
-
     module: an nn.Linear or a layer of this file
     rows, columns: sorted indices of outputs and inputs; None: all
     """
     rows = _indices(rows, module.out_features, module)
     columns = _indices(columns, module.in_features, module)
     if isinstance(module, COMPRESSED_LAYERS):
-        return module.select(rows, columns)
-    return _dense(module, rows, columns)
+        # Factors keep their rank, and sparse parts what is left of their support. A layer of low
+        # rank, whole rows or whole columns that no longer costs less than a dense one becomes an
+        # nn.Linear of the same function, and so does a layer of which only zeros are left.
+        small = module.select(rows, columns)
+        if small is not None:
+            return small
+    weight = module.weight[rows][:, columns]
+    return linear(weight, _bias_of(module, rows))
 
 
 def _indices(indices, count, module):
@@ -516,21 +484,13 @@ def _indices(indices, count, module):
     return torch.as_tensor(indices).to(module.weight.device)
 
 
-def _dense(module, rows, columns):
-    """Return an nn.Linear that computes these outputs of these inputs of module."""
-    weight = module.weight[rows][:, columns]
-    return linear(weight, _bias_of(module, rows))
-
-
 def _bias_of(module, rows):
     return None if module.bias is None else module.bias[rows]
 
 
-def _unless_dense_is_cheaper(new, module, rows, columns):
-    """Return new, or an nn.Linear of the same function where new does not cost less."""
-    if new.macs < len(rows) * len(columns):
-        return new
-    return _dense(module, rows, columns)
+def _if_cheaper(small, rows, columns):
+    """Return small, or None where a dense layer of these rows and columns costs no more."""
+    return small if small.macs < len(rows) * len(columns) else None
 
 
 @torch.no_grad()

@@ -1,12 +1,6 @@
 """Store tensors without their zeros: a bit for each entry, and the entries that are not zero.
 
-This module knows tensors only. A tensor NAME is stored as two tensors:
-
-    NAME:bits    uint8, eight entries a byte in order of memory, the first entry in the highest bit
-                 (numpy.packbits)
-    NAME:values  the entries whose bit is set
-
-Bool tensors have bits alone. With 90 % zeros a float32 tensor takes 13 % of its bytes.
+This module knows tensors only.
 
 Public: BITS, bits_to_mask, mask_to_bits, pack, unpack.
 """
@@ -16,8 +10,11 @@ import math
 import numpy as np
 import torch
 
+# A tensor NAME is stored as two tensors. With 90 % zeros a float32 tensor takes 13 % of its bytes.
+# NAME:bits is uint8, eight entries a byte in order of memory, the first entry in the highest bit
+# (numpy.packbits).
 BITS = ":bits"
-_VALUES = ":values"
+_VALUES = ":values"  # NAME:values are the entries whose bit is set; bool tensors have bits alone
 _OVERHEAD = 160  # bytes that two more tensors take in the header of a safetensors file
 
 
@@ -25,15 +22,15 @@ def pack(tensors, masks=None):
     """Return tensors as they are to be stored, packed where that makes them smaller.
 
     tensors: {name: tensor}, on the CPU
-    masks: {name: bool tensor}. Where a tensor is zero outside its mask, its bits are the mask, so
-        that `to_mask` gives the mask back, too. For all other tensors the bits say where the
-        tensor is not zero.
+    masks: {name: bool tensor}; where a tensor is zero outside its mask, its bits are the mask
     Returns ({name: tensor} to store, {name: shape} of the tensors that were packed).
     """
     masks = masks or {}
     stored, shapes = {}, {}
     for name, tensor in tensors.items():
         bits = tensor != 0
+        # The bits say where the tensor is not zero. Where it is zero outside its mask they are the
+        # mask, so that `bits_to_mask` gives the mask back, too.
         if name in masks:
             mask = masks[name].cpu()
             if not (bits & ~mask).any():
@@ -78,7 +75,7 @@ def mask_to_bits(mask):
 def bits_to_mask(bits, shape, name="mask"):
     """Return the bool tensor that has these bits.
 
-    bits: uint8 [ceil(n / 8)], as from `from_mask`
+    bits: uint8 [ceil(n / 8)], as from `mask_to_bits`
     shape: shape of the tensor, of n entries
     name: what an error calls the tensor
     Raises ValueError, with the name, for too few or too many bits.

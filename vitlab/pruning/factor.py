@@ -96,8 +96,8 @@ def compress(
         structure.put(model, path, new)
         shape = {"m": m, "n": n, "rank": rank, "count": count}
         losses = _losses(weight, gram, budget, count, support, fit)
-        costs = {"macs_dense": m * n, "macs": layers.macs(new)}
-        costs["macs_ideal"] = layers.macs(new, ideal=True)
+        costs = {"macs_dense": m * n, "macs": new.macs}
+        costs["macs_ideal"] = new.macs_ideal
         report.append({"layer": name, "role": view.role(name), **shape, **losses, **costs})
     return model, pd.DataFrame(report)
 

@@ -69,7 +69,7 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
     dense_view = models.view(dense)
     previous = None
     with sweep.Sweep(dense), sweep.Sweep(model):  # in eval mode; later as they were
-        for name, layer_names in dense_view.segments.items():
+        for name, layer_names in dense_view.layers_along_stream.items():
             part = model.get_submodule(name)
             dense_part = dense.get_submodule(name)
             reads_images = name in ("patch_embed", "")
@@ -109,7 +109,7 @@ def _rows(dense, drops):
             )
     marked = copy.deepcopy(dense).double()
     rows_by_layer = {}
-    for name in sum(models.view(dense).segments.values(), []):
+    for name in sum(models.view(dense).layers_along_stream.values(), []):
         layer = marked.get_submodule(name)
         if type(layer) in (nn.Linear, nn.Conv2d):
             # Counted from 1, because removal writes zeros.
@@ -232,10 +232,10 @@ def _place(dense_view, view, name, rows):
         scale=ones,
         dense_scale=ones,
     )
-    ends_block = view.ends_block(name)
-    if ends_block:
-        place.norm, factors = ends_block
-        place.dense_norm, dense_factors = dense_view.ends_block(name)
+    block_end = view.block_end(name)
+    if block_end:
+        place.norm, factors = block_end
+        place.dense_norm, dense_factors = dense_view.block_end(name)
         if factors is not None:
             factors = factors[place.channels]
             # A channel that is too faint is solved for the branch's own output.

@@ -558,7 +558,7 @@ def _unit_place(view, where, kind, count):
         return _Place(count, [(view.model.get_submodule(norm or where), True)])
     block = view.block(where)
     if kind == "block":
-        return _Place(count, [(module, True) for module in view.writes(block)])
+        return _Place(count, [(module, True) for module in view.residual_writers(block)])
     if kind == "neurons":
         return _Place(count, [(block.mlp.fc2, False)])
     if kind != "qk":
@@ -579,7 +579,7 @@ def _stage_place(view, stage, count):
         if view.stages[block.stage] == stage:
             module = view.model.get_submodule(block.name)
             gates = gates or [(module, False)]
-            gates += [(write, True) for write in view.writes(block)]
+            gates += [(write, True) for write in view.residual_writers(block)]
             signal = module, True
     return _Place(count, gates, signal)
 

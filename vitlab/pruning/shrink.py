@@ -210,7 +210,7 @@ def _remove_filters(model, name, removed, fill):
 
 def _remove_channels(model, stage, removed, fill):
     """Take channels out of all that writes, carries and reads the residual stream of a stage."""
-    stream = models.view(model).stream(stage)
+    stream = models.view(model).residual_stream(stage)
     size = len(stream[0][0].weight)
     keep = _complement(removed["width"], size)
     # Patch merging sees four tokens side by side, each with all channels.
