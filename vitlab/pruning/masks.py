@@ -115,10 +115,11 @@ def drop_in_rows(score, count):
         return torch.ones_like(score, dtype=torch.bool)
     # This takes a third of the time of a stable sort.
     threshold = score.kthvalue(count, dim=-1, keepdim=True).values
+    keep = score >= threshold
     tied = score == threshold
-    # All smaller scores go, and of those equal to the threshold the first ones.
-    spare = count - (score < threshold).sum(-1, keepdim=True)
-    return (score > threshold) | (tied & (tied.cumsum(-1) > spare))
+    # Of the scores equal to the threshold so many have to go, and the first ones do.
+    surplus = keep.sum(-1, keepdim=True) - (score.shape[-1] - count)
+    return keep & ~(tied & (tied.cumsum(-1) <= surplus))
 
 
 def _check(scores):

@@ -300,7 +300,7 @@ def keep_more_zero(model, scores, *, sparsity, per="global", floor=0):
     revived = sum(int((mask & dead[name]).count_nonzero()) for name, mask in keep.items())
     if revived:
         raise ValueError(
-            f"{revived} weights that are zero would come back: ask for a higher sparsity than before"
+            f"{revived} zero weights would come back: ask for a higher sparsity than before"
         )
     return keep
 

@@ -436,7 +436,7 @@ def _plan_units(sweep, criteria, kinds):
         # The weights of a channel of the stream or of a filter lie in every layer around.
         for kind in {"width", "filters", "block"} & {*kinds}:
             raise ValueError(
-                f'{kind} has no "magnitude" that compares with those of other kinds: use taylor or fisher'
+                f'{kind} has no "magnitude" that compares with others: use taylor or fisher'
             )
     view = models.view(sweep.model)
     # Kinds come in one order, whatever the caller's: random scores are drawn in turn.
@@ -551,8 +551,7 @@ def _own_parameters(model, names):
     if names is None:
         # A factored layer has several weights.
         layers = tuple(f"{layer}." for layer in models.view(model).linears())
-        inside = [name for name in parameters if name.startswith(layers)]
-        names = [name for name in inside if not name.endswith("bias")]
+        names = [n for n in parameters if n.startswith(layers) and not n.endswith("bias")]
     return {name: parameters[name] for name in known(names, parameters, "parameter")}
 
 

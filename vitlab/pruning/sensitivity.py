@@ -93,10 +93,8 @@ def agreement(unit_scores, measured):
     and measured loss increase over all blocks) and units (how many were compared).
     """
     rows = []
-    for criterion, scores_by_place in unit_scores.items():
-        predicted = []
-        for row in measured.itertuples():
-            predicted.append(scores_by_place[row.block, row.kind][row.unit].item())
+    for criterion, table in unit_scores.items():
+        predicted = [table[row.block, row.kind][row.unit].item() for row in measured.itertuples()]
         for kind, part in measured.assign(score=predicted).groupby("kind"):
             correlation = _spearman(part.score, part.increase)
             rows.append((criterion, kind, correlation, len(part)))

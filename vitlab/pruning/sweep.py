@@ -1,8 +1,5 @@
 """Collect values and gradients of layers in one pass over batches.
 
-Hooks take the statistics while values and gradients are fresh, so that no second set of gradients
-is ever stored.
-
 Public: Grams, Moments, NO_BATCHES, Sweep, channels_last, fitting_gram, layer_inputs,
 patches, wide, zeros.
 """
@@ -27,16 +24,14 @@ class Sweep(ExitStack):
     Use it in a with statement: ask for statistics by the on_... methods, then call `run`. Each
     statistic goes to its add(tensor), batch by batch. What add receives may share memory with the
     model's own values and must not be changed.
-
-    Parameters and gates get gradients only where on_gradient, on_gate or on_output_gradient asks
-    for them. Without these no graph is built.
-
-    hooked: whether a statistic was asked for. backward: whether one of them needs gradients.
-    size: images of the current batch. images, batches: how many have been run.
     """
 
-    hooked = backward = False
-    size = images = batches = 0
+    hooked = False  # whether a statistic was asked for
+    # Whether one of them needs gradients. Without these no graph is built. Parameters and gates get
+    # gradients only where on_gradient, on_gate or on_output_gradient asks for them.
+    backward = False
+    size = 0  # images of the current batch
+    images = batches = 0  # how many have been run
 
     def __init__(self, model):
         super().__init__()
@@ -56,9 +51,11 @@ class Sweep(ExitStack):
     def on_gradient(self, parameter, add):
         """Call add(g) with the gradient of each batch's mean loss by a parameter, wide."""
 
+        # `run` differentiates the sum of the losses of a batch.
         def take(gradient):
             add(wide(gradient) / self.size)
 
+        # Freed at once, so that no second set of gradients is ever stored.
         def free(parameter):
             parameter.grad = None
 
@@ -70,9 +67,9 @@ class Sweep(ExitStack):
     def on_gate(self, places, add):
         """Call add(d) for each batch with d [B, channels], the gradients by gates on channels.
 
-        places: [(layer, whether its output is meant)]. Each channel has one gate on all of these
-            inputs and outputs together: d is summed over them, with signs.
+        places: [(layer, whether its output is meant)] that the gates are on.
         """
+        # Each channel has one gate on all places together: d is summed over them, with signs.
         parts = []  # what the places of the current batch gave so far
 
         def watch(layer, x):
@@ -97,19 +94,15 @@ class Sweep(ExitStack):
             self.hook(layer, partial(watch, layer), output=output)
 
     def on_value(self, layer, add, *, output=False):
-        """Call add(x) for each batch with a layer's input (or output), [tokens, channels], wide.
-
-        Inputs of a convolution come as patches, [positions, C * k * k].
-        """
+        """Call add(x) for each batch with a layer's input (or output), [tokens, channels], wide."""
+        # Inputs of a convolution come as patches, [positions, C * k * k].
         flat = _outputs if output else layer_inputs
         self.hook(layer, lambda x: add(flat(x, layer)), output=output)
 
     def on_output_gradient(self, layer, add):
-        """Call add(g) for each batch with g [tokens, channels], wide, gradients by an output.
+        """Call add(g) for each batch with g [tokens, channels], wide, gradients by an output."""
 
-        They are the gradients of each image's own loss by the layer's output.
-        """
-
+        # They are the gradients of each image's own loss by the layer's output.
         def watch(x):
             x.requires_grad_()
             x.register_hook(lambda gradient: add(_outputs(gradient, layer)))
@@ -160,15 +153,14 @@ class Sweep(ExitStack):
 
 
 class Moments:
-    """Merge mean and variance of channels over the tokens of all batches (Chan et al. 1979).
+    """Merge mean and variance of channels over the tokens of all batches."""
 
-    tokens: {key: how many}. mean, variance: {key: [channels]}.
-    """
-
+    # By the formula of Chan et al. (1979), so that a large mean costs no precision: the sums of x
+    # and x^2 would lose the variance between two large numbers.
     def __init__(self):
-        self.tokens = defaultdict(int)
-        self.mean = {}
-        self.variance = {}
+        self.tokens = defaultdict(int)  # {key: how many}
+        self.mean = {}  # {key: [channels]}
+        self.variance = {}  # {key: [channels]}
 
     def add(self, key, x):
         """Add the values of one batch, x [tokens, channels]."""
@@ -190,22 +182,19 @@ class Moments:
 
 
 class Grams:
-    """Add up x x^T over the tokens of all batches, in float64.
-
-    affine: append a constant 1 to x.
-    tokens: {key: how many}. totals: {key: sum [channels, channels]}.
-    """
+    """Add up x x^T over the tokens of all batches; affine appends a constant 1 to x."""
 
     def __init__(self, affine=False):
         self.affine = affine
-        self.tokens = defaultdict(int)
-        self.totals = defaultdict(int)
+        self.tokens = defaultdict(int)  # {key: how many}
+        self.totals = defaultdict(int)  # {key: sum [channels, channels]}
 
     def add(self, key, x):
         """Add the values of one batch, x [tokens, channels]."""
         if self.affine:
             x = functional.pad(x, (0, 1), value=1)
         self.tokens[key] += len(x)
+        # Products are taken in the inputs' precision, at least float32, and added up in float64.
         self.totals[key] += (x.T @ x).double()
 
     def mean(self, key):
@@ -214,10 +203,8 @@ class Grams:
 
 
 def channels_last(x, layer):
-    """Return a layer's input or output with its channels as the last dimension.
-
-    A convolution and its batch norm have them second.
-    """
+    """Return a layer's input or output with its channels as the last dimension."""
+    # A convolution and its batch norm have them second.
     return x.movedim(1, -1) if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)) else x
 
 
@@ -243,8 +230,7 @@ def patches(x, conv):
         raise ValueError(
             f"no patches of {conv}: supported are convolutions of one group, padded with zeros"
         )
-    shape = {"dilation": conv.dilation, "padding": conv.padding, "stride": conv.stride}
-    columns = functional.unfold(x, conv.kernel_size, **shape)
+    columns = functional.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
     return columns.movedim(1, -1).flatten(0, 1)
 
 
@@ -258,6 +244,7 @@ def zeros(model, shapes):
 
     shapes: {key: shape}.
     """
+    # A sum in bfloat16 would stop growing at 256 equal terms.
     like = wide(next(model.parameters()))
     return {key: like.new_zeros(shape) for key, shape in shapes.items()}
 
