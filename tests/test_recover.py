@@ -181,7 +181,7 @@ def test_masks_of_rows_computed_alone_and_of_biases(vit, batches):
     )
     assert gap(new, vit, batches) < 0.5 * gap(small, vit, batches)
     for key, word in [
-        ("no.such", "no parameter 'no.such'"),
+        ("no.such", "unknown parameter 'no.such'"),
         ("blocks.0.mlp.fc1.first.weight", "factored layer"),
     ]:
         thin = factor.factorise(vit, {"blocks.0.mlp.fc1": 5})

@@ -185,14 +185,6 @@ def test_directions_equal_brute_force(model, batch):
         assert found[name].shape == (len(v) + 1,) and layer.weight.equal(whole)
 
 
-def test_directions_of_another_shape_are_refused(vit, batch):
-    name = "blocks.0.mlp.fc1"
-    with pytest.raises(
-        ValueError, match=r"the basis of blocks.0.mlp.fc1 \[64, 32\] is u \[m, R\] and v \[R, n\]"
-    ):
-        scores.directions(vit, [batch], {name: (torch.ones(64, 3), torch.ones(3, 64))})
-
-
 def test_gates_of_filters_sit_behind_their_norm(model, batch):
     found = scores.units(
         model, split(batch, 4), criteria=["taylor", "michel", "fisher"], kinds=["filters"]
@@ -704,10 +696,6 @@ def test_calibration_far_below_held_out_is_a_warning(vit, batch):
     assert (
         scores.check_calibration(vit, [wrong], [fitted]) == losses[::-1]
     )  # a warning would be an error here
-    assert (
-        scores.check_calibration(vit, [fitted], [wrong], share=losses[0] / losses[1] / 1.01)
-        == losses
-    )
 
 
 def test_random_needs_a_seed_and_no_data(model):
@@ -766,13 +754,14 @@ def test_scores_in_single_precision_are_those_in_double(model, batch):
                 assert error < 1e-3 * score.abs().max(), (group, criterion, key)
 
 
-def test_bf16_sums_many_small_parts(vit):
+def test_bf16_sums_many_small_parts():
     """A bf16 sum stops growing at 256 equal terms; ours must not."""
-    gates = sweep.Gates(vit.to(torch.bfloat16), {"a": (1,)})
-    for _ in range(3000):
-        gates.add("a", None, torch.ones(1, 1))
-        gates.finish()
-    assert gates.absolute["a"] == gates.square["a"] == 3000
+    model = OneLayer().to(torch.bfloat16)
+    image = [(torch.ones(1, 2).to(torch.bfloat16), torch.tensor([0]))]
+    wanted = dict(criteria=["taylor", "fisher"], layers=["layer"])
+    one, many = scores.rows(model, image, **wanted), scores.rows(model, 600 * image, **wanted)
+    for criterion, score in one.items():
+        torch.testing.assert_close(many[criterion]["layer"], score["layer"], rtol=1e-4, atol=0)
 
 
 def test_errors_name_what_is_wrong(vit, batch):
@@ -788,10 +777,10 @@ def test_errors_name_what_is_wrong(vit, batch):
                 call(vit, empty, criteria=["taylor"])
     with pytest.raises(ValueError, match="no batches"):
         scores.grams(vit, [])
-    with pytest.raises(ValueError, match="'blocks.0.attn.qvk.weight' in this model, did you mean"):
+    with pytest.raises(ValueError, match="parameter 'blocks.0.attn.qvk.weight', did you mean"):
         scores.weights(vit, criteria="magnitude", parameters=["blocks.0.attn.qvk.weight"])
     with pytest.raises(
-        ValueError, match="'blocks.0.mlp.fc3' in this model, did you mean 'blocks.0.mlp.fc"
+        ValueError, match="convolution 'blocks.0.mlp.fc3', did you mean 'blocks.0.mlp.fc"
     ):
         scores.rows(vit, criteria="magnitude", layers=["blocks.0.mlp.fc3"])
     vit.blocks[1].mlp.fc1.weight.data[0, 0] = torch.nan
@@ -821,10 +810,10 @@ def test_errors_of_criteria_and_kinds_name_what_is_wrong(vit, batch):
             with pytest.raises(ValueError, match=f"linear layers, {name} is none"):
                 scores.weights(vit, [batch], criteria=criterion, parameters=[name])
     grams = scores.grams(vit, [batch], affine=True)
-    with pytest.raises(ValueError, match=r"needs a gram \[32, 32\] of 'blocks.0.attn.qkv'"):
+    with pytest.raises(ValueError, match=r"gram of blocks.0.attn.qkv is \[33, 33\], not \[32, 32\]"):
         scores.weights(vit, criteria="obs", grams=grams)
     with pytest.raises(
-        ValueError, match="of 'blocks.0.attn.qkv', did you mean 'blocks.1.attn.qkv'"
+        ValueError, match="'blocks.0.attn.qkv', did you mean 'blocks.1.attn.qkv'"
     ):
         scores.weights(vit, criteria="obs", grams={"blocks.1.attn.qkv": grams["blocks.1.attn.qkv"]})
     with pytest.raises(ValueError, match="qkv.weight has no inverse with damping 0"):

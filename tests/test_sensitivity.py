@@ -114,11 +114,10 @@ def test_layers_are_ranked_by_what_a_cut_takes_from_them(model, batch):
     assert both.spearman.tolist() == pytest.approx(((alone[0] + alone[1]) / 2).tolist())
 
 
-def test_kinds_can_be_chosen(vit, batch):
-    assert set(sensitivity.ablations(vit, [batch], per_block=1, kinds=["heads"]).kind) == {"heads"}
+def test_curves_refuse_what_is_no_share_and_no_way_to_cut(vit, batch):
     with pytest.raises(ValueError, match="sparsity is a share"):
         sensitivity.curves(
             vit, scores.weights(vit, criteria=["magnitude"])["magnitude"], [batch], ratios=[50]
         )
-    with pytest.raises(ValueError, match='per must be "layer" or "role"; got \'block\''):
+    with pytest.raises(ValueError, match="unknown way to cut .per. 'block'"):
         sensitivity.curves(vit, {}, [batch], ratios=[0.5], per="block")

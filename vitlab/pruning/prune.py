@@ -17,7 +17,6 @@ from vitlab.models import anatomy
 from vitlab.pruning import masks
 
 _UNITS = ("heads", "neurons", "qk", "v", "rows")
-_SCHEDULES = ("one-shot", "cubic", "iterative")
 
 
 def masked(model, keep):
@@ -126,9 +125,7 @@ def parameters_of(model, keep):
     """
     parameters = dict(model.named_parameters())
     for name, mask in keep.items():
-        if name not in parameters:
-            hint = names.nearest(name, parameters)
-            raise ValueError(f"no parameter {name!r} in this model{hint}")
+        names.check("parameter", name, parameters)
         shape = parameters[name].shape
         if mask.dtype != torch.bool or mask.shape != shape:
             raise ValueError(
@@ -189,21 +186,20 @@ def units_to_masks(model, drop):
     for (name, kind), indices in drop.items():
         rows, columns = _lines_left(view, name, kind, indices)
         parts = rows_to_masks(model, rows)
-        for layer, keep in columns.items():
-            weight = _own_parameters(model, layer)["weight"]
-            parts[f"{layer}.weight"] = keep.to(weight.device).expand_as(weight)
+        for parameter, keep in columns.items():
+            weight = view.parameter(parameter)
+            parts[parameter] = keep.to(weight.device).expand_as(weight)
         for parameter, mask in parts.items():
             masks[parameter] = mask & masks.get(parameter, mask)
     return masks
 
 
 def _lines_left(view, name, kind, indices):
-    """Return the rows and the columns that stay without these units, two {layer name: bool}."""
+    """Return what stays without these units: {layer: bool [rows]}, {parameter: bool [columns]}."""
     if kind == "rows":
         count = len(_own_parameters(view.model, name)["weight"])
         return {name: _all_but(indices, count, f"rows of {name}")}, {}
-    if kind not in _UNITS:
-        raise ValueError(f"unknown kind of unit {kind!r}{names.nearest(kind, _UNITS)}")
+    names.check("kind of unit", kind, _UNITS)
     block = view.block(name)
     if kind == "qk" and block.normalises_queries:
         raise ValueError(
@@ -212,8 +208,8 @@ def _lines_left(view, name, kind, indices):
     count = view.units([kind]).get((name, kind), 0)
     keep = _all_but(indices, count, f"{kind} of {name}")
     if kind == "neurons":
-        return {f"{name}.mlp.fc1": keep}, {f"{name}.mlp.fc2": keep}
-    # a head may have fewer dimensions of queries than of values
+        return {f"{name}.mlp.fc1": keep}, {f"{name}.mlp.fc2.weight": keep}
+    # A head may have fewer dimensions of queries than of values.
     queries = values = keep
     if kind == "heads":
         queries = keep.repeat_interleave(block.qk_dim)
@@ -222,16 +218,16 @@ def _lines_left(view, name, kind, indices):
         values = keep.new_ones(block.num_heads * block.head_dim)
     else:
         queries = keep.new_ones(block.num_heads * block.qk_dim)
+    # The keys of a dimension go with its queries.
     rows = {f"{name}.attn.qkv": torch.cat([queries, queries, values])}
-    columns = {} if kind == "qk" else {f"{name}.attn.proj": values}
+    columns = {} if kind == "qk" else {f"{name}.attn.proj.weight": values}
     return rows, columns
 
 
 def _own_parameters(model, layer):
     """Return {"weight": ..., "bias": ...} of a plain layer; ValueError if there is none."""
     modules = dict(model.named_modules())
-    if layer not in modules:
-        raise ValueError(f"no layer {layer!r} in this model{names.nearest(layer, modules)}")
+    names.check("layer", layer, modules)
     parameters = dict(modules[layer].named_parameters(recurse=False))
     if "weight" not in parameters or parameters.keys() - {"weight", "bias"}:
         raise ValueError(
@@ -245,8 +241,7 @@ def _all_but(indices, count, what):
     """Return bool [count], False at indices; ValueError, naming what, for an index out of range."""
     indices = [int(index) for index in indices]
     if not set(indices) <= set(range(count)):
-        there = f"are 0 to {count - 1}" if count else "are all gone"
-        raise ValueError(f"{what} {there}; got {indices}")
+        raise ValueError(f"there are {count} {what}, numbered from 0; got {indices}")
     keep = torch.ones(count, dtype=torch.bool)
     keep[indices] = False
     return keep
@@ -266,8 +261,7 @@ def shares(kind, steps, *, final, initial=0.0):
 
     Raises ValueError for an unknown kind, shares out of range, and less than one step.
     """
-    if kind not in _SCHEDULES:
-        raise ValueError(f"unknown kind of schedule {kind!r}{names.nearest(kind, _SCHEDULES)}")
+    names.check("kind of schedule", kind, ("one-shot", "cubic", "iterative"))
     if not 0 <= initial <= final < 1:
         raise ValueError(
             f"need shares 0 <= initial <= final < 1, not percentages; got {initial} and {final}"
@@ -285,35 +279,28 @@ def shares(kind, steps, *, final, initial=0.0):
     return [*before, final]
 
 
-@torch.no_grad()
-def keep_more_zero(model, scores, **options):
+def keep_more_zero(model, scores, *, sparsity, per="global", floor=0):
     """Return masks in which the zeros of the model go first: dead weights stay dead.
 
     scores: {parameter name: float tensor of its shape}, such as new scores of a model that was cut
         before.
-    options: those of masks.keep_largest. Its budget counts the weights that are dead already; with
-        tile, it counts the tiles that are zero throughout.
+    sparsity, per, floor: as for masks.keep_largest. The weights that are dead already count.
 
     Returns {parameter name: bool tensor}.
-    Raises ValueError for scores that do not fit the model, for a budget that would bring dead
+    Raises ValueError for scores that do not fit the model, for a sparsity that would bring dead
     weights back, and what masks.keep_largest raises.
     """
     shapes = {name: score.bool() for name, score in scores.items()}
-    tile = options.get("tile")
     dead = {}
+    ranked = {}
     for name, parameter in parameters_of(model, shapes).items():
-        zero = (parameter == 0).to(scores[name].device)
-        if tile is not None:  # one zero does not make a dead tile
-            tiled = masks.in_tiles(name, zero, tile)
-            zero = masks.whole_tiles(tiled.all((-3, -1)), tiled)
-        dead[name] = zero
-    ranked = {name: score.masked_fill(dead[name], -torch.inf) for name, score in scores.items()}
-    keep = masks.keep_largest(ranked, **options)
-    revived = {name: int((mask & dead[name]).count_nonzero()) for name, mask in keep.items()}
-    if any(revived.values()):
+        dead[name] = (parameter == 0).to(scores[name].device)
+        ranked[name] = scores[name].masked_fill(dead[name], -torch.inf)
+    keep = masks.keep_largest(ranked, sparsity=sparsity, per=per, floor=floor)
+    revived = sum(int((mask & dead[name]).count_nonzero()) for name, mask in keep.items())
+    if revived:
         raise ValueError(
-            f"{sum(revived.values())} weights that are zero would come back, most of them in "
-            f"{max(revived, key=revived.get)}: ask for a higher sparsity than before"
+            f"{revived} zero weights would come back: ask for a higher sparsity than before"
         )
     return keep
 

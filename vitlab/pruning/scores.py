@@ -1,33 +1,39 @@
 """Measure how important each weight, row, neuron, head and channel is, in one pass over batches.
 
-A higher score means: keep it. All criteria of a call share one forward pass and, if one of them
-needs gradients, one backward pass per batch. Hooks take the statistics while values and gradients
-are fresh, so that no second set of gradients is ever stored.
+A higher score means: keep it. In all functions batches is a list (or anything to iterate over) of
+(x [B, 3, H, W], y int64 [B]) on the model's device, from the training split with evaluation
+transforms. The model is used in eval mode and left as it was: modes, requires_grad, gradients and
+hooks. Where several processes train (see `parallel`), the first one computes for all.
 
-In all functions batches is a list (or anything to iterate over) of (x [B, 3, H, W], y int64 [B]) on
-the model's device, from the training split with evaluation transforms. The model is used in eval
-mode and left as it was: modes, requires_grad, gradients and hooks. Where several processes train
-(see `parallel`), the first one computes for all.
-
-Public: ROWS, UNITS, WEIGHTS, check_calibration, directions, gradient_grams, grams,
-inverse_diagonal, loss, measure, rows, units, weights.
+Public: ROWS, UNITS, WEIGHTS, check_calibration, directions, gradient_grams, grams, loss, measure,
+rows, units, weights.
 """
 
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from vitlab import models, names, parallel
+from vitlab import models, parallel
 from vitlab.models import anatomy
-from vitlab.names import nearest
-from vitlab.pruning import sweep
-from vitlab.pruning.sweep import Gates, Grams, Moments, Sweep, layer_inputs, wide, zeros
+from vitlab.names import known
+from vitlab.pruning.lowrank import TINY
+from vitlab.pruning.sweep import (
+    NO_BATCHES,
+    Grams,
+    Moments,
+    Sweep,
+    fitting_gram,
+    layer_inputs,
+    wide,
+    zeros,
+)
 
+# The criteria, the control first. What each one is stands in the tables of the plans below.
 WEIGHTS = ("random", "magnitude", "gradient", "taylor", "fisher", "obd", "snip", "wanda", "obs")
 ROWS = ("random", "magnitude", "gradient", "taylor", "michel", "fisher", "variance")
 UNITS = ("random", "magnitude", "taylor", "michel", "fisher", "variance")
@@ -51,31 +57,33 @@ def measure(
 ):
     """Measure scores of weights, rows and units in one pass.
 
-    Criteria that need no gradients run forward passes only; random and magnitude need no batches.
-
-    weights, rows, units: criteria of the functions of these names, which say what they mean and
-        return.
+    weights, rows, units: criteria of the functions of these names, which say what they return.
     parameters, grams, damping: options of `weights`.
     layers: option of `rows`.
     kinds: option of `units`.
-    labels, seed: options of all three.
+    labels: "true", or "model" for labels that seed draws from the model's own prediction.
+    seed: of random and of labels="model".
 
     Returns {"weights": ..., "rows": ..., "units": ...}; a group without criteria comes back empty.
-    Raises ValueError for no criteria at all and what the three functions raise.
+    Raises ValueError for no criteria at all, unknown names, missing batches (random and magnitude
+    need none), and a loss or a score that is not finite.
     """
-    weights = names.known(weights, WEIGHTS, "criterion")
-    rows = names.known(rows, ROWS, "criterion")
-    units = names.known(units, UNITS, "criterion")
+    weights = known(weights, WEIGHTS, "criterion")
+    rows = known(rows, ROWS, "criterion")
+    units = known(units, UNITS, "criterion")
     if not weights + rows + units:
         raise ValueError("nothing to measure: give criteria of weights, rows or units")
     plans = {}
     with Sweep(model) as sweep:
+        # All plans hook into one sweep. It runs one forward pass for all criteria and, if one of
+        # them needs gradients, one backward pass per batch.
         if weights:
             plans["weights"] = _plan_weights(sweep, weights, parameters, grams, damping)
         if rows:
             plans["rows"] = _plan_rows(sweep, rows, layers)
         if units:
             plans["units"] = _plan_units(sweep, units, kinds)
+        # The control and magnitudes hook nothing: they need no images.
         if sweep.hooked:
             sweep.run(batches, labels=labels, seed=seed)
     criteria = {"weights": weights, "rows": rows, "units": units}
@@ -88,137 +96,77 @@ def measure(
     return scores
 
 
-@parallel.first_decides
-def weights(
-    model,
-    batches=None,
-    *,
-    criteria,
-    parameters=None,
-    grams=None,
-    damping=1e-3,
-    labels="true",
-    seed=0,
-):
+def weights(model, batches=None, *, criteria, **options):
     """Measure scores of single weights.
 
-    g is the gradient of the mean cross-entropy of one batch, E the mean over batches. These are
-    statistics per micro-batch, whose size B is the caller's batch size.
-
-    criteria: one or several of
-      random     uniform in [0, 1), drawn from seed
+    criteria: one or several of WEIGHTS, where g is the gradient of the mean cross-entropy of one
+        batch, E the mean over batches and H the gram of a layer's inputs
+      random     uniform in [0, 1)
       magnitude  |w|
-      gradient   E|g|: where the loss would like to move; it is not the cost of a removal
-      taylor     E|w g| (Molchanov et al. 2019, first order)
-      fisher     E(w g)^2 (Molchanov et al. 2019)
-      obd        E[B (w g)^2] / 2, the rise of the loss to second order (Optimal Brain Damage, LeCun
-                 et al. 1990) with B g^2 for the diagonal of the Hessian. With labels="model" this
-                 estimates the diagonal of the Fisher matrix, here the same as Gauss-Newton's,
-                 without bias and for any B, from one drawn label per image. With true labels it is
-                 the empirical Fisher for B = 1. For a larger B the squared mean gradient comes on
-                 top, B - 1 times.
-      snip       |w E g| over its sum over all these parameters (Lee et al. 2019)
-      wanda      |W_ij| ||X_j||, where ||X_j|| is the L2 norm of input j over all tokens (Sun et al.
-                 2023). It compares inside each row only: masks.keep_largest(per="row")
-      obs        w_ij^2 / (2 [H^-1]_jj), half of what the layer's squared output error
-                 (lowrank.objective) rises by if that weight goes and its row adapts (Optimal Brain
-                 Surgeon, Hassibi and Stork 1993, by layer as in SparseGPT, Frantar and Alistarh
-                 2023). H is the layer's gram plus damping times the mean of its diagonal. It does
-                 not compare between layers: per="layer"
-    wanda and obs are for linear layers only; their inputs are counted as in `grams`.
-    parameters: names of parameters. None means the weights (no biases) of all linear layers but the
-        classifier.
-    grams: {layer name: [n, n]} as from `grams`; saves obs the pass over batches.
-    damping: of H for obs, 1e-3 unless given.
-    labels: "true", or "model" for labels that seed draws from the model's own prediction (the true
-        Fisher, for models that fit their calibration images).
-    seed: of random and of labels="model", 0 unless given.
+      gradient   E|g|
+      taylor     E|w g|
+      fisher     E(w g)^2
+      obd        E[B (w g)^2] / 2, Optimal Brain Damage
+      snip       |w E g| over its sum over all these parameters
+      wanda      |W_ij| ||X_j||, of linear layers only, for masks.keep_largest(per="row")
+      obs        w_ij^2 / (2 [H^-1]_jj), Optimal Brain Surgeon, of linear layers only, per="layer"
+    options: of `measure`, and
+      parameters  names; None means the weights (no biases) of all linear layers but the classifier
+      grams       {layer name: [n, n]} as from `grams`; saves obs the pass over batches
+      damping     of H for obs, 1e-3 unless given
 
     Returns {criterion: {parameter name: tensor of its shape}}, float32 or better.
-    Raises ValueError for unknown names, missing batches (random and magnitude need none) or grams,
-    a gram without inverse, and a loss or a score that is not finite.
+    Raises ValueError as `measure` does, for missing grams, and for a gram without inverse.
     """
-    options = {"parameters": parameters, "grams": grams, "damping": damping}
-    scores = measure(model, batches, weights=criteria, labels=labels, seed=seed, **options)
-    return scores["weights"]
+    return measure(model, batches, weights=criteria, **options)["weights"]
 
 
-@parallel.first_decides
-def rows(model, batches=None, *, criteria, layers=None, labels="true", seed=0):
+def rows(model, batches=None, *, criteria, **options):
     """Measure scores of whole rows (output features, filters).
 
-    dL/dz is the gradient of one image's loss by a gate z on the row's output, bias included and
-    before any activation. E is the mean over images.
-
-    criteria: one or several of
-      random     uniform in [0, 1), drawn from seed
+    criteria: one or several of ROWS, where dL/dz is the gradient of one image's loss by a gate z on
+        the row's output, and E the mean over images
+      random     uniform in [0, 1)
       magnitude  L2 norm of the row with its bias
-      gradient   mean over the row's weights and bias of E|g|, with g and E per micro-batch as in
-                 `weights`
+      gradient   mean over the row's weights and bias of E|g|, as in `weights`
       taylor     E|dL/dz|
-      michel     taylor over the L2 norm of the layer's vector, as Michel et al. (2019) do for heads
-      fisher     E(dL/dz)^2 / 2, in loss units, so that it compares between layers as it is
-      variance   of the row's output over all images and positions (window padding included): what
-                 its mean in the next bias cannot replace
-    layers: names of linear layers or convolutions. None means all linear layers but the classifier.
-        The gate of a convolution sits on its own output, in front of a batch norm.
-    labels, seed: as for `weights`.
+      michel     taylor over the L2 norm of the layer's vector
+      fisher     E(dL/dz)^2 / 2, in loss units
+      variance   of the row's output over all images and positions
+    options: of `measure`, and
+      layers     names of linear layers or convolutions; None means all linear layers but the
+                 classifier
 
     Returns {criterion: {layer name: tensor [rows]}}.
-    Raises ValueError as `weights` does.
+    Raises ValueError as `measure` does.
     """
-    scores = measure(model, batches, rows=criteria, layers=layers, labels=labels, seed=seed)
-    return scores["rows"]
+    return measure(model, batches, rows=criteria, **options)["rows"]
 
 
-@parallel.first_decides
-def units(model, batches=None, *, criteria, kinds=("heads", "neurons"), labels="true", seed=0):
+def units(model, batches=None, *, criteria, **options):
     """Measure scores of heads, neurons, channels and blocks.
 
-    dL/dz is the gradient of one image's loss by a gate z on the unit, signed and summed over the
-    unit's channels, tokens and writes. E is the mean over images. One backward pass gives the gates
-    of all images of a batch; Swin's windows are folded back to images.
+    criteria: one or several of UNITS, where dL/dz is the gradient of one image's loss by a gate z
+        on the unit, and E the mean over images
+      random     uniform in [0, 1)
+      magnitude  L2 norm of all weights that would go; not for width, filters and block
+      taylor     E|dL/dz|
+      michel     taylor over the L2 norm of the block's vector
+      fisher     E(dL/dz)^2 / 2, in loss units
+      variance   sum over the unit's channels of the variance over images and positions
+    options: of `measure`, and
+      kinds      one or several of heads, neurons, qk, v, filters, width and block; heads and
+                 neurons unless given. Dimensions of qk and v are numbered head by head.
 
-    criteria: one or several of
-      random     uniform in [0, 1), drawn from seed
-      magnitude  L2 norm of all weights that would go: rows of qkv or fc1 with biases, columns of
-                 proj or fc2. Not for width and filters, whose weights lie in every layer around,
-                 nor for blocks
-      taylor     E|dL/dz| (Michel et al. 2019, equation 2)
-      michel     taylor over the L2 norm of the block's vector (their normalisation over a layer)
-      fisher     E(dL/dz)^2 / 2, in loss units, so that it compares between all units as it is
-      variance   sum over the unit's channels of the variance over images and positions. For width
-                 it is that of the stage's last output, for a block that of what its MLP writes
-    kinds: one or several of
-      heads      input channels of a head at proj (after softmax)
-      neurons    an input channel at fc2 (after the activation)
-      qk         one dimension of a head's queries and keys, gated at q: [heads * dimensions], head
-                 by head. Not for models that normalise queries and keys
-      v          one dimension of a head's values, gated at the input of proj: [heads * dimensions],
-                 head by head
-      filters    of a convolution of the stem that feeds another one, gated behind its batch norm,
-                 under keys (convolution name, "filters")
-      width      a channel of the residual stream, under keys ("stages.0", "width") for a ViT and
-                 ("stages.s", "width") for stage s of a Swin. One gate is on all that is written to
-                 it: the input of the stage's first block and the outputs of each proj and fc2
-      block      a whole block, [1]: one gate on both that it writes to the residual stream
-    labels, seed: as for `weights`.
-
-    Returns {criterion: {(block or stage name, kind): tensor [units]}}.
-    Raises ValueError as `weights` does.
+    Returns {criterion: {(block, stage or convolution name, kind): tensor [units]}}.
+    Raises ValueError as `measure` does, and for qk where queries and keys are normalised.
     """
-    scores = measure(model, batches, units=criteria, kinds=kinds, labels=labels, seed=seed)
-    return scores["units"]
+    return measure(model, batches, units=criteria, **options)["units"]
 
 
 @parallel.first_decides
 def grams(model, batches, *, layers=None, affine=False):
     """Measure the second moments X^T X / tokens of layer inputs, by forward passes only.
-
-    X [tokens, n] are the inputs of a linear layer over all images and positions, window padding
-    included. For a convolution of one group they are the patches that its filters see. Then n is
-    channels * k * k, as in weight.flatten(1). Products are taken in the inputs' precision, at least
-    float32, and added up in float64.
 
     layers: names of linear layers and convolutions. None means all linear layers but the
         classifier.
@@ -232,6 +180,9 @@ def grams(model, batches, *, layers=None, affine=False):
     totals = Grams(affine)
     with Sweep(model) as sweep:
         for name, layer in chosen.items():
+            # X [tokens, n] are the inputs over all images and positions, window padding included.
+            # For a convolution of one group they are the patches that its filters see. Then n is
+            # channels * k * k, as in weight.flatten(1).
             sweep.on_value(layer, partial(totals.add, name))
         sweep.run(batches)
     return _finite("gram", {name: totals.mean(name) for name in chosen})
@@ -241,18 +192,16 @@ def grams(model, batches, *, layers=None, affine=False):
 def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
     """Measure the second moments of the loss's gradients by layer outputs, in one pass.
 
-    g [m] is the gradient of one image's loss by the layer's output at one position. The matrix is
-    the mean over images of the sum over positions of g g^T. An output error e costs, to second
-    order, half of what this matrix makes of E[e e^T], if e is independent of g, and if errors or
-    gradients of different positions are uncorrelated (K-FAC's assumptions, Martens and Grosse
-    2015). They are not: the matrix ranks the errors of different layers well, but is several times
-    below the loss.
+    layers: as for `grams`. labels, seed: as for `measure`.
 
-    layers: as for `grams`. labels, seed: as for `weights`.
-
-    Returns {layer name: float64 [m, m]}.
-    Raises ValueError as `weights` and `grams` do.
+    Returns {layer name: float64 [m, m]}, the mean over images of the sum over positions of g g^T.
+    Raises ValueError as `measure` and `grams` do.
     """
+    # g [m] is the gradient of one image's loss by the layer's output at one position. An output
+    # error e costs, to second order, half of what the matrix makes of E[e e^T]. That holds if e is
+    # independent of g, and if errors or gradients of different positions are uncorrelated (K-FAC's
+    # assumptions, Martens and Grosse 2015). They are not: the matrix ranks the errors of different
+    # layers well, but is several times below the loss.
     chosen = _own_layers(model, layers)
     totals = Grams()
     with Sweep(model) as sweep:
@@ -266,39 +215,29 @@ def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
 def directions(model, batches, bases, *, labels="true", seed=0):
     """Predict what the loss rises by when a layer keeps only its first directions.
 
-    A gate z_i on one of the R parts u_i v_i of a weight has dL/dz_i = the sum over one image's
-    positions of (u_i . g)(v_i . x). There g and x are the loss's gradient by the layer's output and
-    its input. Entry r of the result is E(sum of dL/dz_i over all i >= r)^2 / 2, where E is the mean
-    over images. It is signed and summed before it is squared, in loss units, so that it compares
-    with the "fisher" of `units`. Entry R is 0.
-
-    bases: {layer name: (u [m, R], v [R, n])} of linear layers and convolutions (weight.flatten(1)
-        is [m, n]), whose weight is the sum of its R parts u_i v_i, the most important first, as
+    bases: {layer name: (u [m, R], v [R, n])} of linear layers and convolutions, whose weight
+        (flatten(1), [m, n]) is the sum of its R parts u_i v_i, the most important first, as
         lowrank.svd gives them.
-    labels, seed: as for `weights`.
+    labels, seed: as for `measure`.
 
-    Returns {layer name: float64 [R+1]}.
-    Raises ValueError as `weights` does, and for a basis of another shape.
+    Returns {layer name: float64 [R+1]}. Entry r is the rise in loss units when the directions from
+    r on go, so that it compares with the "fisher" of `units`.
+    Raises ValueError as `measure` does.
     """
     chosen = _own_layers(model, bases)
-    for name, layer in chosen.items():
-        m, n = layer.weight.flatten(1).shape
-        u, v = bases[name]
-        if u.shape != (m, len(v)) or v.shape[1] != n:
-            raise ValueError(
-                f"the basis of {name} [{m}, {n}] is u [m, R] and v [R, n]; "
-                f"got {[*u.shape]}, {[*v.shape]}"
-            )
     inputs = {}  # of each layer, until its gradients come
     rises = defaultdict(int)
 
     def add(name, layer, gradient):
         u, v = (part.to(gradient) for part in bases[name])
-        x = layer_inputs(inputs.pop(name).detach(), layer)
-        # dL/dz_i at each position of all images, then summed over an image's positions
+        x = layer_inputs(inputs.pop(name), layer)
+        # A gate z_i on the part u_i v_i has dL/dz_i = the sum over one image's positions of
+        # (u_i . g)(v_i . x). There g and x are the loss's gradient by the layer's output and its
+        # input.
         by_position = (x @ v.T) * (gradient @ u)
         gates = by_position.view(sweep.size, -1, len(v)).sum(1)  # [B, R]
-        # where the directions from r on go, their signed gradients add up
+        # Entry r is E(sum of dL/dz_i over all i >= r)^2 / 2, where E is the mean over images:
+        # signed and summed before it is squared.
         after = gates.flip(1).cumsum(1).flip(1)
         rises[name] += after.double().square().sum(0) / 2
 
@@ -307,7 +246,7 @@ def directions(model, batches, bases, *, labels="true", seed=0):
             sweep.hook(layer, partial(inputs.__setitem__, name))
             sweep.on_output_gradient(layer, partial(add, name, layer))
         sweep.run(batches, labels=labels, seed=seed)
-    # a layer that keeps all of its directions loses nothing: entry R
+    # A layer that keeps all of its directions loses nothing: entry R is 0.
     means = {name: functional.pad(rises[name] / sweep.images, (0, 1)) for name in chosen}
     return _finite("direction", means)
 
@@ -320,29 +259,28 @@ def loss(model, batches):
     Raises ValueError for no batches.
     """
     total = images = 0
-    with sweep.Sweep(model):
+    with Sweep(model):
         for x, y in batches:
             total += functional.cross_entropy(model(x), y, reduction="sum").item()
             images += len(x)
     if not images:
-        raise ValueError(sweep.NO_BATCHES)
+        raise ValueError(NO_BATCHES)
     return total / images
 
 
-def check_calibration(model, calibration, held_out, *, share=0.5):
+def check_calibration(model, calibration, held_out):
     """Return the losses on calibration and held-out batches; warn of a model that fits the first.
-
-    On images that a model fits, true-label gradients vanish and a few outliers rule the scores.
 
     calibration: batches that scores would be measured on.
     held_out: batches of images that the model was not trained on (val, never test).
-    share: a first loss below this share of the second gives a UserWarning.
 
-    Returns (loss on calibration, loss on held_out).
+    Returns (loss on calibration, loss on held_out). A first one below half of the second gives a
+    UserWarning.
     """
     fitted = loss(model, calibration)
     unseen = loss(model, held_out)
-    if fitted < share * unseen:
+    # On images that a model fits, true-label gradients vanish and a few outliers rule the scores.
+    if fitted < 0.5 * unseen:
         warnings.warn(
             f"the model fits its calibration images: loss {fitted:.3g} on them, {unseen:.3g} on "
             "held-out ones. A few outliers rule scores by true-label gradients: consider "
@@ -353,7 +291,8 @@ def check_calibration(model, calibration, held_out, *, share=0.5):
 
 
 # Plans. Each one hooks up what its criteria need and returns ({criterion: function}, {key: shape}).
-# The functions give the score of one key, of its shape, after the sweep.
+# The functions give the score of one key, of its shape, after the sweep. Hooks add up statistics
+# while values and gradients are fresh, so that no second set of gradients is ever stored.
 
 # How the gradient g of a batch of `size` images is added up for a criterion.
 _GRADIENT_SUMS = {
@@ -365,11 +304,11 @@ _GRADIENT_SUMS = {
 }
 
 
-def _plan_weights(sweep, criteria, names, grams, damping):
+def _plan_weights(sweep, criteria, parameters, grams, damping):
     """Plan the scores of parameters."""
-    chosen = _own_parameters(sweep.model, names)
+    chosen = _own_parameters(sweep.model, parameters)
     shapes = {name: parameter.shape for name, parameter in chosen.items()}
-    summed = [criterion for criterion in criteria if criterion in _GRADIENT_SUMS]
+    summed = _GRADIENT_SUMS.keys() & criteria
     sums = {criterion: zeros(sweep.model, shapes) for criterion in summed}
 
     def add(name, gradient):
@@ -380,25 +319,34 @@ def _plan_weights(sweep, criteria, names, grams, damping):
         for name, parameter in chosen.items():
             sweep.on_gradient(parameter, partial(add, name))
 
+    # These are statistics per micro-batch, whose size B is the caller's batch size.
     def mean(criterion, name):
         return sums[criterion][name] / sweep.batches
 
     def size(name):
-        return wide(chosen[name].detach()).abs()
+        return wide(chosen[name]).abs()
 
+    # SNIP (Lee et al. 2019) is relative: its scores add up to 1 over all these parameters.
     def snip(name):
         return mean("snip", name).abs() * size(name)
 
     @cache  # the same for all parameters
     def snip_total():
         total = sum(snip(name).sum(dtype=torch.float64) for name in chosen)
-        return total.clamp_min(1e-37).item()
+        return total.clamp_min(TINY).item()
 
     table = _plan_inputs(sweep, criteria, chosen, grams, damping) | {
         "magnitude": size,
+        # Where the loss would like to move: this is not the cost of a removal.
         "gradient": lambda name: mean("gradient", name),
+        # Molchanov et al. (2019), to first order and squared.
         "taylor": lambda name: mean("taylor", name) * size(name),
         "fisher": lambda name: mean("fisher", name) * size(name).square(),
+        # The rise of the loss to second order (LeCun et al. 1990), with B g^2 for the diagonal of
+        # the Hessian. With labels="model" this estimates the diagonal of the Fisher matrix, here
+        # the same as Gauss-Newton's, without bias and for any B, from one drawn label per image.
+        # With true labels it is the empirical Fisher for B = 1. For a larger B the squared mean
+        # gradient comes on top, B - 1 times.
         "obd": lambda name: mean("obd", name) * size(name).square() / 2,
         "snip": lambda name: snip(name) / snip_total(),
     }
@@ -407,53 +355,55 @@ def _plan_weights(sweep, criteria, names, grams, damping):
 
 def _plan_inputs(sweep, criteria, parameters, grams, damping):
     """Return the functions of the criteria that look at the inputs of linear layers."""
+    if not {"wanda", "obs"} & {*criteria}:
+        return {}
     moments = Moments()
     products = Grams()
-    if {"wanda", "obs"} & {*criteria}:
-        modules = dict(sweep.model.named_modules())
-        for name in parameters:
-            layer_name = name.removesuffix(".weight")
-            layer = modules.get(layer_name)
-            if not isinstance(layer, nn.Linear):
-                raise ValueError(
-                    f"wanda and obs are for weights of linear layers, {name} is none: "
-                    "name the parameters"
-                )
-            if "wanda" in criteria:
-                sweep.on_value(layer, partial(moments.add, name))
-            if "obs" in criteria and grams is None:
-                sweep.on_value(layer, partial(products.add, name))
-            elif "obs" in criteria:
-                _check_gram(grams, layer_name, layer.in_features)
+    modules = dict(sweep.model.named_modules())
+    for name in parameters:
+        layer = modules.get(name.removesuffix(".weight"))
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"wanda and obs are for weights of linear layers, {name} is none: "
+                "name the parameters"
+            )
+        if "wanda" in criteria:
+            sweep.on_value(layer, partial(moments.add, name))
+        if "obs" in criteria and grams is None:
+            sweep.on_value(layer, partial(products.add, name))
 
-    def weight(name):
-        return wide(parameters[name].detach())
-
+    # Sun et al. (2023): ||X_j|| is the L2 norm of input j over all tokens, as counted in `grams`.
+    # All weights of a row meet the same inputs, but those of another row lead elsewhere: the scores
+    # compare inside each row only.
     def wanda(name):
-        return weight(name).abs() * moments.norm(name)
+        return wide(parameters[name]).abs() * moments.norm(name)
 
+    # Half of what the layer's squared output error (lowrank.objective) rises by if that weight goes
+    # and its row adapts (Hassibi and Stork 1993, by layer as in SparseGPT, Frantar and Alistarh
+    # 2023). That error is another one in each layer: the scores do not compare between layers.
     def obs(name):
-        gram = products.mean(name) if grams is None else grams[name.removesuffix(".weight")]
-        gram = gram.to(parameters[name].device)
-        diagonal = inverse_diagonal(gram, damping=damping, name=name)
-        square = weight(name).square()
+        weight = parameters[name]
+        layer = name.removesuffix(".weight")
+        known_grams = {layer: products.mean(name)} if grams is None else grams
+        gram = fitting_gram(known_grams, layer, weight.shape[1], damping)
+        factor, failed = torch.linalg.cholesky_ex(gram.to(weight.device))
+        if failed:
+            raise ValueError(
+                f"the gram of {name} has no inverse with damping {damping}: "
+                "raise it, or give more batches"
+            )
+        diagonal = torch.cholesky_inverse(factor).diagonal()
+        square = _squares(weight)
         return square / (2 * diagonal).to(square.dtype)
 
     return {"wanda": wanda, "obs": obs}
 
 
-def _check_gram(grams, layer, size):
-    """Raise ValueError if there is no gram [size, size] of the layer."""
-    if layer not in grams or grams[layer].shape != (size, size):
-        hint = "." if layer in grams else names.nearest(layer, grams)
-        raise ValueError(
-            f"obs needs a gram [{size}, {size}] of {layer!r}{hint} scores.grams makes one"
-        )
-
-
-def _plan_rows(sweep, criteria, names):
+def _plan_rows(sweep, criteria, layers):
     """Plan the scores of the rows of layers."""
-    chosen = _own_layers(sweep.model, names)
+    chosen = _own_layers(sweep.model, layers)
+    # The gate sits on the layer's own output, bias included and before any activation. That of a
+    # convolution sits in front of a batch norm.
     places = {name: _Place(len(layer.weight), [(layer, True)]) for name, layer in chosen.items()}
     table, shapes = _plan_places(sweep, criteria, places)
     table["magnitude"] = lambda name: _row_squares(chosen[name]).sqrt()
@@ -467,60 +417,70 @@ def _plan_rows(sweep, criteria, names):
 
 def _add_row_gradients(sweep, layer, name, total):
     """Have the mean of |gradient| over each row's weights and bias added to total [rows]."""
-    parameters = dict(layer.named_parameters(recurse=False))
-    if "weight" not in parameters:
+    parameters = list(layer.parameters(recurse=False))
+    if not parameters:  # of a factored layer
         raise ValueError(f"the rows of {name} have no weights of their own: use taylor or fisher")
-    size = sum(parameter[0].numel() for parameter in parameters.values())  # of one row
+    size = sum(parameter[0].numel() for parameter in parameters)  # of one row
 
     def add(gradient):
         total.add_(gradient.abs().view(len(total), -1).sum(1) / size)
 
-    for parameter in parameters.values():
+    for parameter in parameters:
         sweep.on_gradient(parameter, add)
 
 
 def _plan_units(sweep, criteria, kinds):
     """Plan the scores of units."""
-    kinds = names.known(kinds, anatomy.UNITS, "kind of unit")
+    kinds = known(kinds, anatomy.UNITS, "kind of unit")
     if "magnitude" in criteria:
+        # The weights of a channel of the stream or of a filter lie in every layer around.
         for kind in {"width", "filters", "block"} & {*kinds}:
             raise ValueError(
-                f'{kind} has no "magnitude" that compares with other units\': use taylor or fisher'
+                f'{kind} has no "magnitude" that compares with others: use taylor or fisher'
             )
     view = models.view(sweep.model)
-    table, shapes = _plan_places(sweep, criteria, _unit_places(view, kinds))
+    # Kinds come in one order, whatever the caller's: random scores are drawn in turn.
+    counts = view.units(sorted(kinds, key=anatomy.UNITS.index))
+    places = {}
+    for key in sorted(counts, key=lambda key: key[1] == "width"):  # width comes last
+        place = _unit_place(view, *key, counts[key])
+        if place.gates:  # a stage may have lost all its blocks
+            places[key] = place
+    table, shapes = _plan_places(sweep, criteria, places)
     table["magnitude"] = lambda key: _unit_squares(view.block(key[0]), key[1]).sqrt()
     return table, shapes
 
 
-@dataclass
-class _Place:
-    """Where the units of one key are seen in a model.
+class _Place(NamedTuple):
+    """Where the units of one key are seen in a model."""
 
-    units: how many there are.
-    gates: list of (module, whether its output is meant). A unit has one gate on all of these
-        together.
-    signal: the one whose variance counts; None means the last of gates.
-    channels: how many of the first channels are the units'; None means all.
-    """
-
-    units: int
+    units: int  # how many there are
+    # [(module, whether its output is meant)]; a unit has one gate on all of these together.
     gates: list
+    # The one whose variance counts; None means the last of gates.
     signal: tuple = None
+    # How many of the first channels are the units'; None means all.
     channels: int = None
 
 
 def _plan_places(sweep, criteria, places):
     """Plan the scores by gates and values, for {key: _Place}."""
     shapes = {key: (place.units,) for key, place in places.items()}
-    gates = Gates(sweep.model, shapes)
-    sweep.at_end.append(gates.finish)
+    absolute = zeros(sweep.model, shapes)
+    square = zeros(sweep.model, shapes)
+
+    # gradient: dL_b/dz [B, channels], signed and summed over tokens and places.
+    def add(key, gradient):
+        units = gradient[:, : places[key].channels].unflatten(1, (*shapes[key], -1))
+        gates = units.sum(-1)  # [B, units]
+        absolute[key] += gates.abs().sum(0)
+        square[key] += gates.square().sum(0)
+
     outputs = Moments()
     for key, place in places.items():
+        # One backward pass gives the gates of all images of a batch.
         if {"taylor", "michel", "fisher"} & {*criteria}:
-            for layer, output in place.gates:
-                add = partial(gates.add, key, place.channels)
-                sweep.on_gate(layer, add, output=output)
+            sweep.on_gate(place.gates, partial(add, key))
         if "variance" in criteria:
             layer, output = place.signal or place.gates[-1]
             sweep.on_value(layer, partial(outputs.add, key), output=output)
@@ -530,23 +490,16 @@ def _plan_places(sweep, criteria, places):
         return by_channel.unflatten(0, (*shapes[key], -1)).sum(1)
 
     table = {
-        "taylor": lambda key: gates.absolute[key] / sweep.images,
-        "michel": lambda key: functional.normalize(gates.absolute[key], dim=0),
-        "fisher": lambda key: gates.square[key] / sweep.images / 2,
+        # Michel et al. (2019), equation 2: dL/dz signed and summed over the unit's channels, tokens
+        # and writes, then its size. They normalise heads over a layer.
+        "taylor": lambda key: absolute[key] / sweep.images,
+        "michel": lambda key: functional.normalize(absolute[key], dim=0),
+        # In loss units, so that it compares between all units and layers as it is.
+        "fisher": lambda key: square[key] / sweep.images / 2,
+        # What a mean in the next bias cannot replace, window padding included.
         "variance": variance,
     }
     return table, shapes
-
-
-def _unit_places(view, kinds):
-    """Return {(block or stage name, kind): _Place} of the units of these kinds that there are."""
-    counts = view.units([kind for kind in anatomy.UNITS if kind in kinds])
-    places = {}
-    for key in sorted(counts, key=lambda key: key[1] == "width"):  # width comes last
-        place = _unit_place(view, *key, counts[key])
-        if place.gates:  # a stage may have lost all its blocks
-            places[key] = place
-    return places
 
 
 def _unit_place(view, where, kind, count):
@@ -554,30 +507,38 @@ def _unit_place(view, where, kind, count):
     if kind == "width":
         return _stage_place(view, where, count)
     if kind == "filters":
-        norm = anatomy.norm_after(view.model, where)  # a filter goes with its channel of the norm
-        return _Place(count, [(view.model.get_submodule(norm or where), True)])
+        # A filter of the stem that feeds another convolution goes with its channel of the norm.
+        norm = anatomy.norm_after(view.model, where)
+        return _Place(count, [(view.layer(norm or where), True)])
     block = view.block(where)
-    if kind == "block":
-        return _Place(count, [(module, True) for module in view.residual_writers(block)])
-    if kind == "neurons":
-        return _Place(count, [(block.mlp.fc2, False)])
-    if kind != "qk":
-        return _Place(count, [(block.attn.proj, False)])
-    if block.normalises_queries:
+    if kind == "qk" and block.normalises_queries:
         raise ValueError(
             f"{where} normalises queries and keys (qk_norm): their dimensions cannot go one by "
             'one; leave "qk" out of kinds'
         )
-    return _Place(count, [(block.attn.qkv, True)], channels=count)  # queries come first
+    if kind == "qk":
+        # One dimension of a head's queries, which come first. A gate on its keys has the same
+        # gradient.
+        return _Place(count, [(block.attn.qkv, True)], channels=count)
+    if kind == "block":
+        # One gate on both that the block writes to the residual stream. Its variance is that of
+        # what its MLP writes.
+        return _Place(count, [(module, True) for module in view.residual_writers(block)])
+    # An input channel at fc2, after the activation, or input channels of proj, after softmax: those
+    # of a head, or one dimension of its values.
+    reader = block.mlp.fc2 if kind == "neurons" else block.attn.proj
+    return _Place(count, [(reader, False)])
 
 
 def _stage_place(view, stage, count):
     """Return the _Place of the channels of a stage's residual stream."""
+    # One gate is on all that is written to it: the input of the stage's first block and the outputs
+    # of each proj and fc2. Its variance is that of the stage's last output.
     gates = []
     signal = None
     for block in view.blocks:
         if view.stages[block.stage] == stage:
-            module = view.model.get_submodule(block.name)
+            module = view.layer(block.name)
             gates = gates or [(module, False)]
             gates += [(write, True) for write in view.residual_writers(block)]
             signal = module, True
@@ -587,11 +548,11 @@ def _stage_place(view, stage, count):
 def _own_parameters(model, names):
     """Return {name: parameter}; for None the weights of all linear layers but the classifier."""
     parameters = dict(model.named_parameters())
-    if names is None:  # a factored layer has several weights
+    if names is None:
+        # A factored layer has several weights.
         layers = tuple(f"{layer}." for layer in models.view(model).linears())
-        inside = [name for name in parameters if name.startswith(layers)]
-        names = [name for name in inside if not name.endswith("bias")]
-    return _chosen("parameter", names, parameters)
+        names = [n for n in parameters if n.startswith(layers) and not n.endswith("bias")]
+    return {name: parameters[name] for name in known(names, parameters, "parameter")}
 
 
 def _own_layers(model, names):
@@ -603,35 +564,7 @@ def _own_layers(model, names):
         weight = getattr(module, "weight", None)
         if weight is not None and weight.dim() > 1:
             layers[name] = module
-    return _chosen("linear layer or convolution", names, layers)
-
-
-def _chosen(noun, names, values):
-    """Return {name: value} of these names; ValueError for a name without a value."""
-    for name in names:
-        if name not in values:
-            raise ValueError(f"no {noun} {name!r} in this model{nearest(name, values)}")
-    return {name: values[name] for name in names}
-
-
-def inverse_diagonal(gram, *, damping, name):
-    """Return the diagonal [n] of the inverse of a damped gram, in float64.
-
-    gram: [n, n]; damping times the mean of its diagonal is added to its diagonal.
-    name: of the gram, for the error.
-
-    Raises ValueError for a gram without inverse.
-    """
-    gram = gram.double()
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    shift = damping * gram.diagonal().mean() * eye
-    factor, failed = torch.linalg.cholesky_ex(gram + shift)
-    if failed:
-        raise ValueError(
-            f"the gram of {name} has no inverse with damping {damping}: "
-            "raise it, or give more batches"
-        )
-    return torch.cholesky_inverse(factor).diagonal()
+    return {name: layers[name] for name in known(names, layers, "linear layer or convolution")}
 
 
 def _row_squares(layer):
@@ -642,6 +575,7 @@ def _row_squares(layer):
 
 def _unit_squares(block, kind):
     """Return the sum of squares of all weights that go with each unit of a block, [units]."""
+    # These are rows of qkv or fc1 with their biases, and columns of proj or fc2.
     if kind == "neurons":
         return _row_squares(block.mlp.fc1) + _squares(block.mlp.fc2.weight).sum(0)
     columns = _squares(block.attn.proj.weight).sum(0)
@@ -660,7 +594,7 @@ def _unit_squares(block, kind):
 
 def _squares(parameter):
     """Return the squares of a parameter's entries, in float32 or better."""
-    return sweep.wide(parameter.detach()).square()
+    return wide(parameter).square()
 
 
 def _random_scores(model, shapes, seed):

@@ -1,14 +1,12 @@
 """Collect values and gradients of layers in one pass over batches.
 
-Hooks take the statistics while values and gradients are fresh, so that no second set of gradients
-is ever stored.
-
-Public: Gates, Grams, Moments, NO_BATCHES, Sweep, channels_last, fitting_gram, layer_inputs,
+Public: Grams, Moments, NO_BATCHES, Sweep, channels_last, fitting_gram, layer_inputs,
 patches, wide, zeros.
 """
 
 from collections import defaultdict
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,8 +14,6 @@ from torch.nn import functional
 
 from vitlab import names
 from vitlab.pruning import lowrank
-
-# The sweep: passes over batches with hooks, and what they add up. It uses no criterion from above.
 
 NO_BATCHES = "no batches: give a list of (x, y); a generator is empty after its first use"
 
@@ -28,21 +24,18 @@ class Sweep(ExitStack):
     Use it in a with statement: ask for statistics by the on_... methods, then call `run`. Each
     statistic goes to its add(tensor), batch by batch. What add receives may share memory with the
     model's own values and must not be changed.
-
-    Parameters and gates get gradients only where on_gradient, on_gate or on_output_gradient asks
-    for them. Without these no graph is built.
-
-    hooked: whether a statistic was asked for. backward: whether one of them needs gradients.
-    size: images of the current batch. images, batches: how many have been run.
-    at_end: functions to call after each batch.
     """
+
+    hooked = False  # whether a statistic was asked for
+    # Whether one of them needs gradients. Without these no graph is built. Parameters and gates get
+    # gradients only where on_gradient, on_gate or on_output_gradient asks for them.
+    backward = False
+    size = 0  # images of the current batch
+    images = batches = 0  # how many have been run
 
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.at_end = []
-        self.hooked = self.backward = False
-        self.size = self.images = self.batches = 0
 
     def __enter__(self):
         # ExitStack calls these at the end, the last one first.
@@ -58,9 +51,11 @@ class Sweep(ExitStack):
     def on_gradient(self, parameter, add):
         """Call add(g) with the gradient of each batch's mean loss by a parameter, wide."""
 
+        # `run` differentiates the sum of the losses of a batch.
         def take(gradient):
             add(wide(gradient) / self.size)
 
+        # Freed at once, so that no second set of gradients is ever stored.
         def free(parameter):
             parameter.grad = None
 
@@ -69,42 +64,45 @@ class Sweep(ExitStack):
         self.callback(parameter.register_hook(take).remove)
         self.callback(parameter.register_post_accumulate_grad_hook(free).remove)
 
-    def on_gate(self, layer, add, *, output=False):
+    def on_gate(self, places, add):
         """Call add(d) for each batch with d [B, channels], the gradients by gates on channels.
 
-        d[b] = dL_b/dz is the gradient of image b's loss by a gate z on each channel of the layer's
-        input (or output): the sum over positions of value * gradient.
+        places: [(layer, whether its output is meant)] that the gates are on.
         """
+        # Each channel has one gate on all places together: d is summed over them, with signs.
+        parts = []  # what the places of the current batch gave so far
 
-        def watch(x):
+        def watch(layer, x):
             x.requires_grad_()  # the graph starts at the first gate; what comes before it is free
             value = x.detach()  # a tensor whose hook held x itself would be a cycle in memory
 
             def take(gradient):
+                # d[b] = dL_b/dz is the gradient of image b's loss by a gate z: the sum over
+                # positions of value * gradient.
                 product = channels_last(wide(value) * wide(gradient), layer)
                 # Images are outermost in Swin's [B * windows, tokens, C]: windows become positions.
                 per_image = product.reshape(self.size, -1, product.shape[-1])
-                add(per_image.sum(1))
+                parts.append(per_image.sum(1))
+                if len(parts) == len(places):
+                    add(sum(parts))
+                    parts.clear()
 
             x.register_hook(take)
 
         self.backward = True
-        self.hook(layer, watch, output=output)
+        for layer, output in places:
+            self.hook(layer, partial(watch, layer), output=output)
 
     def on_value(self, layer, add, *, output=False):
-        """Call add(x) for each batch with a layer's input (or output), [tokens, channels], wide.
-
-        Inputs of a convolution come as patches, [positions, C * k * k].
-        """
+        """Call add(x) for each batch with a layer's input (or output), [tokens, channels], wide."""
+        # Inputs of a convolution come as patches, [positions, C * k * k].
         flat = _outputs if output else layer_inputs
-        self.hook(layer, lambda x: add(flat(x.detach(), layer)), output=output)
+        self.hook(layer, lambda x: add(flat(x, layer)), output=output)
 
     def on_output_gradient(self, layer, add):
-        """Call add(g) for each batch with g [tokens, channels], wide, gradients by an output.
+        """Call add(g) for each batch with g [tokens, channels], wide, gradients by an output."""
 
-        They are the gradients of each image's own loss by the layer's output.
-        """
-
+        # They are the gradients of each image's own loss by the layer's output.
         def watch(x):
             x.requires_grad_()
             x.register_hook(lambda gradient: add(_outputs(gradient, layer)))
@@ -124,92 +122,45 @@ class Sweep(ExitStack):
     def run(self, batches, *, labels="true", seed=0):
         """Run one forward pass per batch and, if a statistic needs it, one backward pass.
 
-        The backward pass is that of the sum of the batch's losses: dL_b/dz is image b's own.
-
         batches: (x [B, 3, H, W], y int64 [B]) to iterate over.
         labels: "true" for y, or "model" for labels drawn from the model's own prediction.
         seed: of these draws.
 
         Raises ValueError for no batches, other labels, and a loss that is not finite.
         """
-        names.known([labels], ("true", "model"), "kind of labels")
+        names.check("kind of labels", labels, ("true", "model"))
         with torch.set_grad_enabled(self.backward):
             for x, y in batches or ():
                 self.size = len(x)
                 logits = self.model(x)
                 if labels == "model":
-                    y = _drawn_labels(logits, seed + self.batches)
+                    generator = torch.Generator(logits.device).manual_seed(seed + self.batches)
+                    chances = wide(logits).softmax(-1)
+                    y = chances.multinomial(1, generator=generator)[:, 0]
                 if self.backward:
-                    self._total_loss(logits, y).backward()
-                for call in self.at_end:
-                    call()
+                    # The sum, not the mean: dL_b/dz is then image b's own.
+                    total = functional.cross_entropy(logits, y, reduction="sum")
+                    if not total.isfinite():
+                        raise ValueError(
+                            f"the loss of calibration batch {self.batches} is {total.item()}: look "
+                            "for NaN in the weights and images, or for an overflow in low precision"
+                        )
+                    total.backward()
                 self.images += self.size
                 self.batches += 1
         if not self.batches:
             raise ValueError(NO_BATCHES)
 
-    def _total_loss(self, logits, y):
-        """Return the sum of the losses of one batch; ValueError if it is not finite."""
-        total = functional.cross_entropy(logits, y, reduction="sum")
-        if not total.isfinite():
-            raise ValueError(
-                f"the loss of calibration batch {self.batches} is {total.item()}: look for NaN in "
-                "the weights and images, or for an overflow in low precision"
-            )
-        return total
-
-
-def _drawn_labels(logits, seed):
-    """Return one label per image, drawn from the model's prediction."""
-    generator = torch.Generator(logits.device).manual_seed(seed)
-    chances = wide(logits.detach()).softmax(-1)
-    return chances.multinomial(1, generator=generator)[:, 0]
-
-
-class Gates:
-    """Add up |dL/dz| and (dL/dz)^2 over images, for gates z on the units of each key.
-
-    The gates of one key may sit on several places at once. Their gradients are summed with their
-    signs first, for each image of a batch.
-
-    shapes: {key: (units,)}.
-    absolute, square: {key: sums [units]}, float32 or better.
-    """
-
-    def __init__(self, model, shapes):
-        self.absolute = zeros(model, shapes)
-        self.square = zeros(model, shapes)
-        self.parts = defaultdict(int)  # {key: what the places of the current batch gave so far}
-
-    def add(self, key, channels, gradient):
-        """Add the gradients of one batch at one of the places, until `finish`.
-
-        channels: how many of the first channels belong to the gates; None means all. Channels of
-            one unit (a head's dimensions) lie together.
-        gradient: [B, channels of the place].
-        """
-        self.parts[key] = self.parts[key] + gradient[:, :channels]
-
-    def finish(self):
-        """End a batch: add what its places gave to the sums."""
-        for key, gradient in self.parts.items():
-            units = len(self.absolute[key])
-            gradient = gradient.unflatten(1, (units, -1)).sum(-1)  # [B, units]
-            self.absolute[key] += gradient.abs().sum(0)
-            self.square[key] += gradient.square().sum(0)
-        self.parts.clear()
-
 
 class Moments:
-    """Merge mean and variance of channels over the tokens of all batches (Chan et al. 1979).
+    """Merge mean and variance of channels over the tokens of all batches."""
 
-    tokens: {key: how many}. mean, variance: {key: [channels]}.
-    """
-
+    # By the formula of Chan et al. (1979), so that a large mean costs no precision: the sums of x
+    # and x^2 would lose the variance between two large numbers.
     def __init__(self):
-        self.tokens = defaultdict(int)
-        self.mean = {}
-        self.variance = {}
+        self.tokens = defaultdict(int)  # {key: how many}
+        self.mean = {}  # {key: [channels]}
+        self.variance = {}  # {key: [channels]}
 
     def add(self, key, x):
         """Add the values of one batch, x [tokens, channels]."""
@@ -231,22 +182,19 @@ class Moments:
 
 
 class Grams:
-    """Add up x x^T over the tokens of all batches, in float64.
-
-    affine: append a constant 1 to x.
-    tokens: {key: how many}. totals: {key: sum [channels, channels]}.
-    """
+    """Add up x x^T over the tokens of all batches; affine appends a constant 1 to x."""
 
     def __init__(self, affine=False):
         self.affine = affine
-        self.tokens = defaultdict(int)
-        self.totals = defaultdict(int)
+        self.tokens = defaultdict(int)  # {key: how many}
+        self.totals = defaultdict(int)  # {key: sum [channels, channels]}
 
     def add(self, key, x):
         """Add the values of one batch, x [tokens, channels]."""
         if self.affine:
             x = functional.pad(x, (0, 1), value=1)
         self.tokens[key] += len(x)
+        # Products are taken in the inputs' precision, at least float32, and added up in float64.
         self.totals[key] += (x.T @ x).double()
 
     def mean(self, key):
@@ -255,10 +203,8 @@ class Grams:
 
 
 def channels_last(x, layer):
-    """Return a layer's input or output with its channels as the last dimension.
-
-    A convolution and its batch norm have them second.
-    """
+    """Return a layer's input or output with its channels as the last dimension."""
+    # A convolution and its batch norm have them second.
     return x.movedim(1, -1) if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)) else x
 
 
@@ -284,14 +230,13 @@ def patches(x, conv):
         raise ValueError(
             f"no patches of {conv}: supported are convolutions of one group, padded with zeros"
         )
-    shape = {"dilation": conv.dilation, "padding": conv.padding, "stride": conv.stride}
-    columns = functional.unfold(x, conv.kernel_size, **shape)
+    columns = functional.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
     return columns.movedim(1, -1).flatten(0, 1)
 
 
 def wide(x):
-    """Return x in float32, or in its own precision if that is higher."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """Return x without its graph, in float32 or in its own precision if that is higher."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def zeros(model, shapes):
@@ -299,11 +244,9 @@ def zeros(model, shapes):
 
     shapes: {key: shape}.
     """
-    like = wide(next(model.parameters()).detach())
+    # A sum in bfloat16 would stop growing at 256 equal terms.
+    like = wide(next(model.parameters()))
     return {key: like.new_zeros(shape) for key, shape in shapes.items()}
-
-
-# ---- Checks that several groups share ----
 
 
 def fitting_gram(grams, name, n, damping, *, partial=False):
