@@ -51,7 +51,7 @@ def accuracy(tmp_path, monkeypatch):
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     images = shapes.make(folder / "few", per_class=(8, 1, 2), image_size=16)
-    return data.load(images, root=folder, image_size=16, progress=False)
+    return data.load(images, root=folder, image_size=16)
 
 
 @pytest.mark.parametrize("name", ["conv_vit", pytest.param("conv_swin", marks=pytest.mark.long)])

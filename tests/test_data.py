@@ -224,14 +224,13 @@ EVERYTHING = {"crop": 2, "flip": True, "erase": 0.5}
 
 
 @pytest.mark.parametrize("augment", [False, True, EVERYTHING, {"scale": [0.5, 1]}])
-@pytest.mark.parametrize("start", [1, 3, 4, 5])
-def test_start_resumes_an_epoch_exactly(one_tree, augment, start):
+def test_an_epoch_is_drawn_again_exactly(one_tree, augment):
     split = load(one_tree).train
     options = {"augment": augment, "shuffle": True, "seed": 3, "epoch": 2}
-    whole = list(split.batches(15, **options))
-    rest = list(split.batches(15, start=start, **options))
-    assert len(whole) == 5 and len(rest) == 5 - start
-    for (x, y), (x_again, y_again) in zip(whole[start:], rest, strict=True):
+    first = list(split.batches(15, **options))
+    second = list(split.batches(15, **options))
+    assert len(first) == len(second) == 5
+    for (x, y), (x_again, y_again) in zip(first, second, strict=True):
         assert torch.equal(x, x_again) and torch.equal(y, y_again)
 
 
@@ -266,9 +265,9 @@ def test_number_of_batches(batch_size):
     ("augment", "message"),
     [
         ({"flipp": True}, "unknown augmentation 'flipp', did you mean 'flip'"),
-        ({"crop": 32}, "0 to 31 pixels, got 32"),
+        ({"crop": 32}, "a border of 0 to 31 pixels; got {'crop': 32}"),
         ({"crop": 4, "scale": [0.5, 1]}, "crop or scale, not both"),
-        ({"erase": 25}, r"share of the images in \[0, 1\], got 25"),
+        ({"erase": 25}, r"share of the images in \[0, 1\]; got {'erase': 25}"),
         ({"scale": [1, 0.5]}, "low <= high"),
         ({"scale": [0.5]}, "low <= high"),
         ({"scale": 0.5}, "low <= high"),
@@ -314,7 +313,7 @@ def test_a_damaged_cache_is_built_again(tmp_path, file, damage):
         whole = path.read_bytes()
         path.write_bytes({"truncated": whole[:-9], "text": b"no cache", "empty": b""}[damage])
     assert (load(folder).train.images == images).all()
-    assert not list((tmp_path / "home" / "cache").glob("building-*"))
+    assert not (tmp_path / "home" / "cache" / "building").exists()
 
 
 def test_changed_content_is_another_cache(tmp_path):
@@ -385,7 +384,7 @@ def test_cifar10_as_imagefolder_keeps_its_test_set(tmp_path, monkeypatch, suffix
     ):
         data.load("cifar10", root=tmp_path, image_size=64)
     monkeypatch.setitem(
-        sources.WHOLE,
+        sources._WHOLE,
         "cifar10",
         sum(path.is_file() for path in (tmp_path / "cifar10").rglob("*.*")),
     )
@@ -423,7 +422,7 @@ def test_caltech101_is_read_as_torchvision_does(tmp_path, monkeypatch):
         else 0
     )
     monkeypatch.setitem(
-        sources.WHOLE, "caltech101", sum(path.is_file() for path in folder.rglob("*.*")) - leave
+        sources._WHOLE, "caltech101", sum(path.is_file() for path in folder.rglob("*.*")) - leave
     )
     images = data.load("caltech101", root=tmp_path, image_size=20)
     theirs = datasets.Caltech101(tmp_path)
@@ -461,9 +460,6 @@ def test_nothing_is_downloaded_that_could_leave_its_folder(tmp_path, monkeypatch
     ("name", "place"), [("cifar10", "cifar-10-batches-py"), ("caltech101", "101_ObjectCategories")]
 )
 def test_missing_images_say_where_to_put_them(tmp_path, monkeypatch, name, place):
-    with pytest.raises(RuntimeError, match=rf"download=False.*{place}[\s\S]*VITLAB_DATA"):
-        data.load(name, root=tmp_path, image_size=32, download=False)
-
     def no_network(*_, **__):
         raise OSError("no route to host")
 
@@ -472,7 +468,7 @@ def test_missing_images_say_where_to_put_them(tmp_path, monkeypatch, name, place
         sources.datasets, {"cifar10": "CIFAR10", "caltech101": "Caltech101"}[name], no_network
     )
     monkeypatch.setattr(no_network, "__name__", name, raising=False)
-    with pytest.raises(RuntimeError, match=rf"no route to host.*{place}"):
+    with pytest.raises(RuntimeError, match=rf"no route to host.*{place}[\s\S]*VITLAB_DATA"):
         data.load(name, root=tmp_path, image_size=32)
 
 
@@ -530,10 +526,9 @@ def test_a_cache_that_cannot_be_written_says_which_and_what_to_do(tmp_path):
         load(folder)
 
 
-@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 4, "start": -1}])
-def test_batch_arguments(arguments):
-    with pytest.raises(ValueError, match="at least"):
-        ramp_split().batches(**arguments)
+def test_a_batch_has_an_image():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        ramp_split().batches(0)
 
 
 def test_sizes(one_tree):
@@ -562,7 +557,7 @@ def test_sizes(one_tree):
 def test_real_images_are_found_and_split(name, place, sizes, classes):
     if not (files.root() / place).is_dir():
         pytest.skip(f"the real images are not under {files.root() / place}")
-    found = sources.find(name, files.root(), download=False)
+    found = sources.find(name, files.root())
     parts = data._split(found, np.ones(len(found.labels), dtype=bool), seed=0)
     assert {part: len(rows) for part, rows in parts.items()} == sizes
     assert len(np.unique(np.concatenate(list(parts.values())))) == sum(sizes.values())

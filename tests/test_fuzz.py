@@ -281,7 +281,7 @@ def test_a_damaged_image_is_named_or_read(tmp_path, count):
         try:
             with no_hang():
                 images = data.load(
-                    tmp_path / "set", root=tmp_path / "root", image_size=12, progress=False
+                    tmp_path / "set", root=tmp_path / "root", image_size=12
                 )
         except ValueError as error:
             assert str(path) in str(error), f"case {case}: {error!r}"
@@ -318,4 +318,4 @@ def test_an_image_that_would_fill_the_memory_is_named(tmp_path):
     )
     (tmp_path / "set" / "a" / "bomb.png").write_bytes(blob)
     with no_hang(), pytest.raises(ValueError, match=r"bomb\.png"):
-        data.load(tmp_path / "set", root=tmp_path / "root", image_size=12, progress=False)
+        data.load(tmp_path / "set", root=tmp_path / "root", image_size=12)

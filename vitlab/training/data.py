@@ -7,19 +7,18 @@ Public: Dataset, Split, load.
 """
 
 import hashlib
-import math
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitlab import files
-from vitlab.training import augment, sources
-from vitlab.training.augment import augmentation
+from vitlab.training import sources
+from vitlab.training.augment import augmentation, prepare
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ class Split:
 
     def take(self, places):
         """Return a Split of the images at these places of this one, int64 [n], in that order."""
-        labels = self.labels[torch.from_numpy(places)]
-        return replace(self, indices=self.indices[places], labels=labels)
+        return replace(self, indices=self.indices[places], labels=self.labels[places])
 
     def batches(
         self,
@@ -94,7 +92,6 @@ class Split:
         seed=0,
         epoch=0,
         drop_last=False,
-        start=0,
     ):
         """Yield the batches (x, y) of one epoch.
 
@@ -112,54 +109,32 @@ class Split:
           erase  share of the images, in [0, 1], that lose a rectangle of 2 to 33 % of their area
         shuffle: whether the images come in a random order
         drop_last: whether a last batch of fewer images is left out
-        start: number of the first batch, as if those before had been drawn
 
         Yields x, float32 [B, 3, S, S], normalised, in channels_last memory, and y, int64 [B].
         Raises ValueError for another key of augment and for a value out of range.
         """
-        if batch_size < 1 or start < 0:
-            raise ValueError(
-                f"batch_size is at least 1 and start at least 0, got {batch_size} and {start}"
-            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, got {batch_size}")
         options = augmentation(augment, self.store.shape[1], self.window)
         order = np.arange(len(self))
         if shuffle:
             order = np.random.default_rng([seed, epoch, 0]).permutation(order)
-        stop = len(self) / batch_size
-        stop = math.floor(stop) if drop_last else math.ceil(stop)
-        chosen = {i: order[i * batch_size : (i + 1) * batch_size] for i in range(start, stop)}
-        return self._draw(chosen, torch.device(device), options, (seed, epoch))
+        if drop_last:
+            order = order[: len(self) // batch_size * batch_size]
 
-    def _draw(self, places_of_batches, device, options, seeds):
-        for number, places in places_of_batches.items():
-            raw = torch.from_numpy(self.store[self.indices[places]])
-            if device.type == "cuda":
-                raw = raw.pin_memory()
-            raw = raw.to(device, non_blocking=True)
-            rng = np.random.default_rng([*seeds, 1 + number])  # 0 draws the order
-            labels = self.labels[torch.from_numpy(places)]
-            yield self._prepare(raw, options, rng), labels.to(device)
+        # A generator of its own, so that wrong arguments show before the first batch.
+        def draw():
+            starts = range(0, len(order), batch_size)
+            for number, start in enumerate(starts, 1):  # 0 drew the order
+                batch = self.take(order[start : start + batch_size])
+                raw = torch.from_numpy(batch.images)
+                if torch.device(device).type == "cuda":
+                    raw = raw.pin_memory()
+                raw = raw.to(device, non_blocking=True)
+                rng = np.random.default_rng([seed, epoch, number])
+                yield prepare(raw, self, options, rng), batch.labels.to(device)
 
-    def _prepare(self, raw, options, rng):
-        """Return raw, uint8 [B, H, H, 3], as float32 [B, 3, S, S] on its device.
-
-        options: of `_augmentation`; None shows the centre
-        """
-        if options is None:
-            edge = (raw.shape[1] - self.window) // 2
-            options = {"scale": None, "erase": 0}
-            raw = raw[:, edge : edge + self.window, edge : edge + self.window]
-        elif options["scale"] is None:
-            raw = augment.shifted(raw, self.window, options["crop"], options["flip"], rng)
-        x = augment.normalised(raw, self.mean, self.std)
-        if options["scale"]:
-            x = augment.resized_crops(x, self.image_size, options["scale"], options["flip"], rng)
-        elif x.shape[-1] != self.image_size:
-            shrinks = x.shape[-1] > self.image_size
-            x = F.interpolate(x, self.image_size, mode="bilinear", antialias=shrinks)
-        if options["erase"]:
-            x = x.masked_fill(augment.rectangles(x, options["erase"], rng), 0)  # 0 is the mean
-        return x.contiguous(memory_format=torch.channels_last)
+        return draw()
 
 
 @dataclass(frozen=True)
@@ -188,13 +163,13 @@ class Dataset:
             labels = getattr(self, name).labels
             counts[name] = torch.bincount(labels, minlength=len(self.classes)).numpy()
         counts = pd.DataFrame(counts)
-        columns = {
+        table = {
             "images": counts.sum(),
             "classes": (counts > 0).sum(),
             "smallest_class": counts.min(),
             "largest_class": counts.max(),
         }
-        return pd.DataFrame(columns).rename_axis("split")
+        return pd.DataFrame(table).rename_axis("split")
 
 
 # Loading
@@ -209,8 +184,6 @@ def load(
     normalise="train",
     images=None,
     skip_broken=False,
-    download=True,
-    progress=True,
 ):
     """Return a Dataset of train / val / test, from its cache or decoded into it.
 
@@ -226,8 +199,6 @@ def load(
         pretrained weights expect, or (mean, std) of three numbers each
     images: at most so many of each split, stratified, for a trial run; None for all
     skip_broken: leave out files that cannot be decoded and list them in `skipped`
-    download: whether CIFAR-10 and Caltech-101 may be downloaded
-    progress: whether progress bars are shown
 
     Raises ValueError for an unknown name, an empty class folder or a file that is no whole image,
     RuntimeError where the images are missing and cannot be downloaded, PermissionError where the
@@ -236,8 +207,8 @@ def load(
     if image_size < 1:
         raise ValueError(f"image_size is a side in pixels, at least 1; got {image_size}")
     home = Path(root).expanduser().absolute() if root else files.root()
-    source = sources.find(str(name), home, download)
-    store, skipped, cache = sources.cached(source, home / "cache", image_size, progress)
+    source = sources.find(str(name), home)
+    store, skipped, cache = sources.cached(source, home / "cache", image_size)
     if skipped and not skip_broken:
         path, reason = next(iter(skipped.items()))
         raise ValueError(
@@ -256,8 +227,14 @@ def load(
         splits[part] = Split(store, rows, labels, image_size, window, mean, std)
         if images is not None:
             splits[part] = splits[part].subset(min(images, len(rows)))
-    options = {"description": source.description, "skipped": sorted(skipped)}
-    return Dataset(source.name, source.classes, **splits, image_size=image_size, **options)
+    return Dataset(
+        source.name,
+        source.classes,
+        **splits,
+        image_size=image_size,
+        description=source.description,
+        skipped=sorted(skipped),
+    )
 
 
 def _split(source, usable, seed):
@@ -270,7 +247,8 @@ def _split(source, usable, seed):
     splits = source.splits.astype("U8")
     splits[~usable] = "left out"
     shares = {"val": 0.1, "test": 0.2}
-    shares = {split: share for split, share in shares.items() if split not in source.splits}
+    for split in shares.keys() & set(source.splits):
+        del shares[split]
     undivided = "train" if "train" in source.splits else ""
     for label, name in enumerate(source.classes):
         rows = np.flatnonzero((splits == undivided) & (source.labels == label))
@@ -299,8 +277,8 @@ def _moments(store, rows, normalise, memory):
         normalise = sources.read_json(memory)
         if not normalise:
             normalise = _measured(store, rows)
-            sources.write_json(memory, normalise)
-    elif isinstance(normalise, str) or np.shape(normalise) != (2, 3):
+            files.write_atomic(memory, json.dumps(normalise))
+    elif np.shape(normalise) != (2, 3):
         raise ValueError(
             f"normalise is 'train', 'imagenet' or (mean, std) of three; got {normalise!r}"
         )
@@ -310,7 +288,7 @@ def _moments(store, rows, normalise, memory):
 def _measured(store, rows):
     """Return [mean, standard deviation] of the channels of these rows of store."""
     counts = np.zeros((3, 256))  # of each channel's values
-    for piece in np.array_split(rows, -(-len(rows) // 512)):
+    for piece in np.array_split(rows, 1 + len(rows) // 512):
         pixels = store[piece].reshape(-1, 3)
         counts += [np.bincount(channel, minlength=256) for channel in pixels.T]
     weights = counts / counts.sum(axis=1, keepdims=True)

@@ -11,12 +11,13 @@ import torch
 
 from vitlab import files, parallel
 
+_BEFORE = ".before.pt"  # ending of the state of the epoch before
+
 
 def fingerprint(settings, model, masks, teacher):
     """Return a hash of all that the result depends on; a state file of another one is not used."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    teacher_state = {} if teacher is None else teacher.state_dict()
-    for tensors in (model.state_dict(), masks or {}, teacher_state):
+    for tensors in (model.state_dict(), masks or {}, teacher.state_dict() if teacher else {}):
         for name, tensor in sorted(tensors.items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().ravel().view(torch.uint8).numpy())
@@ -26,11 +27,9 @@ def fingerprint(settings, model, masks, teacher):
 def save_state(file, state):
     """Write the state of this epoch to file, and keep the one of the epoch before beside it."""
     if file is not None and parallel.is_first():
-        files.write_atomic(file, functools.partial(torch.save, state), keep=_before(file))
-
-
-def _before(file):
-    return file.with_suffix(".before.pt")
+        files.write_atomic(
+            file, functools.partial(torch.save, state), keep=file.with_suffix(_BEFORE)
+        )
 
 
 def load_state(file, key):
@@ -38,7 +37,7 @@ def load_state(file, key):
 
     Without one, the state has no history, and its best weights have an accuracy below all others.
     """
-    for path in [file, _before(file)] if file else []:
+    for path in [file, file.with_suffix(_BEFORE)] if file else []:
         try:
             # not onto accelerate's device: among several CPU processes that is "cpu:0", which
             # torch.load refuses

@@ -6,8 +6,6 @@ moved, turned and stretched image by image. The figure fills the unit disc of it
 Public: VERSION, make.
 """
 
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,42 +26,30 @@ _CLASSES = (
 )
 
 
-def make(folder, *, per_class=(400, 50, 100), image_size=32, seed=0):
+def make(folder, *, per_class=(400, 50, 100), image_size=32):
     """Write an ImageFolder of drawn RGB pictures (PNG) and return the folder.
 
     The pictures are a function of the arguments. There are ten classes, six shapes and four
     textures, at a random place, size, angle and stretch. Each picture has random colours over a
-    gradient, among clutter and under noise. The folder is written under another name and renamed
-    when it is whole.
+    gradient, among clutter and under noise.
 
-    per_class: images of train, val, test, each >= 1
-    image_size: side in pixels, >= 8
-    seed: int
+    per_class: images of train, val, test, each at least 1
+    image_size: side in pixels, at least 8
 
-    Raises FileExistsError if the folder is there, ValueError for counts or a size out of range.
+    Raises FileExistsError if the folder is there.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already: delete it or choose another folder")
-    if len(per_class) != 3 or min(per_class) < 1 or image_size < 8:
-        raise ValueError(
-            f"per_class is three counts of at least 1 and image_size at least 8 pixels; "
-            f"got {per_class} and {image_size}"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as work:
-        tree = Path(work, "tree")  # which all may read, unlike the folder around it
-        parts = zip(("train", "val", "test"), per_class, strict=True)
-        for number, (part, count) in enumerate(parts):
-            for label, name in enumerate(_CLASSES):
-                inside = tree / part / name
-                inside.mkdir(parents=True)
-                rng = np.random.default_rng([seed, number, label])
-                images = _draw_figures(name, count, image_size, rng)
-                for i, image in enumerate(images):
-                    path = inside / f"{i:04d}.png"
-                    Image.fromarray(image).save(path, compress_level=1)
-        os.rename(tree, folder)
+    folder.mkdir(parents=True)
+    parts = zip(("train", "val", "test"), per_class, strict=True)
+    for number, (part, count) in enumerate(parts):
+        for label, name in enumerate(_CLASSES):
+            inside = folder / part / name
+            inside.mkdir(parents=True)
+            rng = np.random.default_rng([0, number, label])
+            images = _draw_figures(name, count, image_size, rng)
+            for i, image in enumerate(images):
+                path = inside / f"{i:04d}.png"
+                Image.fromarray(image).save(path, compress_level=1)
     return folder
 
 
@@ -71,9 +57,12 @@ def _draw_figures(name, count, size, rng):
     """Return count pictures of one class, uint8 [count, size, size, 3]."""
     blobs_ahead = rng.integers(0, 3, size=count)
     blobs_behind = rng.integers(2, 6, size=count)
-    canvas = _gradient(count, size, rng)
-    for i in range(blobs_behind.max()):
-        canvas = _blob(canvas, i < blobs_behind, rng)
+    # The ground changes from one colour to a near one.
+    u, _, _ = _frame(count, size, rng, radius=(1, 1), spread=0)
+    start = rng.uniform(0.1, 0.6, (count, 1, 1, 3))
+    change = rng.uniform(-0.2, 0.2, (count, 1, 1, 3))
+    canvas = (start + u[..., None] * change).clip(0, 1)
+    canvas = _blobs(canvas, blobs_behind, rng)
     # A figure is lighter than its ground: one that may be either takes a tiny transformer hours to
     # see.
     ground = canvas.mean(axis=(1, 2))
@@ -89,12 +78,10 @@ def _draw_figures(name, count, size, rng):
     frequency = np.pi * rng.uniform(2.0, 2.8, (count, 1, 1))
     distance = _distance(name, u, v, frequency)
     canvas = _paint(canvas, distance * radius, colour)
-    for i in range(blobs_ahead.max()):
-        canvas = _blob(canvas, i < blobs_ahead, rng)
+    canvas = _blobs(canvas, blobs_ahead, rng)
     noise = rng.uniform(0.02, 0.12, (count, 1, 1, 1))
     canvas = canvas + noise * rng.standard_normal(canvas.shape)
-    canvas = 255 * canvas.clip(0, 1)
-    return canvas.round().astype(np.uint8)
+    return (255 * canvas.clip(0, 1)).round().astype(np.uint8)
 
 
 def _distance(name, u, v, frequency):
@@ -104,6 +91,7 @@ def _distance(name, u, v, frequency):
     frequency: [N, 1, 1], angular frequency of the textures
     """
     radius = np.hypot(u, v)
+    right, up = np.abs([u, v])
     match name:
         case "circle":
             return radius - 0.85
@@ -112,18 +100,14 @@ def _distance(name, u, v, frequency):
         case "star":
             return radius - 0.68 - 0.3 * np.cos(5 * np.arctan2(v, u))
         case "square":
-            u, v = np.abs(u), np.abs(v)
-            return np.maximum(u, v) - 0.75
+            return np.maximum(right, up) - 0.75
         case "cross":
-            u, v = np.abs(u), np.abs(v)
-            upright = np.maximum(u - 0.27, v - 0.95)
-            across = np.maximum(v - 0.27, u - 0.95)
+            upright = np.maximum(right - 0.27, up - 0.95)
+            across = np.maximum(up - 0.27, right - 0.95)
             return np.minimum(upright, across)
         case "triangle":
-            right = 0.866 * u + 0.5 * v
-            left = 0.5 * v - 0.866 * u
-            below = -v
-            return np.maximum.reduce([right, left, below]) - 0.48
+            side = 0.5 * v + 0.866 * right  # the left one mirrors it
+            return np.maximum(side, -v) - 0.48
         # Textures fill the disc.
         case "checker":
             texture = np.sin(frequency * u) * np.sin(frequency * v)
@@ -136,23 +120,17 @@ def _distance(name, u, v, frequency):
     return np.maximum(radius - 1, texture / frequency)
 
 
-def _gradient(count, size, rng):
-    """Return float [count, size, size, 3] in [0, 1]: a change from one colour to a near one."""
-    u, _, _ = _frame(count, size, rng, radius=(1, 1), spread=0)
-    start = rng.uniform(0.1, 0.6, (count, 1, 1, 3))
-    change = rng.uniform(-0.2, 0.2, (count, 1, 1, 3))
-    return (start + u[..., None] * change).clip(0, 1)
-
-
-def _blob(canvas, chosen, rng):
-    """Paint a small ellipse or streak of any colour onto the images of chosen, bool [N]."""
+def _blobs(canvas, counts, rng):
+    """Paint small ellipses or streaks of any colour, as many on an image as counts [N] says."""
     count, size = canvas.shape[:2]
-    u, v, radius = _frame(count, size, rng, radius=(0.08, 0.22), spread=1)
-    u = u / rng.uniform(0.5, 3, (count, 1, 1))
-    distance = (np.hypot(u, v) - 0.6) * radius
-    distance[~chosen] = np.inf
-    colour = rng.uniform(0, 1, (count, 3))
-    return _paint(canvas, distance, colour)
+    for i in range(counts.max()):
+        u, v, radius = _frame(count, size, rng, radius=(0.08, 0.22), spread=1)
+        u = u / rng.uniform(0.5, 3, (count, 1, 1))
+        distance = (np.hypot(u, v) - 0.6) * radius
+        distance[counts <= i] = np.inf
+        colour = rng.uniform(0, 1, (count, 3))
+        canvas = _paint(canvas, distance, colour)
+    return canvas
 
 
 def _frame(count, size, rng, *, radius, spread, turn=np.pi):
@@ -167,13 +145,11 @@ def _frame(count, size, rng, *, radius, spread, turn=np.pi):
         return rng.uniform(low, high, (count, 1, 1))
 
     axis = (np.arange(size) + 0.5) * 2 / size - 1
-    centre_x = draw(-spread, spread)
-    centre_y = draw(-spread, spread)
+    x = axis - draw(-spread, spread)
+    y = axis[:, None] - draw(-spread, spread)
     angle = draw(-turn, turn)
     radius = draw(*radius)
     stretch = draw(0.85, 1.18)
-    x = axis - centre_x
-    y = axis[:, None] - centre_y
     cos = np.cos(angle)
     sin = np.sin(angle)
     u = (cos * x + sin * y) / (radius * stretch)

@@ -3,10 +3,11 @@
 Every image is decoded into a memory-mapped uint8 array under `<data root>/cache`, which is keyed by
 content.
 
-Public: MARGIN, NAMES, NATIVE_SIDE, SPLITS, WHOLE, cached, find, read_json, write_json.
+Public: SPLITS, cached, find, read_json.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -14,13 +15,12 @@ import math
 import os
 import shutil
 import tarfile
-import tempfile
-import time
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -30,105 +30,84 @@ from vitlab import files, names, parallel
 from vitlab.training import shapes
 
 SPLITS = ("train", "val", "test")
-
-
-NAMES = ("caltech101", "cifar10", "shapes")
-WHOLE = {"cifar10": 60_000, "caltech101": 8_677}  # images, whatever the layout
-NATIVE_SIDE = 96  # equal squares up to this many pixels are stored as they are, all else as squares
-MARGIN = 1.15  # those squares are this much larger than the crop
+_WHOLE = {"cifar10": 60_000, "caltech101": 8_677}  # images, whatever the layout
+_NATIVE_SIDE = (
+    96  # equal squares up to this many pixels are stored as they are, all else as squares
+)
+_MARGIN = 1.15  # those squares are this much larger than the crop
 
 
 @dataclass
-class _Found:
-    """What lies on disk, before anything is decoded.
-
-    names: paths of the images in folder; "" for each in the binary layout of CIFAR-10
-    splits: array of "train", "val", "test" or "" for each image; "" is not split yet
-    pixels: uint8 [N, H, H, 3] of the binary layout, which is no tree of files
-    side: of equal small squares, which are stored as they are
-    """
+class _Source:
+    """What lies on disk, before anything is decoded."""
 
     name: str
     description: str
     folder: Path
     classes: list
-    names: list
+    names: list  # paths of the images in folder; "" for each in the binary layout of CIFAR-10
     labels: np.ndarray
-    splits: np.ndarray
-    pixels: np.ndarray | None = None
-    side: int | None = None
+    splits: np.ndarray  # "train", "val", "test" or, before the split, "" for each image
+    pixels: np.ndarray | None = None  # uint8 [N, H, H, 3] of the binary layout, which has no files
+    side: int | None = None  # of equal small squares, which are stored as they are
 
 
-def find(name, home, download):
-    """Return the _Found of a named dataset or of the folder that name is the path of."""
+def find(name, home):
+    """Return the _Source of a named dataset or of the folder that name is the path of.
+
+    home: folder of the named datasets, into which they are drawn or downloaded if need be
+
+    Raises ValueError for an unknown name and for a folder that is no whole dataset, RuntimeError
+    where the images are missing and cannot be downloaded.
+    """
     finders = {"caltech101": _find_caltech101, "cifar10": _find_cifar10, "shapes": _find_shapes}
     if name in finders:
-        return finders[name](home, download)
+        return finders[name](home)
     folder = Path(name).expanduser().absolute()
     if folder.is_dir():
-        return _find_tree(folder, name=folder.name, description=f"ImageFolder {folder.name}")
+        return _find_tree(folder, folder.name, f"ImageFolder {folder.name}")
     raise ValueError(
-        f"{names.unknown('dataset', name, NAMES)} A set of your own has its path as its name: a "
+        f"{names.unknown('dataset', name, finders)} A set of your own has its path as its name: a "
         "folder with train/, val/ and test/ that hold a folder a class, or one tree of them."
     )
 
 
-def _find_caltech101(home, download):
+def _find_caltech101(home):
     folder = home / "caltech101" / "101_ObjectCategories"
     if not folder.is_dir():
-        _fetch(
-            datasets.Caltech101, home, download, f"the class folders of Caltech-101 into {folder}"
-        )
-    names = {"name": "caltech101", "description": "Caltech-101"}
-    return _whole(_find_tree(folder, **names, leave=("BACKGROUND_Google",)))
+        _fetch(datasets.Caltech101, home, f"the class folders of Caltech-101 into {folder}")
+    source = _find_tree(folder, "caltech101", "Caltech-101", leave=("BACKGROUND_Google",))
+    return _whole(source)
 
 
-def _find_shapes(home, download):
+def _find_shapes(home):
     folder = home / f"shapes-{shapes.VERSION}"
     if not folder.is_dir():
         files.make_folder(home)
-        try:
-            shapes.make(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same pictures
-                raise
-    return _find_tree(folder, name="shapes", description="shapes")
+        _make_once(folder, Path.is_dir, shapes.make)
+    return _find_tree(folder, "shapes", "shapes")
 
 
-def _find_cifar10(home, download):
+def _find_cifar10(home):
     """Return CIFAR-10 from its binary layout or, else, from a tree of files in home/cifar10."""
-    tree, layout = home / "cifar10", "cifar-10-batches-py"
-    holders = [folder for folder in (home, tree) if (folder / layout).is_dir()]
-    if not holders and (tree / "train").is_dir():
-        source = _whole(_find_tree(tree, name="cifar10", description="CIFAR-10"))
-        if source.names[0].lower().endswith((".jpg", ".jpeg")):
-            source.description = "CIFAR-10 (JPEG)"  # lossy: accuracies are a little below
-        return source
-    if not holders:
-        remedy = (
-            f"the folder {layout} into {home}, "
-            f"or train/ and test/ with a folder a class into {tree}"
-        )
-        _fetch(datasets.CIFAR10, home, download, remedy)
-    holder = holders[0] if holders else home
-    try:
-        train, test = (datasets.CIFAR10(holder, train=train) for train in (True, False))
-    except RuntimeError as error:  # its files are not those that were published
-        raise RuntimeError(
-            f"{holder / layout} is not whole ({error}): "
-            "delete it, and it is downloaded or unpacked anew"
-        ) from error
+    layout = home / "cifar-10-batches-py"
+    tree = home / "cifar10"
+    if not layout.is_dir():
+        if (tree / "train").is_dir():
+            source = _whole(_find_tree(tree, "cifar10", "CIFAR-10"))
+            if source.names[0].lower().endswith((".jpg", ".jpeg")):
+                source.description = "CIFAR-10 (JPEG)"  # lossy: accuracies are a little below
+            return source
+        remedy = f"the folder {layout.name} into {home}, or train/ and test/ with a folder a class"
+        _fetch(datasets.CIFAR10, home, f"{remedy} into {tree}")
+    train = datasets.CIFAR10(home, train=True)
+    test = datasets.CIFAR10(home, train=False)
     pixels = np.concatenate([train.data, test.data])
-    return _Found(
-        name="cifar10",
-        description="CIFAR-10",
-        folder=holder / layout,
-        classes=train.classes,
-        names=[""] * len(pixels),
-        labels=np.array(train.targets + test.targets, dtype=np.int64),
-        splits=np.repeat(["train", "test"], [len(train.data), len(test.data)]),
-        pixels=pixels,
-    )
+    names = [""] * len(pixels)
+    labels = np.array(train.targets + test.targets, dtype=np.int64)
+    splits = np.repeat(["train", "test"], [len(train.data), len(test.data)])
+    classes = train.classes
+    return _Source("cifar10", "CIFAR-10", layout, classes, names, labels, splits, pixels)
 
 
 def _whole(source):
@@ -137,25 +116,23 @@ def _whole(source):
     Raises ValueError for a set that was downloaded or unpacked half: it has a name that results are
     compared by.
     """
-    if len(source.names) != WHOLE[source.name]:
+    if len(source.names) != _WHOLE[source.name]:
         raise ValueError(
-            f"{source.folder} holds {len(source.names)} of the {WHOLE[source.name]} images of "
+            f"{source.folder} holds {len(source.names)} of the {_WHOLE[source.name]} images of "
             f"{source.description}, as after half a download: "
             "unpack the whole archive there again. A set of your own has its path as its name"
         )
     return source
 
 
-def _fetch(kind, home, download, remedy):
+def _fetch(kind, home, remedy):
     """Download a dataset of torchvision into home.
 
-    Raises RuntimeError with the remedy, what to put where, if that fails or is not allowed.
+    Raises RuntimeError with the remedy, what to put where, if that fails.
     """
-    reason = "download=False"
-    if download and not hasattr(tarfile, "data_filter"):
-        # torchvision would unpack without it, wherever names lead.
-        reason = "this Python cannot keep an archive within its folder, 3.11.4 and newer can"
-    elif download:
+    # Without this filter torchvision would unpack to wherever the names in an archive lead.
+    reason = "this Python cannot keep an archive within its folder, 3.11.4 and newer can"
+    if hasattr(tarfile, "data_filter"):
         try:
             kind(home, download=True)
             return
@@ -167,7 +144,7 @@ def _fetch(kind, home, download, remedy):
     )
 
 
-def _find_tree(folder, *, name, description, leave=()):
+def _find_tree(folder, name, description, leave=()):
     """Return the files of an ImageFolder.
 
     It has train/ with or without val/ and test/, or it is one tree of class folders.
@@ -175,30 +152,33 @@ def _find_tree(folder, *, name, description, leave=()):
     leave: class folders that are left out
     """
     tops = _folders(folder)
-    parts = [split for split in SPLITS if split in tops] if "train" in tops else [""]
-    if "train" in tops and len(tops) > len(parts):
-        others = sorted(set(tops) - set(parts))
-        raise ValueError(f"{folder}: beside train/ only val/ and test/ are read; found {others}")
+    parts = [""]
+    if "train" in tops:
+        parts = [split for split in SPLITS if split in tops]
+        if others := sorted(set(tops) - set(parts)):
+            raise ValueError(
+                f"{folder}: beside train/ only val/ and test/ are read; found {others}"
+            )
     classes = [name for name in _folders(folder / parts[0]) if name not in leave]
     if len(classes) < 2:
         raise ValueError(
             f"{folder / parts[0]}: at least two class folders are needed, found {classes}"
         )
     label_of = {name: label for label, name in enumerate(classes)}
-    names, labels, splits = [], [], []
+    images = []
     for part in parts:
         inside = folder / part
         if strange := set(_folders(inside)).difference(leave) ^ set(classes):
             raise ValueError(f"{inside}: class folders differ from train/ in {sorted(strange)}")
         endings = datasets.folder.IMG_EXTENSIONS
-        files = datasets.folder.make_dataset(inside, label_of, endings, allow_empty=True)
-        for empty in set(label_of.values()).difference(label for _, label in files):
+        samples = datasets.folder.make_dataset(inside, label_of, endings, allow_empty=True)
+        for empty in set(label_of.values()).difference(label for _, label in samples):
             raise ValueError(f"empty class folder: {inside / classes[empty]} has no image files")
-        names += [Path(path).relative_to(folder).as_posix() for path, _ in files]
-        labels += [label for _, label in files]
-        splits += [part] * len(files)
-    arrays = np.array(labels, dtype=np.int64), np.array(splits)
-    return _Found(name, description, folder, classes, names, *arrays)
+        images += [(path, label, part) for path, label in samples]
+    paths, labels, splits = zip(*images, strict=True)
+    names = [Path(path).relative_to(folder).as_posix() for path in paths]
+    labels = np.array(labels, dtype=np.int64)
+    return _Source(name, description, folder, classes, names, labels, np.array(splits))
 
 
 def _folders(folder):
@@ -211,25 +191,50 @@ def _folders(folder):
 # paths and bytes, remembered in keys.json for files whose names, sizes and times have not changed.
 
 
-def cached(source, folder, image_size, progress):
+def cached(source, folder, image_size):
     """Return a memory map uint8 [N, H, H, 3], {unreadable file: reason} and the cache folder.
 
     The images are decoded into it if need be.
+
+    Raises OSError, with what to do, where the cache cannot be written.
     """
     files.make_folder(folder)
-    key, source.side = _identify(source, folder / "keys.json", progress)
-    side = source.side or round(image_size * MARGIN)
+    key, source.side = _identify(source, folder / "keys.json")
+    side = source.side or round(image_size * _MARGIN)
     target = folder / f"{source.name}-{key[:12]}-{side}"
     shape = (len(source.labels), side, side, 3)
-    opened = _open(target, shape)
-    if opened is None:
-        with open(folder / "building.lock", "w") as lock, parallel.in_turn(lock):
-            if _open(target, shape) is None:  # else another process has built it meanwhile
-                _build(source, target, shape, progress)
-        opened = _open(target, shape)
-    if opened is None:
-        raise RuntimeError(f"the cache {target} cannot be read back: is the disk full?")
-    return *opened, target
+    try:
+        _make_once(
+            target,
+            is_whole=lambda folder: _open(folder, shape),
+            write=lambda folder: _decode_all(source, folder, shape),
+        )
+    except OSError as error:
+        raise OSError(
+            f"cannot write the cache {target} ({error}): "
+            f"make room for {math.prod(shape) / 1e6:.0f} MB, or set "
+            "VITLAB_DATA to a folder elsewhere"
+        ) from error
+    return *_open(target, shape), target
+
+
+def _make_once(target, is_whole, write):
+    """Write a folder whole or not at all, in one process, if it is not whole already.
+
+    is_whole: function of the folder
+    write: function that makes and fills the folder it is called with
+    """
+    with FileLock(target.parent / "building.lock"):
+        if is_whole(target):  # another process has written it meanwhile
+            return
+        work = target.parent / "building"
+        shutil.rmtree(work, ignore_errors=True)  # left by a killed process
+        try:
+            write(work)
+            shutil.rmtree(target, ignore_errors=True)  # it is damaged, else nobody would write it
+            work.rename(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _open(target, shape):
@@ -244,7 +249,7 @@ def _open(target, shape):
     return store, skipped
 
 
-def _identify(source, memory, progress):
+def _identify(source, memory):
     """Return a hash of what the files hold, and their side if all are equal small squares.
 
     memory: file that remembers both
@@ -258,86 +263,60 @@ def _identify(source, memory, progress):
     fingerprint = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     known = read_json(memory)
     if fingerprint not in known:
-        content, sizes = hashlib.sha256(), set()
-        for name, path in zip(
-            source.names, _bar(paths, f"reading {source.name}", progress), strict=True
-        ):
-            blob = path.read_bytes()
+        content = hashlib.sha256()
+        sides = set()
+        for name in _bar(source.names, f"reading {source.name}"):
+            blob = (source.folder / name).read_bytes()
             content.update(f"{name}\0{len(blob)}\0".encode() + blob)
-            with contextlib.suppress(
-                Exception
-            ):  # no image, or one beyond all bounds: decoding names it
-                sizes.add(Image.open(io.BytesIO(blob)).size)
-        width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
-        side = width if width == height <= NATIVE_SIDE else None
-        known[fingerprint] = [content.hexdigest(), side]
-        write_json(memory, known)
+            # What is no image, or one beyond all bounds, is named when it is decoded.
+            with contextlib.suppress(Exception):
+                sides.update(Image.open(io.BytesIO(blob)).size)
+        is_native = len(sides) == 1 and max(sides) <= _NATIVE_SIDE
+        known[fingerprint] = [content.hexdigest(), max(sides) if is_native else None]
+        files.write_atomic(memory, json.dumps(known))
     return known[fingerprint]
 
 
-def _build(source, target, shape, progress):
-    """Decode into a temporary folder beside target, then rename: target is whole or not there."""
-    for stale in target.parent.glob("building-*"):  # left by a killed process
-        if time.time() - stale.stat().st_mtime > 86400:
-            shutil.rmtree(stale, ignore_errors=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as folder:
-            work = Path(folder, "cache")  # which all may read, unlike the folder around it
-            work.mkdir()
-            store = np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8, shape)
-            skipped = _fill(store, source, progress)
-            store.flush()
-            index = {"classes": source.classes, "skipped": skipped}
-            (work / "index.json").write_text(json.dumps(index))
-            shutil.rmtree(target, ignore_errors=True)  # it is damaged, else nobody would build it
-            work.rename(target)
-    except OSError as error:
-        if not target.exists():  # else another process was first, with the same content
-            raise OSError(
-                f"cannot write the cache {target} ({error}): "
-                f"make room for {math.prod(shape) / 1e6:.0f} MB, or set "
-                "VITLAB_DATA to a folder elsewhere"
-            ) from error
-
-
-def _fill(store, source, progress):
-    """Write all images into store [N, side, side, 3]; return {unreadable file: reason}."""
-    if source.pixels is not None:
-        store[:] = source.pixels
-        return {}
+def _decode_all(source, folder, shape):
+    """Write all images into a new cache folder, as uint8 of this shape, with what was skipped."""
+    folder.mkdir()
+    store = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
     skipped = {}
     # Small images spend their time in Python, where a second thread only waits for the first.
     threads = 1 if source.side else min(8, os.cpu_count())
     with ThreadPool(threads) as pool:
-        paths = [source.folder / name for name in source.names]
-        images = pool.imap(lambda path: _decode(path, store.shape[1]), paths, chunksize=32)
-        bar = _bar(images, f"decoding {source.name}", progress, total=len(store))
-        for row, image in enumerate(bar):
+        images = source.pixels
+        if images is None:
+            decode = functools.partial(_decode, source.folder, shape[1])
+            images = pool.imap(decode, source.names, chunksize=32)
+        for row, image in enumerate(_bar(images, f"decoding {source.name}", total=len(store))):
             if isinstance(image, str):
                 skipped[source.names[row]] = image
             else:
                 store[row] = image
-    return skipped
+    store.flush()
+    index = {"classes": source.classes, "skipped": skipped}
+    (folder / "index.json").write_text(json.dumps(index))
 
 
-def _decode(path, side):
+def _decode(folder, side, name):
     """Return the centre square in RGB, resized to uint8 [side, side, 3].
 
     If that fails, the reason comes back as text.
     """
+    path = folder / name
     try:
         image = datasets.folder.pil_loader(str(path))
-        if image.size != (side, side):
-            image = v2.functional.resize(image, [side], antialias=True)
-            image = v2.functional.center_crop(image, [side])
+        image = v2.functional.resize(image, [side], antialias=True)
+        image = v2.functional.center_crop(image, [side])
         return np.asarray(image)
     except Exception as error:  # whatever a broken file makes a decoder raise
         return f"{type(error).__name__}: {str(error).replace(str(path), path.name)}"
 
 
-def _bar(items, title, progress, total=None):
-    shown = progress and parallel.is_first() and not files.headless()
-    return tqdm(items, desc=title, total=total, unit="image", disable=not shown, leave=False)
+def _bar(items, title, total=None):
+    hidden = files.headless() or not parallel.is_first()
+    return tqdm(items, desc=title, total=total, unit="image", disable=hidden, leave=False)
 
 
 def read_json(path):
@@ -346,7 +325,3 @@ def read_json(path):
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def write_json(path, content):
-    files.write_atomic(path, json.dumps(content))

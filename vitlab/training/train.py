@@ -13,14 +13,17 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass as checked_dataclass
 from timm.optim import create_optimizer_v2
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.optim.swa_utils import AveragedModel
@@ -28,92 +31,64 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from vitlab import files, parallel
-from vitlab.evaluation import evaluate, memory
+from vitlab.evaluation import cost, evaluate, memory
 from vitlab.pruning import prune
 from vitlab.training import resume
 
-# Columns of the history that TensorBoard gets.
-_LOGGED = ("train_loss", "train_top1", "val_loss", "val_top1", "lr", "images_per_s")
+_Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True)
 class Recipe:
     """Hold the settings of one training.
 
     Beside them the result depends on model, images, masks and teacher alone. Checkpoints of dense
     models keep these fields as "settings".
 
-    epochs: int >= 1
-    lr: peak of the learning rate, > 0
-    batch_size: images of a batch, >= 1, of all processes together
-    weight_decay: of AdamW; biases and norms have none
-    warmup_epochs: epochs of linear warm-up, >= 0 and < epochs; a cosine down to 0 follows
-    label_smoothing: share in [0, 1)
-    clip_norm: highest norm of the gradient of all parameters; 0 switches clipping off
-    augment: what `data.Split.batches` accepts
-    images: training images that each epoch draws, >= 1; None takes all
-    precision: what `evaluate.precision_on` accepts
-    ema: decay in [0, 1) of averaged weights, which are then validated and kept; 0 switches
-        averaging off
-    mixup, cutmix: alpha >= 0 of the Beta distribution that says, batch by batch, how much each
-        image and its label get of another image (Zhang et al. 2018, Yun et al. 2019); 0 is off, and
-        with both each batch gets one of them
-    keep_best: whether training ends with the weights of the epoch that was best on val, else with
-        the last
-    seed: int, of order, augmentation, mixing, drop-out and drop-path
-
     Raises ValueError for a value out of range.
     """
 
-    epochs: int
-    lr: float
-    batch_size: int = 128
-    weight_decay: float = 0.05
-    warmup_epochs: float = 1.0
-    label_smoothing: float = 0.1
+    epochs: PositiveInt  # at least 1
+    lr: PositiveFloat  # peak of the learning rate, above 0
+    batch_size: PositiveInt = 128  # images of a batch, at least 1, of all processes together
+    weight_decay: float = 0.05  # of AdamW; biases and norms have none
+    # Epochs of linear warm-up, at least 0 and fewer than all; a cosine down to 0 follows.
+    warmup_epochs: NonNegativeFloat = 1.0
+    label_smoothing: _Share = 0.1  # share in [0, 1)
+    # Highest norm of the gradient of all parameters; 0 switches clipping off.
     clip_norm: float = 1.0
-    augment: bool | dict = True
-    images: int | None = None
-    precision: str = "auto"
-    ema: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    augment: bool | dict = True  # what `data.Split.batches` accepts
+    # Training images that each epoch draws, at least 1; None takes all.
+    images: PositiveInt | None = None
+    precision: str = "auto"  # what `evaluate.precision_on` accepts
+    # Decay in [0, 1) of averaged weights, which are then validated and kept; 0 is off.
+    ema: _Share = 0.0
+    # Alphas >= 0 of the Beta distribution that says, batch by batch, how much each image and its
+    # label get of another image (Zhang et al. 2018, Yun et al. 2019). 0 is off, and with both each
+    # batch gets one of them.
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
+    # Whether training ends with the weights of the epoch that was best on val, else with the last.
     keep_best: bool = True
-    seed: int = 0
+    seed: int = 0  # of order, augmentation, mixing, drop-out and drop-path
 
     def __post_init__(self):
-        shares_hold = 0 <= self.ema < 1 and 0 <= self.label_smoothing < 1
-        counts_hold = self.batch_size >= 1 and (self.images is None or self.images >= 1)
-        rules = {
-            "epochs >= 1": self.epochs >= 1,
-            "0 <= warmup_epochs < epochs": 0 <= self.warmup_epochs < self.epochs,
-            "lr > 0": self.lr > 0,
-            "ema and label_smoothing lie in [0, 1), shares and not percentages": shares_hold,
-            "batch_size and images of at least 1 (or images=None for all)": counts_hold,
-            "mixup and cutmix of at least 0": self.mixup >= 0 and self.cutmix >= 0,
-        }
-        broken = [rule for rule, holds in rules.items() if not holds]
-        if broken:
-            raise ValueError(f"a recipe needs: {'; '.join(broken)}. Got {self}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"a recipe needs warmup_epochs < epochs; got {self}")
 
 
 @dataclass(frozen=True)
 class Distillation:
     """Hold a teacher and its part in the loss (Hinton et al. 2015).
 
-    The loss is (1 - a) CE + a T**2 KL with a = share, T = temperature, see
-    docs/methods/distillation.md.
-
-    teacher: model with the classes of the student, in their order
-    share: a, in [0, 1]
-    temperature: T, > 0
+    The loss is (1 - a) CE + a T**2 KL, see docs/methods/distillation.md.
 
     Raises ValueError for a share that is out of range.
     """
 
-    teacher: torch.nn.Module
-    share: float = 0.5
-    temperature: float = 2.0
+    teacher: torch.nn.Module  # with the classes of the student, in their order
+    share: float = 0.5  # a, in [0, 1]
+    temperature: float = 2.0  # T, above 0
 
     def __post_init__(self):
         if not 0 <= self.share <= 1:
@@ -142,33 +117,32 @@ def fit(
 
     The optimizer is AdamW, with linear warm-up and cosine decay of the rate to 0.
 
-    Under torchrun (see `parallel`), each process takes its part of each batch. The result is then
-    that of one process, up to rounding and to what drop-out and drop-path draw.
-
     train, val: data.Split
     recipe: Recipe, or a mapping of its fields
-    masks: {parameter: bool}, applied before the first step and held through every one; each epoch's
-        end asserts them. Masking gradients would lose them to momentum and weight decay, see
-        docs/methods/schedules.md
+    masks: {parameter: bool}, held through every step, see docs/methods/schedules.md
     distil: Distillation, or None to train without a teacher
     stage: name of this training in its history, messages and state file
-    folder: keeps a state file of each epoch, from which a killed training goes on. A state of other
-        settings, images, weights, masks or teacher is not used. The state of the epoch before
-        stands in for a damaged one
-    log: folder for TensorBoard, which gets loss and top-1 on train and val, rate and images per
-        second of each epoch
+    folder: keeps a state file of each epoch, from which a killed training goes on
+    log: folder for TensorBoard, which gets the numbers of each epoch
 
     Returns a frame with one row an epoch; `_Training.epoch` says what its columns mean.
     Raises ValueError for settings out of range, FloatingPointError when the loss is no longer
     finite, and RuntimeError when another process trains the same stage in the same folder.
     """
-    if isinstance(recipe, Mapping):
-        recipe = Recipe(**recipe)
-    _check_batch(min(recipe.batch_size, len(train)))
+    recipe = _recipe(recipe)
+    # Under torchrun (see `parallel`), each process takes its part of each batch. The result is then
+    # that of one process, up to rounding and to what drop-out and drop-path draw.
+    batch_size = min(recipe.batch_size, len(train))
+    if batch_size % parallel.world_size():
+        raise ValueError(
+            f"a batch of {batch_size} images cannot be shared out evenly to "
+            f"{parallel.world_size()} processes: choose a batch_size that is a multiple of their "
+            "number"
+        )
     with _lock(stage, folder):
         accelerator = _join(stage, folder, log)
         training = _Training(accelerator, model, train, val, recipe, masks, distil, stage)
-        state_file = Path(folder) / f"{stage}.state.pt" if folder else None
+        state_file = Path(folder, f"{stage}.state.pt") if folder else None
         training.start(state_file)
         history = training.state["history"]
         for epoch in range(len(history), recipe.epochs):
@@ -183,6 +157,10 @@ def fit(
     return pd.DataFrame(history)
 
 
+def _recipe(recipe):
+    return Recipe(**recipe) if isinstance(recipe, Mapping) else recipe
+
+
 def in_steps(
     model, cut, train, val, recipe, *, shares, tail_epochs=None, stage="gradual", **options
 ):
@@ -190,14 +168,10 @@ def in_steps(
 
     The idea is of Zhu & Gupta 2017.
 
-    Every training starts its optimizer and its schedule of rates anew, and draws other images. A
-    killed run calls all cuts again, and trains only what was not trained yet. The cuts must then
-    give the same for the same model; torch is seeded before each.
-
     cut: function of (model, share), called before each training with the model as it is by then. It
         takes new scores and returns (model, masks) or a smaller (model, None). Masks have that
-        sparsity and keep dead weights dead, as prune.keep_more_zero does; shrink.remove makes smaller
-        models. The function decides what a share is a share of
+        sparsity and keep dead weights dead, as prune.keep_more_zero does; shrink.remove makes
+        smaller models. The function decides what a share is a share of
     train, val: data.Split
     recipe: Recipe, or a mapping of its fields; its epochs follow each cut but the last
     shares: rising numbers in (0, 1), as prune.shares returns them; one share is one-shot
@@ -215,60 +189,52 @@ def in_steps(
         raise ValueError(
             f"shares must rise, above 0 and below 1, at least one of them; got {shares}"
         )
-    settings = dict(recipe if isinstance(recipe, Mapping) else vars(recipe))
-    first_seed = len(shares) * settings.get("seed", 0)
-    params = _params(model)
-    masks, histories = None, []
+    recipe = _recipe(recipe)
+    first_seed = len(shares) * recipe.seed
+    params = cost.params(model)
+    masks, histories = {}, []
     for step, share in enumerate(shares, 1):
-        settings["seed"] = first_seed + step - 1
+        # Every training starts its optimizer and its schedule of rates anew, and draws other images.
+        recipe = replace(recipe, seed=first_seed + step - 1)
         if step == len(shares) and tail_epochs is not None:
-            settings["epochs"] = tail_epochs
-        torch.manual_seed(settings["seed"])
-        masks_before = masks
+            recipe = replace(recipe, epochs=tail_epochs)
+        # A killed run calls all cuts again, and trains only what was not trained yet. The cuts must
+        # then give the same for the same model, so that torch is seeded before each.
+        torch.manual_seed(recipe.seed)
+        masks_before = masks or {}
         model, masks = cut(model, share)
-        if step == 1 and not masks and _params(model) == params:
+        if step == 1 and not masks and cost.params(model) == params:
             raise ValueError(
                 f"the first cut, of {share}, changed nothing; "
                 "give masks or a smaller model, or fewer steps"
             )
-        _check_grown(model, masks_before or {}, masks or {})
-        history = fit(model, train, val, settings, masks=masks, stage=f"{stage}-{step}", **options)
-        histories.append(history.assign(stage=stage, step=step, share=share, params=_params(model)))
+        _check_grown(model, masks_before, masks or {})
+        history = fit(model, train, val, recipe, masks=masks, stage=f"{stage}-{step}", **options)
+        histories.append(
+            history.assign(stage=stage, step=step, share=share, params=cost.params(model))
+        )
     history = pd.concat(histories, ignore_index=True)
     return model, masks, history.assign(epoch=range(1, len(history) + 1))
-
-
-def _params(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_grown(model, before, after):
     """Raise ValueError if the masks after bring back weights that the masks before had cut."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, mask in before.items():
-        if shapes.get(name) != mask.shape:
-            continue  # it was removed for good
-        if name not in after or (after[name].to(mask.device) & ~mask).any():
+        removed = shapes.get(name) != mask.shape  # for good
+        if not removed and (name not in after or (after[name].to(mask.device) & ~mask).any()):
             raise ValueError(
                 f"the cut brings dead weights of {name} back; prune.further gives masks that do not"
             )
-
-
-def _check_batch(size):
-    """Raise ValueError if the processes cannot share out a batch of this size evenly."""
-    if size % parallel.world_size():
-        raise ValueError(
-            f"a batch of {size} images cannot be shared out evenly to {parallel.world_size()} "
-            "processes: choose a batch_size that is a multiple of their number"
-        )
 
 
 def _lock(stage, folder):
     """Return a context in which no other process may train this stage in this folder."""
     if folder is None or not parallel.is_first():
         return contextlib.nullcontext()
-    files.make_folder(Path(folder))
-    return files.lock(Path(folder, f".{stage}.lock"), f"the training of {stage} in {folder}")
+    folder = Path(folder)
+    files.make_folder(folder)
+    return files.lock(folder / f".{stage}.lock", f"the training of {stage} in {folder}")
 
 
 def _join(stage, folder, log):
@@ -277,9 +243,9 @@ def _join(stage, folder, log):
     It has a tracker for TensorBoard if log or the environment's VITLAB_LOG asks for one.
     """
     parallel.join()
-    if not log and folder and os.environ.get("VITLAB_LOG"):
-        log = Path(folder) / "tensorboard"
-    accelerator = Accelerator(log_with="tensorboard" if log else None, project_dir=log)
+    if folder and os.environ.get("VITLAB_LOG"):
+        log = log or Path(folder, "tensorboard")
+    accelerator = Accelerator(log_with=log and "tensorboard", project_dir=log)
     accelerator.init_trackers(stage)
     return accelerator
 
@@ -305,13 +271,21 @@ class _Training:
         model, recipe, device = self.model, self.recipe, self.accelerator.device
         model.to(device)
         parallel.broadcast_weights(model)
+        # The teacher answers in evaluation mode and learns nothing.
         teacher = self.distil and self.distil.teacher.to(device).eval()
         # What is held by now, model included, is not what training needs.
         gc.collect()
         memory.release_memory()
         self.memory_before = memory.own_memory_mb(device)
-        # The key is taken before the masks change the weights.
-        key = resume.fingerprint(self._settings(), model, self.masks, teacher)
+        # A state of other settings, images, weights, masks or teacher is not used. The key is taken
+        # before the masks change the weights.
+        settings = {
+            **vars(recipe),
+            "stage": self.stage,
+            "images seen": [self.train.identity, self.val.identity],
+            "distil": self.distil and (self.distil.share, self.distil.temperature),
+        }
+        key = resume.fingerprint(settings, model, self.masks, teacher)
         self.state = resume.load_state(file, key)
         if len(set(parallel.gather((key, len(self.state["history"]))))) > 1:
             raise RuntimeError(
@@ -319,28 +293,29 @@ class _Training:
                 f"images and masks, or not all of them can see {file}: "
                 "give them one data root (VITLAB_DATA)"
             )
-        options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
-        optimizer = create_optimizer_v2(model, "adamw", **options)
+        # timm leaves biases and norms without weight decay.
+        optimizer = create_optimizer_v2(
+            model, "adamw", lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+        )
+        # The masks are applied before the first step and held through every one. Masked gradients
+        # alone would lose them to momentum and weight decay.
         self.holder = prune.MaskHolder(model, self.masks, optimizer) if self.masks else None
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # Training goes on from the states of these, whose names are those in the state file.
         self.moving = {"model": model, "optimizer": self.optimizer}
-        self.outcome = model  # that is validated, and whose best weights stay
+        self.outcome = model  # what is validated, and whose best weights stay
         if recipe.ema:
             average = functools.partial(_average, recipe.ema)
-            self.moving["averaged"] = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-            self.outcome = self.moving["averaged"].module
-        for name, part in self.moving.items():
-            if name in self.state:
-                part.load_state_dict(self.state.pop(name))
-        self.batch_size = min(recipe.batch_size, len(self.train))  # of all processes together
-        images = min(recipe.images or len(self.train), len(self.train))
+            # Running statistics of norms are buffers: averaged weights need averaged ones.
+            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.moving["averaged"] = self.averaged
+            self.outcome = self.averaged.module
+        for name in self.moving.keys() & self.state:
+            self.moving[name].load_state_dict(self.state.pop(name))
+        images = len(self.train)
+        self.batch_size = min(recipe.batch_size, images)  # of all processes together
+        images = min(recipe.images or images, images)
         self.steps = max(1, images // recipe.batch_size)  # of an epoch
-
-    def _settings(self):
-        """Return the settings that a state must share to be used."""
-        images = [getattr(split, "identity", len(split)) for split in (self.train, self.val)]
-        distil = self.distil and (self.distil.share, self.distil.temperature)
-        return {**vars(self.recipe), "stage": self.stage, "images seen": images, "distil": distil}
 
     def epoch(self, epoch):
         """Train for one epoch, int from 0, and return its row of the history without validation."""
@@ -399,8 +374,15 @@ class _Training:
         # the same.
         torch.manual_seed(1_000_003 * recipe.seed + epoch + 1_000_000_007 * parallel.rank())
         self.prepared.train()
-        draw = {"augment": recipe.augment, "shuffle": True, "seed": recipe.seed, "epoch": epoch}
-        batches = self.train.batches(self.batch_size, device=device, drop_last=True, **draw)
+        batches = self.train.batches(
+            self.batch_size,
+            device=device,
+            augment=recipe.augment,
+            shuffle=True,
+            seed=recipe.seed,
+            epoch=epoch,
+            drop_last=True,
+        )
         sums = torch.zeros(2, device=device)
         waited = 0.0
         title = f"{self.stage} {epoch + 1}/{recipe.epochs}"
@@ -413,11 +395,13 @@ class _Training:
                     x, y = _mix(x, y, recipe, self.model.num_classes, (recipe.seed, epoch, step))
                 x, y = parallel.shard((x, y))
                 waited += time.perf_counter() - began
-                share = _schedule(
-                    epoch * steps + step, recipe.epochs * steps, recipe.warmup_epochs * steps
-                )
-                sums += self._step(x, y, recipe.lr * share)
-        return sums, waited, recipe.lr * share
+                # The schedule runs over all epochs, step by step.
+                step += epoch * steps
+                share = _schedule(step, recipe.epochs * steps, recipe.warmup_epochs * steps)
+                lr = recipe.lr * share
+                # The sums stay on the device: to read them here would wait for it at every step.
+                sums += self._step(x, y, lr)
+        return sums, waited, lr
 
     def _step(self, x, y, lr):
         """Take one step at this rate and return the tensor [loss, number of right answers].
@@ -439,28 +423,31 @@ class _Training:
         self.optimizer.zero_grad()
         if self.holder:
             self.holder.step()
-        if self.outcome is not self.model:
-            self.moving["averaged"].update_parameters(self.model)
+        if recipe.ema:
+            self.averaged.update_parameters(self.model)
         labels = y if y.ndim == 1 else y.argmax(1)
         right = (logits.argmax(1) == labels).sum()
         return torch.stack([loss.detach(), right.to(loss.dtype)])
 
     def validate(self, row):
         """Complete a row of the history on val, and keep the weights if they are the best."""
+        # Each epoch's end asserts that the dead weights are zero, in the average, too.
         if self.holder:
             self.holder.check(self.outcome)
             row["sparsity"] = prune.sparsity(self.model, self.masks)
         result = evaluate.accuracy(self.outcome, self.val, precision=self.recipe.precision)
-        row |= {"val_loss": result.loss, "val_top1": result.top1}
+        row["val_loss"] = result.loss
+        row["val_top1"] = result.top1
         row["resident_mb"] = memory.peak_memory_mb("cpu")
         self.state["history"].append(row)
         if result.top1 > self.state["best"]["top1"] or not self.recipe.keep_best:
             weights = copy.deepcopy(self.outcome.state_dict())
             self.state["best"] = {"top1": result.top1, "model": weights}
-        progress = f"epoch {row['epoch']}/{self.recipe.epochs}"
-        accuracy = f"train {row['train_top1']:.1f} %, val {result.top1:.1f} %"
-        files.log(f"{self.stage} {progress}: {accuracy}, {row['seconds']:.0f} s")
-        self.accelerator.log({name: row[name] for name in _LOGGED}, step=row["epoch"])
+        files.log(
+            f"{self.stage} epoch {row['epoch']}/{self.recipe.epochs}: "
+            f"train {row['train_top1']:.1f} %, val {result.top1:.1f} %, {row['seconds']:.0f} s"
+        )
+        self.accelerator.log(row, step=row["epoch"])
 
 
 def _mix(x, y, recipe, classes, seeds):
@@ -492,12 +479,10 @@ def _average(decay, averaged, current, _):
 @contextlib.contextmanager
 def _plain_attention(model, device):
     """Compute attention on CPUs without the fused kernel, which trains slower in bf16 there."""
-    fused = []
-    if device.type == "cpu":
-        fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     try:
         for module in fused:
-            module.fused_attn = False
+            module.fused_attn = device.type != "cpu"
         yield
     finally:
         for module in fused:
