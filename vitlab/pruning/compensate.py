@@ -11,7 +11,7 @@ from torch import nn
 
 from vitlab import names
 from vitlab.models import anatomy, layers, structure
-from vitlab.pruning import lowrank, sweep
+from vitlab.pruning import lowrank, prune, sweep
 
 # ---- Compensation in closed form ----
 
@@ -40,22 +40,18 @@ def refit(model, keep, grams, *, method="least squares", damping=1e-3):
     """
     names.check("method", method, REFITS)
     model = copy.deepcopy(model)
-    parameters = dict(model.named_parameters())
-    for name, mask in keep.items():
-        names.check("parameter", name, parameters)
-        if mask.shape != parameters[name].shape:
-            shape = list(parameters[name].shape)
-            raise ValueError(f"the mask of {name} must be {shape}; got {list(mask.shape)}")
+    parameters = prune.parameters_of(model, keep)
     if not {name.removesuffix(".weight") for name in keep} & grams.keys():
         raise ValueError("grams has none of the layers in keep: give scores.grams of them")
-    for name, mask in keep.items():
-        weight = parameters[name]
-        mask = mask.to(weight.device)
+    for name, weight in parameters.items():
+        mask = keep[name].to(weight.device)
         layer = name.removesuffix(".weight")
         gram = sweep.fitting_gram(grams, layer, weight[0].numel(), damping, partial=True)
+        # What has no gram cannot adapt, and an empty support leaves nothing that could.
         if gram is None or not mask.any():
             weight.mul_(mask)
             continue
+        # A convolution is the matrix of its flattened filters.
         solution = REFITS[method](weight.flatten(1), gram, mask.flatten(1))
         weight.copy_(solution.view_as(weight))
     return model
@@ -86,7 +82,8 @@ class Fill:
             flat = weight.flatten(1)
             new = flat[:, columns]
             if transfer is not None:
-                new = (flat.double() @ transfer).to(flat.dtype)
+                new = flat.double() @ transfer
+            # resize gives it the old precision back.
             structure.resize(layer, "weight", new.unflatten(1, (-1, *weight.shape[2:])))
         else:
             new = layers.select(layer, columns=columns)
@@ -105,13 +102,11 @@ class Fill:
     def put_constant(self, model, name, reader):
         """Replace attention or an MLP by what its last layer, the reader, gives without inputs."""
         layer = model.get_submodule(reader)
-        bias = layer.bias
         _, lost = self._solve(layer, reader, torch.arange(0))
-        if lost is not None:
-            bias = bias + lost
         new = layers.Constant(layer.out_features, bias=False)
-        if bias is not None:
-            new.bias = nn.Parameter(bias)
+        if layer.bias is not None:
+            # The mean that all inputs gave joins the bias; without means the bias alone stays.
+            new.bias = nn.Parameter(layer.bias + (0 if lost is None else lost))
         structure.put(model, name, new)
 
     def _solve(self, layer, name, columns):
