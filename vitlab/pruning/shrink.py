@@ -78,6 +78,7 @@ def _checked_drop(view, drop):
             continue
         where, kind = _as_neurons(view, *key)
         removed[where][kind] |= indices
+        # Without heads or neurons the last bias stays, and of blocks others are left.
         if len(removed[where][kind]) == size and kind not in ("heads", "neurons", "block"):
             raise ValueError(
                 f"{key}: all {size} would go; keep at least one (masks.keep_largest takes a floor)"
@@ -87,9 +88,6 @@ def _checked_drop(view, drop):
         raise ValueError("drop removes nothing; give indices of at least one unit")
     if all("block" in removed.get(block.name, ()) for block in view.blocks):
         raise ValueError("all blocks would go; keep at least one")
-    for block in view.blocks:
-        for kind in removed.get(block.name, ()):
-            _check_separable(block, kind)
     return removed
 
 
@@ -111,34 +109,27 @@ def _as_neurons(view, where, kind):
     return where, kind
 
 
-def _check_separable(block, kind):
-    """Raise ValueError if units of this kind depend on each other inside their block."""
-    if kind == "block":
-        return
-    part = block.mlp if kind == "neurons" else block.attn
+def _check_separable(block, part, kinds):
+    """Raise ValueError if the units of attention or of an MLP depend on each other there."""
     if any(name.startswith(("norm.", "gate.")) for name, _ in part.named_parameters()):
         raise ValueError(
-            f"{block.name}: {kind} share a norm or gate, which vitlab cannot cut; mask them instead"
-        )
-    if kind == "qk" and block.normalises_queries:
-        raise ValueError(
-            f"{block.name}: queries and keys are normalised together; cut v, or whole heads"
+            f"{block.name}: {kinds} share a norm or gate, which vitlab cannot cut; "
+            "mask them instead"
         )
 
 
 def _complement(indices, size):
     """Return the sorted numbers in [0, size) that are not among the indices."""
-    return torch.tensor([i for i in range(size) if i not in indices], dtype=torch.long)
+    return torch.tensor(sorted({*range(size)} - indices), dtype=torch.long)
 
 
 def _remove_rows(model, name, removed, fill):
     """Let a layer compute only the rows that stay, with zeros in the place of the others."""
     layer = model.get_submodule(name)
-    rows = range(layer.out_features)
+    keep = _complement(removed["rows"], layer.out_features)
     if isinstance(layer, layers.RowLinear):
-        rows = layer.rows.tolist()  # an earlier cut has removed the others
-    keep = [row for row in rows if row not in removed["rows"]]
-    if not keep:
+        keep = keep[torch.isin(keep, layer.rows.cpu())]  # an earlier cut has removed the others
+    if not len(keep):
         raise ValueError(f"the rows of {name} that are left would all go; keep at least one")
     kept = layers.select(layer, rows=keep)
     new = layers.RowLinear(layer.in_features, layer.out_features, rows=keep, kept=kept)
@@ -149,6 +140,11 @@ def _remove_from_attention(model, name, removed, fill):
     """Take heads, and dimensions of queries and keys or of values, out of a block's attention."""
     block = models.view(model).block(name)
     attn = block.attn
+    _check_separable(block, attn, "heads")
+    if removed["qk"] and block.normalises_queries:
+        raise ValueError(
+            f"{name}: queries and keys are normalised together; cut v, or whole heads"
+        )
     reader = f"{name}.attn.proj"
     heads = _complement(removed["heads"], block.num_heads)
     if not len(heads):
@@ -184,8 +180,10 @@ def _kept_dimensions(block, heads, removed, kind, size):
 
 def _remove_neurons(model, name, removed, fill):
     """Take neurons out of a block's MLP."""
+    block = models.view(model).block(name)
+    _check_separable(block, block.mlp, "neurons")
     reader = f"{name}.mlp.fc2"
-    keep = _complement(removed["neurons"], models.view(model).block(name).neurons)
+    keep = _complement(removed["neurons"], block.neurons)
     if not len(keep):
         return fill.put_constant(model, f"{name}.mlp", reader)
     _keep_outputs(model, f"{name}.mlp.fc1", keep)
@@ -199,11 +197,11 @@ def _remove_filters(model, name, removed, fill):
     if name not in stem:  # a factored convolution: the second of its parts gives the outputs
         name = f"{name}.1"
     keep = _complement(removed["filters"], stem[name].out_channels)
-    names = list(stem)
-    reader = names[names.index(name) + 1]
     _keep_outputs(model, name, keep)
     if norm is not None:
         _keep_outputs(model, norm, keep)
+    order = list(stem)
+    reader = order[order.index(name) + 1]
     fill.narrow(model, reader, keep)
     _merge_factors(model)
 
@@ -216,9 +214,9 @@ def _remove_channels(model, stage, removed, fill):
     # Patch merging sees four tokens side by side, each with all channels.
     merged = (torch.arange(4)[:, None] * size + keep).flatten()
     named = [*model.named_modules(), *model.named_parameters()]
-    names = {id(thing): name for name, thing in named}
+    name_of = {part: name for name, part in named}
     for thing, how in stream:
-        name = names[id(thing)]
+        name = name_of[thing]
         kept = merged if how == "merged" else keep
         if how == "last":  # a parameter of the model itself, such as a class token
             structure.keep_entries(model, name, kept, axis=-1)
