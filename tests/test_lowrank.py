@@ -273,7 +273,9 @@ def test_patterns_hold_in_every_group_and_fits_of_them_fall(support):
             fit.objectives[-1], rel=1e-6
         )
     magnitude = lowrank.objective(weight, lowrank.project(weight, count, support=support), gram)
-    assert both.objectives[-1] < alone.objectives[-1] < magnitude == pytest.approx(alone.objectives[0])
+    assert (
+        both.objectives[-1] < alone.objectives[-1] < magnitude == pytest.approx(alone.objectives[0])
+    )
     with pytest.raises(ValueError, match=f"{support} of a .* is a count of {count}; got 5"):
         lowrank._support_mask(weight, 5, support=support)
 

@@ -17,6 +17,12 @@ from vitlab.pruning import lowrank, sweep
 
 # ---- Low rank and sparse layers ----
 
+# "svd": two thin layers, of the largest rank whose MACs are the share (lowrank.rank_for).
+# "iht": a sparse matrix (lowrank.iht).
+# "svd+iht": low rank plus sparse (lowrank.low_rank_plus_sparse).
+# "threshold": the largest entries of a truncated SVD's product (lowrank.threshold_product), a
+# baseline.
+# "random": two thin layers as by "svd", but of directions drawn from seed. The control.
 METHODS = ("svd+iht", "svd", "iht", "threshold", "random")
 
 
@@ -41,25 +47,14 @@ def compress(
     compressed anew.
 
     ratio: share of the weights that goes, above 0 and below 1.
-    method: how the weights of a layer are chosen:
-        "svd": two thin layers, of the largest rank whose MACs are that share (lowrank.rank_for).
-        "iht": a sparse matrix (lowrank.iht).
-        "svd+iht": low rank plus sparse (lowrank.low_rank_plus_sparse).
-        "threshold": the largest entries of a truncated SVD's product (lowrank.threshold_product);
-            a baseline.
-        "random": two thin layers as by "svd", but of directions drawn from seed. What W makes of
-            the inputs along them stays. The control.
-    support: what the sparse part consists of:
-        "entries": single entries. They are masked, and no MACs are saved.
-        "rows" or "columns": whole ones. The others are removed, and MACs fall.
-        a pattern such as "2:4": masked, for hardware that knows it. ratio must be its share.
-    grams: {layer: [n, n]} of this very model, as from scores.grams. "iht" and "svd+iht" need them:
-        without activations IHT is magnitude pruning. "svd" uses them unless whiten is False.
+    method: one of METHODS, how the weights of a layer are chosen.
+    support: what the sparse part consists of: "entries", "rows", "columns" or a pattern such as
+        "2:4", of which ratio must be the share. Methods without "iht" take "entries" alone.
+    grams: {layer: [n, n]} of this very model, as from scores.grams. "iht" and "svd+iht" need them.
+        "svd" uses them unless whiten is False.
     roles: roles of layers, as in View.linears. None means all but the classifier.
     kappa: share in (0, 1) of the kept weights that the rank takes by "svd+iht"; the sparse part
-        takes the rest. There an entry counts 1, a row n and a column m. Beside a pattern the rank
-        takes all that is left. On entries more MACs are executed than by the dense layer, on rows
-        and columns no more than the share.
+        takes the rest. Beside a pattern the rank takes all that is left.
     multiple: ranks are multiples of it, see lowrank.rank_for.
     whiten: whether "svd" is weighted by activations.
     rounds: largest number of turns between low rank and sparse.
@@ -69,8 +64,7 @@ def compress(
     Returns (model, report). report is a DataFrame with a row for each layer:
         layer, role, m, n, rank, count (of entries, rows or columns),
         objective_magnitude: objective of magnitude pruning with all of the share on that support,
-        objective_start, objective: first and last of the fit; methods other than "iht" and
-            "svd+iht" start from the plain truncated SVD,
+        objective_start, objective: first and last of the fit,
         macs_dense, macs, macs_ideal: MACs of one token.
     Raises ValueError for a ratio that is no share, changes nothing or leaves nothing of a layer,
     for unknown words, and for grams that are missing or of another model.
@@ -124,6 +118,7 @@ def _check_request(ratio, method, support, kappa, grams):
         raise ValueError(
             f"kappa is a share in (0, 1); got {kappa}. For the ends there are 'iht' and 'svd'."
         )
+    # Without activations IHT is magnitude pruning.
     if grams is None and "iht" in method:
         raise ValueError(
             f"{method} works from activations: give grams=scores.grams(model, batches)"
@@ -135,6 +130,7 @@ def _affordable(m, n, budget, support):
     if pattern := lowrank.neighbours(support):
         few, of = pattern
         return m * n // of * few  # whatever the budget: few of each group of neighbours stay
+    # Of the kept weights an entry counts 1, a row n and a column m.
     price = {"rows": n, "columns": m}.get(support, 1)
     return budget // price
 
@@ -150,7 +146,8 @@ def _plan(m, n, budget, method, support, kappa, multiple):
         return 0, _affordable(m, n, budget, support)
     share = budget / (m * n)  # of the dense layer's MACs
     if method == "svd+iht":
-        # The rank takes kappa of the budget, and the sparse part what is left.
+        # The rank takes kappa of the budget, and the sparse part what is left. On entries more MACs
+        # are executed than by the dense layer, on rows and columns no more than the share.
         rank = max(lowrank.rank_for(m, n, share * kappa, multiple=multiple), 1)
         left = max(budget - rank * (m + n), 0)
         count = _affordable(m, n, left, support)
@@ -200,6 +197,7 @@ def _fit(weight, gram, rank, count, method, support, whiten, rounds, generator):
     elif method == "random":
         drawn = torch.randn(weight.shape[1], rank, generator=generator)
         v = torch.linalg.qr(drawn).Q.T.to(weight)  # orthonormal directions of the inputs
+        # What W makes of the inputs along them stays.
         u = weight @ v.T
     elif method == "threshold":
         sparse = lowrank.threshold_product(weight, rank, count)
@@ -211,6 +209,8 @@ def _fit(weight, gram, rank, count, method, support, whiten, rounds, generator):
 
 def _layer_of(fit, support, bias):
     """Return the layer that stores a fit."""
+    # Rows and columns that are not in the support are removed, and MACs fall. Entries and patterns
+    # are masked, and no MACs are saved, but there is hardware that knows patterns.
     if not fit.mask.any():
         return layers.factored(fit.u, fit.v, bias=bias)
     return layers.low_rank_sparse(

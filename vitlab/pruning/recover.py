@@ -33,10 +33,7 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
 
     fc2 is solved for all that its block should leave in the residual stream, except where a norm
     follows it or LayerScale is below 0.01. The classifier is solved for the logits of dense. A
-    layer keeps its form: a factored one its rank (it gets the best map of that rank), a masked one
-    its support. These stay as they are: low rank plus sparse layers, convolutions of several
-    groups, norms, all else that is no linear layer of anatomy.View or convolution of the stem, and
-    layers that see less than two positions for each of their inputs.
+    layer keeps its form: a factored one its rank, a masked one its support.
 
     model: the cut model. Norms behind a layer (SwinV2's, a batch norm) should still be those of
         dense.
@@ -165,6 +162,8 @@ def _is_solved(model, name, rows):
     """Return whether a layer is there, varies, and has a form that can be solved for."""
     if rows is None or (rows < 0).any():
         return False
+    # These stay as they are: low rank plus sparse layers, convolutions of several groups, norms, and
+    # all else that is no linear layer of anatomy.View or convolution of the stem.
     first = _matrices(model.get_submodule(name))[0]
     if isinstance(first, nn.Conv2d):
         has_zero_padding = first.padding_mode == "zeros" and not isinstance(first.padding, str)
@@ -329,6 +328,7 @@ def _solve(place, gram, cross, positions, masks, damping):
     Solved is weight (covariance + ridge) = wanted + before ridge, over the inputs and targets about
     their means, so that what the positions do not determine stays as it was before.
     """
+    # A layer that sees less than two positions for each of its inputs stays as it is.
     if positions < 2 * (len(gram) - 1):
         return
     *first, last = _matrices(place.layer)
@@ -365,6 +365,7 @@ def _solve(place, gram, cross, positions, masks, damping):
     left = weight
     for factor in first:
         # Never masked: all rows have a bias or none, so there was one ridged gram, theirs.
+        # The layer gets the best map of its rank.
         left, right = lowrank.svd(weight, len(factor.weight), gram=ridged)
         weight = left @ right
         factor.weight.copy_(right.view_as(factor.weight))
