@@ -2,7 +2,7 @@
 
 `structure` and `rebuild` are what a checkpoint needs to make a cut model from its recipe.
 
-Public: EVERY_ROLE, keep_entries, modules_of, put, rebuild, resize, set_heads, structure,
+Public: keep_entries, modules_of, put, rebuild, resize, set_heads, structure,
 tell_width.
 """
 
@@ -16,7 +16,7 @@ from vitlab.models import anatomy, attention, build, layers
 
 # ---- Structure: what a checkpoint says about the shapes of a model ----
 
-EVERY_ROLE = (*anatomy.ROLES.values(), "head")
+_EVERY_ROLE = (*anatomy.ROLES.values(), "head")
 
 
 def structure(model):
@@ -50,7 +50,7 @@ def structure(model):
         if type(block.attn) is attention.CUT_CLASSES.get(type(dense_attn)):
             opened.append(f"{block.name}.attn")
     configs = {}
-    for name, layer in view.linears(EVERY_ROLE).items():
+    for name, layer in view.linears(_EVERY_ROLE).items():
         config = layers.config(layer)
         if config != layers.config(dense.get_submodule(name)):
             configs[name] = config
@@ -105,7 +105,7 @@ def rebuild(model, structure):
     for name in structure["opened"]:
         attention.allow_cuts(model.get_submodule(name))
     view = anatomy.view(model)
-    layers_by_name = view.linears(EVERY_ROLE)
+    layers_by_name = view.linears(_EVERY_ROLE)
     for name, config in structure["layers"].items():
         names.check("linear layer", name, layers_by_name)
         weight = layers_by_name[name].weight

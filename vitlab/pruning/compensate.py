@@ -11,10 +11,14 @@ from torch import nn
 
 from vitlab import names
 from vitlab.models import anatomy, layers, structure
-from vitlab.pruning import lowrank, sweep
+from vitlab.pruning import lowrank, prune, sweep
 
 # ---- Compensation in closed form ----
 
+# How the weights that stay are solved for. Least squares are the best end that an update can have
+# for a given mask. Optimal Brain Surgeon is one sweep over the columns, as SparseGPT updates the
+# weights that stay (Frantar and Alistarh 2023). It is never better for the layer's output on the
+# calibration activations.
 REFITS = {"least squares": lowrank.refit, "obs": lowrank.obs_update}
 
 
@@ -22,17 +26,11 @@ REFITS = {"least squares": lowrank.refit, "obs": lowrank.obs_update}
 def refit(model, keep, grams, *, method="least squares", damping=1e-3):
     """Return a copy of model whose masked weights are zero and made up for by the others.
 
-    The weights of each linear layer and convolution are solved for anew on their support, so that
-    its outputs on calibration activations come near to those before. No labels and no training
-    are needed. What has no gram (biases, norms) is only masked.
+    No labels and no training are needed. What has no gram (biases, norms) is only masked.
 
     keep: {parameter: bool tensor}, True stays, as from masks.keep_largest.
     grams: {layer: [n, n]}, as from scores.grams.
-    method: how the weights that stay are solved for:
-        "least squares": lowrank.refit, the best end that an update can have for a given mask.
-        "obs": lowrank.obs_update, one sweep over the columns, as SparseGPT updates weights that
-            stay by Optimal Brain Surgeon (Frantar and Alistarh 2023). Never better for the
-            layer's output on those activations; for comparison.
+    method: "least squares" (lowrank.refit) or, for comparison, "obs" (lowrank.obs_update).
     damping: share of the mean of the gram's diagonal that is added to it, see lowrank.damped.
 
     Raises ValueError for an unknown method or parameter, for a mask or a gram that does not fit,
@@ -40,22 +38,19 @@ def refit(model, keep, grams, *, method="least squares", damping=1e-3):
     """
     names.check("method", method, REFITS)
     model = copy.deepcopy(model)
-    parameters = dict(model.named_parameters())
-    for name, mask in keep.items():
-        names.check("parameter", name, parameters)
-        if mask.shape != parameters[name].shape:
-            shape = list(parameters[name].shape)
-            raise ValueError(f"the mask of {name} must be {shape}; got {list(mask.shape)}")
+    parameters = prune.parameters_of(model, keep)
     if not {name.removesuffix(".weight") for name in keep} & grams.keys():
         raise ValueError("grams has none of the layers in keep: give scores.grams of them")
-    for name, mask in keep.items():
-        weight = parameters[name]
-        mask = mask.to(weight.device)
+    for name, weight in parameters.items():
+        mask = keep[name].to(weight.device)
         layer = name.removesuffix(".weight")
         gram = sweep.fitting_gram(grams, layer, weight[0].numel(), damping, partial=True)
+        # What has no gram cannot adapt, and an empty support leaves nothing that could.
         if gram is None or not mask.any():
             weight.mul_(mask)
             continue
+        # The outputs on calibration activations come near to those before. A convolution is the
+        # matrix of its flattened filters.
         solution = REFITS[method](weight.flatten(1), gram, mask.flatten(1))
         weight.copy_(solution.view_as(weight))
     return model
@@ -86,7 +81,8 @@ class Fill:
             flat = weight.flatten(1)
             new = flat[:, columns]
             if transfer is not None:
-                new = (flat.double() @ transfer).to(flat.dtype)
+                new = flat.double() @ transfer
+            # resize gives it the old precision back.
             structure.resize(layer, "weight", new.unflatten(1, (-1, *weight.shape[2:])))
         else:
             new = layers.select(layer, columns=columns)
@@ -105,20 +101,15 @@ class Fill:
     def put_constant(self, model, name, reader):
         """Replace attention or an MLP by what its last layer, the reader, gives without inputs."""
         layer = model.get_submodule(reader)
-        bias = layer.bias
         _, lost = self._solve(layer, reader, torch.arange(0))
-        if lost is not None:
-            bias = bias + lost
         new = layers.Constant(layer.out_features, bias=False)
-        if bias is not None:
-            new.bias = nn.Parameter(bias)
+        if layer.bias is not None:
+            # The mean that all inputs gave joins the bias; without means the bias alone stays.
+            new.bias = nn.Parameter(layer.bias + (0 if lost is None else lost))
         structure.put(model, name, new)
 
     def _solve(self, layer, name, columns):
         """Return what makes up for the inputs of a layer that are not in columns.
-
-        Inputs x are about transfer (x[columns] - centre[columns]) + centre, where centre is their
-        mean, or zero without means.
 
         Returns transfer [n, kept], float64, or None without a gram; and what each output loses on
         average, [m], or None without a mean or a place for it.
@@ -133,6 +124,8 @@ class Fill:
             )
         if layer.bias is None and not isinstance(layer, nn.Conv2d):
             mean = None  # a linear layer without bias cannot take it up
+        # Inputs x are about transfer (x[columns] - centre[columns]) + centre, where centre is
+        # their mean, or zero without means.
         centre = weight.new_zeros(n) if mean is None else mean
         centre = centre.to(weight.device, torch.float64)
         columns = columns.to(weight.device)

@@ -12,11 +12,17 @@ import torch
 from torch import nn
 
 from vitlab import models, names
-from vitlab.models import anatomy, layers, structure
+from vitlab.models import layers, structure
 from vitlab.pruning import lowrank, sweep
 
 # ---- Low rank and sparse layers ----
 
+# "svd": two thin layers, of the largest rank whose MACs are the share (lowrank.rank_for).
+# "iht": a sparse matrix (lowrank.iht).
+# "svd+iht": low rank plus sparse (lowrank.low_rank_plus_sparse).
+# "threshold": the largest entries of a truncated SVD's product (lowrank.threshold_product), a
+# baseline.
+# "random": two thin layers as by "svd", but of directions drawn from seed. The control.
 METHODS = ("svd+iht", "svd", "iht", "threshold", "random")
 
 
@@ -41,25 +47,14 @@ def compress(
     compressed anew.
 
     ratio: share of the weights that goes, above 0 and below 1.
-    method: how the weights of a layer are chosen:
-        "svd": two thin layers, of the largest rank whose MACs are that share (lowrank.rank_for).
-        "iht": a sparse matrix (lowrank.iht).
-        "svd+iht": low rank plus sparse (lowrank.low_rank_plus_sparse).
-        "threshold": the largest entries of a truncated SVD's product (lowrank.threshold_product);
-            a baseline.
-        "random": two thin layers as by "svd", but of directions drawn from seed. What W makes of
-            the inputs along them stays. The control.
-    support: what the sparse part consists of:
-        "entries": single entries. They are masked, and no MACs are saved.
-        "rows" or "columns": whole ones. The others are removed, and MACs fall.
-        a pattern such as "2:4": masked, for hardware that knows it. ratio must be its share.
-    grams: {layer: [n, n]} of this very model, as from scores.grams. "iht" and "svd+iht" need them:
-        without activations IHT is magnitude pruning. "svd" uses them unless whiten is False.
+    method: one of METHODS, how the weights of a layer are chosen.
+    support: what the sparse part consists of: "entries", "rows", "columns" or a pattern such as
+        "2:4", of which ratio must be the share. Methods without "iht" take "entries" alone.
+    grams: {layer: [n, n]} of this very model, as from scores.grams. "iht" and "svd+iht" need them.
+        "svd" uses them unless whiten is False.
     roles: roles of layers, as in View.linears. None means all but the classifier.
     kappa: share in (0, 1) of the kept weights that the rank takes by "svd+iht"; the sparse part
-        takes the rest. There an entry counts 1, a row n and a column m. Beside a pattern the rank
-        takes all that is left. On entries more MACs are executed than by the dense layer, on rows
-        and columns no more than the share.
+        takes the rest. Beside a pattern the rank takes all that is left.
     multiple: ranks are multiples of it, see lowrank.rank_for.
     whiten: whether "svd" is weighted by activations.
     rounds: largest number of turns between low rank and sparse.
@@ -69,8 +64,7 @@ def compress(
     Returns (model, report). report is a DataFrame with a row for each layer:
         layer, role, m, n, rank, count (of entries, rows or columns),
         objective_magnitude: objective of magnitude pruning with all of the share on that support,
-        objective_start, objective: first and last of the fit; methods other than "iht" and
-            "svd+iht" start from the plain truncated SVD,
+        objective_start, objective: first and last of the fit,
         macs_dense, macs, macs_ideal: MACs of one token.
     Raises ValueError for a ratio that is no share, changes nothing or leaves nothing of a layer,
     for unknown words, and for grams that are missing or of another model.
@@ -87,18 +81,22 @@ def compress(
         weight = layer.weight.detach()
         m, n = weight.shape
         gram = sweep.fitting_gram(grams, name, n, damping)
-        budget = int((1 - ratio) * m * n + 1e-6)  # 1 - 0.9 is a little less than 0.1
+        # The budget is in weights. 1 - 0.9 is a little less than 0.1, hence 1e-6.
+        budget = int((1 - ratio) * m * n + 1e-6)
         rank, count = _plan(m, n, budget, method, support, kappa, multiple)
         if rank + count == 0:
             raise ValueError(f"ratio {ratio} leaves nothing of {name} by {method}; lower it")
         fit = _fit(weight, gram, rank, count, method, support, whiten, rounds, generator)
         new = _layer_of(fit, support, layer.bias)
         structure.put(model, path, new)
-        shape = {"m": m, "n": n, "rank": rank, "count": count}
-        losses = _losses(weight, gram, budget, count, support, fit)
-        costs = {"macs_dense": m * n, "macs": new.macs}
-        costs["macs_ideal"] = new.macs_ideal
-        report.append({"layer": name, "role": view.role(name), **shape, **losses, **costs})
+        # What magnitude pruning would lose with all of the budget, to compare the fit with.
+        alone = lowrank.project(weight, _affordable(m, n, budget, support), support=support)
+        row = {"layer": name, "role": view.role(name)}
+        row |= {"m": m, "n": n, "rank": rank, "count": count}
+        row |= {"objective_magnitude": lowrank.objective(weight, alone, gram)}
+        row |= {"objective_start": fit.objectives[0], "objective": fit.objectives[-1]}
+        row |= {"macs_dense": m * n, "macs": new.macs}
+        report.append(row | {"macs_ideal": new.macs_ideal})
     return model, pd.DataFrame(report)
 
 
@@ -112,28 +110,29 @@ def _check_request(ratio, method, support, kappa, grams):
     names.check("method", method, METHODS)
     if not lowrank.neighbours(support):
         names.check("support", support, layers.SUPPORTS)
-    elif "iht" not in method:
+    if support != "entries" and "iht" not in method:
         raise ValueError(
-            f"{support} is how a sparse part is stored, and {method} has none; "
-            "give support='entries'"
-        )
-    if method == "threshold" and support != "entries":
-        raise ValueError(
-            f"threshold keeps entries, not {support}; give support='entries' or another method"
+            f"{method} has no sparse part to store as {support}; give support='entries'"
         )
     if not 0 < kappa < 1:
         raise ValueError(
             f"kappa is a share in (0, 1); got {kappa}. For the ends there are 'iht' and 'svd'."
         )
+    # Without activations IHT is magnitude pruning.
     if grams is None and "iht" in method:
         raise ValueError(
             f"{method} works from activations: give grams=scores.grams(model, batches)"
         )
 
 
-def _price(m, n, support):
-    """Return the number of weights in one entry, row or column of an [m, n] matrix."""
-    return {"rows": n, "columns": m}.get(support, 1)
+def _affordable(m, n, budget, support):
+    """Return how many entries, rows or columns of an [m, n] matrix a budget of weights pays for."""
+    if pattern := lowrank.neighbours(support):
+        few, of = pattern
+        return m * n // of * few  # whatever the budget: few of each group of neighbours stay
+    # Of the kept weights an entry counts 1, a row n and a column m.
+    price = {"rows": n, "columns": m}.get(support, 1)
+    return budget // price
 
 
 def _plan(m, n, budget, method, support, kappa, multiple):
@@ -143,35 +142,34 @@ def _plan(m, n, budget, method, support, kappa, multiple):
     """
     if lowrank.neighbours(support):
         return _plan_pattern(m, n, budget, method, support, multiple)
-    share = budget / (m * n)  # of the dense layer's MACs
     if method == "iht":
-        return 0, budget // _price(m, n, support)
+        return 0, _affordable(m, n, budget, support)
+    share = budget / (m * n)  # of the dense layer's MACs
     if method == "svd+iht":
-        # The rank takes kappa of the budget, and the sparse part what is left.
+        # The rank takes kappa of the budget, and the sparse part what is left. On entries more MACs
+        # are executed than by the dense layer, on rows and columns no more than the share.
         rank = max(lowrank.rank_for(m, n, share * kappa, multiple=multiple), 1)
         left = max(budget - rank * (m + n), 0)
-        count = left // _price(m, n, support)
+        count = _affordable(m, n, left, support)
         return (rank, count) if count else (0, 0)
     rank = lowrank.rank_for(m, n, share, multiple=multiple)
-    if method == "threshold" and rank:
-        # The product of that rank keeps as many entries as the budget has weights.
-        return rank, budget
-    return rank, 0
+    # By "threshold" the product of that rank keeps as many entries as the budget has weights.
+    return rank, budget if method == "threshold" and rank else 0
 
 
 def _plan_pattern(m, n, budget, method, support, multiple):
     """Return the rank beside a pattern, and the count of entries that the pattern keeps."""
-    few, of = lowrank.neighbours(support)  # few of each group of neighbours stay
+    few, of = lowrank.neighbours(support)
     if n % of or not 0 < few < of:
         raise ValueError(
             f"{support} does not fit a [{m}, {n}] matrix: it divides rows into groups of {of}"
         )
-    count = m * n // of * few
+    count = _affordable(m, n, budget, support)
+    # The rank gets what the pattern leaves of the budget; without a rank nothing may be left.
     left = max(budget - count, 0)
     rank = lowrank.rank_for(m, n, left / (m * n), multiple=multiple)
-    fits = budget == count if method == "iht" else rank > 0
-    if not fits:
-        need = "exactly" if method == "iht" else "less than"
+    need = "exactly" if method == "iht" else "less than"
+    if (budget != count) if method == "iht" else not rank:
         raise ValueError(
             f"{support} keeps {few / of:g} of a [{m}, {n}] matrix: "
             f"give a ratio of {need} {1 - few / of:g}"
@@ -199,17 +197,20 @@ def _fit(weight, gram, rank, count, method, support, whiten, rounds, generator):
     elif method == "random":
         drawn = torch.randn(weight.shape[1], rank, generator=generator)
         v = torch.linalg.qr(drawn).Q.T.to(weight)  # orthonormal directions of the inputs
+        # What W makes of the inputs along them stays.
         u = weight @ v.T
     elif method == "threshold":
         sparse = lowrank.threshold_product(weight, rank, count)
         u = u[:, :0]
         v = v[:0]
     objectives = [start, lowrank.objective(weight, u @ v + sparse, gram)]
-    return lowrank.Fit(u, v, sparse, sparse != 0, start, objectives)
+    return lowrank.Fit(u, v, sparse, sparse != 0, objectives)
 
 
 def _layer_of(fit, support, bias):
     """Return the layer that stores a fit."""
+    # Rows and columns that are not in the support are removed, and MACs fall. Entries and patterns
+    # are masked, and no MACs are saved, but there is hardware that knows patterns.
     if not fit.mask.any():
         return layers.factored(fit.u, fit.v, bias=bias)
     return layers.low_rank_sparse(
@@ -220,18 +221,6 @@ def _layer_of(fit, support, bias):
         support="entries" if lowrank.neighbours(support) else support,
         bias=bias,
     )
-
-
-def _losses(weight, gram, budget, count, support, fit):
-    """Return the objectives of a fit, and of magnitude pruning with all of its budget."""
-    if not lowrank.neighbours(support):
-        count = budget // _price(*weight.shape, support)
-    pruned = lowrank.project(weight, count, support=support)
-    return {
-        "objective_magnitude": lowrank.objective(weight, pruned, gram),
-        "objective_start": fit.objectives[0],
-        "objective": fit.objectives[-1],
-    }
 
 
 @torch.no_grad()
@@ -249,10 +238,17 @@ def factorise(model, ranks, *, grams=None, damping=1e-3):
     if not ranks:
         raise ValueError("ranks is empty: give {layer: rank} of at least one layer")
     model = copy.deepcopy(model)
+    view = models.view(model)
+    matrices = view.matrices | view.linears(["head"])
     for name, rank in ranks.items():
-        layer = _matrix_layer(model, name)
+        names.check("layer", name, matrices)
+        layer = matrices[name]
+        # A layer that was cut into rows or factors has no plain weight to decompose.
+        if type(layer) not in (nn.Linear, nn.Conv2d):
+            raise ValueError(f"{name} is a {type(layer).__name__} already; factorise plain layers")
         weight = layer.weight.flatten(1)
         m, n = weight.shape
+        # Two thin layers execute rank (m + n) MACs a position, which must be less than m n.
         limit = layers.break_even_rank(m, n)
         if not 1 <= rank < limit:
             raise ValueError(
@@ -266,18 +262,3 @@ def factorise(model, ranks, *, grams=None, damping=1e-3):
             new = layers.factored(u, v, bias=layer.bias)
         structure.put(model, name, new)
     return model
-
-
-def _matrix_layer(model, name):
-    """Return the plain linear layer or convolution of the stem called name, or raise ValueError."""
-    view = models.view(model)
-    layers_by_name = view.linears(structure.EVERY_ROLE) | dict(view.stem)
-    names.check("layer", name, layers_by_name)
-    whole = layer = layers_by_name[name]
-    if anatomy.is_factor(model, name):
-        whole = model.get_submodule(name.rpartition(".")[0])
-    if type(whole) not in (nn.Linear, nn.Conv2d):
-        raise ValueError(
-            f"{name} is a {type(whole).__name__} already, or part of one; factorise plain layers"
-        )
-    return layer

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vitlab import names
 from vitlab.pruning import masks
 
 TINY = 1e-37  # stands for zero in a divisor, in float32, too
@@ -38,15 +39,13 @@ class Fit:
     v: [r, n].
     sparse: [m, n].
     mask: [m, n], bool.
-    start: the objective of magnitude pruning with the same count and support.
-    objectives: the history, never rising; the last one is the result's.
+    objectives: the history, never rising. The first one is the start's, the last the result's.
     """
 
     u: Tensor
     v: Tensor
     sparse: Tensor
     mask: Tensor
-    start: float
     objectives: list
 
     @property
@@ -56,9 +55,8 @@ class Fit:
 
     def to(self, dtype):
         """Return the fit with tensors of a dtype."""
-        u = self.u.to(dtype)
-        v = self.v.to(dtype)
-        return replace(self, u=u, v=v, sparse=self.sparse.to(dtype))
+        values = {name: getattr(self, name).to(dtype) for name in ("u", "v", "sparse")}
+        return replace(self, **values)
 
 
 def objective(weight, approximation, gram=None):
@@ -97,9 +95,10 @@ def damped(gram, damping=1e-3):
     gram: [n, n].
     damping: a share of the diagonal's mean.
     """
-    gram = gram.double()
-    ridge = damping * gram.diagonal().mean()
-    return gram + ridge * gram.new_ones(len(gram)).diag()
+    gram = gram.double().clone()
+    diagonal = gram.diagonal()
+    diagonal += damping * diagonal.mean()
+    return gram
 
 
 def regression(gram, columns):
@@ -111,10 +110,9 @@ def regression(gram, columns):
     columns: k indices of the inputs that stay; these are themselves, exactly.
     """
     gram = gram.double()
-    columns = torch.as_tensor(columns, device=gram.device)
     rows = gram[columns]
     transfer = torch.linalg.solve(rows[:, columns], rows).T.contiguous()
-    transfer[columns] = gram.new_ones(len(columns)).diag()
+    transfer[columns] = torch.eye(len(columns)).to(gram)
     return transfer
 
 
@@ -173,7 +171,7 @@ def spectrum(weight, gram=None):
     """
     weight, gram = _checked(weight, gram)
     root, _ = _root(weight, gram)
-    square = _smaller_square(weight, gram, _times(weight, root))
+    square, _ = _smaller_square(weight, gram, root)
     squares = torch.linalg.eigvalsh(square).flip(0)
     return squares.clamp_min(0).sqrt()
 
@@ -206,11 +204,12 @@ def _times(matrix, other):
     return matrix if other is None else matrix @ other
 
 
-def _smaller_square(weight, gram, whitened):
-    """Return the smaller of (W S)(W S)^T = W gram W^T and (W S)^T (W S); whitened: W S."""
+def _smaller_square(weight, gram, root):
+    """Return the smaller of (W S)(W S)^T = W gram W^T and (W S)^T (W S), and W S; root: S."""
     if len(weight) <= weight.shape[1]:
-        return _times(weight, gram) @ weight.T
-    return whitened.T @ whitened
+        return _times(weight, gram) @ weight.T, weight
+    whitened = _times(weight, root)
+    return whitened.T @ whitened, whitened
 
 
 def _truncate(weight, rank, gram, roots, *, is_single=False):
@@ -219,8 +218,8 @@ def _truncate(weight, rank, gram, roots, *, is_single=False):
     roots: as from _root. is_single: vectors in single precision will do.
     """
     root, inverse = roots
-    whitened = _times(weight, root)
-    vectors = _leading(_smaller_square(weight, gram, whitened), rank, is_single)
+    square, whitened = _smaller_square(weight, gram, root)
+    vectors = _leading(square, rank, is_single)
     if len(weight) <= weight.shape[1]:  # left vectors of W S: no inverse of S is needed
         u, v = vectors, vectors.T @ weight
     else:  # right ones
@@ -277,15 +276,12 @@ def _support_mask(score, count, support="entries"):
         "rows": score.sum(1, keepdim=True),
         "columns": score.sum(0, keepdim=True),
     }
-    if support not in sums:
-        raise ValueError(
-            f"unknown support {support!r}; supports are {', '.join(sums)} and patterns such as 2:4"
-        )
+    names.check("support", support, sums)
     total = sums[support]
     most = total.numel()
-    if not 0 <= count <= most:
+    if not 1 <= count <= most:
         raise ValueError(
-            f"count of {support} in a {list(score.shape)} matrix is in [0, {most}]; got {count}"
+            f"count of {support} in a {list(score.shape)} matrix is in [1, {most}]; got {count}"
         )
     keep = masks.drop_in_rows(total.reshape(1, -1), most - count)
     return keep.view(total.shape).expand_as(score).clone()
@@ -326,40 +322,51 @@ def iht(weight, gram, count, *, support="entries"):
     Raises ValueError for a missing gram, a wrong count or support, wrong shapes and values that are
     not finite.
     """
-    _check_sparse(weight, gram, count, support)
-    double, gram = _checked(weight, gram)
+    double, gram = _checked(weight, gram, without="magnitude pruning: project")
     fit = _iht(double, gram, count, support, tolerance=1e-4)
     return fit.to(weight.dtype)
 
 
 def _iht(weight, gram, count, support, *, tolerance, rank=0):
     """Return the Fit of `iht` in double precision, with u and v of a rank that are zero."""
-    mask = _support_mask(weight.square(), count, support)
-    start = _objective(weight - weight * mask, gram)
-    sparse, _ = _debiased(weight, weight * mask, mask, gram, start)
-    sparse, mask, history = _pursue(
-        weight, sparse, mask, gram, count, support, steps=_MOST_STEPS, tolerance=tolerance
-    )
-    sparse, value = _debiased(weight, sparse, mask, gram, history[-1])
     m, n = weight.shape
     u = weight.new_zeros(m, rank)
     v = weight.new_zeros(rank, n)
-    return Fit(u, v, sparse, mask, start, [start, *history, value])
+    mask = _support_mask(weight.square(), count, support)
+    start = _objective(weight - weight * mask, gram)
+    sparse, _ = _debiased(weight, weight * mask, mask, gram, start)
+    fit = Fit(u, v, sparse, mask, [start])
+    fit = _pursue(weight, fit, gram, count, support, steps=_MOST_STEPS, tolerance=tolerance)
+    return _finished(weight, fit, gram)
 
 
-def _pursue(target, sparse, mask, gram, count, support, *, steps=1, tolerance=0.0):
-    """Pursue target by hard thresholding; return sparse, mask and falling objectives.
+def _finished(weight, fit, gram):
+    """Return fit with the values on its support solved for."""
+    target = weight - fit.u @ fit.v
+    sparse, value = _debiased(target, fit.sparse, fit.mask, gram, fit.objectives[-1])
+    return replace(fit, sparse=sparse, objectives=[*fit.objectives, value])
+
+
+def _pursue(weight, fit, gram, count, support, *, steps=1, tolerance=0.0):
+    """Return fit after steps of hard thresholding for what its low rank leaves of weight.
 
     steps: at most so many. tolerance: stop when a step gains a smaller share of the objective.
     """
+    target = weight - fit.u @ fit.v
     if support == "rows":
-        return _best_rows(target, sparse, mask, gram, count)
+        # Rows do not interact: those with most output energy are the best.
+        mask = _support_mask(target @ gram * target, count, support)
+        value = _objective(target - target * mask, gram)
+        if value > fit.objectives[-1]:
+            return fit
+        return replace(fit, sparse=target * mask, mask=mask, objectives=[*fit.objectives, value])
     # In coordinates in which gram has a unit diagonal P_k ranks by |w| norm(x), and the largest
     # inputs do not hold back the step.
     scale = _scale(gram)
     gram = gram / scale / scale[:, None]
     target = target * scale
-    now = sparse * scale
+    now = fit.sparse * scale
+    mask = fit.mask
     gradient = (target - now) @ gram
     history = [_objective(target - now, gram, gradient)]
     single = gram.float()  # corrections need no double precision, their sums do
@@ -385,18 +392,10 @@ def _pursue(target, sparse, mask, gram, count, support, *, steps=1, tolerance=0.
                 break
         else:
             step /= 2
-    return now / scale, mask, history
-
-
-def _best_rows(target, sparse, mask, gram, count):
-    """Return what _pursue returns, for rows."""
-    # Rows do not interact: those with most output energy are the best.
-    best = _support_mask(target @ gram * target, count, "rows")
-    before = _objective(target - sparse, gram)
-    after = _objective(target - target * best, gram)
-    if after <= before:
-        return target * best, best, [before, after]
-    return sparse, mask, [before]
+    # Between turns history[0] is the last objective again, up to rounding in other coordinates.
+    new_values = history if steps > 1 else history[1:]
+    falling = [value for value in new_values if value <= fit.objectives[-1]]
+    return replace(fit, sparse=now / scale, mask=mask, objectives=fit.objectives + falling)
 
 
 def _scale(gram):
@@ -539,9 +538,8 @@ def low_rank_plus_sparse(weight, gram, rank, count, *, support="entries", rounds
     pruning and `iht` or the whitened SVD.
     Raises ValueError as `iht` and `svd` do.
     """
-    _check_sparse(weight, gram, count, support)
     _check_rank(weight, rank)
-    double, gram = _checked(weight, gram)
+    double, gram = _checked(weight, gram, without="magnitude pruning: project")
     problem = gram, count, support
     roots = _root(double, gram)
     # Which half comes first decides where this ends: try both and keep the better one.
@@ -549,19 +547,19 @@ def low_rank_plus_sparse(weight, gram, rank, count, *, support="entries", rounds
     u, v = _truncate(double, rank, gram, roots)
     rest = double - u @ v
     mask = _support_mask(rest.square(), count, support)
-    history = [_objective(rest, gram)]
-    rank_first = Fit(u, v, torch.zeros_like(rest), mask, sparse_first.start, history)
-    rank_first = _sparse_step(double, rank_first, problem)
-    starts = rank_first, sparse_first
-    fits = [_alternate(double, fit, problem, roots, rounds) for fit in starts]
+    rank_first = Fit(u, v, torch.zeros_like(rest), mask, [_objective(rest, gram)])
+    starts = _pursue(double, rank_first, *problem), sparse_first
+    # Where nothing is left to lose, an objective may rise by so much from rounding.
+    rounding = 1e-12 * sparse_first.objectives[0]
+    fits = [_alternate(double, fit, problem, roots, rounds, rounding) for fit in starts]
     best = min(fits, key=lambda fit: fit.objectives[-1])
     return best.to(weight.dtype)
 
 
-def _alternate(weight, fit, problem, roots, rounds):
+def _alternate(weight, fit, problem, roots, rounds, rounding):
     """Return fit after turns of low rank and sparse, until a round gains less than a thousandth.
 
-    problem: gram, count and support. roots: as from _root.
+    problem: gram, count and support. roots: as from _root. rounding: of an objective.
     """
     gram, *_ = problem
     for _ in range(rounds):
@@ -569,49 +567,41 @@ def _alternate(weight, fit, problem, roots, rounds):
         rest = weight - fit.sparse
         u, v = _truncate(rest, len(fit.v), gram, roots)
         value = _objective(rest - u @ v, gram)
-        # A half-step that would raise the objective is not taken, up to rounding, where nothing is
-        # left to lose.
-        if value <= before + 1e-12 * fit.start:
-            history = [*fit.objectives, min(value, before)]
-            fit = replace(fit, u=u, v=v, objectives=history)
-        fit = _sparse_step(weight, fit, problem)
+        # A half-step that would raise the objective is not taken.
+        if value <= before + rounding:
+            fit = replace(fit, u=u, v=v, objectives=[*fit.objectives, min(value, before)])
+        fit = _pursue(weight, fit, *problem)
         if fit.objectives[-1] > (1 - 1e-3) * before:
             break
-    history = fit.objectives
-    target = weight - fit.u @ fit.v
-    sparse, value = _debiased(target, fit.sparse, fit.mask, gram, history[-1])
-    return replace(fit, sparse=sparse, objectives=[*history, value])
-
-
-def _sparse_step(weight, fit, problem):
-    """Return fit after one step of thresholding for what its low rank leaves."""
-    target = weight - fit.u @ fit.v
-    sparse, mask, values = _pursue(target, fit.sparse, fit.mask, *problem)
-    # values[0] is the last objective again, up to rounding in other coordinates.
-    falling = [value for value in values[1:] if value <= fit.objectives[-1]]
-    return replace(fit, sparse=sparse, mask=mask, objectives=fit.objectives + falling)
+    return _finished(weight, fit, gram)
 
 
 # -- Checks
 
 
-def _checked(weight, gram):
-    """Return weight and gram as float64, or raise ValueError for what no layer has."""
+def _checked(weight, gram, *, without=None):
+    """Return weight and gram as float64, or raise ValueError for what no layer has.
+
+    without: what a fit would be without a gram, if it needs one.
+    """
     # In double precision no sum of finite values overflows.
     if weight.ndim != 2 or not weight.sum(dtype=torch.float64).isfinite():
         raise ValueError(
             f"weight must be a matrix [m, n] without NaN and inf; got one of {list(weight.shape)}"
         )
+    double = weight.detach().double()
+    if gram is None:
+        if without:
+            raise ValueError(f"this fit needs a gram of activations; without, it is {without}")
+        return double, None
     n = weight.shape[1]
-    if gram is not None:
-        if gram.shape != (n, n):
-            raise ValueError(
-                f"gram must be [{n}, {n}] for a weight {list(weight.shape)}; got {list(gram.shape)}"
-            )
-        if not gram.isfinite().all():
-            raise ValueError("gram has NaN or inf in it: the activations it was made from had, too")
-        gram = gram.detach().to(weight.device, torch.float64)
-    return weight.detach().double(), gram
+    if gram.shape != (n, n):
+        raise ValueError(
+            f"gram must be [{n}, {n}] for a weight {list(weight.shape)}; got {list(gram.shape)}"
+        )
+    if not gram.isfinite().all():
+        raise ValueError("gram has NaN or inf in it: the activations it was made from had, too")
+    return double, gram.detach().to(double)
 
 
 def _check_rank(weight, rank):
@@ -621,26 +611,12 @@ def _check_rank(weight, rank):
         )
 
 
-def _check_sparse(weight, gram, count, support):
-    if gram is None:
-        raise ValueError(
-            "thresholding needs a gram of activations; without, it is magnitude pruning: project"
-        )
-    if count < 1:
-        raise ValueError(
-            f"count must be at least 1 of the {support} of {list(weight.shape)}; got {count}"
-        )
-
-
 def _checked_support(weight, gram, mask):
     """Return weight and gram as float64 and mask on their device, or raise ValueError."""
-    if gram is None:
-        raise ValueError(
-            "weights that stay take over by a gram of activations; without, it is weight * mask"
-        )
+    double, gram = _checked(weight, gram, without="weight * mask")
     if mask.dtype != torch.bool or mask.shape != weight.shape or not mask.any():
         raise ValueError(
             f"mask must be bool {list(weight.shape)} and keep something; got one of {mask.dtype} "
             f"{list(mask.shape)} that keeps {mask.count_nonzero()}"
         )
-    return *_checked(weight, gram), mask.to(weight.device)
+    return double, gram, mask.to(weight.device)

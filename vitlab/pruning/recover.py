@@ -10,12 +10,13 @@ Public: reconstruct.
 import copy
 import dataclasses
 from contextlib import ExitStack, suppress
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from vitlab import models
-from vitlab.models import anatomy, layers
+from vitlab.models import anatomy, layers, structure
 from vitlab.pruning import lowrank, prune, shrink, sweep
 
 _LEAST_FACTOR = 0.01  # factors of LayerScale below it leave a channel too faint for corrections
@@ -32,10 +33,7 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
 
     fc2 is solved for all that its block should leave in the residual stream, except where a norm
     follows it or LayerScale is below 0.01. The classifier is solved for the logits of dense. A
-    layer keeps its form: a factored one its rank (it gets the best map of that rank), a masked one
-    its support. These stay as they are: low rank plus sparse layers, convolutions of several
-    groups, norms, all else that is no linear layer of anatomy.View or convolution of the stem, and
-    layers that see less than two positions for each of their inputs.
+    layer keeps its form: a factored one its rank, a masked one its support.
 
     model: the cut model. Norms behind a layer (SwinV2's, a batch norm) should still be those of
         dense.
@@ -67,16 +65,17 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
     masks = _checked_masks(model, keep or {})
     view = models.view(model)
     dense_view = models.view(dense)
-    previous = None
+    segments = dense_view.layers_along_stream
+    _, first_block, *_ = segments  # behind the patch embedding
     with sweep.Sweep(dense), sweep.Sweep(model):  # in eval mode; later as they were
-        for name, layer_names in dense_view.layers_along_stream.items():
+        for name, layer_names in segments.items():
             part = model.get_submodule(name)
             dense_part = dense.get_submodule(name)
             reads_images = name in ("patch_embed", "")
             if reads_images:
                 inputs = list(images)
                 dense_inputs = list(images)
-            elif previous == "patch_embed":
+            elif name == first_block:
                 # A model adds to the stream between the patch embedding and the first block.
                 inputs = [_watch(model, x, part)[part][0] for x in images]
                 dense_inputs = [_watch(dense, x, dense_part)[dense_part][0] for x in images]
@@ -91,7 +90,6 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
             if not reads_images:
                 for number, x in enumerate(inputs):
                     inputs[number] = part(x)
-            previous = name
     return model
 
 
@@ -101,23 +99,18 @@ def _rows(dense, drops):
     The numbers are int64 [outputs], -1 for an output that is constant; None for a layer that is
     gone. They are found by removal from a copy whose weights are the numbers of their rows.
     """
-    for name, layer in dense.named_modules():
-        if isinstance(layer, (*layers.COMPRESSED_LAYERS, layers.FactoredConv2d)):
-            raise ValueError(
-                f"{name} of dense is a {type(layer).__name__}: "
-                "give the model before it was factored"
-            )
+    kinds = (*layers.COMPRESSED_LAYERS, layers.FactoredConv2d)
+    if cut := list(structure.modules_of(dense, kinds)):
+        raise ValueError(f"dense must be the model before the cuts; its {cut[0]} was cut already")
     marked = copy.deepcopy(dense).double()
     rows_by_layer = {}
-    for name in sum(models.view(dense).layers_along_stream.values(), []):
+    for name in chain(*models.view(dense).layers_along_stream.values()):
         layer = marked.get_submodule(name)
         if type(layer) in (nn.Linear, nn.Conv2d):
             # Counted from 1, because removal writes zeros.
             layer.weight.movedim(0, -1).copy_(1 + torch.arange(len(layer.weight)))
             rows_by_layer[name] = None
-    if isinstance(drops, dict):
-        drops = [drops]
-    for drop in drops:
+    for drop in [drops] if isinstance(drops, dict) else drops:
         if drop:
             marked = shrink.remove(marked, drop)
     for name, module in marked.named_modules():
@@ -154,10 +147,10 @@ def _matrices(layer):
 def _checked_masks(model, keep):
     """Return keep on the model's device, or raise ValueError for a mask that cannot be held."""
     parameters = prune.parameters_of(model, keep)
-    thin = layers.FactoredLinear | layers.FactoredConv2d
-    factored = [f"{name}." for name, module in model.named_modules() if isinstance(module, thin)]
     for name in keep:
-        if name.startswith(tuple(factored)):
+        part, _, _ = name.rpartition(".")
+        whole = model.get_submodule(part.rpartition(".")[0])
+        if isinstance(whole, layers.FactoredLinear | layers.FactoredConv2d):
             raise ValueError(
                 f"{name} lies in a factored layer, whose parts are solved for whole: "
                 "mask plain layers"
@@ -169,6 +162,8 @@ def _is_solved(model, name, rows):
     """Return whether a layer is there, varies, and has a form that can be solved for."""
     if rows is None or (rows < 0).any():
         return False
+    # These stay as they are: low rank plus sparse layers, convolutions of several groups, norms, and
+    # all else that is no linear layer of anatomy.View or convolution of the stem.
     first = _matrices(model.get_submodule(name))[0]
     if isinstance(first, nn.Conv2d):
         has_zero_padding = first.padding_mode == "zeros" and not isinstance(first.padding, str)
@@ -209,8 +204,8 @@ class _Place:
     layer: nn.Module
     rows: Tensor  # outputs of dense's layer that the model's layer has
     channels: Tensor | slice  # of the residual stream, if the layer writes to it
-    scale: Tensor  # factors of the outputs: LayerScale, or 1
-    dense_scale: Tensor
+    scale: Tensor | float = 1.0  # factors of the outputs: LayerScale, or 1
+    dense_scale: Tensor | float = 1.0
     corrects: Tensor | bool = True  # channels in which the layer corrects the residual stream
     norm: nn.Module | None = None  # sees the stream in front of it, if the layer ends a block
     dense_norm: nn.Module | None = None
@@ -221,20 +216,15 @@ class _Place:
 def _place(dense_view, view, name, rows):
     """Return the _Place of the layer called name."""
     layer = view.model.get_submodule(name)
-    is_partial = isinstance(layer, layers.RowLinear)
-    ones = torch.ones(len(rows), device=rows.device)
-    place = _Place(
-        name=f"{name}.kept" if is_partial else name,
-        dense_layer=dense_view.model.get_submodule(name),
-        layer=layer,
-        rows=rows,
-        channels=layer.rows if is_partial else slice(None),
-        scale=ones,
-        dense_scale=ones,
-    )
-    block_end = view.block_end(name)
-    if block_end:
-        place.norm, factors = block_end
+    dense_layer = dense_view.model.get_submodule(name)
+    channels = slice(None)
+    inner = name
+    if isinstance(layer, layers.RowLinear):
+        channels = layer.rows
+        inner = f"{name}.kept"
+    place = _Place(inner, dense_layer, layer, rows, channels)
+    if view.block_end(name):
+        place.norm, factors = view.block_end(name)
         place.dense_norm, dense_factors = dense_view.block_end(name)
         if factors is not None:
             factors = factors[place.channels]
@@ -304,9 +294,7 @@ def _moments(place, part, stream, tokens):
         if place.norm is not None:
             before = _positions(seen[place.norm][0], number, most)
             target = target - before[:, place.channels] * place.corrects
-        inputs = seen[place.layer][0]
-        if isinstance(first, nn.Conv2d):
-            inputs = sweep.patches(sweep.wide(inputs), first)
+        inputs = sweep.layer_inputs(seen[place.layer][0], first)
         inputs = _positions(inputs, number, most)
         # 2. Products in single precision are taken about the means of the first batch. About 0
         # their rounding does not cancel where positions are alike: it would outweigh a small
@@ -340,15 +328,16 @@ def _solve(place, gram, cross, positions, masks, damping):
     Solved is weight (covariance + ridge) = wanted + before ridge, over the inputs and targets about
     their means, so that what the positions do not determine stays as it was before.
     """
+    # A layer that sees less than two positions for each of its inputs stays as it is.
     if positions < 2 * (len(gram) - 1):
         return
     *first, last = _matrices(place.layer)
     # The map from the inputs to what the layer adds has the layer's scale in it.
-    scale = place.scale[:, None].double()
+    scale = torch.as_tensor(place.scale).double().to(gram.device)
     before = last.weight.flatten(1).double()
     for factor in first:
         before = before @ factor.weight.flatten(1).double()
-    before = scale * before
+    before = scale[..., None] * before
     mask = masks.get(f"{place.name}.weight")
     if mask is not None:
         mask = mask.flatten(1)
@@ -376,9 +365,10 @@ def _solve(place, gram, cross, positions, masks, damping):
     left = weight
     for factor in first:
         # Never masked: all rows have a bias or none, so there was one ridged gram, theirs.
+        # The layer gets the best map of its rank.
         left, right = lowrank.svd(weight, len(factor.weight), gram=ridged)
         weight = left @ right
         factor.weight.copy_(right.view_as(factor.weight))
-    last.weight.copy_((left / scale).view_as(last.weight))
+    last.weight.copy_((left / scale[..., None]).view_as(last.weight))
     if last.bias is not None:
-        last.bias.copy_((target_mean - weight @ mean) / scale[:, 0] * has_bias)
+        last.bias.copy_((target_mean - weight @ mean) / scale * has_bias)

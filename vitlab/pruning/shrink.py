@@ -22,22 +22,15 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     """Return a copy of model without some of its units.
 
     The copy computes what model computes with the same units masked to zero. A model that was cut
-    before can be cut again. With means or grams, the layers that read removed heads, v dimensions,
-    neurons, channels or filters make up for them in closed form, if means or grams has the layer.
-    attn.proj reads the heads and mlp.fc2 the neurons. qkv, fc1, merging and the classifier read
-    the channels. The next convolution of the stem reads the filters.
+    before can be cut again.
 
     drop: {(where, kind): indices}, numbered as in model; kinds of anatomy.View.units, and "rows":
-        (block, "heads"), (block, "neurons"): all of them are allowed; the layer's last bias stays.
+        (block, "heads"), (block, "neurons"): all of them are allowed.
         (block, "qk"), (block, "v"): dimensions of heads, numbered head * size + dimension; the
-            same number from each head. `scale` stays.
-        (stage, "width"): channels of the residual stream. A norm then looks at the channels that
-            stay. The masked model meant here is therefore one whose norms leave dead channels out.
-        (convolution, "filters"): filters of the stem, with their batch norm and the inputs of the
-            next convolution.
-        (layer, "rows"): rows with their biases (SwinV2 keeps those of q and v elsewhere, and they
-            stay). Rows of fc1 are the neurons of its MLP, if the activation maps 0 to 0. Any other
-            layer computes the rows that stay, and leaves zeros in the place of the others.
+            same number from each head.
+        (stage, "width"): channels of the residual stream.
+        (convolution, "filters"): filters of the stem.
+        (layer, "rows"): rows with their biases.
         (block, "block"): [0], the whole block; not all blocks.
     means: {layer: [n]}, mean of each input of a layer. What is lost on average goes into the
         layer's bias (VBP).
@@ -51,6 +44,8 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     """
     removed = _checked_drop(models.view(model), drop)
     model = copy.deepcopy(model)
+    # With means or grams, the layers that read removed heads, v dimensions, neurons, channels or
+    # filters make up for them in closed form, if means or grams has the layer.
     fill = compensate.Fill(means or {}, grams or {}, damping)
     # Indices mean the layers as they were, so the order of the table matters: rows of a layer go
     # before its inputs, and whole blocks last.
@@ -78,6 +73,7 @@ def _checked_drop(view, drop):
             continue
         where, kind = _as_neurons(view, *key)
         removed[where][kind] |= indices
+        # Without heads or neurons the last bias stays, and of blocks others are left.
         if len(removed[where][kind]) == size and kind not in ("heads", "neurons", "block"):
             raise ValueError(
                 f"{key}: all {size} would go; keep at least one (masks.keep_largest takes a floor)"
@@ -87,9 +83,6 @@ def _checked_drop(view, drop):
         raise ValueError("drop removes nothing; give indices of at least one unit")
     if all("block" in removed.get(block.name, ()) for block in view.blocks):
         raise ValueError("all blocks would go; keep at least one")
-    for block in view.blocks:
-        for kind in removed.get(block.name, ()):
-            _check_separable(block, kind)
     return removed
 
 
@@ -104,6 +97,8 @@ def _checked_indices(key, indices, size):
 
 def _as_neurons(view, where, kind):
     """Return (block, "neurons") for rows of an fc1 whose activation maps 0 to 0, else the key."""
+    # A row of fc1 that is zero gives act(0). If that is 0 its column of fc2 can go with it. Any
+    # other layer computes the rows that stay, and leaves zeros in the place of the others.
     if kind == "rows" and view.role(where) == "fc1":
         block = view.block_of(where)
         if block.mlp.act(torch.zeros(1)).item() == 0:
@@ -111,35 +106,29 @@ def _as_neurons(view, where, kind):
     return where, kind
 
 
-def _check_separable(block, kind):
-    """Raise ValueError if units of this kind depend on each other inside their block."""
-    if kind == "block":
-        return
-    part = block.mlp if kind == "neurons" else block.attn
+def _check_separable(block, part, kinds):
+    """Raise ValueError if the units of attention or of an MLP depend on each other there."""
     if any(name.startswith(("norm.", "gate.")) for name, _ in part.named_parameters()):
         raise ValueError(
-            f"{block.name}: {kind} share a norm or gate, which vitlab cannot cut; mask them instead"
-        )
-    if kind == "qk" and block.normalises_queries:
-        raise ValueError(
-            f"{block.name}: queries and keys are normalised together; cut v, or whole heads"
+            f"{block.name}: {kinds} share a norm or gate, which vitlab cannot cut; "
+            "mask them instead"
         )
 
 
 def _complement(indices, size):
     """Return the sorted numbers in [0, size) that are not among the indices."""
-    return torch.tensor([i for i in range(size) if i not in indices], dtype=torch.long)
+    return torch.tensor(sorted({*range(size)} - indices), dtype=torch.long)
 
 
 def _remove_rows(model, name, removed, fill):
     """Let a layer compute only the rows that stay, with zeros in the place of the others."""
     layer = model.get_submodule(name)
-    rows = range(layer.out_features)
+    keep = _complement(removed["rows"], layer.out_features)
     if isinstance(layer, layers.RowLinear):
-        rows = layer.rows.tolist()  # an earlier cut has removed the others
-    keep = [row for row in rows if row not in removed["rows"]]
-    if not keep:
+        keep = keep[torch.isin(keep, layer.rows.cpu())]  # an earlier cut has removed the others
+    if not len(keep):
         raise ValueError(f"the rows of {name} that are left would all go; keep at least one")
+    # The biases go with the rows. SwinV2 keeps those of q and v elsewhere, and they stay.
     kept = layers.select(layer, rows=keep)
     new = layers.RowLinear(layer.in_features, layer.out_features, rows=keep, kept=kept)
     structure.put(model, name, new.to(layer.weight.device))
@@ -149,8 +138,12 @@ def _remove_from_attention(model, name, removed, fill):
     """Take heads, and dimensions of queries and keys or of values, out of a block's attention."""
     block = models.view(model).block(name)
     attn = block.attn
+    _check_separable(block, attn, "heads")
+    if removed["qk"] and block.normalises_queries:
+        raise ValueError(f"{name}: queries and keys are normalised together; cut v, or whole heads")
     reader = f"{name}.attn.proj"
     heads = _complement(removed["heads"], block.num_heads)
+    # Without heads attention gives its last bias at every token.
     if not len(heads):
         return fill.put_constant(model, f"{name}.attn", reader)
     queries = _kept_dimensions(block, heads, removed, "qk", block.qk_dim)
@@ -164,6 +157,7 @@ def _remove_from_attention(model, name, removed, fill):
     structure.keep_entries(attn, "q_bias", queries)
     structure.keep_entries(attn, "k_bias", queries)
     structure.keep_entries(attn, "v_bias", values)
+    # attn.proj reads the heads, side by side. `scale` stays what it was before the cut.
     fill.narrow(model, reader, values)
     structure.set_heads(attn, heads)
 
@@ -171,6 +165,7 @@ def _remove_from_attention(model, name, removed, fill):
 def _kept_dimensions(block, heads, removed, kind, size):
     """Return the indices of the dimensions that stay in these heads: as many in each head."""
     keep = _complement(removed[kind], block.num_heads * size)
+    # Dimensions are numbered head * size + dimension. Those of removed heads go with them.
     keep = keep[torch.isin(keep // size, heads)]
     by_head = torch.bincount(keep // size, minlength=block.num_heads)
     counts = by_head[heads].unique().tolist()
@@ -184,8 +179,11 @@ def _kept_dimensions(block, heads, removed, kind, size):
 
 def _remove_neurons(model, name, removed, fill):
     """Take neurons out of a block's MLP."""
+    block = models.view(model).block(name)
+    _check_separable(block, block.mlp, "neurons")
     reader = f"{name}.mlp.fc2"
-    keep = _complement(removed["neurons"], models.view(model).block(name).neurons)
+    keep = _complement(removed["neurons"], block.neurons)
+    # Without neurons the MLP gives its last bias at every token.
     if not len(keep):
         return fill.put_constant(model, f"{name}.mlp", reader)
     _keep_outputs(model, f"{name}.mlp.fc1", keep)
@@ -199,11 +197,12 @@ def _remove_filters(model, name, removed, fill):
     if name not in stem:  # a factored convolution: the second of its parts gives the outputs
         name = f"{name}.1"
     keep = _complement(removed["filters"], stem[name].out_channels)
-    names = list(stem)
-    reader = names[names.index(name) + 1]
     _keep_outputs(model, name, keep)
     if norm is not None:
         _keep_outputs(model, norm, keep)
+    # The batch norm loses the same channels. The next convolution of the stem reads the filters.
+    order = list(stem)
+    reader = order[order.index(name) + 1]
     fill.narrow(model, reader, keep)
     _merge_factors(model)
 
@@ -216,13 +215,16 @@ def _remove_channels(model, stage, removed, fill):
     # Patch merging sees four tokens side by side, each with all channels.
     merged = (torch.arange(4)[:, None] * size + keep).flatten()
     named = [*model.named_modules(), *model.named_parameters()]
-    names = {id(thing): name for name, thing in named}
+    name_of = {part: name for name, part in named}
     for thing, how in stream:
-        name = names[id(thing)]
+        name = name_of[thing]
         kept = merged if how == "merged" else keep
+        # A norm then looks at the channels that stay. The masked model that this equals is therefore
+        # one whose norms leave dead channels out.
         if how == "last":  # a parameter of the model itself, such as a class token
             structure.keep_entries(model, name, kept, axis=-1)
         elif how == "columns" or (how == "merged" and hasattr(thing, "in_features")):
+            # qkv, fc1, merging and the classifier read the channels.
             fill.narrow(model, name, kept)
         else:
             _keep_outputs(model, name, kept)
@@ -248,6 +250,7 @@ def _merge_factors(model):
     """Merge the factors of a convolution where they no longer execute less than the whole."""
     for name, module in structure.modules_of(model, layers.FactoredConv2d).items():
         first, second = module
+        # At the break-even rank both parts together execute as much as the whole.
         limit = layers.break_even_rank(len(second.weight), first.weight[0].numel())
         if module.rank >= limit:
             structure.put(model, name, layers.merged_conv(module))
