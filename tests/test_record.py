@@ -698,7 +698,7 @@ def test_rows_made_again_are_compared_with_the_kept_ones_within_the_spread_of_th
             "one seed: a point at least"
         )
     assert not results.compare(again.assign(macs=again.macs * 1.02), kept).agrees.any()
-    with pytest.raises(ValueError, match="no row stands in both tables"):
+    with pytest.raises(ValueError, match="no result stands in both tables"):
         results.compare(again.assign(seed=7), kept)
     dense = dense.assign(
         macs=5.0
@@ -716,7 +716,7 @@ def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_n
         runs.open_run("demo", override={"train.epochs": 1}).figures
         == data_root / "runs" / label / "figures"
     )
-    assert runs.figures_folder("demo") == published
+    assert runs.open_run("demo").figures == published
 
 
 # -- files and progress
@@ -769,15 +769,13 @@ def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root
     rows = results.gather("demo")
     own = rows[rows.folder == "demo/vit/seed0"]
     assert own.top1.tolist() == [60, 61] and len(rows) == 3 and own.commit.notna().all()
-    every = results.gather(every=True)
-    assert (
-        every[every.folder == "demo/vit/seed0"].top1.tolist() == [50, 51, 60, 61]
-        and every.save.nunique() == 3
-    )
+    log = [json.loads(line) for line in lab.path(runs.LOG).read_text().splitlines()]
+    assert [line["top1"] for line in log] == [50, 51, 60, 61]
+    assert len({line["save"] for line in log}) == 2
     values = [json.loads(text)["train"]["epochs"] for text in rows.parameters]
     assert sorted(values) == [2, lab.params.train.epochs, lab.params.train.epochs]
     assert json.loads(own.parameters.iloc[0])["models"] == lab.params.models.vit
-    with pytest.raises(FileNotFoundError, match="no rows of smoke"):
+    with pytest.raises(FileNotFoundError, match="no results of smoke"):
         results.gather("smoke")
     assert results.main(["smoke"]) == 1 and results.main(["demo"]) == 0
 
@@ -792,7 +790,7 @@ def test_a_line_that_was_cut_short_costs_itself_alone(lab, capsys):
 
 ADDING = """
 import sys
-from vitlab import record
+from vitlab.studies import runs
 for i in range(40):
     runs._append(sys.argv[1], [{"who": sys.argv[2], "i": i, "filling": "x" * 20_000}] * 2)
 """
@@ -815,7 +813,7 @@ LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Python's own choice
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-from vitlab import record
+from vitlab import files
 files.write_atomic(sys.argv[1], "x" * 2000)
 """
 
@@ -842,7 +840,7 @@ def test_a_full_disk_says_what_to_do_and_leaves_the_old_file(tmp_path, monkeypat
 
 HOLDING = """
 import sys, time
-from vitlab import record
+from vitlab import files
 with files.lock(sys.argv[1], "the work"):
     print("holds", flush=True)
     time.sleep(60)
@@ -864,7 +862,7 @@ def test_a_lock_file_that_a_killed_process_left_blocks_nobody(tmp_path):
 
 def test_studies_are_read_without_torch():
     code = (
-        "import sys, vitlab.record; vitlab.record.study('demo'); assert 'torch' not in sys.modules"
+        "import sys; from vitlab.studies import settings; settings.study('demo'); assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -95,7 +95,7 @@ def report(tmp_path_factory):
     (tmp_path / "figures").mkdir()
     captions, patch = {}, pytest.MonkeyPatch()
     patch.setenv("VITLAB_DATA", str(tmp_path))
-    patch.setattr(runs, "figures_folder", lambda *_, **__: tmp_path / "figures")
+    patch.setattr(runs.Run, "figures", tmp_path / "figures")
     patch.setattr(
         style, "save", lambda drawn, path, caption=None: captions.update({path.name: caption})
     )

@@ -17,7 +17,7 @@ from vitlab import files
 from vitlab.studies import notebooks, settings
 
 PARAMETERS = 'study = "demo"  # a file of notebooks/params\nmodel = "vit"\nseed = 0\noverride = {}'
-OPEN = "from vitlab import record\nlab = record.open_run(study, model, seed, override)"
+OPEN = "from vitlab import runs\nlab = runs.open_run(study, model, seed, override)"
 
 
 def notebook(path, *cells, parameters=PARAMETERS):
@@ -305,7 +305,7 @@ def snakemake(tmp_path, monkeypatch):
     for name in [*settings.USES, "7_report"]:
         notebook(tree / "notebooks" / f"{name}.ipynb", "x = 1")
     stub = "import sys\nopen(sys.argv[sys.argv.index('--out') + 1], 'w').close()"  # instead of executing it
-    (tree / "vitlab" / "run.py").write_text(stub)
+    (tree / "vitlab" / "__main__.py").write_text(stub)
     monkeypatch.delenv("VITLAB_DATA")
     monkeypatch.setenv("PYTHONPATH", str(tree))
 
@@ -351,7 +351,7 @@ def test_a_changed_report_reruns_itself_alone_and_a_failure_keeps_the_others_goi
     assert steps() == {"report"} and steps("-n") == set()
     study = tree / "notebooks" / "params" / "demo.yaml"
     study.write_text(study.read_text().replace("epochs: 8", "epochs: 9"))
-    runner = tree / "vitlab" / "run.py"
+    runner = tree / "vitlab" / "__main__.py"
     runner.write_text(
         "import sys\nif '5_budget' in sys.argv[1]:\n    sys.exit('no budget')\n"
         + runner.read_text()

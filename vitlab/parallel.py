@@ -96,7 +96,7 @@ def broadcast_weights(model):
 def shard(tensors):
     """Return this process' share of each tensor: consecutive rows.
 
-    tensors: sequence; the number of their rows must be a multiple of `count`
+    tensors: sequence; the number of their rows must be a multiple of how many processes there are
     """
     if world_size() == 1:
         return tensors

@@ -8,28 +8,19 @@ Public: POOL, candidates, cut, plan, reach.
 
 import math
 from dataclasses import replace
+from functools import partial
 
-from vitlab import models
+from vitlab import models, names
 from vitlab.evaluation import bench, cost
 from vitlab.pruning import factor, pool, recover, scores, shrink
 
 # -- Budget: from a model and a target to the smaller model
 
 POOL = ("heads", "neurons", "filters", "width", "ranks")  # the kinds that do best together
-_COMPENSATIONS = (None, "mean", "least squares")
 _MOST_CORRECTIONS = 12
 
 
-def reach(
-    model,
-    batches,
-    *,
-    kinds=None,
-    labels="true",
-    compensate="least squares",
-    reconstruct=True,
-    **target,
-):
+def reach(model, batches, **target):
     """Cut a model to a target without training.
 
     Call it as in `small, plan = budget.reach(model, batches, macs=0.5)`. This is `candidates`,
@@ -38,45 +29,33 @@ def reach(
 
     model: a ViT or Swin of plain layers, as models.create makes it.
     batches: a list of (x, y) of calibration images.
-    kinds: what may go, see `plan`. None: those of POOL that the model has.
-    labels: which labels the gradients take, see scores.weights.
-    compensate: what makes up for units that go, see `cut`.
-    reconstruct: whether all layers are then solved for against the dense model
-        (docs/methods/recovery.md).
     target: one of macs, params, bytes, latency, and the share to keep, in (0, 1).
 
     Returns the smaller model and its Plan.
-    Raises what the four calls raise, such as Unreachable for a target below what these kinds can
-    reach.
+    Raises what the four calls raise, such as Unreachable.
     """
     pool.checked_target(target)
-    _check_compensation(compensate, batches)
-    kinds = _kinds_of(models.view(model)) if kinds is None else kinds
+    view = models.view(model)
+    # A stem of one convolution, for instance, has no filters that may go.
+    kinds = [kind for kind in POOL if kind == "ranks" or view.units([kind])]
     # Bases of ranks and compensation need the same grams: take them once.
-    grams = _affine_grams(model, batches) if compensate or "ranks" in kinds else None
-    competitors = candidates(model, batches, kinds=kinds, grams=grams, labels=labels)
+    grams = _affine_grams(model, batches)
+    competitors = candidates(model, batches, kinds=kinds, grams=grams)
     chosen = plan(model, **competitors, kinds=kinds, **target)
-    small, drops = cut(model, chosen, batches, grams=grams, compensate=compensate)
-    if reconstruct:
-        small = recover.reconstruct(small, model, batches, drops=drops)
-    return small, chosen
-
-
-def _kinds_of(view):
-    """Return the kinds of POOL that the model has."""
-    return [kind for kind in POOL if kind == "ranks" or view.units([kind])]
+    small, drops = cut(model, chosen, batches, grams=grams, compensate="least squares")
+    # Then all layers are solved for against the dense model (docs/methods/recovery.md).
+    return recover.reconstruct(small, model, batches, drops=drops), chosen
 
 
 def candidates(model, batches, *, kinds, grams=None, labels="true"):
     """Measure on calibration batches what `plan` compares for these kinds.
 
-    model, batches, labels: see `reach`.
+    model, batches: see `reach`.
     kinds: what may go, see `plan`.
+    labels: which labels the gradients take, see scores.weights.
     grams: {layer: [n+1, n+1]} of all view.matrices by scores.grams(affine=True), if known already.
 
-    Returns {"unit_scores": ..., "directions": ...}, each only if a kind needs it. The first holds
-    the "fisher" scores of scores.units. The second holds scores.directions of the
-    activation-weighted SVD, for all linear layers and the stem's convolutions.
+    Returns {"unit_scores": ..., "directions": ...}, each only if a kind needs it.
     Raises what scores.units, scores.grams and scores.directions raise.
     """
     measured = {}
@@ -85,6 +64,8 @@ def candidates(model, batches, *, kinds, grams=None, labels="true"):
     if units:
         by_criterion = scores.units(model, batches, criteria=["fisher"], kinds=units, labels=labels)
         measured["unit_scores"] = by_criterion["fisher"]
+    # Directions are those of the activation-weighted SVD, of all linear layers and the stem's
+    # convolutions.
     if "ranks" in kinds:
         moments = _second_moments(grams or _affine_grams(model, batches))
         matrices = models.view(model).matrices
@@ -100,95 +81,86 @@ def plan(
     directions=None,
     kinds=("heads", "neurons"),
     multiple=8,
-    rank_multiple=4,
     most=None,
     batch=8,
     **target,
 ):
     """Plan the cut to a share of one cost that has the least predicted loss.
 
-    Call it as in `budget.plan(model, unit_scores, macs=0.5)`. All kinds compete in one currency,
-    predicted loss per cost saved, and the smallest goes first. Scores in loss units need no
-    normalisation, only a cost (docs/methods/budget.md). FLOORS and LEAST stay everywhere.
+    Call it as in `budget.plan(model, unit_scores, macs=0.5)`. pool.FLOORS and LEAST stay everywhere
+    (docs/methods/budget.md).
 
     model: its layers are plain. Remove units first and factorise afterwards, as `cut` does.
     unit_scores: {(where, kind): tensor} of one criterion, best in loss units ("fisher" of
         scores.units).
-    directions: {layer: [R+1]} of scores.directions: what a layer loses at each rank. A layer is
-        factored where two thin ones save more for what they lose than units do, and stays whole
-        where they would not be cheaper.
+    directions: {layer: [R+1]} of scores.directions: what a layer loses at each rank.
     kinds: what may go: any of heads, neurons, width, filters, qk, v, block (a whole one) and ranks.
-    multiple: neurons, channels and filters go in groups of so many (the weakest of a place
-        together), so that sizes stay friendly to the kernels. Dimensions of heads go one from each
-        head.
-    rank_multiple: ranks are multiples of it; a layer whose break-even rank is lower takes any rank.
+    multiple: neurons, channels and filters go in groups of so many, the weakest of a place.
     most: {layer: highest rank to factor it at}, as bench.break_even measures; 0 keeps a layer
         whole. None: all that save MACs.
     batch: how many images are timed together, for latency.
     target: one of macs, params, bytes (of weights and buffers in memory) or latency (here and now),
         and the share of the model's to keep, in (0, 1).
 
-    Returns a Plan of at most the target. MACs are less than the cheapest step below it. Parameters
-    and bytes are counted on the smaller model. Latency is within 5 % of the target, or has it
-    within its quartiles, on this machine.
+    Returns a Plan of at most the target. Latency is within 5 % of the target, or has it within its
+    quartiles, on this machine.
     Raises ValueError for other targets, a share outside (0, 1), an unknown kind, missing scores, or
     factored layers.
     Raises Unreachable (a ValueError) for a target below what these kinds can reach; it names the
     floor.
     """
     what, share = pool.checked_target(target)
+    # All kinds compete in one currency, predicted loss per cost saved, and the smallest goes first.
+    # Scores in loss units need no normalisation, only a cost. A layer is factored where two thin
+    # ones save more for what they lose than units do, and stays whole where they are not cheaper.
     units, thin = pool.candidates(
-        model, unit_scores or {}, directions or {}, kinds, multiple, rank_multiple, most or {}
+        model, unit_scores or {}, directions or {}, kinds, multiple, most or {}
     )
-    costs = pool.Costs(models.view(model), _layer_costs(model, what, batch), units, thin)
-    floor = pool.Search(costs).floor() / costs.total
+    # A line of the table costs in proportion to what is left of its inputs and outputs.
+    table = cost.breakdown(model)
+    costs = table.macs if what == "macs" else table.params
+    if what == "latency":  # the time of a layer is taken to fall with its MACs
+        costs = bench.layer_times(model, table, batch=batch)
+    table["cost"] = costs
+    new_search = partial(pool.Search, models.view(model), table, units, thin)
+    floor = new_search().floor()
+    goes = " and ".join(kinds)
 
     def plan_for(wanted):
-        return pool.Search(costs).run(max(wanted, floor) * costs.total).as_plan(what)
+        return new_search().run(max(wanted, floor)).as_plan(what)
 
     def measure(wanted):
         return _measured(model, plan_for(wanted), what, share, batch)
 
-    if what != "macs":
-        # The prediction of parameters, bytes and time is near, but only the cut model tells.
-        nearest = _corrected(measure, what, share, floor)
-        if nearest.share <= share or _miss(nearest.share, share, what) <= 0.1:
-            return nearest
-        lowest, is_met = measure(floor)  # all that may go
-        if lowest.share <= share or is_met:
-            return lowest
-        floor = lowest.share
-    elif floor <= share:  # the closed form is exact: nothing to measure
+    # The closed form of MACs is exact: nothing to measure. It misses the target by less than the
+    # cheapest step. Nor is there anything to measure where nothing may go.
+    if what == "macs" or not (units or thin):
+        pool.check_reachable(goes, what, share, floor)
         return plan_for(share)
-    raise pool.Unreachable(
-        f"{' and '.join(kinds)} alone cannot reach {share:g} x {pool.TARGETS[what]}: {floor:.3f} stays "
-        "when all but the floor is gone; allow more kinds or ask for more"
-    )
+    # The prediction of parameters, bytes and time is near, but only the cut model tells.
+    nearest, miss = _corrected(measure, what != "latency", share, floor)
+    if nearest.share <= share or miss <= 0.1:
+        return nearest
+    lowest, miss = measure(floor)  # all that may go
+    if miss:
+        pool.check_reachable(goes, what, share, lowest.share)
+    return lowest
 
 
-def _layer_costs(model, what, batch):
-    """Return cost.breakdown with a column `cost` of the target, which _Costs takes shares of."""
-    table = cost.breakdown(model)
-    if what == "latency":  # the time of a layer is taken to fall with its MACs
-        return table.assign(cost=bench.layer_times(model, table, batch=batch))
-    return table.assign(cost=table.macs if what == "macs" else table.params)
+def _corrected(measure, is_counted, share, floor):
+    """Return the plan that really keeps nearly the share, after several tries, and its miss.
 
-
-def _corrected(measure, what, share, floor):
-    """Return the plan that really keeps nearly the share, after several tries.
-
-    measure: a function from the share to plan for to the plan, with its measured share, and whether
-        it meets the target.
+    measure: a function from the share to plan for to the plan, with its measured share, and by how
+        much it misses the target.
     """
-    is_counted = what != "latency"
     low, high = floor, 1.0
     wanted = max(share, floor)
     tries = []
     for number in range(_MOST_CORRECTIONS):
-        tried, is_met = measure(wanted)
-        if is_met:
-            return tried
-        tries.append(tried)
+        tried, miss = measure(wanted)
+        tries.append((tried, miss))
+        if not miss:
+            break
         # Only counts narrow the interval. Times scatter: what was too slow may be fast enough the
         # next time.
         if is_counted and tried.share <= share:
@@ -202,47 +174,36 @@ def _corrected(measure, what, share, floor):
         is_halved = is_counted and number % 2
         is_inside = low < guess < high
         wanted = guess if is_inside and not is_halved else (low + high) / 2
-    return min(tries, key=lambda tried: _miss(tried.share, share, what))
-
-
-def _miss(kept, share, what):
-    """Return how far the kept share is from the target's; a count above the target is no hit."""
-    if kept > share and what != "latency":
-        return math.inf
-    return abs(kept / share - 1)
+    return min(tries, key=lambda pair: pair[1])
 
 
 def _measured(model, plan, what, share, batch):
-    """Return the plan with the share it really keeps, and whether that meets the target."""
+    """Return the plan with the share it really keeps, and by how much that misses the target."""
     small, _ = cut(model, plan)
     if what == "latency":
         # Both run in turns, so that what else the machine does slows both.
         both = {"dense": model, "small": small}
         times = bench.latency(both, batch=batch, repeats=21).iloc[1]
         kept = 1 / times.speedup
-        is_within_quartiles = times.speedup_q1 <= 1 / share <= times.speedup_q3
-        is_met = is_within_quartiles or _miss(kept, share, what) <= 0.05
+        # Times scatter. Within their quartiles, or within 5 %, the target is met.
+        miss = abs(kept / share - 1)
+        is_met = times.speedup_q1 <= 1 / share <= times.speedup_q3 or miss <= 0.05
     else:
-        kept = _count(small, what) / _count(model, what)
-        is_met = 0.995 * share <= kept <= share
-    return replace(plan, share=kept), bool(is_met)
-
-
-def _count(model, what):
-    """Return the parameters or bytes of a model."""
-    if what == "bytes":
-        return cost.bytes_memory(model)
-    return sum(parameter.numel() for parameter in model.parameters())
+        count = cost.bytes_memory if what == "bytes" else cost.params
+        kept = count(small) / count(model)
+        # A count above the target is no hit at all.
+        miss = math.inf if kept > share else 1 - kept / share
+        is_met = miss <= 0.005
+    return replace(plan, share=kept), 0 if is_met else miss
 
 
 def cut(model, plan, batches=(), *, grams=None, compensate=None):
     """Make the smaller model that a plan describes.
 
     model: the model of the plan; it stays as it is.
-    batches: a list of (x, y) of calibration images. Without them ranks are of the plain SVD, not
-        activation-weighted.
+    batches: a list of (x, y) of calibration images.
     grams: {layer: [n+1, n+1]} of model by scores.grams(layers=view.matrices, affine=True), if known
-        already. Where no units go they serve for ranks without batches, too.
+        already.
     compensate: what makes up for units that go, see shrink.remove. None: nothing; "mean": what is
         lost on average; "least squares": the inputs that stay, about their mean.
 
@@ -250,30 +211,26 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None):
     Raises ValueError for another compensate or one without batches, and what shrink.remove and
     factor.factorise raise.
     """
-    _check_compensation(compensate, batches)
-    needs_grams = compensate if plan.drop else plan.ranks
-    if grams is None and batches and needs_grams:
-        grams = _affine_grams(model, batches)
-    small = model
+    names.check("compensation", compensate, (None, "mean", "least squares"))
+    small, drops = model, []
     if plan.drop:
-        means = compensate and {name: gram[-1, :-1] for name, gram in grams.items()}
-        moments = _second_moments(grams) if compensate == "least squares" else None
-        small = shrink.remove(model, plan.drop, means=means, grams=moments)
+        known = {}
+        if compensate:
+            grams = grams or _affine_grams(model, batches)
+            known["means"] = {name: gram[-1, :-1] for name, gram in grams.items()}
+        if compensate == "least squares":
+            known["grams"] = _second_moments(grams)
+        small = shrink.remove(model, plan.drop, **known)
+        drops = [plan.drop]
         # Ranks are fitted to the activations of the model without these units.
         grams = None
-        if plan.ranks and batches:
-            grams = _affine_grams(small, batches, plan.ranks)
     if plan.ranks:
+        if not grams and batches:
+            grams = _affine_grams(small, batches, plan.ranks)
+        # Without batches and grams ranks are of the plain SVD, not activation-weighted.
         moments = grams and _second_moments(grams)
         small = factor.factorise(small, plan.ranks, grams=moments)
-    return small, [plan.drop] if plan.drop else []
-
-
-def _check_compensation(compensate, batches):
-    if compensate not in _COMPENSATIONS or (compensate and not batches):
-        raise ValueError(
-            f"compensate is one of {_COMPENSATIONS}, the last two with batches; got {compensate!r}"
-        )
+    return small, drops
 
 
 def _affine_grams(model, batches, layers=None):

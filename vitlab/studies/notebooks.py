@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 from vitlab import files, names, parallel
 from vitlab.studies import runs, settings
@@ -78,20 +79,17 @@ def _check(path, parameters):
     """
     defaults = parameters_of(path)
     for name, value in parameters.items():
-        if name not in defaults:
-            raise ValueError(names.unknown(f"parameter of {Path(path).name}:", name, defaults))
+        names.check(f"parameter of {Path(path).name}:", name, defaults)
         if name != "override":  # settings.study checks what a study overrides
             settings.checked(name, defaults[name], value)
     values = {**defaults, **parameters}
-    if "study" in values:
-        study = settings.study(values["study"], override=values.get("override"))
-        model = values.get("model")
-        if model is not None and model not in study.models:
-            raise ValueError(names.unknown(f"model of study {study.name}:", model, study.models))
+    study = settings.study(values["study"], override=values["override"])
+    if "model" in values:
+        names.check(f"model of study {study.name}:", values["model"], study.models)
     return values
 
 
-def execute(path, parameters, *, out=None, log=False):
+def execute(path, parameters, *, out=None):
     """Execute a copy of a notebook, and return the path of that copy.
 
     path: of the notebook.
@@ -99,7 +97,6 @@ def execute(path, parameters, *, out=None, log=False):
     out: where to keep the copy; by default in `notebooks/` in the folder of the run. It is there
     only when the notebook has run to its end. Before, it is called <name>.running.ipynb, and after
     an error <name>.failed.ipynb.
-    log: bool, whether trainings write TensorBoard files.
     Of several processes (see `parallel`) each executes its own copy. At the end those of all but
     the first are deleted.
     Raises ValueError and TypeError for wrong parameters, before anything starts.
@@ -110,16 +107,20 @@ def execute(path, parameters, *, out=None, log=False):
     from nbclient.exceptions import DeadKernelError
 
     values = _check(path, parameters)
-    if str(values.get("study")).endswith((".yaml", ".yml")):  # the kernel works in another folder
+    if str(values["study"]).endswith((".yaml", ".yml")):  # the kernel works in another folder
         parameters = {**parameters, "study": str(Path(values["study"]).resolve())}
-    out = Path(out).resolve() if out else _folder(values) / "notebooks" / Path(path).name
+    if out is None:
+        seed = values.get("seed", 0)
+        run = runs.open_run(values["study"], values.get("model"), seed, values["override"])
+        out = run.path("notebooks") / Path(path).name
+    out = Path(out).resolve()
     if not parallel.is_first():
         out = out.with_suffix(f".rank{parallel.rank()}.ipynb")
     running = out.with_suffix(".running.ipynb")
     failed = out.with_suffix(".failed.ipynb")
     files.make_folder(out.parent)
     lock = out.with_name(f".{out.stem}.lock")
-    with files.lock(lock, f"{out.stem} of this run"), _kernel(log) as config:
+    with files.lock(lock, f"{out.stem} of this run"), _kernel() as config:
         try:
             papermill.execute_notebook(
                 path,
@@ -148,47 +149,28 @@ def execute(path, parameters, *, out=None, log=False):
     return out
 
 
-def _folder(values):
-    """Return the folder of the run that the parameters of a notebook name."""
-    if "study" not in values:
-        raise ValueError(
-            "the notebook has no parameter `study`, so say where its copy goes: --out PATH"
-        )
-    seed = values.get("seed", 0)
-    run = runs.open_run(values["study"], values.get("model"), seed, values.get("override"))
-    return run.folder
-
-
 @contextlib.contextmanager
-def _kernel(log):
+def _kernel():
     """Yield the configuration of a quiet kernel of this interpreter; others may start beside it."""
+    from ipykernel.kernelspec import write_kernel_spec
     from traitlets.config import Config
 
     with tempfile.TemporaryDirectory(prefix="nb", ignore_cleanup_errors=True) as folder:
         # A kernel spec in this folder comes before any that the user installed for another Python.
-        spec = Path(folder, "kernels", "python3", "kernel.json")
-        spec.parent.mkdir(parents=True)
         # Level 50: jupyter_client ends a kernel with an interrupt, which the kernel may log as an
         # error.
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        argv.append("--log-level=50")
-        kernel = {"argv": argv, "display_name": "Python 3", "language": "python"}
-        spec.write_text(json.dumps(kernel))
+        spec = Path(folder, "kernels", "python3")
+        write_kernel_spec(spec, extra_arguments=["--log-level=50"])
         # Kernels find free TCP ports by trying, and race for them. Sockets in a folder of its own
         # spare each that, but not every system has them, nor for a long path.
         config = Config()
         if os.name == "posix" and len(folder) < 80:
             config.KernelManager = Config(transport="ipc", ip=f"{folder}/k")
-        before = dict(os.environ)
-        os.environ.update(_environment(folder, log))
-        try:
+        with mock.patch.dict(os.environ, _environment(folder)):
             yield config
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
 
 
-def _environment(folder, log):
+def _environment(folder):
     """Return the environment variables of a kernel whose specification lies in a folder."""
     paths = [folder, os.environ.get("JUPYTER_PATH")]
     environment = {
@@ -198,8 +180,6 @@ def _environment(folder, log):
         # A relative data root is meant from here, not from the kernel's folder.
         "VITLAB_DATA": str(files.root()),
     }
-    if log:
-        environment["VITLAB_LOG"] = "1"
     defaults = {
         "OMP_WAIT_POLICY": "PASSIVE",  # two notebooks on two cores
         # glibc gives the activations of each step back to the system and asks for them again.
@@ -243,11 +223,12 @@ def main(arguments=None):
     except (ValueError, TypeError) as error:
         print(f"vitlab run: {error}", file=sys.stderr)
         return 2
-    run = [parameters[name] for name in ("study", "model", "seed") if name in parameters]
-    name = " ".join(map(str, [path.stem, *run]))
+    name = " ".join(map(str, [path.stem, *parameters.values()]))
     files.log(f"{name}: running")
+    log = {"VITLAB_LOG": "1"} if options.log else {}
     try:
-        out = execute(path, parameters, out=options.out, log=options.log)
+        with mock.patch.dict(os.environ, log):
+            out = execute(path, parameters, out=options.out)
     except Exception as error:
         print(f"vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
         return 1
@@ -266,7 +247,6 @@ def _parser():
     add("--model", help="a name in the study's `models`")
     add("--seed", type=int)
     add("--set", action="append", metavar="SECTION.VALUE=…", dest="override")
-    add("-p", action="append", default=[], metavar="NAME=…", dest="parameters")
     add("--out", help="where the executed copy goes (default: the folder of the run)")
     add(
         "--processes",
@@ -286,7 +266,6 @@ def _parameters(options):
     """Return the parameters of the notebook that stand on the command line."""
     parameters = {"study": options.study, "model": options.model, "seed": options.seed}
     parameters = {name: value for name, value in parameters.items() if value is not None}
-    parameters |= dict(map(_parse_value, options.parameters))
     if options.override:
         parameters["override"] = dict(map(_parse_value, options.override))
     return parameters

@@ -13,13 +13,23 @@ from vitlab import files
 from vitlab.studies import settings
 from vitlab.studies.runs import IDENTITY, LOG, ROW, study_label, with_first_columns
 
-# -- results: the rows of all runs
+# -- results: one table of all runs
 
-# What tells one row of a seed from another.
-KEY = ["model", "notebook", "method", "criterion", "form", "schedule", "target_kind", "target"]
-KEY += ["stage"]
+# What tells one result of a seed from another.
+KEY = [
+    "model",
+    "notebook",
+    "method",
+    "criterion",
+    "form",
+    "schedule",
+    "target_kind",
+    "target",
+    "stage",
+]
 WORDS = {"labels": str}  # columns that read_csv would misread: `true` is a word there
-_PLACE = ["model", "seed", "notebook"]  # what tells by which notebook of which run a row was saved
+# What tells by which notebook of which run a result was saved.
+_PLACE = ["model", "seed", "notebook"]
 
 
 def read_study(name, *, override=None):
@@ -63,7 +73,7 @@ def _saved(runs, stem):
 
 
 def _from_runs(runs, stem):
-    """Return the rows that the runs of this data root saved: all of them count."""
+    """Return the results that the runs of this data root saved: all of them count."""
     frames = []
     for path in _saved(runs, stem):
         frame = pd.read_csv(path, dtype=WORDS)
@@ -74,24 +84,23 @@ def _from_runs(runs, stem):
 
 
 def _from_figures(figures, stem, values):
-    """Return the published rows that count: those of today's models, seeds and notebooks."""
+    """Return the published results that count: those of today's models, seeds and notebooks."""
     file = figures / f"{stem.removesuffix('-*')}.csv"
     if not file.is_file():
         return pd.DataFrame()
-    rows = pd.read_csv(file, dtype=WORDS)
-    counts = rows.model.isin(values.models) & rows.seed.isin(values.seeds)
-    counts |= rows.model.isna()  # tables of the study as a whole
+    results = pd.read_csv(file, dtype=WORDS)
+    counts = results.model.isin(values.models) & results.seed.isin(values.seeds)
+    counts |= results.model.isna()  # tables of the study as a whole
     if stem.endswith("-*"):
-        counts &= rows.reindex(columns=["notebook"]).notebook.isin(settings.USES)
-    return rows[counts]
+        counts &= results.reindex(columns=["notebook"]).notebook.isin(settings.USES)
+    return results[counts]
 
 
 def _merged(stem, saved, published, changed):
-    """Return all saved rows with the published rows for which nothing was saved, and their names.
+    """Return all saved results with the published ones that none of them replaces, and their names.
 
-    A published row wins only where its model, seed and notebook saved nothing here. It is left out
-    where the dense model of its run is another one here. Timings are compared by method, too, as
-    6_efficiency times what several notebooks left.
+    A published result wins only where its model, seed and notebook saved nothing here. It is left
+    out where the dense model of its run is another one here.
     """
     taken = set(_keys(saved))
     missing = [key not in taken and key[:2] not in changed for key in _keys(published)]
@@ -99,17 +108,18 @@ def _merged(stem, saved, published, changed):
     names = []
     for model, seed, notebook, _ in _keys(published):
         names.append(f"{model} seed {seed} {notebook or stem}")
-    parts = [rows for rows in (saved, published) if len(rows)]
-    rows = pd.concat(parts or [saved], ignore_index=True)
-    order = [column for column in _PLACE if column in rows]
+    parts = [frame for frame in (saved, published) if len(frame)]
+    results = pd.concat(parts or [saved], ignore_index=True)
+    order = [column for column in _PLACE if column in results]
     if order:
-        rows = rows.sort_values(order, kind="stable", ignore_index=True)
-    return rows, names
+        results = results.sort_values(order, kind="stable", ignore_index=True)
+    return results, names
 
 
-def _keys(rows):
-    """Return (model, seed, notebook, method of a timing) of each row, "" for what it has not."""
-    keys = rows.reindex(columns=[*_PLACE, "method"]).astype(object)
+def _keys(results):
+    """Return (model, seed, notebook, method of a timing) of each result, "" for what it has not."""
+    keys = results.reindex(columns=[*_PLACE, "method"]).astype(object)
+    # 6_efficiency times what several notebooks left, so that its results are compared by method.
     keys["method"] = keys.method.where(keys.notebook == "6_efficiency")
     return list(keys.where(keys.notna(), "").itertuples(index=False, name=None))
 
@@ -133,62 +143,58 @@ def _changed_models(saved, published):
     return set(zip(changed.model, changed.seed, strict=True))
 
 
-def gather(name=None, *, every=False):
-    """Return rows of all runs of this data root as one frame, overridden ones too.
+def gather(name=None):
+    """Return the results of all runs of this data root as one frame, overridden ones too.
 
-    Each run keeps a log. Every save of rows adds them to it, with their notebook and all values of
-    the study that the notebook uses.
+    Each run keeps a log. Every save of results adds them to it, with their notebook and all values
+    of the study that the notebook uses. The last save of each notebook counts.
     name: str, a study; None for all.
-    every: bool, whether to return rows, too, that later saves of the same notebook replaced;
-    `save` tells one save from another.
     Columns: folder, notebook, save, those of ROW, all others, and parameters (JSON).
     A line that was cut short, by a full disk for instance, is left out, and a message says so.
-    Raises FileNotFoundError if there are no rows.
+    Raises FileNotFoundError if there are no results.
     """
     runs = files.root() / "runs"
-    rows = []
+    results = []
     for path in sorted(runs.rglob(LOG)):
         folder = path.parent.relative_to(runs)
         if name in (None, folder.parts[0].partition("+")[0]):
-            rows += [{"folder": folder.as_posix(), **row} for row in _read_log(path)]
-    if not rows:
-        words = f"no rows of {name or 'any study'} under {runs}"
+            results += [{"folder": folder.as_posix(), **result} for result in _read_log(path)]
+    if not results:
+        words = f"no results of {name or 'any study'} under {runs}"
         raise FileNotFoundError(f"{words}; run a study: make study STUDY=demo")
-    frame = pd.DataFrame(rows)
-    if not every:
-        last = frame.groupby(["folder", "notebook"]).save.transform("last")
-        frame = frame[frame.save == last].reset_index(drop=True)
+    frame = pd.DataFrame(results)
+    last = frame.groupby(["folder", "notebook"]).save.transform("last")
+    frame = frame[frame.save == last].reset_index(drop=True)
     parameters = frame.pop("parameters")
-    return with_first_columns(frame, ["folder", "notebook", "save", *ROW]).assign(
-        parameters=parameters
-    )
+    frame = with_first_columns(frame, ["folder", "notebook", "save", *ROW])
+    return frame.assign(parameters=parameters)
 
 
 def _read_log(path):
-    """Return the rows of a run's log, and say which lines are none."""
-    rows = []
+    """Return the results in a run's log, and say which lines are none."""
+    results = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            row = json.loads(line)
-            row["parameters"] = json.dumps(row["parameters"])
+            result = json.loads(line)
+            result["parameters"] = json.dumps(result["parameters"])
         except (ValueError, KeyError, TypeError):
-            files.log(f"line {number} of {path} is no row, perhaps cut short; left out")
+            files.log(f"line {number} of {path} is no result, perhaps cut short; left out")
         else:
-            rows.append(row)
-    return rows
+            results.append(result)
+    return results
 
 
 def compare(again, kept):
-    """Return rows that were made again beside the published ones.
+    """Return results that were made again beside the published ones.
 
-    again, kept: rows as `read_study` gives them, or those of figures/<study>/results.csv. Those of
-    6_efficiency are left out, as timings belong to their machine.
-    Returns one line for each row of the models and seeds that both have. Its columns are seed, KEY,
-    top1 and macs, top1_kept and macs_kept (missing where only one table has such a row),
-    spread: points of top-1 that the kept row's seeds span, at least 1, and
-    agrees: both rows are there, top-1 is within the spread, and MACs are within 1 %.
+    again, kept: results as `read_study` gives them, or those of figures/<study>/results.csv. Those
+    of 6_efficiency are left out, as timings belong to their machine.
+    Returns one line for each result of the models and seeds that both have. Its columns are seed,
+    KEY, top1 and macs, top1_kept and macs_kept (missing where only one table has such a result),
+    spread: points of top-1 that the seeds of the published result span, at least 1, and
+    agrees: both results are there, top-1 is within the spread, and MACs are within 1 %.
     Budgets promise that 1 %.
-    Raises ValueError where no row is in both.
+    Raises ValueError where no result is in both.
     """
     key = ["seed", *(name for name in KEY if name in again and name in kept)]
     again = _comparable(again, key)
@@ -201,31 +207,30 @@ def compare(again, kept):
     both = again.merge(kept, on=key, suffixes=("", "_kept"), how="outer")
     if both.dropna(subset=["top1", "top1_kept"]).empty:
         raise ValueError(
-            "no row stands in both tables: they are of other models, seeds or values of the study"
+            "no result stands in both tables: they are of other models, seeds or study values"
         )
     near_top1 = (both.top1 - both.top1_kept).abs() <= both.spread
     near_macs = (both.macs / both.macs_kept - 1).abs() <= 0.01
     return both.assign(agrees=near_top1 & near_macs)
 
 
-def _comparable(rows, key):
-    """Return the measured rows with key, top1 and macs, in types that both tables share."""
-    rows = rows[rows.top1.notna() & (rows.notebook != "6_efficiency")]
+def _comparable(results, key):
+    """Return the measured results with key, top1 and macs, in types that both tables share."""
+    results = results[results.top1.notna() & (results.notebook != "6_efficiency")]
     # A column without entries would be one of numbers, and match no column of text.
     types = dict.fromkeys(key[1:], object) | {"target": float}
-    return rows.astype(types)[[*key, "top1", "macs"]]
+    return results.astype(types)[[*key, "top1", "macs"]]
 
 
 def main(arguments=None):
-    """Print rows of `gather` as CSV, or whether those of a study agree with the published ones.
+    """Print results of `gather` as CSV, or whether a study's agree with the published ones.
 
-    `python -m vitlab results [STUDY] [--every | --compare]`
-    Returns the exit status: 0, or 1 without rows or where some do not agree.
+    `python -m vitlab results [STUDY] [--compare]`
+    Returns the exit status: 0, or 1 without results or where some do not agree.
     """
-    description = "Rows of all runs as one CSV table."
+    description = "Results of all runs as one CSV table."
     parser = argparse.ArgumentParser("python -m vitlab results", description=description)
     parser.add_argument("study", nargs="?", help="of this study alone")
-    parser.add_argument("--every", action="store_true", help="rows, too, that were replaced since")
     parser.add_argument(
         "--compare", action="store_true", help="set them beside figures/STUDY/results.csv instead"
     )
@@ -235,7 +240,7 @@ def main(arguments=None):
     try:
         if options.compare:
             return _print_comparison(settings.study(options.study).name)
-        print(gather(options.study, every=options.every).to_csv(index=False), end="")
+        print(gather(options.study).to_csv(index=False), end="")
     except (FileNotFoundError, ValueError) as error:
         print(f"vitlab results: {error}", file=sys.stderr)
         return 1
@@ -243,15 +248,25 @@ def main(arguments=None):
 
 
 def _print_comparison(name):
-    """Print the rows of a study beside the published ones. Return 0 if all agree, else 1."""
-    rows = gather(name)
+    """Print the results of a study beside the published ones. Return 0 if all agree, else 1."""
+    results = gather(name)
     kept = pd.read_csv(files.repository() / "figures" / name / "results.csv")
-    compared = compare(rows[rows.override.isna()], kept)
-    columns = ["model", "seed", "method", "form", "target", "stage", "top1", "top1_kept"]
-    columns += ["spread", "agrees"]
+    compared = compare(results[results.override.isna()], kept)
+    columns = [
+        "model",
+        "seed",
+        "method",
+        "form",
+        "target",
+        "stage",
+        "top1",
+        "top1_kept",
+        "spread",
+        "agrees",
+    ]
     print(compared[columns].to_string(index=False, float_format="{:.2f}".format, na_rep=""))
     print(
-        f"Of {len(compared)} rows {compared.agrees.sum()} agree, "
+        f"Of {len(compared)} results {compared.agrees.sum()} agree, "
         f"{compared.top1.isna().sum()} were not made again, "
         f"{compared.top1_kept.isna().sum()} are not published (figures/{name})."
     )

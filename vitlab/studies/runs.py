@@ -3,8 +3,8 @@
 A run is one model and one seed of a study. It writes to `<data
 root>/runs/<study>/<model>/seed<seed>/`. Notebooks open a run with `open_run` and never name a path.
 
-Public: Cut, IDENTITY, LOG, ROW, Results, Run, checkpoint_id, figures_folder, open_run, provenance,
-study_label, with_first_columns.
+Public: Cut, IDENTITY, LOG, ROW, Results, Run, checkpoint_id, open_run, provenance, study_label,
+with_first_columns.
 """
 
 import contextlib
@@ -26,12 +26,11 @@ import pandas as pd
 
 from vitlab import files, names, parallel
 from vitlab.studies import settings
-from vitlab.studies.settings import without_defaults
 
 # -- runs: the folder of one model and seed, and what it writes
 
 _METER = "closed form (vitlab.cost)"  # of params, MACs and FLOPs; other meters have own columns
-LOG = "results.jsonl"  # of a run: every row that was ever saved
+LOG = "results.jsonl"  # of a run: every result that was ever saved
 IDENTITY = ["study", "model", "seed"]
 _CUT = ["method", "criterion", "form", "target_kind", "target", "stage"]
 _HISTORY = [*IDENTITY, *_CUT, "epoch"]
@@ -58,34 +57,40 @@ def open_run(study_name, model=None, seed=0, override=None):
     Raises TypeError for another seed, PermissionError where the folder cannot be written.
     """
     values = settings.study(study_name, seed=seed if model else None, override=override)
-    if model is not None and model not in values.models:
-        raise ValueError(names.unknown(f"model of study {values.name}:", model, values.models))
+    if model is not None:
+        names.check(f"model of study {values.name}:", model, values.models)
     if settings.checked("seed", 0, seed) < 0:
         raise TypeError(f"seed should be an integer of at least 0, got {seed}")
     return Run(study_name, values, model, seed, dict(override or {}))
 
 
+@dataclass
 class Run:
-    """Hold one model and seed of a study: its values, its folder, its rows. `open_run` makes it.
+    """Hold one model and seed of a study: its values, its folder, its results.
 
-    study, model_name: names.
-    seed: int.
+    `open_run` makes it.
+
+    given: name of the study, or path of its file.
     params: the study's Values.
+    model_name, seed, override: as for `open_run`.
+    study: name of the study.
     folder: path of the folder where this run writes.
     """
 
-    def __init__(self, given, params, model_name, seed, override):
-        self.study = params.name
-        self.params = params
-        self.model_name = model_name
-        self.seed = seed
-        self.override = override
-        self._given = given  # name of the study, or path of its file
-        inner = Path(model_name, f"seed{seed}") if model_name else Path()
-        self.folder = files.root() / "runs" / study_label(self.study, override) / inner
-        self._base = files.root() / "runs" / self.study / inner
+    given: str
+    params: settings.Values
+    model_name: str | None
+    seed: int
+    override: dict
+
+    def __post_init__(self):
+        self.study = self.params.name
+        inner = Path(self.model_name, f"seed{self.seed}") if self.model_name else Path()
+        runs = files.root() / "runs"
+        self.folder = runs / study_label(self.study, self.override) / inner
+        self._base = runs / self.study / inner
         files.make_folder(self.folder)
-        self._commit = _commit()  # of the code as imported, not as it is when rows are saved
+        self._commit = _commit()  # of the code as imported, not as it is when results are saved
 
     @property
     def model(self):
@@ -184,22 +189,22 @@ class Run:
             f"or with\n  {self.command(notebook)}"
         )
 
-    def shipped(self, settings, images):
+    def shipped(self, recipe, images):
         """Return the folder of the dense checkpoint that the repository ships for this run.
 
         That is checkpoints/STUDY/MODEL, or MODEL-seed1 for another seed than 0.
-        settings: the recipe of `training`, a flat dict.
+        recipe: that of `training`, a flat dict.
         images: data.Dataset.
-        Returns None if there is none, or one of other settings, another model or other data.
+        Returns None if there is none, or one of another recipe, another model or other data.
         """
         name = f"{self.model_name}-seed{self.seed}" if self.seed else str(self.model_name)
         folder = files.repository() / "checkpoints" / self.study / name
         if not (folder / "model.json").is_file():
             return None
         extra = json.loads((folder / "model.json").read_text())["extra"]
-        extra["settings"] = without_defaults("train", extra.get("settings", {}))
+        extra["settings"] = settings.without_defaults("train", extra.get("settings", {}))
         wanted = {
-            "settings": without_defaults("train", settings),
+            "settings": settings.without_defaults("train", recipe),
             "values": self.origin,
             "data": images.description,  # CIFAR-10 is not CIFAR-10 (JPEG)
         }
@@ -214,7 +219,7 @@ class Run:
 
     def command(self, notebook):
         """Return the command that runs a notebook for this run."""
-        words = ["python -m vitlab run", notebook, "--study", str(self._given)]
+        words = ["python -m vitlab run", notebook, "--study", str(self.given)]
         if self.model_name and notebook not in ("0_data", "7_report"):
             words += ["--model", self.model_name, "--seed", str(self.seed)]
         for name, value in self.override.items():
@@ -222,7 +227,7 @@ class Run:
         return " ".join(words)
 
     def results(self, notebook, images, measure):
-        """Return a collector of the rows and histories of a notebook. See `Results`."""
+        """Return a collector of the results and histories of a notebook. See `Results`."""
         return Results(self, notebook, images, measure)
 
     def save_rows(self, notebook, rows, *, data=None):
@@ -232,20 +237,19 @@ class Run:
         `method` and `stage`, and a number as `target` where something was cut.
         data: str, what the images are called, such as "CIFAR-10 (JPEG)".
         The frame has the columns of ROW in that order, then all others.
-        Raises ValueError for rows without method or stage, and for a target that is no number.
+        Raises ValueError for results without method or stage, and a target that is no number.
         """
         sections = _sections_of(notebook)
         frame = pd.DataFrame(rows)
         missing = [column for column in ("method", "stage") if column not in frame]
         if missing:
-            raise ValueError(f"rows of {notebook} lack {' and '.join(missing)}")
+            raise ValueError(f"results of {notebook} lack {' and '.join(missing)}")
         if data:
             frame["data"] = data
         if "target" in frame:
             frame["target"] = pd.to_numeric(frame["target"])
-        for column, value in self._provenance().items():
-            if column not in frame:
-                frame[column] = value
+        # What a result says itself stays.
+        frame = frame.assign(**(self._provenance() | dict(frame)))
         frame = with_first_columns(frame, ROW, fill=True)
         self._save(f"results-{notebook}.csv", frame)
         values = {
@@ -260,7 +264,7 @@ class Run:
         return frame
 
     def load_rows(self, notebook):
-        """Return the rows that a notebook saved for this run.
+        """Return the results that a notebook saved for this run.
 
         Raises FileNotFoundError as `need` does.
         """
@@ -283,12 +287,16 @@ class Run:
 
     @property
     def figures(self):
-        """Return the folder of the study's figures and tables. See `figures_folder`."""
-        return figures_folder(self._given, override=self.override)
+        """Return the folder of the study's figures and tables, which is made if need be."""
+        folder = files.repository() / "figures" / self.study
+        if self.override:  # an overridden study is never published
+            folder = files.root() / "runs" / study_label(self.study, self.override) / "figures"
+        files.make_folder(folder)
+        return folder
 
     def _save(self, name, frame):
         if frame.empty:
-            raise ValueError(f"nothing to write to {name}: no rows")
+            raise ValueError(f"nothing to write to {name}: no results")
         files.write_atomic(self.path(name), frame.to_csv(index=False))
         return frame
 
@@ -308,10 +316,10 @@ class Run:
 
 @dataclass
 class Results:
-    """Collect the results of a notebook: one row for each model that is measured on test.
+    """Collect the results of a notebook: one for each model that is measured on test.
 
     `Run.results` makes it. Each cut of the study is opened with the columns that describe it, and
-    each stage of it adds a row:
+    each stage of it adds a result:
 
         log = lab.results("3_global_pruning", images, evaluate.measure)
         cut = log.cut(method="unstructured", criterion="taylor", form="masked",
@@ -337,11 +345,11 @@ class Results:
     histories: list = field(default_factory=list)
 
     def cut(self, **columns):
-        """Return a Cut, whose rows and histories all have these columns."""
+        """Return a Cut, whose results and histories all have these columns."""
         return Cut(self, columns)
 
     def save(self):
-        """Write rows and histories, and return both frames; of no histories the second is None."""
+        """Write results and histories, and return both frames; without histories None for one."""
         table = self.run.save_rows(self.notebook, self.rows, data=self.images.description)
         if not self.histories:
             return table, None
@@ -360,29 +368,28 @@ class Cut:
     columns: dict
 
     def add(self, stage, model=None, *, history=None, **columns):
-        """Add a row, and return it as a dict.
+        """Add a result, and return it as a dict.
 
         stage: str, such as "cut", "finetuned", or "unreachable".
-        model: the model to be measured on test; None for a row without a measurement, such as
+        model: the model to be measured on test; None for a result without a measurement, such as
         `cut.add("unreachable", note=str(error))`.
-        history: frame of train.fit. The row gets its epochs and seconds, and the frame is saved
+        history: frame of train.fit. The result gets its epochs and seconds, and the frame is saved
         with the columns of the cut. `history.assign(target=0.0)` gives it a column of its own.
-        columns: columns of this row alone, such as checkpoint=label or val_top1=91.5.
+        columns: columns of this result alone, such as checkpoint=label or val_top1=91.5.
         """
-        row = {**self.columns, "stage": stage, **columns}
+        result = {**self.columns, "stage": stage, **columns}
         if history is not None:
             self.results.histories.append(history.assign(**self.columns))
-            row |= {"epochs": len(history), "seconds": history.seconds.sum()}
+            result |= {"epochs": len(history), "seconds": history.seconds.sum()}
         if model is not None:
-            row |= self.results.measure(model, self.results.images.test)
-        self.results.rows.append(row)
-        return row
+            result |= self.results.measure(model, self.results.images.test)
+        self.results.rows.append(result)
+        return result
 
 
 def _sections_of(notebook):
     """Return the sections of a study that a notebook reads. Raises ValueError if unknown."""
-    if notebook not in settings.USES:
-        raise ValueError(names.unknown("notebook", notebook, settings.USES))
+    names.check("notebook", notebook, settings.USES)
     return settings.USES[notebook]
 
 
@@ -433,19 +440,6 @@ def checkpoint_id(folder):
     """Return (study, model, seed) of a folder of checkpoints/."""
     model, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", folder.name).groups()
     return folder.parent.name, model, int(seed or 0)
-
-
-def figures_folder(name, *, override=None):
-    """Return the folder of a study's figures, which is made if need be.
-
-    That is figures/<study> of the repository; for an overridden study `figures` in its runs.
-    """
-    label = study_label(settings.study(name, override=override).name, override)
-    folder = files.repository() / "figures" / label
-    if override:
-        folder = files.root() / "runs" / label / "figures"
-    files.make_folder(folder)
-    return folder
 
 
 def provenance():
