@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.special import entr
 
-from vitlab import parallel
+from vitlab import names, parallel
 from vitlab.evaluation import cost
 
 
@@ -31,8 +31,7 @@ def precision_on(device, precision="auto"):
     Devices that gain from bf16 are GPUs with bf16 and CPUs with AVX512-bf16 or AMX.
     Raises ValueError for another word.
     """
-    if precision not in ("auto", "bf16", "float32"):
-        raise ValueError(f"precision must be 'auto', 'bf16' or 'float32', got {precision!r}")
+    names.check("precision", precision, ("auto", "bf16", "float32"))
     if precision != "auto":
         return precision
     return "bf16" if _gains_from_bf16(torch.device(device)) else "float32"
@@ -57,9 +56,7 @@ def autocast(device, precision="auto"):
     return torch.autocast(kind, torch.bfloat16, enabled=is_mixed)
 
 
-_Result = namedtuple(
-    "Result", ["correct", "total", "top1", "top5", "mean_per_class", "loss", "ece", "per_class"]
-)
+_Result = namedtuple("Result", "correct total top1 top5 mean_per_class loss ece per_class")
 
 
 def accuracy(model, images, *, batch_size=512, precision="float32"):
@@ -83,15 +80,12 @@ def accuracy(model, images, *, batch_size=512, precision="float32"):
     is_first = logits.argmax(1) == labels
     first_five = logits.topk(min(5, logits.shape[1])).indices
     is_in_five = (first_five == labels[:, None]).any(1)
-    shares = torch.stack([is_first, is_in_five]).double().mean(1)
-    percent = 100 * shares
-    top1, top5 = percent.tolist()
     per_class = _top1_per_class(logits, labels)
     return _Result(
         correct=int(is_first.sum()),
         total=len(labels),
-        top1=top1,
-        top5=top5,
+        top1=100 * is_first.double().mean().item(),
+        top5=100 * is_in_five.double().mean().item(),
         mean_per_class=per_class.nanmean().item(),
         loss=cross_entropy(logits, labels).item(),
         ece=_expected_calibration_error(logits.softmax(1), labels),
@@ -99,16 +93,15 @@ def accuracy(model, images, *, batch_size=512, precision="float32"):
     )
 
 
-def measure(model, images, *, folder=None):
+def measure(model, images):
     """Return accuracy and cost of a model as the columns of a results row.
 
     images: the data.Split to report on, at the model's own image size
-    folder: the model's checkpoint, if it has one
     Returns a dict of all that `accuracy` gives but per_class, and all of cost.summary.
     """
     columns = accuracy(model, images)._asdict()
     del columns["per_class"]
-    return columns | cost.summary(model, folder=folder)
+    return columns | cost.summary(model)
 
 
 def _expected_calibration_error(probabilities, labels, *, bins=15):
@@ -123,19 +116,7 @@ def _expected_calibration_error(probabilities, labels, *, bins=15):
     probabilities: float [N, classes], rows sum to 1
     labels: int64 [N]
     bins: number of bins
-    Raises ValueError for no rows, for rows that do not match the labels, and for values that are
-    no probabilities, such as logits.
     """
-    if not len(labels) or len(probabilities) != len(labels):
-        raise ValueError(
-            f"need a row of probabilities for each label: {len(probabilities)} rows, "
-            f"{len(labels)} labels"
-        )
-    one = probabilities.new_ones(())
-    if probabilities.min() < 0 or not torch.allclose(probabilities.sum(1), one, atol=1e-3):
-        raise ValueError(
-            "probabilities are shares that sum to 1 in each row: give logits.softmax(1)"
-        )
     confidence, predicted = probabilities.double().max(1)  # [N], [N]
     surplus = confidence - (predicted == labels).double()
     bin_of = (confidence * bins).ceil().long()
@@ -145,19 +126,19 @@ def _expected_calibration_error(probabilities, labels, *, bins=15):
     return (sums.abs().sum() / len(labels)).item()
 
 
-_Changes = namedtuple("Changes", ["classes", "images"])
+_Changes = namedtuple("Changes", "classes images")
 
 
-def compare(before, after, images, *, most=24, classes=None):
+def compare(before, after, images, *, classes, most=24):
     """Find what changes from one model to another over a split, by one forward pass of each.
 
     before, after: models, each on its own device
     images: a data.Split
+    classes: names of the classes in the order of the labels
     most: how many images to name; a smaller split names all of its images
-    classes: names of the classes in the order of the labels; None gives their numbers instead
 
     Returns an object with two frames. `classes` has a row for each class, in their order:
-        class: name or number
+        class: name
         images: how many images it has
         before, after: top-1 in percent of each model, nan for a class without images
         change: percentage points, negative where the class was forgotten
@@ -169,39 +150,43 @@ def compare(before, after, images, *, most=24, classes=None):
         p_before, p_after: probability of the true class, in [0, 1]
         divergence: Jensen-Shannon divergence in nats of the two distributions over the classes
             (Lin 1991), from 0 for equal ones to ln 2 for those that share no class
-    Raises ValueError for an empty split, logits that are not finite, models or names of different
-    numbers of classes, and most below 1.
+    Raises ValueError for an empty split, logits that are not finite, and models or names of
+    different numbers of classes.
     """
-    if most < 1:
-        raise ValueError(f"most is how many images to name, at least 1; got {most}")
     first, labels = _logits(before, images)
     second, _ = _logits(after, images)
     counts = [first.shape[1], second.shape[1]]
-    names = np.asarray(range(counts[0]) if classes is None else classes)
-    if set(counts) != {len(names)}:
-        raise ValueError(f"cannot compare models of {counts} classes by {len(names)} names")
-    labels = labels.cpu()
-    logits = {"before": first.cpu(), "after": second.cpu()}
-    table = pd.DataFrame({"class": names})
-    table["images"] = np.bincount(labels, minlength=len(names))
-    places = torch.arange(len(labels))
-    moved = pd.DataFrame({"image": places.numpy()})
-    moved["label"] = names[labels]
-    for when in logits:
-        table[when] = _top1_per_class(logits[when], labels).numpy()
-        moved[when] = names[logits[when].argmax(1)]
-    table["change"] = table.after - table.before
-    p = {when: logits[when].double().softmax(1) for when in logits}
-    for when in p:
-        moved[f"p_{when}"] = p[when][places, labels].numpy()
-    moved["divergence"] = _jensen_shannon(p["before"], p["after"]).numpy()
-    moved = moved.sort_values(
-        "divergence",
-        ascending=False,
-        kind="stable",  # images that moved equally far keep their order
-        ignore_index=True,
+    class_names = np.asarray(classes)
+    if set(counts) != {len(class_names)}:
+        raise ValueError(f"cannot compare models of {counts} classes by {len(class_names)} names")
+    first, second, labels = first.cpu(), second.cpu(), labels.cpu()
+    table = pd.DataFrame(
+        {
+            "class": class_names,
+            "images": np.bincount(labels, minlength=len(class_names)),
+            "before": _top1_per_class(first, labels),
+            "after": _top1_per_class(second, labels),
+        }
     )
-    return _Changes(table, moved.head(most))
+    table["change"] = table.after - table.before  # negative where the class was forgotten
+    p = first.double().softmax(1)
+    q = second.double().softmax(1)
+    divergence = _jensen_shannon(p, q)
+    # A stable sort: images that moved equally far keep their order.
+    moved = divergence.argsort(descending=True, stable=True)[:most]
+    label = labels[moved]
+    furthest = pd.DataFrame(
+        {
+            "image": moved,
+            "label": class_names[label],
+            "before": class_names[first[moved].argmax(1)],
+            "after": class_names[second[moved].argmax(1)],
+            "p_before": p[moved, label],
+            "p_after": q[moved, label],
+            "divergence": divergence[moved],
+        }
+    )
+    return _Changes(table, furthest)
 
 
 def _jensen_shannon(p, q):

@@ -62,7 +62,7 @@ def peak_memory_mb(device):
     device: a torch.device or its name
     """
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return own_memory_mb(device, peak=True)
     # ru_maxrss would start from the peak of the process that started this one
     status = _process_status()
     if "VmHWM" in status:

@@ -232,7 +232,7 @@ def _count(model, what):
     """Return the parameters or bytes of a model."""
     if what == "bytes":
         return cost.bytes_memory(model)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return cost.params(model)
 
 
 def cut(model, plan, batches=(), *, grams=None, compensate=None):

@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from vitlab import files, parallel
-from vitlab.evaluation import evaluate, memory
+from vitlab.evaluation import cost, evaluate, memory
 from vitlab.pruning import prune
 from vitlab.training import resume
 
@@ -217,7 +217,7 @@ def in_steps(
         )
     settings = dict(recipe if isinstance(recipe, Mapping) else vars(recipe))
     first_seed = len(shares) * settings.get("seed", 0)
-    params = _params(model)
+    params = cost.params(model)
     masks, histories = None, []
     for step, share in enumerate(shares, 1):
         settings["seed"] = first_seed + step - 1
@@ -226,20 +226,17 @@ def in_steps(
         torch.manual_seed(settings["seed"])
         masks_before = masks
         model, masks = cut(model, share)
-        if step == 1 and not masks and _params(model) == params:
+        if step == 1 and not masks and cost.params(model) == params:
             raise ValueError(
                 f"the first cut, of {share}, changed nothing; "
                 "give masks or a smaller model, or fewer steps"
             )
         _check_grown(model, masks_before or {}, masks or {})
         history = fit(model, train, val, settings, masks=masks, stage=f"{stage}-{step}", **options)
-        histories.append(history.assign(stage=stage, step=step, share=share, params=_params(model)))
+        about = {"stage": stage, "step": step, "share": share, "params": cost.params(model)}
+        histories.append(history.assign(**about))
     history = pd.concat(histories, ignore_index=True)
     return model, masks, history.assign(epoch=range(1, len(history) + 1))
-
-
-def _params(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_grown(model, before, after):
