@@ -87,7 +87,9 @@ def test_memory_of_what_cannot_run(vit, tmp_path, monkeypatch):
 def test_bad_input(vit):
     with pytest.raises(ValueError, match="no models to time"):
         bench.latency({})
-    with pytest.raises(ValueError, match="unknown precision 'fp16', did you mean 'bf16'. Known are float32, bf16"):
+    with pytest.raises(
+        ValueError, match="unknown precision 'fp16', did you mean 'bf16'. Known are float32, bf16"
+    ):
         bench.latency({"vit": vit}, precision="fp16")
     with pytest.raises(
         ValueError, match="unknown runtime 'jit'. Known are eager, compiled, onnxruntime"

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -33,8 +32,6 @@ from vitlab.models import checkpoint, layers
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 _RUNTIMES = ("eager", "compiled", "onnxruntime")
 _QUARTILES = [0.25, 0.5, 0.75]
-_SECONDS_A_LAYER = 5  # after which no more rounds of a layer's ranks start
-_PASSES = 8  # of a model whose layers are timed
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def latency(models, *, batch=64, repeats=30, seconds=60, precision="float32", de
         }
     )
     tables = []
-    for size in [batch] if isinstance(batch, int) else batch:
+    for size in np.atleast_1d(batch).tolist():
         calls = {}
         for name, runnable in runnables.items():
             images = _images(settings[name], size, device)
@@ -206,7 +203,7 @@ def _summary(milliseconds, batch):
 
 @parallel.first_decides
 def layer_times(model, table, *, batch=8):
-    """Return the milliseconds of one batch by layer: where the time of a model goes.
+    """Return the milliseconds of one batch by layer, which say where the time of a model goes.
 
     model: the model, on its own device
     table: cost.breakdown of the model
@@ -219,7 +216,7 @@ def layer_times(model, table, *, batch=8):
     parents = {name.rpartition(".")[0] for name in layer_names}
     outer = sorted(name for name in parents if name.endswith((".attn", ".mlp")))
     measured = {modules[name]: name for name in [*layer_names, *outer, ""]}
-    passes = [_module_times(model, images, measured) for _ in range(_PASSES)]
+    passes = [_module_times(model, images, measured) for _ in range(8)]
     medians = pd.DataFrame(passes[1:]).median()  # the first one warms up
     # A layer's time is that of its module.
     times = medians.reindex(table.layer, fill_value=0.0)
@@ -315,7 +312,7 @@ def _inputs(model, layer_names, batch):
     return {name: inputs[name] for name in layer_names if name in inputs}  # SwinV2 calls not all
 
 
-def _ranks_to_time(layer, *, multiple=8, steps=8):
+def _ranks_to_time(layer, multiple=8, steps=8):
     """Return up to so many ranks below the break-even one, multiples where there is room."""
     break_even_rank = layers.break_even_rank(*layer.weight.flatten(1).shape)
     most = max(1, math.ceil(break_even_rank) - 1)
@@ -336,7 +333,7 @@ def _rank_times(layer, x, repeats):
     for rank in ranks:
         factored = _factored(layer, rank).to(x)
         calls[rank] = functools.partial(factored, x)
-    rounds = _rounds(calls, repeats, _SECONDS_A_LAYER, x.device)
+    rounds = _rounds(calls, repeats, 5, x.device)  # after 5 seconds no more rounds start
     speed = _summary(rounds, batch=1)
     table = pd.DataFrame(
         {
@@ -348,7 +345,11 @@ def _rank_times(layer, x, repeats):
             "break_even": layers.break_even_rank(m, n),
         }
     )
-    columns = ["speedup", "speedup_q1", "speedup_q3"]
+    columns = [
+        "speedup",
+        "speedup_q1",
+        "speedup_q3",
+    ]
     table[columns] = speed.loc[1:, columns].to_numpy()  # without the dense one
     table["promised"] = table.break_even / table["rank"]
     table["achieved"] = table.speedup / table.promised
@@ -364,13 +365,12 @@ def _factored(layer, rank):
 def break_even(table):
     """Return up to which rank each layer is faster factored than dense.
 
-    These limits are what makes factoring faster in time, not in MACs alone: give them to
-    budget.plan and ranks.allocate (most=…). The same share of every layer, or ranks without limits,
-    are baselines.
-
     table: the frame of `rank_speed`
     Returns {layer: the highest such rank, 0 for none}.
     """
+    # These limits are what makes factoring faster in time, not in MACs alone: give them to
+    # budget.plan and ranks.allocate (most=…). The same share of every layer, or ranks without
+    # limits, are baselines.
     limits = {}
     for name, rows in table.groupby("layer", sort=False):
         rows = rows.sort_values("rank")
@@ -387,9 +387,7 @@ def break_even(table):
 def memory_mb(models, *, batch=64, precision="float32", device="cpu"):
     """Measure the peak memory of one inference, each model in a process of its own.
 
-    It is the memory of weights, images and activations, with timm's default attention. On a CPU it
-    is the resident memory above that of a process that has run a tiny transformer. On a GPU it is
-    torch.cuda.max_memory_allocated.
+    It is the memory of weights, images and activations, with timm's default attention.
 
     models: {name: a model, or the folder of a checkpoint}
     batch: images
@@ -415,7 +413,7 @@ def memory_mb(models, *, batch=64, precision="float32", device="cpu"):
             command.append(str(folder))
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.splitlines() or ["no output"])[-1]
+        reason = done.stderr.strip().rpartition("\n")[2]
         raise RuntimeError(f"python {' '.join(command)} failed: {reason}")
     return dict(zip(models, json.loads(done.stdout), strict=True))
 
@@ -423,18 +421,22 @@ def memory_mb(models, *, batch=64, precision="float32", device="cpu"):
 def _memory_here(folder, *, batch, precision, device, threads):
     """Return the peak MB of one inference in this process, which has run nothing before."""
     torch.set_num_threads(threads)
-    with torch.inference_mode():  # libraries come in at first use: not the model's memory
+    # On a CPU it is the resident memory above that of a process that has run a tiny transformer:
+    # libraries come in at first use, and are not the model's memory.
+    with torch.inference_mode():
         tiny = models.create("conv_vit", num_classes=2, image_size=16, depth=1, embed_dim=32)
         tiny.eval()(torch.zeros(2, 3, 16, 16))
-    before = psutil.Process().memory_info().rss
+    memory.reset_peak_memory()
+    before = memory.peak_memory_mb("cpu")  # what is resident now
     # Nothing holds the weights as they were loaded once the model is converted.
     model, images = ready(Setting(checkpoint.load(folder), precision=precision), batch, device)
     memory.release_memory()  # or what they took stays resident in some processes and not in others
     memory.reset_peak_memory()  # forget the peak of loading, which holds the weights twice
     with torch.inference_mode():
         model(images)
+    # On a GPU it is torch.cuda.max_memory_allocated.
     peak = memory.peak_memory_mb(device)
-    return peak if images.is_cuda else peak - before / 1e6
+    return peak if images.is_cuda else peak - before
 
 
 def _main():
@@ -444,10 +446,9 @@ def _main():
     """
     _, options, *folders = sys.argv
     measure = functools.partial(_memory_here, **json.loads(options))
-    # This process only imports. Where forking is safe its children start in no time and are as
-    # good as new; each measures one checkpoint.
-    method = "fork" if sys.platform == "linux" else "spawn"
-    with multiprocessing.get_context(method).Pool(1, maxtasksperchild=1) as pool:
+    # This process only imports. Where Python forks, its children start in no time and are as good
+    # as new; each measures one checkpoint.
+    with multiprocessing.Pool(1, maxtasksperchild=1) as pool:
         peaks = pool.map(measure, folders, chunksize=1)
     print(json.dumps(peaks))
 

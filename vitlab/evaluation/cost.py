@@ -19,10 +19,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab import models
-from vitlab.models import layers, packed
+from vitlab.models import anatomy, layers, packed
 
 _MULTIPLY = (nn.Linear, nn.modules.conv._ConvNd, *layers.COMPRESSED_LAYERS)
-_ROLES = ("qkv", "proj", "fc1", "fc2", "merge", "head")
 
 
 def params(model):
@@ -37,14 +36,13 @@ def _nonzero(tensors):
 def macs(model, *, ideal=False):
     """Count the multiply-accumulates of one image in closed form, from the architecture as it is.
 
-    Convolutions, linear layers, query x key and attention x value count. Biases, norms, softmax and
-    pooling do not. A linear layer counts as it is executed: masked zeros cost as much as other
-    weights.
-
     ideal: whether zeros in the weights of convolutions and linear layers are free, as in a perfect
-        sparse engine; the two products of attention stay as they are
+        sparse engine
     Returns an int. Raises what `breakdown` raises.
     """
+    # Convolutions, linear layers, query x key and attention x value count. Biases, norms, softmax
+    # and pooling do not. A linear layer counts as it is executed: masked zeros cost as much as
+    # other weights. Ideally they cost nothing, but the two products of attention stay as they are.
     column = "macs_ideal" if ideal else "macs"
     return int(breakdown(model)[column].sum())
 
@@ -59,8 +57,7 @@ def breakdown(model):
         layer: name of the layer
         block: name of its block, None outside of blocks
         role: stem, qkv, qk (query x key), av (attention x value), position, proj, fc1, fc2, merge,
-            head; "rest" in the last row, of the parameters without MACs (norms, position tables,
-            tokens)
+            head, rest
         macs, macs_ideal: multiply-accumulates as executed, and as if zeros were free
         params, nonzero: parameters, and those that are not zero
     Raises TypeError for a model with layers that the closed form does not know.
@@ -72,7 +69,7 @@ def breakdown(model):
     for name, layer, grid in _stem(model.patch_embed, image):
         if isinstance(layer, nn.Conv2d):
             rows.append(_row(f"patch_embed.{name}", layer, None, "stem", math.prod(grid)))
-    for name, layer in view.linears(_ROLES).items():
+    for name, layer in view.linears([*anatomy.ROLES.values(), "head"]).items():
         role = view.role(name)
         block = view.block_of(name)
         if role == "merge":
@@ -83,6 +80,7 @@ def breakdown(model):
         if role == "qkv":
             rows += _attention_rows(block, layer, padded * keys)
     _refuse_unknown(model, rows)
+    # The last row has the parameters without MACs: norms, position tables, tokens.
     rest_params = params(model) - sum(row.params for row in rows)
     rest_nonzero = _nonzero(model.parameters()) - sum(row.nonzero for row in rows)
     rows.append(_Row("rest", None, "rest", params=rest_params, nonzero=rest_nonzero))
@@ -197,7 +195,8 @@ def meters(model):
 
 
 def _torch(model, x):
-    # torch's own counter counts convolutions and matrix products, as the closed form does, in FLOPs.
+    # torch's own counter counts convolutions and matrix products, as the closed form does, but in
+    # FLOPs.
     with FlopCounterMode(display=False) as counter:
         model(x)
     return counter.get_total_flops() // 2

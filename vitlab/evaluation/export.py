@@ -19,7 +19,6 @@ from vitlab import files
 from vitlab.evaluation import cost, evaluate
 from vitlab.models import layers
 
-_MOST_IMAGES = 4096  # in one batch of an exported model
 _TOLERANCE = 1e-4  # for the error of a file's logits
 _SPARSE = [(nn.Linear, "weight"), (layers.LowRankSparseLinear, "sparse")]  # may be 2:4
 
@@ -32,7 +31,7 @@ def program(model):
 
     model: a masked model keeps its zeros; make a cut real by `shrink.remove` first
     """
-    count = torch.export.Dim("images", min=1, max=_MOST_IMAGES)
+    count = torch.export.Dim("images", min=1, max=4096)
     with torch.no_grad():  # no masks that only training needs
         return torch.export.export(
             _on_cpu(model),
@@ -48,8 +47,7 @@ def to_onnx(model, path):
     model: a model, whole or cut
     path: the file; one that is already there is replaced only by one that passes the check
 
-    Returns the error: the largest difference between onnxruntime's and torch's logits over the
-    largest logit, for batches of 1, 2 and 5 random images.
+    Returns the error of its logits, a share of the largest one.
     Raises ValueError for an error above 1e-4, and ModuleNotFoundError, which says what to install,
     without the packages.
     """
@@ -64,6 +62,8 @@ def to_onnx(model, path):
             verbose=False,
         )
     content = onnx.model_proto.SerializeToString()
+    # The error is the largest difference between onnxruntime's and torch's logits over the largest
+    # logit, for batches of 1, 2 and 5 random images.
     error = _error(model, session(content))
     if not error <= _TOLERANCE:  # nan is no small error
         raise ValueError(
@@ -114,22 +114,19 @@ def _share_memory():
 
 
 def _is_two_of_four(weight):
-    """Return whether of each 4 neighbours along a row at most 2 are not zero, and some are not.
-
-    weight: [m, n]; the answer is False where n is no multiple of 4
-    """
-    if weight.ndim != 2 or weight.shape[1] % 4:
+    """Return whether a weight [m, n] has 2:4 zeros."""
+    # Of each 4 neighbours along a row at most 2 may differ from zero, and somewhere one must. Rows
+    # whose length is no multiple of 4 have no such groups.
+    if weight.shape[1] % 4:
         return False
     counts = (weight != 0).unflatten(1, (-1, 4)).sum(-1)
     return 0 < int(counts.max()) <= 2
 
 
 def _two_of_four(model):
-    """Return the names of the parameters with 2:4 zeros that can be semi-structured.
-
-    They are weights of linear layers, and sparse parts, alone or beside a low-rank one
-    (factor.compress with support "2:4").
-    """
+    """Return the names of the parameters with 2:4 zeros that can be semi-structured."""
+    # They are weights of linear layers, and sparse parts, alone or beside a low-rank one
+    # (factor.compress with support "2:4").
     names = []
     for name, parameter in model.named_parameters():
         path, _, own_name = name.rpartition(".")
@@ -142,8 +139,8 @@ def _two_of_four(model):
 def semi_structured(model):
     """Return a copy of a model in bf16 with semi-structured sparse weights, where they are 2:4.
 
-    The copy is for inference only (torch.inference_mode): autograd and checkpoint.save do not know
-    such tensors. Layers whose shape the kernels refuse stay dense.
+    The copy is for inference only (torch.inference_mode). Layers whose shape the kernels refuse
+    stay dense.
 
     model: on the GPU, with 2:4 masks applied (masks.n_of_m, or factor.compress with support "2:4")
     Raises RuntimeError where there is no such GPU (compute capability 8.0 or newer), and ValueError
@@ -163,6 +160,7 @@ def semi_structured(model):
             "2:4 weights are faster only on NVIDIA GPUs of compute capability 8.0 or newer, and "
             f"the model is on {device}: there its masked layers run as dense ones"
         )
+    # Autograd and checkpoint.save do not know such tensors.
     converted = copy.deepcopy(model).bfloat16().eval()  # a precision that these kernels want
     return _semi_structured(converted, names)
 
@@ -197,7 +195,7 @@ def _random_images(model, count):
 
 @torch.inference_mode()
 def _error(model, session):
-    """Return the largest difference of logits, as a share of the largest, over some batch sizes."""
+    """Return the largest error of a session's logits over some batch sizes."""
     model = _on_cpu(model)
     errors = []
     for count in (1, 2, 5):

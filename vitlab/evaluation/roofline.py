@@ -54,7 +54,10 @@ def _ceilings(device, precision):
     precision: "float32" or "bf16"
     Returns a dict of macs_per_s, bytes_per_s {bytes read and written: rate} and launch_s.
     """
-    like = {"device": torch.device(device), "dtype": bench.PRECISIONS[precision]}
+    like = {
+        "device": torch.device(device),
+        "dtype": bench.PRECISIONS[precision],
+    }
     sides = (2048, 4096, 8192) if device == "cuda" else (512, 1024, 2048)
     return {
         # The rate of the fastest square matrix product of three sizes.
@@ -72,7 +75,10 @@ def _macs_per_s(side, **like):
     # 1 x 1 convolution is the same product by another library: on some processors twice as fast
     conv = nn.Conv2d(side, side, 1, **like).to(memory_format=torch.channels_last)
     image = x.view(1, side, 32, -1).contiguous(memory_format=torch.channels_last)
-    seconds = min(_least_seconds(torch.matmul, x, y), _least_seconds(conv, image))
+    seconds = min(
+        _least_seconds(torch.matmul, x, y),
+        _least_seconds(conv, image),
+    )
     return side**3 / seconds
 
 
@@ -175,22 +181,19 @@ def _measured(settings, table):
             with torch.no_grad(), _OpCounter() as traffics[run]:
                 converted(images)
         traffic = traffics[run]
+        # The memory's rate is that at the size of the mean operation.
+        mean_bytes = traffic.bytes / traffic.operations
+        nearest = min(_SIZES, key=lambda size: abs(math.log(size / mean_bytes)))
         best = _ceilings(kind, row.precision)
         rows.append(
             {
                 "batch_bytes": traffic.bytes,
                 "operations": traffic.operations,
                 **best,
-                "bytes_per_s": _rate_for(traffic, best["bytes_per_s"]),
+                "bytes_per_s": best["bytes_per_s"][nearest],
             }
         )
     return pd.DataFrame(rows, index=table.index)
-
-
-def _rate_for(traffic, rates):
-    """Return the memory's rate at the size of the mean operation."""
-    mean_bytes = traffic.bytes / traffic.operations
-    return rates[min(rates, key=lambda size: abs(math.log(size / mean_bytes)))]
 
 
 def _note(model):
