@@ -275,10 +275,7 @@ def keep(key, **row):
 
 def measured(model, images):
     test = evaluate.accuracy(model, images.test)
-    counts = {
-        "macs": cost.macs(model),
-        "params": sum(parameter.numel() for parameter in model.parameters()),
-    }
+    counts = {"macs": cost.macs(model), "params": cost.params(model)}
     shown = {"top1": test.top1, "correct": test.correct, "total": test.total, "loss": test.loss}
     return shown | {"val_top1": evaluate.accuracy(model, images.val).top1} | counts
 

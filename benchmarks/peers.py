@@ -325,7 +325,7 @@ def results(rounds):
         )
         table["macs"] = table.model.map({name: cost.macs(model) for name, model in made.items()})
         table["params"] = table.model.map(
-            {n: sum(p.numel() for p in m.parameters()) for n, m in made.items()}
+            {name: cost.params(model) for name, model in made.items()}
         )
         table["bytes_disk"] = table.model.map(
             {name: cost.bytes_disk(model) for name, model in made.items()}

@@ -85,10 +85,10 @@ def cuts(rounds):
 
 def memory(made):
     """memory_mb of an eager batch of each model, by model, runtime, precision and batch."""
-    lines, options = [], {"device": "cuda" if ON_GPU else "cpu", "threads": torch.get_num_threads()}
+    lines, device = [], "cuda" if ON_GPU else "cpu"
     for precision in bench.PRECISIONS:
         for batch in BATCHES:
-            found = bench.memory_mb(made, batch=batch, precision=precision, **options)
+            found = bench.memory_mb(made, batch=batch, precision=precision, device=device)
             way = {"runtime": "eager", "precision": precision, "batch": batch}
             lines += [{"model": name, "memory_mb": each} | way for name, each in found.items()]
     return pd.DataFrame(lines).set_index(["model", "runtime", "precision", "batch"]).memory_mb

@@ -83,7 +83,7 @@ def of_model(given, rounds, *, batch=64):
 def share_of(small, dense, what):
     """What small keeps of the dense model's parameters or bytes; None of what has to be timed."""
     counts = {
-        "params": lambda m: sum(p.numel() for p in m.parameters()),
+        "params": cost.params,
         "bytes": cost.bytes_memory,
     }
     return counts[what](small) / counts[what](dense) if what in counts else None

@@ -1,13 +1,15 @@
-"""Explore by widgets what would go from a checkpoint, and what that costs.
+"""Explore by widgets which weights and units a cut takes from a checkpoint, and what is left.
 
-One picks a checkpoint, a layer, criteria and shares. Two cuts add up: weights are masked over all
-layers together (masks.keep_largest), heads and neurons are removed to a share of the MACs
-(budget.plan). Scores are taken once for a checkpoint and saved beside its run. A move of a slider
-ranks them, really cuts a copy of the model and counts that one. So all but the predicted loss is
-what the same calls give elsewhere.
+The user picks a checkpoint, a layer, criteria and shares.
 
 Public: Explorer.
 """
+
+# Two cuts add up: weights are masked over all layers together (masks.keep_largest), and heads and
+# neurons are removed to a share of the MACs (budget.plan). Scores are measured once for a
+# checkpoint and saved beside its run. Each move of a slider ranks the scores, cuts a copy of the
+# model and counts what that copy costs. So every number but the predicted loss is what the same
+# calls give elsewhere.
 
 import bisect
 import copy
@@ -38,12 +40,12 @@ from vitlab.studies import runs, settings
 from vitlab.studies.runs import checkpoint_id
 from vitlab.training import data
 
-_FORMAT = 2  # of saved scores: another one where their meaning changes
+_FORMAT = 2  # version of the saved scores; it changes when their meaning does
 _WEIGHTS = ("taylor", "fisher", "obd", "gradient", "snip", "magnitude", "random")
 _UNITS = ("fisher", "taylor", "michel")
-_SHOWN = 12  # validation images as pictures
-_TESTED = 256  # validation images that accuracy is measured on
-_BINS = 60  # of histograms
+_SHOWN = 12  # how many validation images are shown
+_TESTED = 256  # how many validation images accuracy is measured on
+_BINS = 60  # bins of a histogram
 _STATES = {"masked": "0.85", "goes with its unit": style.COLORS[1], "kept": style.COLORS[0]}
 
 
@@ -53,25 +55,25 @@ _STATES = {"masked": "0.85", "goes with its unit": style.COLORS[1], "kept": styl
 def _checkpoints(lab):
     """Return {"study/model/seed/name": folder} of all checkpoints that can be explored.
 
-    Those of lab come first, then others of its study and model, then dense ones. What the
-    repository ships is called "shipped". Left out are other overridden runs than lab, and models
-    with layers that were factored or lost rows, of which no budget takes units.
-
     lab: a Run
     Raises FileNotFoundError, with the commands that make a checkpoint, if there are none.
     """
     runs = files.root() / "runs"
     shipped = files.repository() / "checkpoints"
+    # A checkpoint that comes with the repository has the name "shipped".
     folders = {"/".join(folder.parts[-4:]): folder for folder in runs.glob("*/*/seed*/*")}
     for folder in shipped.glob("*/*"):
         study, model, seed = checkpoint_id(folder)
         folders[f"{study}/{model}/seed{seed}/shipped"] = folder
 
+    # The checkpoints of lab come first, then others of its study and model, then dense ones.
     def order(label):
         is_of_lab = folders[label].parent == lab.folder
         is_of_model = f"{lab.study}/{lab.model_name}/" in label
         return not is_of_lab, not is_of_model, not label.endswith("/dense"), label
 
+    # Overridden runs other than lab are left out. So are models with layers that were factored or
+    # lost rows: a budget cannot remove units of those.
     chosen = {}
     for label in sorted(folders, key=order):
         folder = folders[label]
@@ -88,7 +90,7 @@ def _checkpoints(lab):
 
 def _is_plain(folder):
     """Return whether a folder has the record of a checkpoint whose linear layers are all plain."""
-    # a folder without a record, or with a broken one, is none
+    # A folder without a record, or with a broken one, is no checkpoint.
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         layers = json.loads((folder / checkpoint.RECORD).read_text())["structure"]["layers"]
         return all(layer["type"] == "Linear" for layer in layers.values())
@@ -99,19 +101,20 @@ def _is_plain(folder):
 
 
 class _Subject:
-    """Cut a checkpoint by its scores."""
+    """Hold a checkpoint with its scores, and cut it by them."""
 
     def __init__(self, label, folder, lab, *, device="cpu"):
-        """Open a checkpoint, and take its scores if that was not done before.
+        """Open a checkpoint, and measure its scores unless they are saved already.
 
-        label, folder: one of `_checkpoints`
-        lab: its own Run, or another one
+        label, folder: an item of `_checkpoints`
+        lab: the Run of the checkpoint, or another one
         device: where the model is scored
         Raises what checkpoint.load raises.
         """
         study, model, seed, _ = label.split("/")
         if folder.parent != lab.folder:
-            study = lab._given if study == lab.study else study  # perhaps a path
+            # A study may be given as the path of its file, which its name alone does not tell.
+            study = lab._given if study == lab.study else study
             lab = runs.open_run(study, model, int(seed.removeprefix("seed")))
         self.lab = lab
         self.model = checkpoint.load(folder, device=device)
@@ -131,19 +134,17 @@ class _Subject:
         return self.lab.calibration(self.images.train, device=device)
 
     def _scores(self, folder):
-        """Return the scores of weights and of units, {criterion: {key: tensor}} each, on the CPU.
-
-        They are saved in `explore` of the run's folder, under a hash of all that they depend on.
-        """
+        """Return the scores of weights and of units, both {criterion: {key: tensor}} on the CPU."""
         saved = checkpoint.read(folder)
         calibration = self.lab.params.calibration
         causes = [_FORMAT, _WEIGHTS, _UNITS, self.lab.seed, self.lab.params.data, calibration]
         causes += [saved["sha256"][checkpoint.WEIGHTS], saved["recipe"], saved["structure"]]
+        # They are saved in `explore` of the run's folder, under a hash of all that they depend on.
         key = hashlib.sha256(json.dumps(causes, sort_keys=True).encode()).hexdigest()[:16]
         path = self.lab.path("explore") / f"{folder.name}-{key}.pt"
         if not path.is_file():
             passes = f"one pass over {calibration.images} images"
-            files.log(f"taking the scores of {folder.name}, once: {passes}")
+            files.log(f"measuring the scores of {folder.name}, once: {passes}")
             measured = scores.measure(
                 self.model,
                 self.calibration(),
@@ -157,31 +158,27 @@ class _Subject:
 
     @cached_property
     def layers(self):
-        """Return {block: {role: name of the weight}} of weights with scores, in forward order.
-
-        A patch merging stands there as a block, too.
-        """
+        """Return {block: {role: name of the weight}} of weights with scores, in forward order."""
         view = models.view(self.model)
         weights = {}
         for name in self.weights["taylor"]:
             layer = name.removesuffix(".weight")
             block = view.block_of(name)
+            # A patch merging lies in no block, and counts as one of its own.
             block_name = block.name if block else layer.rpartition(".")[0]
             weights.setdefault(block_name, {})[view.role(layer)] = name
         return weights
 
     @cached_property
     def floor(self):
-        """Return the least share of the MACs, in hundredths, that a plan can keep.
-
-        It is 1 if no plan can remove anything.
-        """
+        """Return the least share of the MACs, in hundredths, that a plan can keep."""
 
         def is_reached(hundredth):
             with suppress(pool.Unreachable):
                 return bool(self.plan("fisher", hundredth / 100))
             return False
 
+        # It is 1 if no plan can remove anything.
         return (1 + bisect.bisect_left(range(1, 100), True, key=is_reached)) / 100
 
     @torch.no_grad()
@@ -199,9 +196,8 @@ class _Subject:
             stay: {parameter: bool}, False where a weight goes with its unit
             threshold: the largest masked score, -inf if nothing is masked
             model: the model that is left, masked and smaller
-            masked: predicted rise of the loss (nats): the sum of `obd` over the masked weights of
-                units that stay
-            removed: predicted rise of the loss by the units: the sum of their `fisher`
+            masked: predicted rise of the loss by the weights, in nats
+            removed: predicted rise of the loss by the units, in nats
         """
         weights = self.weights[criterion]
         keep = masks.keep_largest(weights, sparsity=sparsity)
@@ -220,11 +216,12 @@ class _Subject:
             if not mask.all():
                 is_masked = ~mask
                 threshold = max(threshold, weights[name][is_masked].max().item())
-                counted = is_masked & stay.get(
-                    name, is_masked
-                )  # a unit's own score has its weights
+                # The weights' part is the sum of `obd` over the masked weights of units that stay.
+                # The score of a unit includes its own weights.
+                counted = is_masked & stay.get(name, is_masked)
                 masked += self.weights["obd"][name][counted].sum().item()
         fisher = self.units["fisher"]
+        # The units' part is the sum of their `fisher`.
         removed = sum(fisher[key][indices].sum().item() for key, indices in drop.items())
         return settings.Values(
             keep=keep,
@@ -238,7 +235,7 @@ class _Subject:
 
 
 def _costs(model):
-    """Return {description: count} of a model; on disk without zeros, as checkpoint.save writes."""
+    """Return {description: count} of what a model costs."""
     sums = cost.breakdown(model).sum(numeric_only=True)
     return {
         "MACs": int(sums.macs),
@@ -246,6 +243,7 @@ def _costs(model):
         "parameters": int(sums.params),
         "non-zero parameters": int(sums.nonzero),
         "bytes in memory": cost.bytes_memory(model),
+        # On disk it is stored without zeros, as checkpoint.save writes it.
         "bytes on disk": cost.bytes_disk(model),
     }
 
@@ -281,16 +279,16 @@ def _costs_table(dense, cut):
 def _units_table(units, drop):
     """Return the HTML of a table with a line for each block: its heads and its neurons.
 
-    It shows the scores of heads, struck out where they go, and how many neurons stay.
-
     units: {(block, kind): scores}
-    drop: {(block, kind): indices} of those that go
+    drop: {(block, kind): indices} of the units that go
     """
     color = _STATES["goes with its unit"]
     lines = [("block", "neurons that stay", "heads, by score")]
     for block in dict.fromkeys(block for block, _ in units):
         count = len(units.get((block, "neurons"), ()))
         left = count - len(drop.get((block, "neurons"), ()))
+        # The line shows how many neurons stay, and the scores of heads: a line strikes out those of
+        # heads that go.
         bar = f'<progress value="{left}" max="{count}" style="width:80px"></progress>'
         line = [block, f"{bar} {left} of {count}"]
         for i, score in enumerate(units.get((block, "heads"), ())):
@@ -305,13 +303,16 @@ def _units_table(units, drop):
 class _LayerPicture:
     """Draw one layer: its mask, and a histogram of its weights by score, with a line at the cut.
 
-    The figure stands beside pyplot, which would show and keep it. Artists are made once and then
-    moved. Those in `moving` are drawn anew over the others, which take most of the time and are
-    drawn only when `background` is None.
+    moving: the artists that a move changes
+    background: a picture of all other artists, or None if it must be drawn again
     """
+
+    # Artists are made once, and then moved. Those in `moving` are drawn each time, over a picture
+    # of the others. The others take most of the time and are drawn only when `background` is None.
 
     @style.styled
     def __init__(self):
+        # The figure is none of pyplot's, which would show and keep it.
         self.figure = Figure((9, 3.4), layout="none")
         self.canvas = FigureCanvasAgg(self.figure)
         self.figure.subplots_adjust(left=0.08, right=0.985, bottom=0.18, top=0.81, wspace=0.18)
@@ -338,19 +339,19 @@ class _LayerPicture:
             ncols=len(_STATES) + 1,
         )
         self.moving = [self.image, self.title, *self.stairs, self.line]
-        plt.setp(self.moving, animated=True)  # left out where all is drawn
+        plt.setp(self.moving, animated=True)  # canvas.draw leaves these artists out
 
     def show(self, name, criterion, scores):
-        """Turn to a layer and a criterion.
+        """Change to another layer or criterion.
 
-        name: of the layer's weight
-        criterion: its word, for the axis
-        scores: {name: tensor} of all layers, which share an axis; the few lowest ones are counted
-            in its first bin
+        name: name of the layer's weight
+        criterion: name of the criterion, for the axis
+        scores: {name: tensor} of all layers
         """
         rows, columns = scores[name].shape
         self.image.set_extent((0, columns, rows, 0))
         self.mask.set_xlabel(f"input of {name.removesuffix('.weight')}")
+        # All layers share an axis. The lowest thousandth of the scores is counted in its first bin.
         positive = [score[score > 0].numpy() for score in scores.values()]
         positive = np.concatenate([[1e-12], *positive])
         first = len(positive) // 1000
@@ -373,7 +374,8 @@ class _LayerPicture:
         state = torch.where(stay, 2 * keep, 1).numpy()
         self.image.set_data(state)
         self.title.set_text(f"kept {(state == 2).sum():,} of {state.size:,}")
-        for least, bar in enumerate(self.stairs):  # each over the ones before
+        # Each histogram is drawn over the ones before it, and covers a part of them.
+        for least, bar in enumerate(self.stairs):
             counts = np.bincount(self.bin_of_weight[state >= least], minlength=_BINS)
             bar.set_data(counts, self.edges)
         x = np.clip(threshold, self.edges[0], self.edges[-1])
@@ -382,7 +384,7 @@ class _LayerPicture:
 
     @style.styled
     def png(self):
-        """Return the bytes of a PNG, lightly compressed, as it is looked at for a moment."""
+        """Return the bytes of a PNG."""
         if self.background is None:
             self.canvas.draw()
             self.background = self.canvas.copy_from_bbox(self.figure.bbox)
@@ -391,6 +393,7 @@ class _LayerPicture:
             artist.axes.draw_artist(artist)
         file = io.BytesIO()
         pixels = np.asarray(self.canvas.buffer_rgba())
+        # Light compression is enough for a picture that is shown for a moment.
         plt.imsave(file, pixels, format="png", pil_kwargs={"compress_level": 1})
         return file.getvalue()
 
@@ -401,8 +404,8 @@ class _LayerPicture:
 class Explorer:
     """Show widgets that choose a cut, and what it does.
 
-    `show` displays them. `cut` is what they say now: masks, indices of units, and the model to go
-    on with (see `_Subject.cut`).
+    `show` displays the widgets. `cut` is the present cut: masks, indices of units, and the model
+    that is left (see `_Subject.cut`).
     """
 
     def __init__(self, lab, *, device="cpu"):
@@ -469,19 +472,19 @@ class Explorer:
             picture = Image(data=self.layer_image.value)
             display(picture, HTML(self.heads.value), HTML(self.table.value))
         else:
+            # To search all imported objects for garbage takes longer than the rest of a move.
             gc.collect()
-            # to look through all that is imported for garbage takes longer than the rest of a move
             gc.freeze()
             display(self.box)
 
     def _reopen(self, change):
         label = change["new"]
-        if label == self.label:  # back after a failure
+        if label == self.label:  # a checkpoint could not be opened, and this is the one before
             return
         self.status.value = f"opening {label} …"
         try:
             self._open(label)
-        except Exception as error:  # shown, as nobody sees what a callback raises
+        except Exception as error:  # it is shown here: nobody sees what a callback raises
             self.checkpoint.value = self.label
             self.status.value = _in_red(f"{label}: {error}")
 
@@ -489,9 +492,9 @@ class Explorer:
         subject = _Subject(label, self.folders[label], self.lab, device=self.device)
         blocks, floor = subject.layers, subject.floor
         self.dense = _costs(subject.model)
-        # what can fail has been done
+        # From here on nothing can fail: the explorer changes wholly or not at all.
         self.subject, self.label = subject, label
-        self.answer.value = ""  # of another model
+        self.answer.value = ""  # the old answer is about another model
         self.test_image.layout.display = "none"
         self.layer_picture = _LayerPicture()
         self.shown = None
@@ -503,7 +506,7 @@ class Explorer:
         self._move()
 
     def _move(self, change=None):
-        """Cut as the widgets say, and show it."""
+        """Make the cut that the widgets describe, and show it."""
         criterion, unit_criterion = self.criterion.value, self.unit_criterion.value
         sparsity, macs = round(self.sparsity.value, 2), round(self.macs.value, 2)
         self.cut = self.subject.cut(criterion, sparsity, unit_criterion, macs)
@@ -531,21 +534,19 @@ class Explorer:
             self.answer.value = _in_red(error)
 
     def _compared(self):
-        """Compare the dense model and the cut one, show images, and return what to say.
-
-        The images are validation images, those that the models see most differently. The loss is
-        measured on the calibration images, which the prediction is of.
-        """
+        """Compare the dense model and the cut one, show images, and return the answer as HTML."""
         images, before, after = self.subject.images, self.subject.model, self.cut.model
         count = min(_TESTED, len(images.val))
         split = images.val.subset(count)
         moved = evaluate.compare(before, after, split, most=count, classes=images.classes).images
         dense = (moved.before == moved.label).sum()
         cut = (moved.after == moved.label).sum()
+        # The pictures are the validation images whose predictions differ most between the models.
         figure = drawings.changed_images(split, moved.head(_SHOWN))
         self.test_image.value = print_figure(figure)
         self.test_image.layout.display = None
         plt.close(figure)
+        # The loss is measured on the calibration images, for which it was predicted.
         batches = self.subject.calibration()
         rise = scores.loss(after, batches) - scores.loss(before, batches)
         predicted = self.cut.masked + self.cut.removed

@@ -50,7 +50,9 @@ def test_kinds_that_a_model_lacks_are_left_out_unless_they_are_named(batch):
             "filters",
         }
     for what in pool.TARGETS:
-        with pytest.raises(pool.Unreachable, match=r"filters alone cannot reach 0.8 .*: 1.000 stays"):
+        with pytest.raises(
+            pool.Unreachable, match=r"filters alone cannot reach 0.8 .*: 1.000 stays"
+        ):
             budget.plan(without_filters, kinds=["filters"], **{what: 0.8})
     with pytest.raises(ValueError, match="normalises queries and keys"):
         budget.candidates(normed, [batch], kinds=["heads", "qk"])
@@ -589,9 +591,7 @@ def test_uniform_ranks_take_the_layers_that_lose_least(model, batch):
 def test_uniform_ranks_name_their_floor_and_leave_factored_layers(vit, batch):
     everywhere = dict.fromkeys(models.view(vit).matrices, 1)
     floor = cost.macs(factor.factorise(vit, everywhere)) / cost.macs(vit)
-    with pytest.raises(
-        pool.Unreachable, match=f"cannot reach 0.01 x macs: {floor:.3f} stays"
-    ):
+    with pytest.raises(pool.Unreachable, match=f"cannot reach 0.01 x macs: {floor:.3f} stays"):
         uniform(vit, [batch], macs=0.01)
     with pytest.raises(ValueError, match=r"in \(0, 1\); got 50"):
         uniform(vit, [batch], macs=50)

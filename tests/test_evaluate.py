@@ -67,7 +67,7 @@ def test_bad_input_is_an_error():
         evaluate.accuracy(Identity(), Images([], []))
     with pytest.raises(ValueError, match="not finite"):
         evaluate.accuracy(Identity(), Images([[float("nan"), 0.0]], [0]))
-    with pytest.raises(ValueError, match="precision must be"):
+    with pytest.raises(ValueError, match="unknown precision 'fp16'"):
         evaluate.autocast("cpu", "fp16")
 
 
@@ -132,20 +132,6 @@ def test_calibration_error_ends():
     assert result.ece == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    "probabilities, labels, words",
-    [
-        (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long), "0 rows, 0 labels"),
-        (torch.ones(2, 1), torch.zeros(3, dtype=torch.long), "2 rows, 3 labels"),
-        (torch.tensor([[3.0, -2.0]]), torch.tensor([0]), "give logits.softmax"),
-        (torch.tensor([[3.0, 2.0]]), torch.tensor([0]), "give logits.softmax"),
-    ],
-)
-def test_calibration_error_of_what_are_no_probabilities(probabilities, labels, words):
-    with pytest.raises(ValueError, match=words):
-        evaluate._expected_calibration_error(probabilities, labels)
-
-
 def test_columns_of_a_result_are_columns_of_a_row():
     columns = evaluate.accuracy(Identity(), Images([[1.0, 0.0]], [0]))._asdict()
     assert set(columns) - {"top5", "per_class"} <= set(runs.ROW) and "ece" in columns
@@ -165,7 +151,7 @@ def random_images(count, classes=4):
 @pytest.mark.parametrize("most", [1, 7, 1000])
 def test_changes_are_those_of_two_accuracies(count, most):
     images, before, after = random_images(count), Identity(), Identity(0.5, [1, 0, 2, 3])
-    changes = evaluate.compare(before, after, images, most=most)
+    changes = evaluate.compare(before, after, images, classes=range(4), most=most)
     assert before.images_run == after.images_run == count  # one pass of each
     first, second = evaluate.accuracy(before, images), evaluate.accuracy(after, images)
     table = changes.classes
@@ -221,7 +207,7 @@ def test_changes_by_hand():
 
 
 def test_nothing_changes_between_a_model_and_itself():
-    changes = evaluate.compare(Identity(), Identity(), random_images(9))
+    changes = evaluate.compare(Identity(), Identity(), random_images(9), classes=range(4))
     assert (changes.images.divergence == 0).all() and changes.images.image.tolist() == list(
         range(9)
     )
@@ -231,8 +217,6 @@ def test_nothing_changes_between_a_model_and_itself():
 def test_what_cannot_be_compared_is_an_error():
     images = random_images(3)
     with pytest.raises(ValueError, match=r"models of \[4, 2\] classes by 4 names"):
-        evaluate.compare(Identity(), Identity(order=[0, 1]), images)
+        evaluate.compare(Identity(), Identity(order=[0, 1]), images, classes=range(4))
     with pytest.raises(ValueError, match=r"models of \[4, 4\] classes by 1 names"):
         evaluate.compare(Identity(), Identity(), images, classes=["ant"])
-    with pytest.raises(ValueError, match="at least 1; got 0"):
-        evaluate.compare(Identity(), Identity(), images, most=0)

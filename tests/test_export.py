@@ -64,7 +64,7 @@ def sparse(model, support):
 def check(model, tmp_path):
     error = export.to_onnx(model, tmp_path / "model.onnx")
     assert error < 1e-5 and [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    session, images = export.Session(tmp_path / "model.onnx", threads=1), torch.randn(3, 3, 16, 16)
+    session, images = export.session(tmp_path / "model.onnx"), torch.randn(3, 3, 16, 16)
     with torch.inference_mode():
         torch.testing.assert_close(session(images), model(images), rtol=1e-4, atol=1e-4)
 
@@ -113,7 +113,7 @@ def test_without_the_packages(vit, tmp_path, monkeypatch):
     with pytest.raises(
         ModuleNotFoundError, match=r'onnxruntime is missing: pip install "vitlab\[export\]"'
     ):
-        export.Session(tmp_path / "any.onnx")
+        export.session(tmp_path / "any.onnx")
 
 
 def two_of_four(model):
@@ -180,8 +180,6 @@ def test_semi_structured_off_such_a_gpu(vit):
     with pytest.raises(ValueError, match="no linear layer is masked 2:4"):
         export.semi_structured(vit)
     two_of_four(vit)
-    with pytest.raises(ValueError, match="precision is bf16 or float16; got 'float32'"):
-        export.semi_structured(vit, precision="float32")
     with pytest.raises(
         RuntimeError,
         match="NVIDIA GPUs of compute capability 8.0 or newer, and the model is on cpu",

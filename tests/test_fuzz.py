@@ -280,9 +280,7 @@ def test_a_damaged_image_is_named_or_read(tmp_path, count):
         path.write_bytes(damaged(picture(ending), draw))
         try:
             with no_hang():
-                images = data.load(
-                    tmp_path / "set", root=tmp_path / "root", image_size=12
-                )
+                images = data.load(tmp_path / "set", root=tmp_path / "root", image_size=12)
         except ValueError as error:
             assert str(path) in str(error), f"case {case}: {error!r}"
             refused += 1

@@ -299,7 +299,10 @@ def test_units_and_rows_refuse_what_is_not_there(vit):
     for drop, message in (
         ({("blocks.7", "heads"): [0]}, "no block 'blocks.7' in this model, did you mean"),
         ({("blocks.0", "head"): [0]}, "unknown kind of unit 'head', did you mean 'heads'"),
-        ({("blocks.0", "heads"): [4]}, r"there are 4 heads of blocks.0, numbered from 0; got \[4\]"),
+        (
+            {("blocks.0", "heads"): [4]},
+            r"there are 4 heads of blocks.0, numbered from 0; got \[4\]",
+        ),
         ({("blocks.0", "neurons"): [-1]}, "there are 64 neurons of blocks.0"),
         ({("blocks.0", "qk"): [32]}, "there are 32 qk of blocks.0"),
         ({("blocks.1", "v"): [-1]}, "there are 32 v of blocks.1"),

@@ -528,6 +528,27 @@ def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(l
         lab.results("5_budget", images, measure).save()
 
 
+def test_results_keep_the_models_that_are_added_with_the_name_of_a_checkpoint(lab):
+    images = SimpleNamespace(description="drawn shapes", test=[1, 0, 1, 1])
+    saved = []
+
+    def save_model(model, folder, **options):
+        saved.append((model, folder, options))
+
+    log = lab.results("3_global_pruning", images, lambda model, split: {"top1": model}, save_model)
+    cut = log.cut(method="units", target=0.5)
+    cut.add("cut", 10)
+    cut.add("finetuned", 20, checkpoint="units-0.5")
+    cut.add("distilled", 30, checkpoint="units-0.5-distilled", masks={"fc1.weight": True})
+    cut.add("dense", checkpoint="dense", top1=40)  # it was measured and saved elsewhere
+    table, _ = log.save()
+    assert table.checkpoint.fillna("").tolist() == ["", "units-0.5", "units-0.5-distilled", "dense"]
+    assert saved == [
+        (20, lab.path("units-0.5"), {}),
+        (30, lab.path("units-0.5-distilled"), {"masks": {"fc1.weight": True}}),
+    ]
+
+
 @pytest.fixture
 def published(data_root, monkeypatch, tmp_path):
     """Folder of the figures of the study demo, in a repository that has nothing else."""
@@ -861,9 +882,7 @@ def test_a_lock_file_that_a_killed_process_left_blocks_nobody(tmp_path):
 
 
 def test_studies_are_read_without_torch():
-    code = (
-        "import sys; from vitlab.studies import settings; settings.study('demo'); assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from vitlab.studies import settings; settings.study('demo'); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

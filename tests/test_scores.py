@@ -810,11 +810,11 @@ def test_errors_of_criteria_and_kinds_name_what_is_wrong(vit, batch):
             with pytest.raises(ValueError, match=f"linear layers, {name} is none"):
                 scores.weights(vit, [batch], criteria=criterion, parameters=[name])
     grams = scores.grams(vit, [batch], affine=True)
-    with pytest.raises(ValueError, match=r"gram of blocks.0.attn.qkv is \[33, 33\], not \[32, 32\]"):
-        scores.weights(vit, criteria="obs", grams=grams)
     with pytest.raises(
-        ValueError, match="'blocks.0.attn.qkv', did you mean 'blocks.1.attn.qkv'"
+        ValueError, match=r"gram of blocks.0.attn.qkv is \[33, 33\], not \[32, 32\]"
     ):
+        scores.weights(vit, criteria="obs", grams=grams)
+    with pytest.raises(ValueError, match="'blocks.0.attn.qkv', did you mean 'blocks.1.attn.qkv'"):
         scores.weights(vit, criteria="obs", grams={"blocks.1.attn.qkv": grams["blocks.1.attn.qkv"]})
     with pytest.raises(ValueError, match="qkv.weight has no inverse with damping 0"):
         dead = {name: torch.zeros(len(gram) - 1, len(gram) - 1) for name, gram in grams.items()}

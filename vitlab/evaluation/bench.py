@@ -1,10 +1,9 @@
 """Measure models: latency side by side, time by layer, speed by rank, and memory.
 
-Public: PRECISIONS, Setting, as_settings, break_even, latency, layer_times, main, memory_mb,
-milliseconds, on_threads, rank_speed, ready, repeat.
+Public: PRECISIONS, Setting, as_settings, break_even, latency, layer_times, memory_mb, milliseconds,
+rank_speed, ready.
 """
 
-import argparse
 import copy
 import functools
 import json
@@ -15,24 +14,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from vitlab import models, parallel
-from vitlab.evaluation import cost, export, memory
+from vitlab import models, names, parallel
+from vitlab.evaluation import cost, evaluate, export, memory
 from vitlab.models import checkpoint, layers
 
 # -- latency
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
-_KNOWN = {"runtime": ("eager", "compiled", "onnxruntime"), "precision": tuple(PRECISIONS)}
+_RUNTIMES = ("eager", "compiled", "onnxruntime")
 _QUARTILES = [0.25, 0.5, 0.75]
 
 
@@ -41,8 +39,7 @@ class Setting:
     """Say which model is run, and how.
 
     model: the model
-    runtime: "eager", "compiled" (torch.compile, once for the first batch and once for any number of
-        images) or "onnxruntime" (on CPUs, in float32)
+    runtime: "eager", "compiled" (torch.compile) or "onnxruntime" (on CPUs, in float32)
     precision: "float32" or "bf16", to which weights and images are converted
     Raises ValueError for another runtime or precision, and for onnxruntime in bf16.
     """
@@ -52,42 +49,22 @@ class Setting:
     precision: str = "float32"
 
     def __post_init__(self):
-        for field, known in _KNOWN.items():
-            name = getattr(self, field)
-            if name not in known:
-                raise ValueError(f"unknown {field} {name!r}; known are {', '.join(known)}")
+        names.check("runtime", self.runtime, _RUNTIMES)
+        names.check("precision", self.precision, PRECISIONS)
         if self.runtime == "onnxruntime" and self.precision != "float32":
             raise ValueError(f"onnxruntime has no {self.precision} on a CPU; run it in float32")
 
 
 @parallel.first_decides
-def latency(
-    models,
-    *,
-    image_size=None,
-    batch=64,
-    repeats=30,
-    seconds=60,
-    warmup=2,
-    precision="float32",
-    device=None,
-    threads=None,
-):
-    """Measure the inference time of several models together.
-
-    In every round each model runs one batch, in a new random order. So whatever else the machine
-    does falls on all of them, and ratios are taken within rounds. Exporting and compiling are not
-    in the times.
+def latency(models, *, batch=64, repeats=30, seconds=60, precision="float32", device=None):
+    """Measure the inference time of several models together, each at its own image size.
 
     models: {name: model or Setting}
-    image_size: side in pixels, None for each model's own
     batch: images, or a list of such numbers, timed one after the other
     repeats: rounds to run at most
     seconds: time after which no more rounds start, once there are three
-    warmup: batches that each model runs before the first round
     precision: of models that are no Setting, which run eagerly
     device: where to run, None for where the first model is
-    threads: CPU threads, None for torch's setting
 
     Returns a frame with a row for each batch and model:
         model: name
@@ -98,32 +75,35 @@ def latency(
             median over rounds
         rounds: how many there were
         batch, image_size, runtime, precision, threads, device
-    Raises ValueError for no models, unknown precisions and onnxruntime off the CPU, and what
-    `cost.input_shape` raises.
+    Raises ValueError for no models, unknown precisions and onnxruntime off the CPU.
     """
     if not models:
         raise ValueError("no models to time; give {name: model}")
     settings = as_settings(models, precision)
     first = next(iter(settings.values())).model
-    device = torch.device(device or next(first.parameters()).device)
+    device = torch.device(device or evaluate.device_of(first))
+    # Exporting and compiling are done here, before the clock runs: they are not in the times.
+    runnables = {name: _runnable(setting, device) for name, setting in settings.items()}
+    ways = pd.DataFrame(
+        {
+            "image_size": [cost.input_shape(s.model)[-1] for s in settings.values()],
+            "runtime": [s.runtime for s in settings.values()],
+            "precision": [s.precision for s in settings.values()],
+        }
+    )
     tables = []
-    with on_threads(threads) as threads:
-        runnables = {name: _runnable(setting, device) for name, setting in settings.items()}
-        for size in [batch] if isinstance(batch, int) else batch:
-            calls, sides = {}, []
-            for name, setting in settings.items():
-                images = _images(setting, image_size, size, device)
-                calls[name] = functools.partial(runnables[name], images)
-                sides.append(images.shape[-1])
-            table = _summary(_rounds(calls, repeats, seconds, warmup, device), size)
-            tables.append(table.assign(batch=size, image_size=sides))
-    table = pd.concat(tables, ignore_index=True)
-    table["runtime"] = [settings[name].runtime for name in table.model]
-    table["precision"] = [settings[name].precision for name in table.model]
+    for size in np.atleast_1d(batch).tolist():
+        calls = {}
+        for name, runnable in runnables.items():
+            images = _images(settings[name], size, device)
+            calls[name] = functools.partial(runnable, images)
+        table = _summary(_rounds(calls, repeats, seconds, device), size)
+        tables.append(table.assign(batch=size).join(ways))
     device_name = device.type
-    if device_name == "cuda":
+    if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
-    return table.assign(threads=threads, device=device_name)
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(threads=torch.get_num_threads(), device=device_name)
 
 
 def as_settings(models, precision="float32"):
@@ -135,17 +115,6 @@ def as_settings(models, precision="float32"):
     return settings
 
 
-@contextmanager
-def on_threads(threads):
-    """Run torch on so many CPU threads inside (None: as it is), and yield their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
-
-
 def _runnable(setting, device):
     """Return what takes images to logits in the setting's runtime."""
     if setting.runtime == "onnxruntime":
@@ -154,61 +123,58 @@ def _runnable(setting, device):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")
             export.to_onnx(setting.model, path)
-            return export.Session(path)  # which has read the file when it is made
+            return export.session(path)  # which has read the file when it is made
     model = _converted(setting, device)
-    return _compiled(model) if setting.runtime == "compiled" else model
-
-
-def _compiled(model):
-    # isolated: or all models of a class share eight compilations, and the ninth runs eagerly
-    # without a word
-    return torch.compile(copy.deepcopy(model), isolate_recompiles=True)
-
-
-def _converted(setting, device):
-    """Return the model in eval mode on a device in its precision: a copy, if it is not so yet."""
-    model = setting.model
-    dtype = PRECISIONS[setting.precision]
-    first = next(model.parameters())
-    is_ready = (first.device, first.dtype) == (device, dtype)
-    if model.training or not is_ready:
-        model = copy.deepcopy(model).to(device, dtype).eval()
+    if setting.runtime == "compiled":
+        # torch.compile works twice: for the first batch, and then once for any number of images.
+        # It is isolated: or all models of a class share eight compilations, and the ninth runs
+        # eagerly without a word.
+        model = torch.compile(model, isolate_recompiles=True)
     return model
 
 
-def _images(setting, image_size, batch, device):
+def _converted(setting, device):
+    """Return a copy of the model in eval mode, on a device in its precision."""
+    model = copy.deepcopy(setting.model)  # the model itself stays as it is
+    return model.to(device, PRECISIONS[setting.precision]).eval()
+
+
+def _images(setting, batch, device):
     """Return a batch of random images, the same ones for all models of a size."""
-    shape = cost.input_shape(setting.model, image_size)
+    shape = cost.input_shape(setting.model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *shape, generator=generator)
     return images.to(device, PRECISIONS[setting.precision])
 
 
-def ready(setting, image_size, batch, device=None):
-    """Return the model as `_converted` and a batch of images, on a device (None: its own)."""
-    device = device or next(setting.model.parameters()).device
-    images = _images(setting, image_size, batch, device)
-    return _converted(setting, device), images
+def ready(setting, batch, device=None):
+    """Return a copy of the model and a batch of images for it, on a device (None: its own)."""
+    device = device or evaluate.device_of(setting.model)
+    return _converted(setting, device), _images(setting, batch, device)
 
 
 @torch.inference_mode()
-def _rounds(calls, repeats, seconds, warmup, device):
+def _rounds(calls, repeats, seconds, device):
     """Return the milliseconds of each call in each round, a frame [rounds, calls]."""
     for call in calls.values():
-        repeat(call, warmup)
+        milliseconds(call, device, times=2)  # warms up
     order = list(calls)
     shuffle = random.Random(0).shuffle
     rounds = []
     end = time.perf_counter() + seconds
     while len(rounds) < repeats and (len(rounds) < 3 or time.perf_counter() < end):
+        # In every round each model runs one batch, in a new random order: whatever else the machine
+        # does falls on all of them.
         shuffle(order)
         rounds.append({name: milliseconds(calls[name], device) for name in order})
     return pd.DataFrame(rounds, columns=list(calls))
 
 
-def milliseconds(call, device):
+def milliseconds(call, device, times=1):
+    """Return how long so many calls take, one after the other."""
     start = _now(device)
-    call()
+    for _ in range(times):
+        call()
     return 1000 * (_now(device) - start)
 
 
@@ -226,73 +192,59 @@ def _summary(milliseconds, batch):
     table[["latency_q1", "latency_ms", "latency_q3"]] = times.T.to_numpy()
     table["image_ms"] = table.latency_ms / batch
     table["images_per_s"] = 1000 * batch / table.latency_ms
-    ratios = milliseconds.rdiv(milliseconds.iloc[:, 0], axis=0)  # within rounds
+    # Ratios are taken within rounds: a slow spell of the machine hits both sides of a ratio.
+    ratios = milliseconds.rdiv(milliseconds.iloc[:, 0], axis=0)
     table[["speedup_q1", "speedup", "speedup_q3"]] = ratios.quantile(_QUARTILES).T.to_numpy()
     return table.assign(rounds=len(milliseconds))
-
-
-def repeat(call, times):
-    for _ in range(times):
-        call()
 
 
 # -- latency by layer
 
 
 @parallel.first_decides
-def layer_times(model, table, *, batch=8, image_size=None, repeats=7):
-    """Return the milliseconds of one batch by layer: where the time of a model goes.
-
-    A layer's time is that of its module. What an attention takes beside its layers is shared by its
-    two products. What an MLP takes beside its layers (the activation) counts for fc1. What is left
-    of the whole model stands in the last line, "rest".
+def layer_times(model, table, *, batch=8):
+    """Return the milliseconds of one batch by layer, which say where the time of a model goes.
 
     model: the model, on its own device
     table: cost.breakdown of the model
     batch: images in the batch
-    image_size: side in pixels, None for the model's own
-    repeats: passes to take the median of
-    Returns an array with a value for each line of table.
+    Returns an array with a value for each line of table, the median over seven passes.
     """
-    model, images = ready(Setting(model), image_size, batch)
+    model, images = ready(Setting(model), batch)
     modules = dict(model.named_modules())
-    names = [name for name in table.layer if name in modules]
-    parents = {name.rpartition(".")[0] for name in names}
+    layer_names = [name for name in table.layer if name in modules]
+    parents = {name.rpartition(".")[0] for name in layer_names}
     outer = sorted(name for name in parents if name.endswith((".attn", ".mlp")))
-    measured = [*names, *outer, ""]
-    _module_times(model, images, measured)  # warms up
-    passes = [_module_times(model, images, measured) for _ in range(repeats)]
-    medians = pd.DataFrame(passes).median()
+    measured = {modules[name]: name for name in [*layer_names, *outer, ""]}
+    passes = [_module_times(model, images, measured) for _ in range(8)]
+    medians = pd.DataFrame(passes[1:]).median()  # the first one warms up
+    # A layer's time is that of its module.
     times = medians.reindex(table.layer, fill_value=0.0)
     for name in outer:
-        inside = [layer for layer in names if layer.startswith(f"{name}.")]
-        left = max(0.0, medians[name] - times[inside].sum())
-        receivers = [f"{name}.fc1"]
-        if name.endswith("attn"):
-            receivers = [f"{name}.qk", f"{name}.av"]
-        times[receivers] += left / len(receivers)
+        left = max(0.0, medians[name] - times.filter(like=f"{name}.").sum())
+        # What an attention takes beside its layers is shared by its two products. What an MLP takes
+        # beside its layers (the activation) counts for fc1.
+        receivers = ["qk", "av"] if name.endswith("attn") else ["fc1"]
+        times[[f"{name}.{receiver}" for receiver in receivers]] += left / len(receivers)
+    # What is left of the whole model stands in the last line.
     times["rest"] = max(0.0, medians[""] - times.sum())
     return times.to_numpy()
 
 
 @torch.inference_mode()
-def _module_times(model, images, names):
-    """Return {name: milliseconds} of modules in one pass; "" is the whole model."""
+def _module_times(model, images, name_by_module):
+    """Return {name: milliseconds} of modules in one pass."""
     started, times = {}, {}
 
-    def start(name, *_):
-        started[name] = _now(images.device)
+    def start(module, inputs):
+        if module in name_by_module:
+            started[module] = _now(images.device)
 
-    def stop(name, *_):
-        times[name] = 1000 * (_now(images.device) - started[name])
+    def stop(module, inputs, output):
+        if module in name_by_module:
+            times[name_by_module[module]] = 1000 * (_now(images.device) - started[module])
 
-    with ExitStack() as hooks:
-        for name in names:
-            module = model.get_submodule(name)
-            before = module.register_forward_pre_hook(functools.partial(start, name))
-            after = module.register_forward_hook(functools.partial(stop, name))
-            hooks.enter_context(before)
-            hooks.enter_context(after)
+    with register_module_forward_pre_hook(start), register_module_forward_hook(stop):
         model(images)
     return times
 
@@ -301,18 +253,15 @@ def _module_times(model, images, names):
 
 
 @parallel.first_decides
-def rank_speed(model, *, batch=64, multiple=8, steps=8, repeats=15, seconds=5):
+def rank_speed(model, *, batch=64, repeats=15):
     """Measure how fast each linear layer and convolution of the stem is when factored.
 
-    Each layer runs dense and factored at several ranks, on the inputs that it sees in a batch of
-    the model. Layers of one shape share a measurement. They are timed as in `latency`, in float32,
-    where the model is.
+    Each layer runs dense and factored at several ranks, timed as in `latency`, in float32, where
+    the model is.
 
     model: the model
     batch: images in the batch
-    multiple: ranks are multiples of it
-    steps: how many ranks at most, spread evenly up to the one that saves no MACs
-    repeats, seconds: the arguments of `latency`
+    repeats: rounds to run at most
 
     Returns a frame with a row for each layer and rank:
         layer: name
@@ -329,63 +278,63 @@ def rank_speed(model, *, batch=64, multiple=8, steps=8, repeats=15, seconds=5):
     if not plain:
         raise ValueError("no linear layer or convolution of the stem is plain: nothing to factor")
     inputs = _inputs(model, plain, batch)
+    # Layers of one shape share a measurement.
     names_by_shape = {}
     for name, x in inputs.items():
         shape = repr(plain[name]), x.shape, x.stride()
         names_by_shape.setdefault(shape, []).append(name)
     tables = {}
-    for names in names_by_shape.values():
-        layer = plain[names[0]]
-        ranks = _ranks_to_time(layer, multiple, steps)
-        table = _rank_times(layer, inputs[names[0]], ranks, repeats, seconds)
-        tables |= dict.fromkeys(names, table)
+    for layer_names in names_by_shape.values():
+        first = layer_names[0]
+        table = _rank_times(plain[first], inputs[first], repeats)
+        tables |= dict.fromkeys(layer_names, table)
     table = pd.concat(tables, names=["layer"])
     return table.reset_index("layer").reset_index(drop=True)
 
 
 def _is_plain(layer):
-    if type(layer) is nn.Conv2d:
-        return layer.groups == 1
-    return type(layer) is nn.Linear
+    return type(layer) in (nn.Linear, nn.Conv2d) and getattr(layer, "groups", 1) == 1
 
 
-def _inputs(model, layer_by_name, batch):
+def _inputs(model, layer_names, batch):
     """Return {name: input} of layers in one pass of a batch, in the order of the layers."""
+    model, images = ready(Setting(model), batch)
+    name_by_layer = {model.get_submodule(name): name for name in layer_names}
     inputs = {}
 
-    def keep(name, _, arguments):
-        inputs.setdefault(name, arguments[0].detach())
+    def keep(layer, arguments):
+        if layer in name_by_layer:
+            inputs.setdefault(name_by_layer[layer], arguments[0].detach())
 
-    with ExitStack() as hooks, torch.no_grad():  # the hooks end here, or they would be timed
-        for name, layer in layer_by_name.items():
-            hook = layer.register_forward_pre_hook(functools.partial(keep, name))
-            hooks.enter_context(hook)
-        model, images = ready(Setting(model), None, batch)
+    # The hook ends here, or it would be timed.
+    with register_module_forward_pre_hook(keep), torch.no_grad():
         model(images)
-    return {name: inputs[name] for name in layer_by_name if name in inputs}  # SwinV2 calls not all
+    return {name: inputs[name] for name in layer_names if name in inputs}  # SwinV2 calls not all
 
 
-def _ranks_to_time(layer, multiple, steps):
+def _ranks_to_time(layer, multiple=8, steps=8):
     """Return up to so many ranks below the break-even one, multiples where there is room."""
     break_even_rank = layers.break_even_rank(*layer.weight.flatten(1).shape)
     most = max(1, math.ceil(break_even_rank) - 1)
     multiple = multiple if most >= multiple else 1
+    # They are spread evenly up to the one that saves no MACs.
     spread = most * np.arange(1, steps + 1) / steps
     ranks = multiple * (spread / multiple).round().clip(1).astype(int)
     return np.unique(ranks[ranks < break_even_rank]).tolist() or [1]
 
 
-def _rank_times(layer, x, ranks, repeats, seconds):
+def _rank_times(layer, x, repeats):
     """Return a frame of the speed-ups of a layer at some ranks, on input x."""
     layer = copy.deepcopy(layer).to(x)
     is_conv = isinstance(layer, nn.Conv2d)
     m, n = layer.weight.flatten(1).shape
+    ranks = _ranks_to_time(layer)
     calls = {"dense": functools.partial(layer, x)}
     for rank in ranks:
         factored = _factored(layer, rank).to(x)
         calls[rank] = functools.partial(factored, x)
-    milliseconds = _rounds(calls, repeats, seconds, warmup=2, device=x.device)
-    speed = _summary(milliseconds, batch=1)
+    rounds = _rounds(calls, repeats, 5, x.device)  # after 5 seconds no more rounds start
+    speed = _summary(rounds, batch=1)
     table = pd.DataFrame(
         {
             "kind": "convolution" if is_conv else "linear",
@@ -396,7 +345,11 @@ def _rank_times(layer, x, ranks, repeats, seconds):
             "break_even": layers.break_even_rank(m, n),
         }
     )
-    columns = ["speedup", "speedup_q1", "speedup_q3"]
+    columns = [
+        "speedup",
+        "speedup_q1",
+        "speedup_q3",
+    ]
     table[columns] = speed.loc[1:, columns].to_numpy()  # without the dense one
     table["promised"] = table.break_even / table["rank"]
     table["achieved"] = table.speedup / table.promised
@@ -406,24 +359,24 @@ def _rank_times(layer, x, ranks, repeats, seconds):
 def _factored(layer, rank):
     if isinstance(layer, nn.Conv2d):
         return layers.FactoredConv2d(layer, rank=rank)
-    has_bias = layer.bias is not None
-    return layers.FactoredLinear(layer.in_features, layer.out_features, rank=rank, bias=has_bias)
+    return layers.build(layers.config(layer) | {"type": "FactoredLinear", "rank": rank})
 
 
 def break_even(table):
     """Return up to which rank each layer is faster factored than dense.
 
-    Faster means that the lower quartile of the speed-ups is above 1. These limits are what makes
-    factoring faster in time, not in MACs alone: give them to budget.plan and ranks.allocate (most=…).
-    The same share of every layer, or ranks without limits, are baselines.
-
     table: the frame of `rank_speed`
     Returns {layer: the highest such rank, 0 for none}.
     """
+    # These limits are what makes factoring faster in time, not in MACs alone: give them to
+    # budget.plan and ranks.allocate (most=…). The same share of every layer, or ranks without
+    # limits, are baselines.
     limits = {}
     for name, rows in table.groupby("layer", sort=False):
         rows = rows.sort_values("rank")
-        is_faster = (rows.speedup_q1 > 1).cummin()  # up to the first rank that is not
+        # Faster means that the lower quartile of the speed-ups is above 1. The first rank that is
+        # not faster ends the search, whatever comes after it.
+        is_faster = (rows.speedup_q1 > 1).cummin()
         limits[name] = int(rows["rank"].where(is_faster, 0).max())
     return limits
 
@@ -431,89 +384,74 @@ def break_even(table):
 # -- memory
 
 
-def memory_mb(model, *, image_size=None, batch=64, precision="float32", device="cpu", threads=None):
-    """Measure the peak memory of one inference in a process of its own, in MB (10^6 bytes).
+def memory_mb(models, *, batch=64, precision="float32", device="cpu"):
+    """Measure the peak memory of one inference, each model in a process of its own.
 
-    It is the memory of weights, images and activations, with timm's default attention. On a CPU it
-    is the resident memory above that of a process that has run a tiny transformer. On a GPU it is
-    torch.cuda.max_memory_allocated.
+    It is the memory of weights, images and activations, with timm's default attention.
 
-    model: a model, the folder of a checkpoint, or {name: either}
-    image_size, batch, precision, device, threads: the arguments of `latency`
-    Returns MB, or {name: MB}, which is sooner there than one by one.
+    models: {name: a model, or the folder of a checkpoint}
+    batch: images
+    precision, device: how and where to run
+    Returns {name: MB}, of 10^6 bytes.
     Raises what `checkpoint.read` raises, and RuntimeError with the last line of the process if it
     fails.
     """
-    models = model if isinstance(model, dict) else {"": model}
     options = {
-        "image-size": image_size,
         "batch": batch,
         "precision": precision,
         "device": device,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
     }
-    command = [sys.executable, "-m", "vitlab.evaluation.bench"]
-    command += [f"--{name}={value}" for name, value in options.items() if value is not None]
+    command = ["-m", "vitlab.evaluation.bench", json.dumps(options)]
     with tempfile.TemporaryDirectory() as scratch:
-        for i, one in enumerate(models.values()):
-            folder = one
-            if isinstance(one, nn.Module):
+        for i, model in enumerate(models.values()):
+            folder = model
+            if isinstance(model, nn.Module):
                 folder = Path(scratch, str(i))
-                checkpoint.save(one, folder)
+                checkpoint.save(model, folder)
             checkpoint.read(folder)  # a broken one is an error here, not in the process
             command.append(str(folder))
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"python {' '.join(command[1:])} failed: {reason}")
-    peaks = dict(zip(models, json.loads(done.stdout)["memory_mb"], strict=True))
-    return peaks if isinstance(model, dict) else peaks[""]
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise RuntimeError(f"python {' '.join(command)} failed: {reason}")
+    return dict(zip(models, json.loads(done.stdout), strict=True))
 
 
-def _memory_here(folder, *, image_size, batch, precision, device, threads):
+def _memory_here(folder, *, batch, precision, device, threads):
     """Return the peak MB of one inference in this process, which has run nothing before."""
-    torch.set_num_threads(threads or torch.get_num_threads())
-    with torch.inference_mode():  # libraries come in at first use: not the model's memory
-        stem = nn.Conv2d(3, 32, 4, 4)
-        layer = nn.TransformerEncoderLayer(
-            32, 2, dim_feedforward=64, activation="gelu", batch_first=True
-        )
-        layer.eval()(stem(torch.zeros(2, 3, 16, 16)).flatten(2).mT)
-    before = psutil.Process().memory_info().rss
-    device = torch.device(device)
-    setting = Setting(checkpoint.load(folder), precision=precision)
-    model, images = ready(setting, image_size, batch, device)
-    del setting  # and with it the weights as they were loaded, where they were converted
+    torch.set_num_threads(threads)
+    # On a CPU it is the resident memory above that of a process that has run a tiny transformer:
+    # libraries come in at first use, and are not the model's memory.
+    with torch.inference_mode():
+        tiny = models.create("conv_vit", num_classes=2, image_size=16, depth=1, embed_dim=32)
+        tiny.eval()(torch.zeros(2, 3, 16, 16))
+    memory.reset_peak_memory()
+    before = memory.peak_memory_mb("cpu")  # what is resident now
+    # Nothing holds the weights as they were loaded once the model is converted.
+    model, images = ready(Setting(checkpoint.load(folder), precision=precision), batch, device)
     memory.release_memory()  # or what they took stays resident in some processes and not in others
     memory.reset_peak_memory()  # forget the peak of loading, which holds the weights twice
     with torch.inference_mode():
         model(images)
+    # On a GPU it is torch.cuda.max_memory_allocated.
     peak = memory.peak_memory_mb(device)
-    return peak if images.is_cuda else peak - before / 1e6
+    return peak if images.is_cuda else peak - before
 
 
-def main():
-    """Print as JSON the peak memory of one inference with each checkpoint, in new processes."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vitlab.evaluation.bench", description=main.__doc__
-    )
-    parser.add_argument("folders", nargs="+")
-    parser.add_argument("--image-size", type=int)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
-    options = vars(parser.parse_args())
-    # this process only imports: where forking is safe its children start in no time and are as
-    # good as new
-    method = "fork" if sys.platform == "linux" else "spawn"
-    context = multiprocessing.get_context(method)
-    peaks = []
-    for folder in options.pop("folders"):
-        with context.Pool(1) as pool:
-            peaks.append(pool.apply(_memory_here, (folder,), options))
-    print(json.dumps({"memory_mb": peaks}))
+def _main():
+    """Print as JSON the peak memory of one inference with each checkpoint, in new processes.
+
+    The command line holds the options of `_memory_here` as JSON, and the checkpoints' folders.
+    """
+    _, options, *folders = sys.argv
+    measure = functools.partial(_memory_here, **json.loads(options))
+    # This process only imports. Where Python forks, its children start in no time and are as good
+    # as new; each measures one checkpoint.
+    with multiprocessing.Pool(1, maxtasksperchild=1) as pool:
+        peaks = pool.map(measure, folders, chunksize=1)
+    print(json.dumps(peaks))
 
 
 if __name__ == "__main__":
-    main()
+    _main()

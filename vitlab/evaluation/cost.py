@@ -16,13 +16,12 @@ import pandas as pd
 import safetensors.torch
 import torch
 from torch import nn
-from torch.nn.functional import max_pool2d
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab import models
-from vitlab.models import layers, packed
+from vitlab.models import anatomy, layers, packed
 
-_ROLES = ("qkv", "proj", "fc1", "fc2", "merge", "head")
+_MULTIPLY = (nn.Linear, nn.modules.conv._ConvNd, *layers.COMPRESSED_LAYERS)
 
 
 def params(model):
@@ -34,60 +33,54 @@ def _nonzero(tensors):
     return sum(int(tensor.count_nonzero()) for tensor in tensors)
 
 
-def macs(model, *, image_size=None, ideal=False):
+def macs(model, *, ideal=False):
     """Count the multiply-accumulates of one image in closed form, from the architecture as it is.
 
-    Convolutions, linear layers, query x key and attention x value count. Biases, norms, softmax and
-    pooling do not. A linear layer counts as it is executed: masked zeros cost as much as other
-    weights.
-
-    image_size: side in pixels, None for the size that the model was built for
     ideal: whether zeros in the weights of convolutions and linear layers are free, as in a perfect
-        sparse engine; the two products of attention stay as they are
+        sparse engine
     Returns an int. Raises what `breakdown` raises.
     """
-    table = breakdown(model, image_size=image_size)
-    return int(table["macs_ideal" if ideal else "macs"].sum())
+    # Convolutions, linear layers, query x key and attention x value count. Biases, norms, softmax
+    # and pooling do not. A linear layer counts as it is executed: masked zeros cost as much as
+    # other weights. Ideally they cost nothing, but the two products of attention stay as they are.
+    column = "macs_ideal" if ideal else "macs"
+    return int(breakdown(model)[column].sum())
 
 
-_COLUMNS = ["layer", "block", "role", "macs", "macs_ideal", "params", "nonzero"]
-_Row = namedtuple("Row", _COLUMNS, defaults=[0, 0, 0, 0])
+_Row = namedtuple("Row", "layer block role macs macs_ideal params nonzero", defaults=[0, 0, 0, 0])
 
 
-def breakdown(model, *, image_size=None):
+def breakdown(model):
     """Return the costs of each layer in forward order, as a frame whose columns sum to the model's.
-
-    image_size: side in pixels, None for the size that the model was built for
 
     Columns:
         layer: name of the layer
         block: name of its block, None outside of blocks
         role: stem, qkv, qk (query x key), av (attention x value), position, proj, fc1, fc2, merge,
-            head; "rest" in the last row, of the parameters without MACs (norms, position tables,
-            tokens)
+            head, rest
         macs, macs_ideal: multiply-accumulates as executed, and as if zeros were free
         params, nonzero: parameters, and those that are not zero
-    Raises ValueError for a size that the model cannot run at, and TypeError for a model with layers
-    that the closed form does not know.
+    Raises TypeError for a model with layers that the closed form does not know.
     """
     view = models.view(model)
-    _, *grid = input_shape(model, image_size)
+    _, *image = input_shape(model)
     rows = []
-    for name, layer, size in _stem(model.patch_embed, grid):
-        grid = size
+    # The sides of the grid of tokens are those after the last layer of the stem.
+    for name, layer, grid in _stem(model.patch_embed, image):
         if isinstance(layer, nn.Conv2d):
             rows.append(_row(f"patch_embed.{name}", layer, None, "stem", math.prod(grid)))
-    for name, layer in view.linears(_ROLES).items():
+    for name, layer in view.linears([*anatomy.ROLES.values(), "head"]).items():
         role = view.role(name)
         block = view.block_of(name)
         if role == "merge":
             grid = [math.ceil(side / 2) for side in grid]
-        tokens, padded, keys = _tokens(view, block, grid)
+        tokens, padded, keys = _tokens(model, block, grid)
         positions = {"head": 1, "qkv": padded, "proj": padded}.get(role, tokens)
         rows.append(_row(name, layer, block, role, positions))
         if role == "qkv":
             rows += _attention_rows(block, layer, padded * keys)
     _refuse_unknown(model, rows)
+    # The last row has the parameters without MACs: norms, position tables, tokens.
     rest_params = params(model) - sum(row.params for row in rows)
     rest_nonzero = _nonzero(model.parameters()) - sum(row.nonzero for row in rows)
     rows.append(_Row("rest", None, "rest", params=rest_params, nonzero=rest_nonzero))
@@ -96,14 +89,13 @@ def breakdown(model, *, image_size=None):
 
 def _row(name, layer, block, role, positions):
     """Return the line of a layer that is applied at so many positions (output pixels, tokens)."""
-    dense = layer.macs if hasattr(layer, "macs") else layer.weight.numel()
     matrices = [parameter for parameter in layer.parameters() if parameter.ndim > 1]
     return _Row(
         name,
         block and block.name,
         role,
-        macs=positions * dense,
-        macs_ideal=positions * _nonzero(matrices),  # the zeros of factors are free, too
+        macs=positions * layers.macs(layer),
+        macs_ideal=positions * _nonzero(matrices),  # those of factors, too; without biases
         params=params(layer),
         nonzero=_nonzero(layer.parameters()),
     )
@@ -127,21 +119,17 @@ def _attention_rows(block, qkv, pairs):
     return rows
 
 
-def _tokens(view, block, grid):
+def _tokens(model, block, grid):
     """Return how many tokens there are, how many attention runs on, and keys that a query sees."""
-    tokens = math.prod(grid) + getattr(view.model, "num_prefix_tokens", 0)
+    tokens = math.prod(grid) + getattr(model, "num_prefix_tokens", 0)
     # neither a ViT's attention nor one without heads has windows
     window = getattr(block and block.attn, "window_size", None)
-    if view.kind == "vit" or window is None:
+    if window is None:
         return tokens, tokens, tokens
     # Swin pads to whole windows, for qkv and proj too, but not for the MLP
-    padded = math.prod(_rounded_up(grid, window))
-    return tokens, padded, math.prod(window)
-
-
-def _rounded_up(sides, steps):
-    """Return each side rounded up to a multiple of its step."""
-    return [math.ceil(side / step) * step for side, step in zip(sides, steps, strict=True)]
+    keys = math.prod(window)
+    windows = [math.ceil(side / step) for side, step in zip(grid, window, strict=True)]
+    return tokens, keys * math.prod(windows), keys
 
 
 def _stem(embed, size):
@@ -152,8 +140,6 @@ def _stem(embed, size):
     Raises TypeError where the sizes do not end at that of the model's tokens.
     """
     image = size
-    if getattr(embed, "dynamic_img_pad", False):
-        size = _rounded_up(size, embed.patch_size)
     for name, layer in embed.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
             size = _output_size(layer, size)
@@ -168,54 +154,31 @@ def _output_size(layer, size):
     """Return [height, width] after a convolution or pooling."""
     image = torch.empty(1, *size, device="meta")  # has a shape, but no values
     options = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    return max_pool2d(image, *options).shape[1:]  # a convolution has the same formula
+    return nn.functional.max_pool2d(image, *options).shape[1:]  # a convolution has the same formula
 
 
 def _refuse_unknown(model, rows):
     """Raise TypeError if a layer that multiplies lies in none of the layers that rows count."""
     counted = tuple(f"{row.layer}." for row in rows)
     for name, module in model.named_modules():
-        is_plain = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-        multiplies = is_plain or hasattr(module, "macs")
-        if multiplies and not f"{name}.".startswith(counted):
+        if isinstance(module, _MULTIPLY) and not f"{name}.".startswith(counted):
             raise TypeError(
                 f"no closed form for {name} ({type(module).__name__}) of {type(model).__name__}"
             )
 
 
-def input_shape(model, image_size=None):
-    """Return (channels, height, width) of one image that the model takes.
-
-    image_size: side in pixels, None for the size that the model was built for
-    Raises ValueError for another size than that one, unless the model was built with
-    dynamic_img_size.
-    """
-    built_for = tuple(model.patch_embed.img_size)
-    size = built_for if image_size is None else (image_size, image_size)
-    if size != built_for and not getattr(model, "dynamic_img_size", False):
-        raise ValueError(
-            f"the model was built for {built_for[0]} x {built_for[1]} pixels and cannot run at "
-            f"{image_size}: leave image_size out, or build it with "
-            f"models.create(..., image_size={image_size})"
-        )
-    return model.in_chans, *size
+def input_shape(model):
+    """Return (channels, height, width) of one image of the size that a model was built for."""
+    return model.in_chans, *model.patch_embed.img_size
 
 
-def meters(model, *, image_size=None):
+def meters(model):
     """Count the MACs of one image by three public counters.
 
-    macs_torch: torch's FlopCounterMode / 2, which counts convolutions and matrix products, as
-        `macs` does
-    macs_torchprofile: torchprofile adds norms and elementwise products. These are 0.2 % of a model
-        at 224 px. Norms do not shrink with ranks: of the committed small models with a quarter of
-        their MACs by ranks it is 1.01 %.
-    macs_thop: thop adds norms and leaves out the two products of attention
-
-    image_size: side in pixels, None for the size that the model was built for
-    Returns a dict of these three and meter_note. A meter that fails gives None, and meter_note,
-    otherwise "", says why.
+    Returns a dict of macs_torch, macs_torchprofile, macs_thop and meter_note. A meter that fails
+    gives None, and meter_note, otherwise "", says why.
     """
-    x = torch.zeros(1, *input_shape(model, image_size))
+    x = torch.zeros(1, *input_shape(model))
     subject = copy.deepcopy(model).cpu().float().eval()  # the meters leave traces in a model
     for module in subject.modules():
         if hasattr(module, "fused_attn"):
@@ -232,18 +195,24 @@ def meters(model, *, image_size=None):
 
 
 def _torch(model, x):
+    # torch's own counter counts convolutions and matrix products, as the closed form does, but in
+    # FLOPs.
     with FlopCounterMode(display=False) as counter:
         model(x)
     return counter.get_total_flops() // 2
 
 
 def _torchprofile(model, x):
+    # torchprofile adds norms and elementwise products. These are 0.2 % of a model at 224 px. Norms
+    # do not shrink with ranks: of the committed small models with a quarter of their MACs by ranks
+    # it is 1.01 %.
     import torchprofile
 
     return torchprofile.profile_macs(model, x)
 
 
 def _thop(model, x):
+    # thop adds norms and leaves out the two products of attention.
     import thop  # here, as its import warns on every Python that still has distutils
 
     def count(layer, inputs, output):
@@ -267,25 +236,26 @@ def bytes_disk(model, *, folder=None):
     """
     if folder is not None:
         return (Path(folder) / "model.safetensors").stat().st_size
-    state = model.state_dict()
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    tensors = model.state_dict()
+    for name in tensors:
+        tensors[name] = tensors[name].cpu().contiguous()
     without_zeros, _ = packed.pack(tensors)
     return len(safetensors.torch.save(without_zeros))
 
 
-def summary(model, *, image_size=None, folder=None):
+def summary(model, *, folder=None):
     """Return what a model costs: the cost columns of a results row, as a dict.
 
-    image_size: side in pixels, None for the size that the model was built for
     folder: the model's checkpoint, if it has one
     Keys: params, nonzero; macs and macs_ideal in closed form, flops = 2 * macs; macs_torch,
     macs_torchprofile, macs_thop and meter_note (see `meters`); bytes_memory and bytes_disk.
     """
-    table = breakdown(model, image_size=image_size)
     columns = ["params", "nonzero", "macs", "macs_ideal"]
-    counts = {column: int(table[column].sum()) for column in columns}
+    counts = breakdown(model)[columns].sum().to_dict()
     counts["flops"] = 2 * counts["macs"]
-    counts |= meters(model, image_size=image_size)
-    counts["bytes_memory"] = bytes_memory(model)
-    counts["bytes_disk"] = bytes_disk(model, folder=folder)
-    return counts
+    return {
+        **counts,
+        **meters(model),
+        "bytes_memory": bytes_memory(model),
+        "bytes_disk": bytes_disk(model, folder=folder),
+    }

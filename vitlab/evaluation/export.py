@@ -3,24 +3,23 @@
 An ONNX file is checked against torch before it is kept. Weights with 2:4 zeros can become torch's
 semi-structured tensors, which newer GPUs multiply faster.
 
-Public: Session, program, semi_structured, to_onnx.
+Public: program, semi_structured, session, to_onnx.
 """
 
 import copy
 import functools
-import io
-import os
 import warnings
-from contextlib import redirect_stdout, suppress
-from pathlib import Path
+from contextlib import suppress
+from importlib.util import find_spec
 
 import torch
 from torch import nn
 
-from vitlab.evaluation import cost
+from vitlab import files
+from vitlab.evaluation import cost, evaluate
 from vitlab.models import layers
 
-_MOST_IMAGES = 4096  # in one batch of an exported model
+_TOLERANCE = 1e-4  # for the error of a file's logits
 _SPARSE = [(nn.Linear, "weight"), (layers.LowRankSparseLinear, "sparse")]  # may be 2:4
 
 
@@ -32,7 +31,7 @@ def program(model):
 
     model: a masked model keeps its zeros; make a cut real by `shrink.remove` first
     """
-    count = torch.export.Dim("images", min=1, max=_MOST_IMAGES)
+    count = torch.export.Dim("images", min=1, max=4096)
     with torch.no_grad():  # no masks that only training needs
         return torch.export.export(
             _on_cpu(model),
@@ -42,23 +41,19 @@ def program(model):
         )
 
 
-def to_onnx(model, path, *, tolerance=1e-4):
+def to_onnx(model, path):
     """Write a model in float32 as one ONNX file, with input "images" and output "logits".
 
     model: a model, whole or cut
     path: the file; one that is already there is replaced only by one that passes the check
-    tolerance: the largest error that passes
 
-    Returns the error: the largest difference between onnxruntime's and torch's logits over the
-    largest logit, for batches of 1, 2 and 5 random images.
-    Raises ValueError for an error above tolerance, and ModuleNotFoundError, which says what to
-    install, without the packages.
+    Returns the error of its logits, a share of the largest one.
+    Raises ValueError for an error above 1e-4, and ModuleNotFoundError, which says what to install,
+    without the packages.
     """
     _need("onnx", "onnxscript", "onnxruntime")
-    path = Path(path)
-    new = path.with_name(path.name + ".new")
     exported = program(model)
-    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):  # its steps
+    with warnings.catch_warnings(action="ignore"):
         onnx = torch.onnx.export(
             exported,
             dynamo=True,
@@ -66,52 +61,45 @@ def to_onnx(model, path, *, tolerance=1e-4):
             output_names=["logits"],
             verbose=False,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        onnx.save(new)
-        error = _error(model, Session(new))
-        if not error <= tolerance:  # nan is no small error
-            raise ValueError(
-                f"{path} was not written: its logits differ by {error:.1e} of the largest "
-                f"(at most {tolerance:.0e})"
-            )
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    content = onnx.model_proto.SerializeToString()
+    # The error is the largest difference between onnxruntime's and torch's logits over the largest
+    # logit, for batches of 1, 2 and 5 random images.
+    error = _error(model, session(content))
+    if not error <= _TOLERANCE:  # nan is no small error
+        raise ValueError(
+            f"{path} was not written: its logits differ by {error:.1e} of the largest "
+            f"(at most {_TOLERANCE:.0e})"
+        )
+    files.write_atomic(path, content)
     return error
 
 
-class Session:
-    """Run an ONNX file by onnxruntime on the CPU.
+def session(model):
+    """Return an ONNX model as a function, run by onnxruntime on as many CPU threads as torch.
 
-    A session is called with float32 images [B, C, H, W] and returns logits [B, classes].
+    The function takes float32 images [B, C, H, W] and returns logits [B, classes].
+
+    model: an ONNX file, or its bytes
+    Raises ModuleNotFoundError, which says what to install, without onnxruntime.
     """
+    _need("onnxruntime")
+    import onnxruntime
 
-    def __init__(self, path, *, threads=None):
-        """Open an ONNX file.
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # between calls its threads would spin on the cores that others are timed on
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # one pool of memory for all: each would keep what its largest batch took, which can be
+    # gigabytes
+    _share_memory()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    runtime = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-        path: the file
-        threads: how many CPU threads to use, None for torch's setting
-        Raises ModuleNotFoundError, which says what to install, without onnxruntime.
-        """
-        _need("onnxruntime")
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        # between calls its threads would spin on the cores that others are timed on
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        # one pool of memory for all: each would keep what its largest batch took, which can be
-        # gigabytes
-        _share_memory()
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
-
-    def __call__(self, images):
-        (logits,) = self.session.run(["logits"], {"images": images.numpy()})
+    def logits_of(images):
+        (logits,) = runtime.run(["logits"], {"images": images.numpy()})
         return torch.from_numpy(logits)
+
+    return logits_of
 
 
 @functools.cache
@@ -126,22 +114,19 @@ def _share_memory():
 
 
 def _is_two_of_four(weight):
-    """Return whether of each 4 neighbours along a row at most 2 are not zero, and some are not.
-
-    weight: [m, n]; the answer is False where n is no multiple of 4
-    """
-    if weight.ndim != 2 or weight.shape[1] % 4:
+    """Return whether a weight [m, n] has 2:4 zeros."""
+    # Of each 4 neighbours along a row at most 2 may differ from zero, and somewhere one must. Rows
+    # whose length is no multiple of 4 have no such groups.
+    if weight.shape[1] % 4:
         return False
     counts = (weight != 0).unflatten(1, (-1, 4)).sum(-1)
     return 0 < int(counts.max()) <= 2
 
 
 def _two_of_four(model):
-    """Return the names of the parameters with 2:4 zeros that can be semi-structured.
-
-    They are weights of linear layers, and sparse parts, alone or beside a low-rank one
-    (factor.compress with support "2:4").
-    """
+    """Return the names of the parameters with 2:4 zeros that can be semi-structured."""
+    # They are weights of linear layers, and sparse parts, alone or beside a low-rank one
+    # (factor.compress with support "2:4").
     names = []
     for name, parameter in model.named_parameters():
         path, _, own_name = name.rpartition(".")
@@ -151,37 +136,33 @@ def _two_of_four(model):
     return names
 
 
-def semi_structured(model, *, precision="bf16"):
-    """Return a copy of a model with semi-structured sparse weights, where they have 2:4 zeros.
+def semi_structured(model):
+    """Return a copy of a model in bf16 with semi-structured sparse weights, where they are 2:4.
 
-    The tensor cores of newer GPUs multiply such weights at up to twice the rate (Mishra et al.
-    2021). Layers whose shape the kernels refuse stay dense. The copy is for inference only
-    (torch.inference_mode): autograd and checkpoint.save do not know such tensors.
+    The copy is for inference only (torch.inference_mode). Layers whose shape the kernels refuse
+    stay dense.
 
     model: on the GPU, with 2:4 masks applied (masks.n_of_m, or factor.compress with support "2:4")
-    precision: "bf16" or "float16", which these kernels want
     Raises RuntimeError where there is no such GPU (compute capability 8.0 or newer), and ValueError
-    for another precision or a model without a 2:4 layer.
+    for a model without a 2:4 layer.
     """
-    dtypes = {"bf16": torch.bfloat16, "float16": torch.float16}
-    if precision not in dtypes:
-        raise ValueError(f"precision is {' or '.join(dtypes)}; got {precision!r}")
     names = _two_of_four(model)
     if not names:
         raise ValueError(
             "no linear layer is masked 2:4; apply masks.n_of_m(score, 2, 4), or compress by "
             'support="2:4"'
         )
-    device = next(model.parameters()).device
-    place = device
-    if device.type == "cuda":
-        place = torch.cuda.get_device_properties(device)  # its name and compute capability
-    if getattr(place, "major", 0) < 8:
+    # The tensor cores of newer GPUs multiply such weights at up to twice the rate (Mishra et al.
+    # 2021). Older ones and CPUs do not.
+    device = evaluate.device_of(model)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise RuntimeError(
             "2:4 weights are faster only on NVIDIA GPUs of compute capability 8.0 or newer, and "
-            f"the model is on {place}: there its masked layers run as dense ones"
+            f"the model is on {device}: there its masked layers run as dense ones"
         )
-    return _semi_structured(copy.deepcopy(model).to(dtypes[precision]).eval(), names)
+    # Autograd and checkpoint.save do not know such tensors.
+    converted = copy.deepcopy(model).bfloat16().eval()  # a precision that these kernels want
+    return _semi_structured(converted, names)
 
 
 def _semi_structured(model, names):
@@ -198,13 +179,9 @@ def _semi_structured(model, names):
 def _need(*packages):
     """Raise ModuleNotFoundError, which says what to install, if a package is missing."""
     for package in packages:
-        try:
-            __import__(package)
-        except ModuleNotFoundError as error:
-            if error.name != package:
-                raise
+        if find_spec(package) is None:
             advice = f'{package} is missing: pip install "vitlab[export]"'
-            raise ModuleNotFoundError(advice, name=package) from error
+            raise ModuleNotFoundError(advice, name=package)
 
 
 def _on_cpu(model):
@@ -218,7 +195,7 @@ def _random_images(model, count):
 
 @torch.inference_mode()
 def _error(model, session):
-    """Return the largest difference of logits, as a share of the largest, over some batch sizes."""
+    """Return the largest error of a session's logits over some batch sizes."""
     model = _on_cpu(model)
     errors = []
     for count in (1, 2, 5):

@@ -16,10 +16,8 @@ import torch
 
 
 def reset_peak_memory():
-    """Forget the peaks of memory so far, so that `peak_memory_mb` tells only what follows.
-
-    This works on Linux and on GPUs; elsewhere a peak includes all that came before.
-    """
+    """Forget the peaks of memory so far, so that `peak_memory_mb` tells only what follows."""
+    # This works on Linux and on GPUs. Elsewhere a peak includes all that came before.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
@@ -35,20 +33,19 @@ def release_memory():
 def own_memory_mb(device, *, peak=False):
     """Return memory in use in MB (10^6 bytes), without files that are mapped into the process.
 
-    On a GPU it is the memory of torch's tensors, on a CPU that of this process. Mapped files are
-    libraries and decoded images, which come in as they are touched. The files that count are those
-    mapped at the time of the call, so that a true peak is at least what is returned.
-
     device: a torch.device or its name
     peak: whether to return the most since `reset_peak_memory` instead of what is in use now
     Returns nan on a CPU without Linux's /proc.
     """
     if torch.device(device).type == "cuda":
+        # On a GPU it is the memory of torch's tensors, on a CPU that of this process.
         allocated = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
         return allocated(device) / 1e6
     status = _process_status()
     if "RssFile" not in status:
         return math.nan
+    # Mapped files are libraries and decoded images, which come in as they are touched. The files
+    # that count are those mapped at the time of the call: a true peak is at least what is returned.
     resident = status["VmHWM" if peak else "VmRSS"]
     return (resident - status["RssFile"]) / 1e6
 
@@ -56,13 +53,12 @@ def own_memory_mb(device, *, peak=False):
 def peak_memory_mb(device):
     """Return the highest memory since `reset_peak_memory`, in MB (10^6 bytes).
 
-    On a GPU it is what torch's tensors took. On a CPU it is the resident memory of this whole
-    process, with all that was imported and loaded.
-
     device: a torch.device or its name
     """
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return own_memory_mb(device, peak=True)
+    # On a CPU it is the resident memory of the whole process, with all that was imported and
+    # loaded.
     # ru_maxrss would start from the peak of the process that started this one
     status = _process_status()
     if "VmHWM" in status:

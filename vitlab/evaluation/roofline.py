@@ -2,13 +2,12 @@
 
 The roofline model: Williams, Waterman and Patterson 2009.
 
-Public: OpCounter, bounds.
+Public: bounds.
 """
 
 import functools
 import math
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -26,20 +25,19 @@ _FREE = {getattr(torch.ops.aten, name) for name in _EMPTY}
 _SIZES = (10**5, 10**6, 10**7, 10**8)  # bytes of one operation, to measure the memory's rate at
 
 
-class OpCounter(TorchDispatchMode):
+class _OpCounter(TorchDispatchMode):
     """Count the operations that run inside, and the bytes that they move.
 
-    operations: how many there were, without views and memory that nothing is written to yet
+    operations: how many there were
     bytes: of all tensors that each of them reads or writes
     """
 
-    def __init__(self):
-        super().__init__()
-        self.operations = 0
-        self.bytes = 0
+    operations = 0
+    bytes = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
+        # Views do not count, nor does memory that nothing is written to yet.
         if not function.is_view and function.overloadpacket not in _FREE:
             self.operations += 1
             for leaf in torch.utils._pytree.tree_leaves((arguments, options, result)):
@@ -49,29 +47,26 @@ class OpCounter(TorchDispatchMode):
 
 
 @functools.lru_cache
-def _ceilings(device="cpu", precision="float32", threads=None):
+def _ceilings(device, precision):
     """Return what this machine can do at best, measured once in a process.
 
     device: "cpu" or "cuda"
     precision: "float32" or "bf16"
-    threads: CPU threads, None for torch's setting
-
-    Returns a dict:
-        macs_per_s: rate of the fastest square matrix product of three sizes, by torch's matmul or
-            its convolution
-        launch_s: seconds of one small module, which are all call and no work
-        bytes_per_s: {bytes read and written: rate} of scaling a tensor, for SIZES, as caches make
-            small ones faster
+    Returns a dict of macs_per_s, bytes_per_s {bytes read and written: rate} and launch_s.
     """
-    like = {"device": torch.device(device), "dtype": bench.PRECISIONS[precision]}
-    is_gpu = like["device"].type == "cuda"
-    sides = (2048, 4096, 8192) if is_gpu else (512, 1024, 2048)
-    with bench.on_threads(threads):
-        return {
-            "macs_per_s": max(_macs_per_s(side, **like) for side in sides),
-            "bytes_per_s": {size: _bytes_per_s(size, **like) for size in _SIZES},
-            "launch_s": _launch_s(**like),
-        }
+    like = {
+        "device": torch.device(device),
+        "dtype": bench.PRECISIONS[precision],
+    }
+    sides = (2048, 4096, 8192) if device == "cuda" else (512, 1024, 2048)
+    return {
+        # The rate of the fastest square matrix product of three sizes.
+        "macs_per_s": max(_macs_per_s(side, **like) for side in sides),
+        # The rates of scaling a tensor, by its size: caches make small ones faster.
+        "bytes_per_s": {size: _bytes_per_s(size, **like) for size in _SIZES},
+        # The seconds of one small module, which are all call and no work.
+        "launch_s": _launch_s(**like),
+    }
 
 
 def _macs_per_s(side, **like):
@@ -80,11 +75,11 @@ def _macs_per_s(side, **like):
     # 1 x 1 convolution is the same product by another library: on some processors twice as fast
     conv = nn.Conv2d(side, side, 1, **like).to(memory_format=torch.channels_last)
     image = x.view(1, side, 32, -1).contiguous(memory_format=torch.channels_last)
-    seconds = [
+    seconds = min(
         _least_seconds(torch.matmul, x, y),
         _least_seconds(conv, image),
-    ]
-    return side**3 / min(seconds)
+    )
+    return side**3 / seconds
 
 
 def _bytes_per_s(size, **like):
@@ -106,43 +101,41 @@ def _least_seconds(function, x, *arguments, times=1, **options):
     """Return the seconds of a call on x, ..., in the fastest of eight rounds of so many calls."""
     call = functools.partial(function, x, *arguments, **options)
     call()
-    calls = functools.partial(bench.repeat, call, times)
-    least = min(bench.milliseconds(calls, x.device) for _ in range(8))
-    return least / 1000 / times
+    rounds = [bench.milliseconds(call, x.device, times) for _ in range(8)]
+    return min(rounds) / 1000 / times
 
 
-def bounds(models, table, *, image_size=None):
+def bounds(models, table):
     """Add to a table of latencies what bounds each row on this machine: a roofline.
 
     models: {name: model or Setting}
     table: the frame that `latency` returned of the same models
-    image_size: side in pixels, None for each model's own
 
     Returns table with these columns more:
-        compute_ms, memory_ms, launch_ms: least time that each of these takes by `ceilings`, with
-            bytes at the rate of the row's mean operation
+        compute_ms, memory_ms, launch_ms: least time that each of these takes
         bound: the largest of them, "compute", "memory" or "launch"
         reached: the largest over the latency, 1 for a model as fast as the machine can be
-        batch_macs, batch_bytes, operations: of one batch, run eagerly; an upper bound of what other
-            runtimes move and call
-        macs_per_s, bytes_per_s: the ceilings
+        batch_macs, batch_bytes, operations: of one batch, run eagerly
+        macs_per_s, bytes_per_s: the ceilings, measured once in a process
         promised: MACs of an image of the first model over those of the row
         achieved: speedup / promised
         achieved_here: speedup over the first model in the row's own runtime, precision and batch,
-            over promised. It is what a cut brings there, apart from what the runtime does; nan
-            where the table has no such row.
+            over promised; nan where the table has no such row
         note: why no gain is expected, if so
     """
     settings = bench.as_settings(models)
     macs_by_model, notes = {}, {}
     for name, setting in settings.items():
-        breakdown = cost.breakdown(setting.model, image_size=image_size)
+        breakdown = cost.breakdown(setting.model)
         macs_by_model[name] = breakdown.macs.sum()
         has_zeros = breakdown.macs_ideal.sum() < 0.99 * macs_by_model[name]
         notes[name] = _note(setting.model) if has_zeros else ""
     macs = table.model.map(macs_by_model)
-    measured = _measured(settings, table, image_size)
+    promised = macs.iloc[0] / macs
+    # Traffic is that of an eager run. It is an upper bound of what other runtimes move and call.
+    measured = _measured(settings, table)
     measured.insert(0, "batch_macs", table.batch * macs)
+    # No model can be faster than the slowest of the three.
     least = pd.DataFrame(
         {
             "compute": 1000 * measured.batch_macs / measured.macs_per_s,
@@ -150,62 +143,68 @@ def bounds(models, table, *, image_size=None):
             "launch": 1000 * measured.operations * measured.pop("launch_s"),
         }
     )
-    dense = settings[table.model.iloc[0]].model
-    is_dense = [settings[name].model is dense for name in table.model]
-    dense_speedup = (
-        table.assign(speedup=table.speedup.where(is_dense))
-        .groupby(["batch", "runtime", "precision"])
-        .speedup.transform("first")
-    )
-    promised = macs.iloc[0] / macs
     times = least.add_suffix("_ms").assign(
         bound=least.idxmax(axis=1),
         reached=least.max(axis=1) / table.latency_ms,
     )
-    gains = pd.DataFrame(
-        {
-            "promised": promised,
-            "achieved": table.speedup / promised,
-            "achieved_here": table.speedup / dense_speedup / promised,
-            "note": table.model.map(notes),
-        }
+    return table.join([times, measured]).assign(
+        promised=promised,
+        achieved=table.speedup / promised,
+        achieved_here=table.speedup / _speedup_of_dense(settings, table) / promised,
+        note=table.model.map(notes),
     )
-    return table.join([times, measured, gains])
 
 
-def _measured(settings, table, image_size):
+def _speedup_of_dense(settings, table):
+    """Return the speedup of the first model in each row's batch, runtime and precision.
+
+    Over it a row's speedup is what a cut brings there, apart from what the runtime does.
+    """
+    dense = settings[table.model.iloc[0]].model
+    is_dense = [settings[name].model is dense for name in table.model]
+    speedups = table.speedup.where(is_dense)
+    ways = [table.batch, table.runtime, table.precision]
+    return speedups.groupby(ways).transform("first")
+
+
+def _measured(settings, table):
     """Return a frame of traffic and ceilings for each row of a table of latencies."""
     traffics, rows = {}, []
     for row in table.itertuples():
-        model = settings[row.model].model
         kind = "cpu" if row.device == "cpu" else "cuda"
-        run = model, row.precision, row.batch
-        if run not in traffics:  # rows of several runtimes share it
-            setting = bench.Setting(model, precision=row.precision)
-            converted, images = bench.ready(setting, image_size, row.batch, torch.device(kind))
-            with torch.no_grad(), OpCounter() as traffics[run]:
+        # Rows of several runtimes share a run.
+        setting = bench.Setting(settings[row.model].model, precision=row.precision)
+        run = setting, row.batch
+        if run not in traffics:
+            # Conversion comes first: it is no traffic of the batch.
+            converted, images = bench.ready(setting, row.batch, torch.device(kind))
+            with torch.no_grad(), _OpCounter() as traffics[run]:
                 converted(images)
         traffic = traffics[run]
+        # The memory's rate is that at the size of the mean operation.
         mean_bytes = traffic.bytes / traffic.operations
-        distances = [abs(math.log(size / mean_bytes)) for size in _SIZES]
-        nearest = _SIZES[np.argmin(distances)]
-        best = _ceilings(kind, row.precision, row.threads)
-        counts = {"batch_bytes": traffic.bytes, "operations": traffic.operations}
-        rows.append(counts | best | {"bytes_per_s": best["bytes_per_s"][nearest]})
+        nearest = min(_SIZES, key=lambda size: abs(math.log(size / mean_bytes)))
+        best = _ceilings(kind, row.precision)
+        rows.append(
+            {
+                "batch_bytes": traffic.bytes,
+                "operations": traffic.operations,
+                **best,
+                "bytes_per_s": best["bytes_per_s"][nearest],
+            }
+        )
     return pd.DataFrame(rows, index=table.index)
 
 
 def _note(model):
-    """Return which zeros a model has, of which no gain is to be expected.
-
-    The zeros count as zeros of whole rows if 99 % of them lie in whole rows or columns.
-    """
+    """Return which zeros a model has, of which no gain is to be expected."""
     zeros = in_lines = 0
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            is_zero = parameter.flatten(1) == 0
-            alive_rows = (~is_zero).any(1).sum()
-            alive_columns = (~is_zero).any(0).sum()
-            zeros += int(is_zero.sum())
-            in_lines += is_zero.numel() - int(alive_rows * alive_columns)
+            is_alive = parameter.flatten(1) != 0
+            alive_rows = is_alive.any(1).sum()
+            alive_columns = is_alive.any(0).sum()
+            zeros += int((~is_alive).sum())
+            in_lines += is_alive.numel() - int(alive_rows * alive_columns)
+    # The zeros count as zeros of whole rows if 99 % of them lie in whole rows or columns.
     return _ROWS if in_lines >= 0.99 * zeros else _ZEROS

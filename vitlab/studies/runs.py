@@ -226,9 +226,9 @@ class Run:
             words += ["--set", f"'{name}={json.dumps(value)}'"]
         return " ".join(words)
 
-    def results(self, notebook, images, measure):
+    def results(self, notebook, images, measure, save_model=None):
         """Return a collector of the results and histories of a notebook. See `Results`."""
-        return Results(self, notebook, images, measure)
+        return Results(self, notebook, images, measure, save_model)
 
     def save_rows(self, notebook, rows, *, data=None):
         """Write all results of a notebook, and return them as a frame with provenance.
@@ -321,7 +321,7 @@ class Results:
     `Run.results` makes it. Each cut of the study is opened with the columns that describe it, and
     each stage of it adds a result:
 
-        log = lab.results("3_global_pruning", images, evaluate.measure)
+        log = lab.results("3_global_pruning", images, evaluate.measure, checkpoint.save)
         cut = log.cut(method="unstructured", criterion="taylor", form="masked",
                       target_kind="sparsity", target=0.9)
         cut.add("cut", model, val_top1=val_top1)
@@ -334,6 +334,8 @@ class Results:
     notebook: str, its name, such as "3_global_pruning".
     images: data.Dataset, whose test split is measured.
     measure: function of (model, split) that returns {column: value}, such as evaluate.measure.
+    save_model: function of (model, folder), and of masks, such as checkpoint.save. It saves each
+    model that is added with the name of a checkpoint. None saves no models.
     rows, histories: lists of dicts and of frames, what was collected so far.
     """
 
@@ -341,6 +343,7 @@ class Results:
     notebook: str
     images: object
     measure: Callable
+    save_model: Callable | None = None
     rows: list = field(default_factory=list)
     histories: list = field(default_factory=list)
 
@@ -367,7 +370,7 @@ class Cut:
     results: Results
     columns: dict
 
-    def add(self, stage, model=None, *, history=None, **columns):
+    def add(self, stage, model=None, *, history=None, checkpoint=None, masks=None, **columns):
         """Add a result, and return it as a dict.
 
         stage: str, such as "cut", "finetuned", or "unreachable".
@@ -375,16 +378,30 @@ class Cut:
         `cut.add("unreachable", note=str(error))`.
         history: frame of train.fit. The result gets its epochs and seconds, and the frame is saved
         with the columns of the cut. `history.assign(target=0.0)` gives it a column of its own.
-        columns: columns of this result alone, such as checkpoint=label or val_top1=91.5.
+        checkpoint: str, name of the folder of the run in which the model is saved, by the
+        collector's `save_model` if it has one.
+        masks: {parameter name: bool tensor} that is saved with the model.
+        columns: columns of this result alone, such as val_top1=91.5.
         """
         result = {**self.columns, "stage": stage, **columns}
+        if checkpoint is not None:
+            result["checkpoint"] = checkpoint
         if history is not None:
             self.results.histories.append(history.assign(**self.columns))
             result |= {"epochs": len(history), "seconds": history.seconds.sum()}
         if model is not None:
             result |= self.results.measure(model, self.results.images.test)
+            self._save(model, checkpoint, masks)
         self.results.rows.append(result)
         return result
+
+    def _save(self, model, name, masks):
+        """Save a model in the run's folder of this name; without a name it is not kept."""
+        save_model = self.results.save_model
+        if save_model is None or name is None:
+            return
+        options = {} if masks is None else {"masks": masks}
+        save_model(model, self.results.run.path(name), **options)
 
 
 def _sections_of(notebook):
