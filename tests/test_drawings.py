@@ -163,7 +163,7 @@ def test_what_survives_is_counted_apart_and_magnitude_has_its_threshold(model):
     totals = pruned.agg(count=("count", "sum"), zeros=("zeros", "first"))
     assert totals["count"].tolist() == [int(mask.sum()) for mask in keep.values()]
     assert totals.sum(axis=1).tolist() == [mask.numel() for mask in keep.values()]
-    with pytest.raises(ValueError, match="by must be .* got 'block'"):
+    with pytest.raises(ValueError, match="unknown by 'block'"):
         inside.weights({"unpruned": model}, keep, by="block")
     figure = drawings.weight_violins(by_layer)
     view = models.view(model)
@@ -201,7 +201,7 @@ def test_singular_values_are_torchs_and_say_what_an_svd_loses(m, n, weighted):
 
 
 def test_energy_ends_at_one_and_break_even_is_the_closed_form(model, batch):
-    frame = inside.spectra(model, scores.grams(model, [batch]), points=8)
+    frame = inside.spectra(model, scores.grams(model, [batch]))
     linears = models.view(model).linears()
     assert frame.layer.unique().tolist() == list(linears)
     for name, own in frame.groupby("layer", sort=False):
@@ -281,7 +281,7 @@ def test_kept_width_is_the_models_own(model, batch):
 def test_attention_sums_to_one_and_is_what_the_model_computes(any_model, batch):
     x, _ = batch
     any_model.train()
-    found = inside.attention_weights(any_model, x)
+    found = inside._attention_weights(any_model, x)
     assert any_model.training and list(found) == [
         block.name for block in models.view(any_model).blocks
     ]
@@ -312,7 +312,7 @@ def test_attention_sums_to_one_and_is_what_the_model_computes(any_model, batch):
 def test_attention_maps_lie_on_the_image(any_model, batch):
     x, _ = batch
     grid = any_model.patch_embed.grid_size
-    for name, seen in inside.attention_maps(any_model, x).items():
+    for name, seen in inside._attention_maps(any_model, x).items():
         stage = models.view(any_model).block(name).stage
         assert seen.shape == (len(x), *(side >> stage for side in grid)), name
         if getattr(any_model, "num_prefix_tokens", 0) == 0:  # all that is given is received
@@ -335,8 +335,8 @@ def test_windows_are_put_back_where_they_were(monkeypatch):
 
 def test_a_class_token_is_asked_where_it_looks(batch):
     vit = toy("vit_tiny_patch16_224", embed_dim=24, depth=2, num_heads=3, patch_size=4)
-    weights = inside.attention_weights(vit, batch[0])["blocks.1"]
-    seen = inside.attention_maps(vit, batch[0])["blocks.1"]
+    weights = inside._attention_weights(vit, batch[0])["blocks.1"]
+    seen = inside._attention_maps(vit, batch[0])["blocks.1"]
     torch.testing.assert_close(
         seen.flatten(1), 17 * weights.mean(1)[:, 0, 1:]
     )  # 16 patches and the token
@@ -350,7 +350,7 @@ def test_attention_before_and_after(model, split):
     assert frame.block.iloc[-1] == last and frame.image.unique().tolist() == [7, 2]
     x, _ = next(split.take(np.array([7, 2])).batches(2))
     for when, each in (("before", model), ("after", small)):
-        known = inside.attention_maps(each, x)[last]
+        known = inside._attention_maps(each, x)[last]
         own = frame[frame.block == last]
         assert own[when].tolist() == pytest.approx(known.flatten().tolist(), abs=6e-4)
         assert own[["row", "column"]].iloc[:2].values.tolist() == [[0, 0], [0, 1]]

@@ -1,6 +1,8 @@
 """Look inside a model: frames of its weights, widths, spectra and attention, for `drawings`.
 
-Public: attention, attention_maps, attention_weights, layer, spectra, unit_table, weights, widths.
+Functions stand in the order of the drawings that take their frames.
+
+Public: attention, layer, spectra, unit_table, weights, widths.
 """
 
 import copy
@@ -15,115 +17,30 @@ from torch import nn
 from vitlab import models
 from vitlab.evaluation import evaluate
 from vitlab.models import layers
+from vitlab.names import check
 from vitlab.pruning import lowrank, prune, sweep
 
-# -- Widths: what is left of each place, for a drawing
+_MOST = 128  # rows and columns that a picture shows, the first ones
+_STEPS = np.arange(1, 13) / 12  # ranks that spectra show, as shares and as exponents
 
-
-def widths(model, small):
-    """Return how wide a cut model is, place by place.
-
-    Kinds are those of View.units but block, and qk and v are of one head. What is gone is 0. If any
-    layer is factored there are kinds such as "rank of qkv", too: the rank of each linear layer, the
-    smaller side of a plain one.
-
-    model: the model before the cut.
-    small: any cut of it.
-
-    Returns a frame of where, kind, kept and whole, in forward order.
-    """
-    before = models.view(model)
-    left = _widths(models.view(small))
-    rows = [(*key, left.get(key, 0), whole) for key, whole in _widths(before).items()]
-    modules = dict(small.named_modules())
-    if any(hasattr(modules.get(name), "rank") for name in before.matrices):
-        for name, layer in before.linears().items():
-            rank = 0  # of a layer that is gone
-            if now := modules.get(name):
-                rank = getattr(now, "rank", min(now.out_features, now.in_features))
-            block = before.block_of(name)
-            where = block.name if block else name
-            whole = min(layer.out_features, layer.in_features)
-            rows.append((where, f"rank of {before.role(name)}", rank, whole))
-    place = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    for number, stage in enumerate(before.stages):  # a stage stands before its blocks
-        first = f"layers.{number}.blocks" if before.kind == "swin" else "blocks"
-        place[stage] = place[first] + 0.5
-    rows.sort(key=lambda row: place[row[0]])
-    return pd.DataFrame(rows, columns=["where", "kind", "kept", "whole"])
-
-
-def _widths(view):
-    """Return {(where, kind): how many there are}; of dimensions of heads in one head."""
-    counts = view.units(("filters", "width", "heads", "qk", "v", "neurons"))
-    for where, kind in counts:
-        if kind in ("qk", "v"):
-            counts[where, kind] //= view.block(where).num_heads
-    return counts
-
-
-def attention(before, after, images, places):
-    """Show where two models look on the same images.
-
-    before, after: models
-    images: a data.Split
-    places: numbers of a few images in the split
-
-    The last two stages are shown (a ViT has one), each by the last block in which both models
-    attend.
-
-    Returns a frame with a row for each image, block and token:
-        image: place in the split
-        block: name of the block
-        row, column: of the token, from the upper left
-        before, after: inside.attention_maps to three digits, 1 where a token gets its equal share
-    Raises ValueError for no places, for places outside the split, and for models that have no block
-    in common.
-    """
-    if not len(places) or min(places) < 0 or max(places) >= len(images):
-        raise ValueError(
-            f"need the places of images in a split of {len(images)}, got {list(places)}"
-        )
-    looked_at = images.take(np.asarray(places))
-    x, _ = next(looked_at.batches(len(places), device=evaluate.device_of(before)))
-    maps_before = attention_maps(before, x)
-    x = x.to(evaluate.device_of(after))
-    maps_after = attention_maps(after, x)
-    last_blocks = {}  # by stage: a later block takes the place of an earlier one
-    for block in models.view(before).blocks:
-        if block.name in maps_before and block.name in maps_after:
-            last_blocks[block.stage] = block.name
-    if not last_blocks:
-        raise ValueError("the two models have no block in which both attend")
-    frames = []
-    for name in list(last_blocks.values())[-2:]:
-        image, row, column = np.indices(maps_before[name].shape).reshape(3, -1)
-        frame = {
-            "image": np.take(places, image),
-            "block": name,
-            "row": row,
-            "column": column,
-        }
-        for when, maps in (("before", maps_before), ("after", maps_after)):
-            frame[when] = maps[name].flatten().double().cpu().numpy().round(3)
-        frames.append(pd.DataFrame(frame))
-    return pd.concat(frames, ignore_index=True)
+# -- for layer_pictures
 
 
 @torch.no_grad()
-def layer(module, *, keep=None, rows=None, columns=None, most=128):
+def layer(module, *, keep=None, rows=None, columns=None):
     """Return what is left of a linear layer, to be drawn: one line for each row of each matrix.
 
-    module: an nn.Linear or a layer of this file
+    module: an nn.Linear or one of `layers`
     keep: bool [m, n], False for what is drawn as zero; None: what is zero is
     rows, columns: (how many the layer once had, the indices of those that this one has); None: all
-        that it has, and for a RowLinear its own rows
-    most: draw at most so many rows and columns, the first ones
-    Returns a frame of part, row and cells. part: "W" of a plain layer; "U", "V" and "S" of low rank
-    and sparse ones. cells: a letter for each column. a to i: the size of the weight, in ninths of
-    the part's 99th percentile of |w|. Dot: a weight that is zero. x: a row or column that is gone.
+        that it has
+    Returns a frame of part, row and cells, at most 128 of either. part: "W" of a plain layer; "U",
+    "V" and "S" of low rank and sparse ones. cells: a letter for each column. a to i: the size of
+    the weight, in ninths of the part's 99th percentile of |w|. Dot: a weight that is zero. x: a row
+    or column that is gone.
     """
     if isinstance(module, layers.RowLinear):
+        # It knows itself which rows are gone.
         rows = module.out_features, module.rows.tolist()
         module = module.kept
     if isinstance(module, layers.LowRankSparseLinear):
@@ -131,14 +48,16 @@ def layer(module, *, keep=None, rows=None, columns=None, most=128):
     frames = []
     for part, matrix in _factors(module).items():
         alive = matrix != 0
+        # A mask is of whole weights: the factors U and V have none.
         if keep is not None and part in ("W", "S"):
             alive = keep
         letters = pd.DataFrame(_letters(matrix, alive))
+        # The rows of V and the columns of U are ranks, which no cut of units takes away.
         if rows is not None and part != "V":
             letters = _in_place(letters, *rows, axis=0)
         if columns is not None and part != "U":
             letters = _in_place(letters, *columns, axis=1)
-        cells = letters.iloc[:most, :most].agg("".join, axis=1)
+        cells = letters.iloc[:_MOST, :_MOST].agg("".join, axis=1)
         frames.append(pd.DataFrame({"part": part, "row": range(len(cells)), "cells": cells}))
     return pd.concat(frames, ignore_index=True)
 
@@ -150,7 +69,7 @@ def _in_place(letters, count, indices, *, axis):
 
 
 def _factors(module):
-    """Return {part: matrix} that `picture` draws of an nn.Linear or a layer with factors."""
+    """Return {part: matrix} of an nn.Linear or a layer with factors."""
     if isinstance(module, nn.Linear):
         return {"W": module.weight}
     parts = dict(zip("UV", module.factors, strict=True)) if module.rank else {}
@@ -161,71 +80,66 @@ def _factors(module):
 
 def _letters(matrix, alive):
     """Return the letter of each weight: a to i by its size, a dot where alive [m, n] is False."""
+    # Ninths are of the 99th percentile, as a single large weight would make all others pale.
     sizes = matrix.abs()
     place = int(0.99 * (matrix.numel() - 1))
     largest = sizes.flatten().sort().values[place].clamp_min(1e-30)
     ninths = (9 * sizes / largest).ceil().clamp(1, 9)
     ninths = ninths * alive.to(matrix.device)
-    letters = np.array(list(".abcdefghi"))  # no digits: csv would read them as numbers
+    # Letters and no digits, which csv would read as numbers.
+    letters = np.array(list(".abcdefghi"))
     return letters[ninths.int().cpu().numpy()]
 
 
-@torch.no_grad()
-def attention_weights(model, x):
-    """Return {block name: attention weights} of images x in evaluation mode; rows sum to 1.
+# -- for kept_widths
 
-    Works on cut models; blocks without heads are left out. The model stays as it is.
 
-    x: [B, 3, H, W]
-    Returns tensors [B, heads, tokens, tokens], from and to; of Swin [B * windows, heads, tokens of
-    a window, tokens of a window].
+def widths(model, small):
+    """Return how wide a cut model is, place by place.
+
+    Kinds are those of View.units but block, and qk and v are of one head. If any layer is factored
+    there are kinds such as "rank of qkv", too: the rank of each linear layer, the smaller side of a
+    plain one.
+
+    model: the model before the cut.
+    small: any cut of it.
+
+    Returns a frame of where, kind, kept (0 for what is gone) and whole, in forward order.
     """
-    model = copy.deepcopy(model).eval()  # to be changed below
-    weights = {}
-    for block in models.view(model).blocks:
-        if block.num_heads:
-            block.attn.fused_attn = False  # the fused kernel keeps the weights to itself
-            block.attn.attn_drop.register_forward_hook(partial(_keep_output, weights, block.name))
-    model(x)
-    return weights
+    before = models.view(model)
+    left = _widths(models.view(small))
+    rows = [(*key, left.get(key, 0), whole) for key, whole in _widths(before).items()]
+    modules = dict(small.named_modules())
+    if any(hasattr(modules.get(name), "rank") for name in before.matrices):
+        for name, layer in before.linears().items():
+            rank = 0  # of a layer that is gone
+            if now := modules.get(name):
+                rank = getattr(now, "rank", min(now.out_features, now.in_features))
+            # Layers between blocks stand for themselves.
+            where = getattr(before.block_of(name), "name", name)
+            whole = min(layer.out_features, layer.in_features)
+            rows.append((where, f"rank of {before.role(name)}", rank, whole))
+    # Modules are registered in forward order. A stage has no module in a ViT; it stands before its
+    # blocks.
+    place = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    for number, stage in enumerate(before.stages):
+        first = f"layers.{number}.blocks" if before.kind == "swin" else "blocks"
+        place[stage] = place[first] + 0.5
+    rows.sort(key=lambda row: place[row[0]])
+    return pd.DataFrame(rows, columns=["where", "kind", "kept", "whole"])
 
 
-def _keep_output(outputs, name, module, inputs, output):
-    outputs[name] = output
+def _widths(view):
+    """Return {(where, kind): how many there are}; of dimensions of heads in one head."""
+    counts = view.units(("filters", "width", "heads", "qk", "v", "neurons"))
+    # All heads of a block are cut to one size.
+    for where, kind in counts:
+        if kind in ("qk", "v"):
+            counts[where, kind] //= view.block(where).num_heads
+    return counts
 
 
-def attention_maps(model, x):
-    """Return {block name: [B, height, width]}, the attention that tokens of images x receive.
-
-    It is the mean over heads, where 1 is what each token would get of equal shares. From where the
-    attention comes:
-        a ViT that reads its class token: from that token, not from the one for distillation
-        other ViTs: from all tokens, in the mean
-        Swin: from the tokens of the same window, with those that pad it, in the mean. Windows are
-            put back where they were in the image.
-    """
-    kind, maps = models.view(model).kind, {}
-    for name, weights in attention_weights(model, x).items():
-        shares = weights.float().mean(1) * weights.shape[-1]  # [.., from, to]
-        if kind == "vit":
-            by_token = getattr(model, "global_pool", "") == "token" and model.cls_token is not None
-            received = shares[:, 0] if by_token else shares.mean(1)
-            patches = received[:, getattr(model, "num_prefix_tokens", 0) :]
-            maps[name] = patches.unflatten(1, model.patch_embed.grid_size)
-        else:  # Swin's windows lie in the first dimension
-            block = model.get_submodule(name)
-            maps[name] = _windows_in_place(shares.mean(1), block)
-    return maps
-
-
-def _windows_in_place(received, block):
-    """Return values [B * windows, tokens of a window] of a Swin block as images [B, H, W]."""
-    height, width = block.input_resolution
-    rows, columns = block.window_size
-    padded = height + -height % rows, width + -width % columns
-    windows = received.view(-1, rows, columns, 1)
-    image = swin_transformer.window_reverse(windows, block.window_size, *padded)[..., 0]
-    return image[:, :height, :width].roll(tuple(block.shift_size), (1, 2))
+# -- for weight_histograms and weight_violins
 
 
 @torch.no_grad()
@@ -249,21 +163,22 @@ def weights(stages, keep, *, by="role", bins=81):
 
     Raises ValueError for another `by`.
     """
-    if by not in ("role", "layer"):
-        raise ValueError(f'by must be "role" or "layer"; got {by!r}')
-    names = [name for name in keep if name.endswith(".weight")]
+    check("by", by, ("role", "layer"))
     first = next(iter(stages))
     view = models.view(stages[first])
     weights = {stage: prune.parameters_of(model, keep) for stage, model in stages.items()}
+    # All stages have the same bins, so that their counts compare.
     limit = 0.0
     for parameters in weights.values():
         limit = max(limit, *(float(weight.abs().max()) for weight in parameters.values()))
     edges = torch.linspace(-limit, limit, bins + 1)
+    names = [name for name in keep if name.endswith(".weight")]
     frames = []
     for name in names:
         layer = name.removesuffix(".weight")
         for stage, parameters in weights.items():
             weight = parameters[name].float().flatten().cpu()
+            # Zeros stand apart: in the bin around 0 they would hide all small weights.
             alive = weight != 0
             survivors = weight[alive & keep[name].flatten().cpu()]
             columns = {
@@ -295,6 +210,165 @@ def _magnitude_threshold(parameters, keep, names):
     return sizes.kthvalue(count).values.numpy()
 
 
+# -- for spectra
+
+
+def spectra(model, grams=None):
+    """Return the singular values of the linear layers but the classifier, as a DataFrame.
+
+    grams: {layer: [n, n]} of scores.grams, for the values of W S as in the SVD of `compress`; None
+        for those of W.
+
+    Returns a row for each layer and about 24 of its ranks, from 1 to the last:
+        layer, block, role, m, n, rank,
+        sigma: the singular value of that rank,
+        energy: share of the squares up to it, in [0, 1]; 1 at the last rank,
+        break_even: rank below which two thin layers execute fewer MACs (layers.break_even_rank).
+    """
+    view = models.view(model)
+    rows = []
+    for name, layer in view.linears().items():
+        weight = layer.weight.detach()
+        m, n = weight.shape
+        # A thousandth of the mean of the gram's diagonal is added to it, see lowrank.damped.
+        sigma = lowrank.spectrum(weight, sweep.fitting_gram(grams, name, n, 1e-3))
+        energy = sigma.square().cumsum(0)
+        energy = energy / energy[-1].clamp_min(lowrank.TINY)  # a layer of zeros has none
+        for rank in _spread_ranks(min(m, n)):
+            rows.append(
+                {
+                    "layer": name,
+                    "block": getattr(view.block_of(name), "name", None),
+                    "role": view.role(name),
+                    "m": m,
+                    "n": n,
+                    "rank": rank,
+                    "sigma": sigma[rank - 1].item(),
+                    "energy": energy[rank - 1].item(),
+                    "break_even": layers.break_even_rank(m, n),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _spread_ranks(largest):
+    """Return distinct ranks from 1 to the largest, half linearly, half logarithmically spaced."""
+    ranks = np.concatenate([[1], largest * _STEPS, largest**_STEPS]).round()
+    # The first linear step of a narrow layer rounds to 0.
+    return np.unique(ranks[ranks > 0]).astype(int).tolist()
+
+
+# -- for attention_maps
+
+
+def attention(before, after, images, places):
+    """Show where two models look on the same images.
+
+    before, after: models
+    images: a data.Split
+    places: numbers of a few images in the split
+
+    The last two stages are shown (a ViT has one), each by the last block in which both models
+    attend.
+
+    Returns a frame with a row for each image, block and token:
+        image: place in the split
+        block: name of the block
+        row, column: of the token, from the upper left
+        before, after: attention that the token receives, to three digits; 1 is its equal share
+    Raises ValueError for no places, for places outside the split, and for models that have no block
+    in common.
+    """
+    if not len(places) or min(places) < 0 or max(places) >= len(images):
+        raise ValueError(
+            f"need the places of images in a split of {len(images)}, got {list(places)}"
+        )
+    looked_at = images.take(np.asarray(places))
+    x, _ = next(looked_at.batches(len(places), device=evaluate.device_of(before)))
+    maps = {}
+    for when, model in (("before", before), ("after", after)):
+        maps[when] = _attention_maps(model, x.to(evaluate.device_of(model)))
+    last_blocks = {}  # by stage: a later block takes the place of an earlier one
+    for block in models.view(before).blocks:
+        if block.name in maps["before"] and block.name in maps["after"]:
+            last_blocks[block.stage] = block.name
+    if not last_blocks:
+        raise ValueError("the two models have no block in which both attend")
+    frames = []
+    for name in list(last_blocks.values())[-2:]:
+        image, row, column = np.indices(maps["before"][name].shape).reshape(3, -1)
+        frame = {
+            "image": np.take(places, image),
+            "block": name,
+            "row": row,
+            "column": column,
+        }
+        for when, map_by_block in maps.items():
+            frame[when] = map_by_block[name].flatten().double().cpu().numpy().round(3)
+        frames.append(pd.DataFrame(frame))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _attention_maps(model, x):
+    """Return {block name: [B, height, width]}, the attention that tokens of images x receive.
+
+    It is the mean over heads, where 1 is what each token would get of equal shares.
+    """
+    kind, maps = models.view(model).kind, {}
+    for name, weights in _attention_weights(model, x).items():
+        shares = weights.float().mean(1) * weights.shape[-1]  # [.., from, to]
+        if kind == "vit":
+            # A ViT that reads its class token: from that token, not from the one for distillation.
+            # Other ViTs: from all tokens, in the mean.
+            by_token = getattr(model, "global_pool", "") == "token" and model.cls_token is not None
+            received = shares[:, 0] if by_token else shares.mean(1)
+            patches = received[:, getattr(model, "num_prefix_tokens", 0) :]
+            maps[name] = patches.unflatten(1, model.patch_embed.grid_size)
+        else:
+            # Swin: from the tokens of the same window, with those that pad it, in the mean. Windows
+            # lie in the first dimension and are put back where they were in the image.
+            maps[name] = _windows_in_place(shares.mean(1), model.get_submodule(name))
+    return maps
+
+
+@torch.no_grad()
+def _attention_weights(model, x):
+    """Return {block name: attention weights} of images x in evaluation mode; rows sum to 1.
+
+    x: [B, 3, H, W]
+    Returns tensors [B, heads, tokens, tokens], from and to; of Swin [B * windows, heads, tokens of
+    a window, tokens of a window].
+    """
+    # The copy is changed, so that the model stays as it is.
+    model = copy.deepcopy(model).eval()
+    weights = {}
+    for block in models.view(model).blocks:
+        if block.num_heads:  # a cut may have left none
+            block.attn.fused_attn = False  # the fused kernel keeps the weights to itself
+            block.attn.attn_drop.register_forward_hook(partial(_keep_output, weights, block.name))
+    model(x)
+    return weights
+
+
+def _keep_output(outputs, name, module, inputs, output):
+    outputs[name] = output
+
+
+def _windows_in_place(received, block):
+    """Return values [B * windows, tokens of a window] of a Swin block as images [B, H, W]."""
+    height, width = block.input_resolution
+    rows, columns = block.window_size
+    # Windows at the right and lower edge are filled up with padding, which is cut off again.
+    padded = height + -height % rows, width + -width % columns
+    windows = received.view(-1, rows, columns, 1)
+    image = swin_transformer.window_reverse(windows, block.window_size, *padded)[..., 0]
+    # In every second block the windows are shifted.
+    return image[:, :height, :width].roll(tuple(block.shift_size), (1, 2))
+
+
+# -- for head_map
+
+
 def unit_table(scores, alive):
     """Return units with their scores and whether they are left, as a frame.
 
@@ -312,55 +386,3 @@ def unit_table(scores, alive):
         for unit, score in enumerate(tensor.tolist()):
             rows.append((*key, unit, score, unit in left))
     return pd.DataFrame(rows, columns=["block", "kind", "unit", "score", "kept"])
-
-
-# ---- Singular values, to be drawn ----
-
-
-def spectra(model, grams=None, *, points=24, damping=1e-3):
-    """Return the singular values of the linear layers but the classifier, as a DataFrame.
-
-    grams: {layer: [n, n]} of scores.grams, for the values of W S as in the SVD of `compress`; None
-        for those of W.
-    points: about how many ranks of each layer to show, from 1 to the last: half of them in equal
-        steps, half in equal steps of their logarithm.
-    damping: share of the mean of the gram's diagonal that is added to it, see lowrank.damped.
-
-    Returns a row for each layer and rank:
-        layer, block, role, m, n, rank,
-        sigma: the singular value of that rank,
-        energy: share of the squares up to it, in [0, 1]; 1 at the last rank,
-        break_even: rank below which two thin layers execute fewer MACs (layers.break_even_rank).
-    """
-    view = models.view(model)
-    rows = []
-    for name, layer in view.linears().items():
-        weight = layer.weight.detach()
-        m, n = weight.shape
-        block = view.block_of(name)
-        sigma = lowrank.spectrum(weight, sweep.fitting_gram(grams, name, n, damping))
-        energy = sigma.square().cumsum(0)
-        energy = energy / energy[-1].clamp_min(lowrank.TINY)
-        for rank in _spread_ranks(min(m, n), points):
-            rows.append(
-                {
-                    "layer": name,
-                    "block": block and block.name,
-                    "role": view.role(name),
-                    "m": m,
-                    "n": n,
-                    "rank": rank,
-                    "sigma": sigma[rank - 1].item(),
-                    "energy": energy[rank - 1].item(),
-                    "break_even": layers.break_even_rank(m, n),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _spread_ranks(largest, points):
-    """Return distinct ranks from 1 to the largest, half linearly, half logarithmically spaced."""
-    steps = [(i + 1) / (points // 2) for i in range(points // 2)]
-    ranks = {round(largest * step) for step in steps}
-    ranks |= {round(largest**step) for step in steps}
-    return sorted((ranks | {1}) - {0})

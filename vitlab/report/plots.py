@@ -7,28 +7,35 @@ Public: accuracy_curve, agreement, class_change, draw_each, ladder, prediction_a
 roofline, sensitivity_curves, speedup_bars, tradeoff, training_curves.
 """
 
-import itertools
+from itertools import cycle
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import display
 from matplotlib import ticker
+from matplotlib.lines import Line2D
 
-from vitlab.names import unknown
+from vitlab.names import check
 from vitlab.report import style, tables
 from vitlab.report.style import (
+    COLORS,
     DENSE,
+    HALF,
+    KINDS,
     LINES,
+    MARKERS,
     WIDE,
+    error_bars,
     legend_beside,
     looks,
     mean_and_range,
     new_axes,
     panels_beside,
+    shades,
+    styled,
 )
-from vitlab.report.tables import caption
+from vitlab.report.tables import DENSE_POINTS, STAGES, TOP1, caption
 
 
 def _named_cuts(rows):
@@ -53,10 +60,10 @@ def _legend_of(ax, colors, markers):
         _legend_entry(ax, name, color="0.4", linestyle="", marker=marker)
 
 
-# -- figures
+# -- accuracy
 
 
-@style.styled
+@styled
 def training_curves(history):
     """Draw accuracy over the epochs: a panel for each method, a line for each target.
 
@@ -64,15 +71,16 @@ def training_curves(history):
     mean and range.
     Returns a Figure.
     """
-    methods = history.method.unique()
+    methods = history.groupby("method", sort=False)
     figure, panels = panels_beside(len(methods), 1 + 3.4 * len(methods))
+    # A target has one colour in all panels.
     styles = looks(sorted(history.target.dropna().unique()))
-    for ax, method in zip(panels, methods, strict=True):
-        rows = history[history.method == method]
+    for ax, (method, rows) in zip(panels, methods, strict=True):
         for target, line in rows.groupby("target", dropna=False):
+            # Without a target, the line is of the dense model.
             label = f"{target:.0%} cut" if pd.notna(target) else method
-            style = styles.get(target, DENSE)
-            mean_and_range(ax, line.groupby("epoch").train_top1, label=label, **style)
+            look = styles.get(target, DENSE)
+            mean_and_range(ax, line.groupby("epoch").train_top1, label=label, **look)
         ax.set_title(method, fontsize=12)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -81,47 +89,44 @@ def training_curves(history):
     return figure
 
 
-@style.styled
+@styled
 def accuracy_curve(rows):
     """Draw test top-1 (%) over the share cut.
 
     A series has a colour, a stage a kind of line. Bars are the range over seeds. Grey lines are the
-    dense model's, one for each set of seeds that cuts have. A series of fewer seeds than others is
-    named with them.
+    dense model's, one for each set of seeds that cuts have.
 
-    rows: results.csv of one model.
+    rows: results.csv of one model, whose targets are shares that go.
     Returns the Axes.
     """
     ax = new_axes(*WIDE)
-    cuts = _named_cuts(rows[rows.target.notna()])
+    cuts = _named_cuts(rows)
     styles = looks(cuts.series)
     for (name, stage), line in cuts.groupby(["series", "stage"], sort=False):
-        style = styles[name] | LINES.get(stage, {})
-        mean_and_range(ax, line.groupby("target").top1, **style)
-    for name, mark in tables.marks(tables.sets_of_seeds(cuts, "series")).items():
+        look = styles[name] | LINES.get(stage, {})
+        mean_and_range(ax, line.groupby("target").top1, **look)
+    # A series of fewer seeds than others is named with them.
+    for name, mark in tables.marks(cuts, "series").items():
         _legend_entry(ax, name + mark, **styles[name])
-    for stage, style in LINES.items():
+    for stage, look in LINES.items():
         if stage in set(cuts.stage):
-            _legend_entry(ax, tables.STAGES[stage], color="0.35", **style)
+            _legend_entry(ax, STAGES[stage], color="0.35", **look)
     _dense_lines(ax, rows, cuts)
-    is_budget = cuts.target_kind.isin(["macs", "params", "bytes", "latency"]).any()
-    ax.set(xlabel="share kept" if is_budget else "share cut", ylabel=tables.TOP1)
+    ax.set(xlabel="share cut")
     ax.xaxis.set_major_formatter("{x:.0%}")
-    _stretch_top(ax, cuts.top1.min(), rows.top1.max())
+    _accuracy_axis(ax, cuts.top1.min(), rows.top1.max())
     legend_beside(ax)
     return ax
 
 
-@style.styled
+@styled
 def tradeoff(rows, x="macs", *, names=()):
     """Draw test top-1 (%) over a cost.
 
-    A series has a colour and a marker, and a thin line through its targets. Of each cut the last of
-    `finetuned` and `distilled` is shown. What is `reconstructed` and was not trained yet has a
-    hollow marker. Controls are grey: the dense model, the same with as many epochs of training
-    (both with a line across) and random cuts. The dark step line joins the points, ringed, that no
-    other beats; those of fewer seeds than others stand back there, as in `best_under`. Points are
-    means over seeds, bars their range.
+    A series has a colour and a marker, and a thin line through its targets. Points are means over
+    seeds, bars their range. What is `reconstructed` and was not trained yet has a hollow marker.
+    Controls are grey: the dense model, the same with as many epochs of training (both with a line
+    across) and random cuts. The dark step line joins the points, ringed, that no other beats.
 
     rows: results.csv of one model. Masked models stand where their dense tensors put them.
     x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
@@ -130,8 +135,7 @@ def tradeoff(rows, x="macs", *, names=()):
     Returns the Axes.
     Raises ValueError for another column or where no row has it.
     """
-    if x not in tables.AXES or x not in rows:
-        raise ValueError(unknown("cost", x, tables.costs_of(rows)))
+    check("cost", x, tables.costs_of(rows))
     final = _final_rows(rows.rename(columns={x: "cost"}))
     if final.empty:
         raise ValueError(
@@ -139,27 +143,24 @@ def tradeoff(rows, x="macs", *, names=()):
         )
     unit, factor = tables.AXES[x]
     points = _final_points(final, factor)
-    styles = looks([*names, *points.series])
-    for stage, look in tables.DENSE_POINTS.items():
-        styles[tables.STAGES[stage]] = look
-    marks = tables.marks(points.groupby("series").seeds.agg(lambda sets: max(sets, key=len)))
+    dense = {STAGES[stage]: look for stage, look in DENSE_POINTS.items()}
+    styles = looks([*names, *points.series]) | dense
+    marks = tables.marks(final, "series")
     height = max(4.4, 1.2 + 0.23 * len(marks))  # inches: the legend has as many lines
     ax = new_axes(WIDE[0] + 1, height)
     _front(ax, points)
-    for name in _controls_first(points.series.unique()):
+    # Dense models come first, then random cuts, then all others.
+    series = sorted(
+        points.series.unique(), key=lambda name: (name not in dense, not tables.is_random(name))
+    )
+    for name in series:
         line = points[points.series == name]
         _line(ax, line, styles[name], name + marks[name])
     if (points.stage == "reconstructed").any():
-        ax.scatter(
-            [],
-            [],
-            s=40,
-            label="hollow: reconstructed,\nnot trained",
-            facecolor="white",
-            edgecolor="0.35",
-        )
-    ax.set(xlabel=unit, ylabel=tables.TOP1)
-    _stretch_top(ax, final.top1.min(), final.top1.max())
+        label = "hollow: reconstructed,\nnot trained"
+        ax.scatter([], [], s=40, label=label, facecolor="white", edgecolor="0.35")
+    ax.set(xlabel=unit)
+    _accuracy_axis(ax, final.top1.min(), final.top1.max())
     legend_beside(ax)
     return ax
 
@@ -167,14 +168,15 @@ def tradeoff(rows, x="macs", *, names=()):
 def _final_rows(rows):
     """Return the rows of the last stage of each cut, and of dense models of the same seeds."""
     rows = rows.dropna(subset=["cost", "top1"])
-    rows = rows[rows.stage.isin([*tables.DENSE_POINTS, "reconstructed", "finetuned", "distilled"])]
+    rows = rows[rows.stage.isin([*DENSE_POINTS, "reconstructed", "finetuned", "distilled"])]
     cuts = tables.only_cuts(rows)
     if len(cuts):
         rows = rows[rows.seed.isin(cuts.seed)]
-    words = rows.stage.where(rows.stage.isin(tables.DENSE_POINTS)).map(tables.STAGES)
+    words = rows.stage.where(rows.stage.isin(DENSE_POINTS)).map(STAGES)
     rows = rows.assign(
         series=words.fillna(tables.series(rows)), is_distilled=rows.stage == "distilled"
     )
+    # What was distilled was fine-tuned before, which is not its last stage.
     cut = rows.groupby(["series", "target_kind", "target"], dropna=False)
     return rows[(rows.stage != "finetuned") | ~cut.is_distilled.transform("any")]
 
@@ -195,78 +197,49 @@ def _final_points(rows, factor):
     return points.reset_index()
 
 
-def _controls_first(names):
-    """Return names of series in the order in which they are drawn: dense, random, others."""
-    dense = [tables.STAGES[stage] for stage in tables.DENSE_POINTS]
-    return sorted(names, key=lambda name: (name not in dense, not tables.is_random(name)))
-
-
 def _front(ax, points):
     """Ring the points that no other of as many seeds beats, and join them by a step line."""
-    is_dense = points.stage.isin(tables.DENSE_POINTS)
+    is_dense = points.stage.isin(DENSE_POINTS)
     counts = points.seeds.map(len)
+    # Cuts of fewer seeds than others stand back: a single one may be lucky. Dense models stay.
     most = counts[~is_dense].max()
     ranked = points[is_dense | (counts == most)]
     best = ranked[tables.pareto(ranked.cost_mean, ranked.top1_mean)].sort_values("cost_mean")
+    # The line goes on to the right edge, as a dearer model need not be worse than the last one.
     edge = points.cost_mean.max() + 0.04 * np.ptp(points.cost_mean)
     costs = [*best.cost_mean, edge]
     heights = [*best.top1_mean, best.top1_mean.iloc[-1]]
-    ax.plot(
-        costs,
-        heights,
-        drawstyle="steps-post",
-        zorder=1,
-        color="0.25",
-        linewidth=1.2,
-    )
-    ax.scatter(
-        best.cost_mean,
-        best.top1_mean,
-        s=150,
-        zorder=5,
-        facecolor="none",
-        edgecolor="0.25",
-        linewidth=1.2,
-    )
+    look = {"linewidth": 1.2, "color": "0.25"}
+    ax.plot(costs, heights, drawstyle="steps-post", zorder=1, **look)
+    ring = {"s": 150, "zorder": 5, "facecolor": "none", "edgecolor": "0.25", "linewidth": 1.2}
+    ax.scatter(best.cost_mean, best.top1_mean, **ring)
     label = "best for its cost"
     if len(ranked) < len(points):
         label += f",\nof {most:g} seeds"
     _legend_entry(ax, label, color="0.25", marker="o", markersize=11, markerfacecolor="none")
 
 
-def _line(ax, points, style, label):
+def _line(ax, points, look, label):
     """Draw the points of one series, with a line across if they are of dense models."""
+    color = look["color"]
     for is_hollow, part in points.groupby(points.stage == "reconstructed"):
-        _points(ax, part, style, is_hollow)
-    if points.stage.iloc[0] in tables.DENSE_POINTS:
+        _points(ax, part.sort_values("cost_mean"), look, is_hollow)
+    if points.stage.iloc[0] in DENSE_POINTS:
         top1 = points.top1_mean.mean()
-        ax.axhline(top1, color=style["color"], linewidth=0.8, linestyle=":", zorder=0)
-    ax.scatter([], [], s=55, label=label, **style)
+        ax.axhline(top1, color=color, linewidth=0.8, linestyle=":", zorder=0)
+    ax.scatter([], [], s=55, label=label, **look)
 
 
-def _points(ax, points, style, is_hollow):
+def _points(ax, points, look, is_hollow):
     """Draw points of one series with bars for their range and, if trained, a line through them."""
-    points = points.sort_values("cost_mean")
     places = points.cost_mean, points.top1_mean
-    color, marker = style["color"], style["marker"]
+    color = look["color"]
     if is_hollow:
-        ax.scatter(
-            *places,
-            s=30,
-            marker=marker,
-            zorder=4,
-            facecolor="white",
-            edgecolor=color,
-            linewidth=1.4,
-        )
+        hollow = {"s": 30, "zorder": 4, "facecolor": "white", "linewidth": 1.4}
+        ax.scatter(*places, marker=look["marker"], edgecolor=color, **hollow)
     else:
-        ax.scatter(
-            *places,
-            s=60,
-            marker=marker,
-            color=color,
-            zorder=style.get("zorder", 3),
-        )
+        # Filled points lie below the hollow ones of the same series, those of dense models on top.
+        ax.scatter(*places, s=60, **{"zorder": 3} | look)
         ax.plot(*places, color=color, linewidth=0.8, alpha=0.5, zorder=1)
     x = points[["cost_below", "cost_above"]].to_numpy().T
     y = points[["top1_below", "top1_above"]].to_numpy().T
@@ -275,18 +248,16 @@ def _points(ax, points, style, is_hollow):
 
 
 _FILLS = {  # colour and hatch of a stage's bars
-    "dense": ("0.35", ""),
-    "dense+epochs": ("0.35", ""),
     "cut": ("0.85", "///"),
-    "folded": (style.COLORS[8], "--"),
-    "compensated": (style.COLORS[9], ".."),
-    "reconstructed": (style.COLORS[1], "xx"),
-    "finetuned": (style.COLORS[0], ""),
-    "distilled": (style.COLORS[2], "\\\\"),
+    "folded": (COLORS[8], "--"),
+    "compensated": (COLORS[9], ".."),
+    "reconstructed": (COLORS[1], "xx"),
+    "finetuned": (COLORS[0], ""),
+    "distilled": (COLORS[2], "\\\\"),
 }
 
 
-@style.styled
+@styled
 def recovery(rows):
     """Draw test top-1 (%) of every cut as bars: after it and after each step of recovery.
 
@@ -296,18 +267,20 @@ def recovery(rows):
     Returns the Axes.
     """
     cuts = _named_cuts(rows)
+    # A name has a line for each part, as names stand side by side below the bars.
     targets = cuts.target.map("{:.0%}".format)
     cuts["name"] = cuts.series.str.replace(", ", "\n") + "\n" + targets
-    marks = tables.marks(tables.sets_of_seeds(cuts, "name")).str.replace(", ", "\n", n=1)
+    marks = tables.marks(cuts, "name").str.replace(", ", "\n", n=1)
     heights = cuts.groupby(["name", "stage"]).top1.mean().unstack().reindex(marks.index)
-    stages = [stage for stage in tables.STAGES if stage in heights]
+    # Bars of a cut stand in the order in which it went through the stages.
+    stages = [stage for stage in STAGES if stage in heights]
     ax = _bar_axes(marks.index + marks, 0.2 + 0.175 * max(4, len(stages)))
-    heights = heights[stages].rename(columns=tables.STAGES)
-    colors, hatches = zip(*map(_FILLS.get, stages), strict=True)
-    _bar_groups(ax, heights, colors, hatches, form="{:.0f}", fontsize=9, pad=0.5)
+    heights = heights[stages].rename(columns=STAGES)
+    fills = map(_FILLS.get, stages)
+    _bar_groups(ax, heights, fills, form="{:.0f}", fontsize=9, pad=0.5)
     _dense_lines(ax, rows, cuts.dropna(subset="top1"))
-    ax.set(ylabel=tables.TOP1, ylim=(0, 105))
-    style.legend_beside(ax)
+    ax.set(ylabel=TOP1, ylim=(0, 105))
+    legend_beside(ax)
     return ax
 
 
@@ -316,77 +289,74 @@ def _bar_axes(names, space):
 
     space: inches for the bars of one group; a long word of a name may take more.
     """
-    words = "\n".join(map(str, names)).split("\n")
+    words = "\n".join(names).split("\n")
     space = max(space, 0.2 + 0.095 * max(map(len, words)))
-    ax = style.new_axes(max(style.WIDE[0], 3 + space * len(names)), style.WIDE[1])
+    ax = new_axes(max(WIDE[0], 3 + space * len(names)), WIDE[1])
     ax.set_xticks(range(len(names)), names, fontsize=10)
     ax.grid(False, axis="x")
     return ax
 
 
-def _bar_groups(ax, heights, colors, hatches, *, form, fontsize, pad, spreads=None):
+def _bar_groups(ax, heights, fills, *, form, fontsize, pad, spreads=None):
     """Draw a group of bars for each row of a frame, with a bar for each column, and numbers above.
 
     heights: a frame; its columns name the bars in the legend.
-    colors, hatches: of each column.
+    fills: (colour, hatch) of each column.
     form: of the numbers, such as "{:.0f}"; fontsize: theirs; pad: of the box around them.
-    spreads: lengths of error bars for each column, or None for bars without.
+    spreads: frames of the lengths of error bars below and above, or None for bars without.
     """
+    # A group is 0.8 wide, in the middle over its tick.
     width = 0.8 / heights.shape[1]
     middle = (heights.shape[1] - 1) / 2
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": pad}
-    for i, label in enumerate(heights):
-        places = np.arange(len(heights)) + (i - middle) * width
-        style = {
-            "color": colors[i],
-            "hatch": hatches[i],
-            "edgecolor": "0.2",
-            "label": label,
-        }
+    for i, (label, (color, hatch)) in enumerate(zip(heights, fills, strict=False)):
+        look = {"color": color, "hatch": hatch, "edgecolor": "0.2", "label": label}
         if spreads:
-            style |= {"yerr": spreads[i], "capsize": 2}
-        bars = ax.bar(places, heights[label], width, **style)
+            look |= {"yerr": [frame[label] for frame in spreads], "capsize": 2}
+        places = np.arange(len(heights)) + (i - middle) * width
+        bars = ax.bar(places, heights[label], width, **look)
         ax.bar_label(bars, fmt=form, fontsize=fontsize, padding=2, bbox=box)
 
 
-@style.styled
+@styled
 def ladder(rows, *, names=()):
     """Draw test top-1 (%) after each step of recovery from one cut, in the order of the steps.
 
     A series has a line. Points are means over seeds, bars their range. Hollow points are of no
-    training. Grey lines are the dense model's, as in `accuracy_curve`. The legend goes from the
-    best at the last step to the worst.
+    training. Grey lines are the dense model's, as in `accuracy_curve`.
 
     rows: results.csv of one model and one budget (target_kind and target), and of the dense model.
     names: `series` of more rows, so that each looks the same in several figures.
     Returns the Axes.
     Raises ValueError for rows of several budgets, or of none.
     """
-    cuts = _named_cuts(rows[rows.stage.isin(tables.STAGES) & rows.top1.notna()])
+    cuts = _named_cuts(rows[rows.stage.isin(STAGES) & rows.top1.notna()])
     budgets = cuts[["target_kind", "target"]].drop_duplicates().values.tolist()
     if len(budgets) != 1:
         raise ValueError(f"a ladder is of one budget, and the rows have {len(budgets)}: {budgets}")
-    stages = [stage for stage in tables.STAGES if stage in set(cuts.stage)]
+    stages = [stage for stage in STAGES if stage in set(cuts.stage)]
     cuts["step"] = cuts.stage.map(stages.index)
-    means = cuts.groupby(["series", "step"]).top1.mean().unstack()
-    last = means.ffill(axis=1).iloc[:, -1].sort_values(ascending=False, kind="stable")
+    # The legend goes from the best at its last step to the worst.
+    last = cuts.groupby(["series", "step"]).top1.mean().groupby("series").last()
+    order = last.sort_values(ascending=False, kind="stable").index
     # Equal points stand side by side.
-    cuts["step"] += 0.025 * (cuts.series.map(last.index.get_loc) - (len(last) - 1) / 2)
+    cuts["step"] += 0.025 * (cuts.series.map(order.get_loc) - (len(order) - 1) / 2)
     styles = looks([*names, *cuts.series])
-    marks = tables.marks(tables.sets_of_seeds(cuts, "series"))
+    marks = tables.marks(cuts, "series")
     ax = new_axes(max(WIDE[0], 3.5 + 1.2 * len(stages)), 4.4)
-    for name in last.index:
+    for name in order:
         line = cuts[cuts.series == name]
-        style = styles[name] | {"markersize": 7}
-        mean_and_range(ax, line.groupby("step").top1, label=name + marks[name], **style)
+        look = styles[name] | {"markersize": 7}
+        mean_and_range(ax, line.groupby("step").top1, label=name + marks[name], **look)
+        # White points cover those of the line.
         untrained = line[~line.stage.isin(["finetuned", "distilled"])]
         points = untrained.groupby("step").top1.mean()
-        ax.plot(points, markerfacecolor="white", linestyle="", zorder=3, **style)
+        ax.plot(points, markerfacecolor="white", linestyle="", zorder=3, **look)
     _dense_lines(ax, rows, cuts)
-    words = [tables.STAGES[stage].replace(", ", ",\n") for stage in stages]
+    words = [STAGES[stage].replace(", ", ",\n") for stage in stages]
     ax.set_xticks(range(len(stages)), words)
-    ax.set(xlabel="step of recovery", ylabel=tables.TOP1, xlim=(-0.3, len(stages) - 0.7))
-    _stretch_top(ax, cuts.top1.min(), rows.top1.max())
+    ax.set(xlabel="step of recovery", xlim=(-0.3, len(stages) - 0.7))
+    _accuracy_axis(ax, cuts.top1.min(), rows.top1.max())
     legend_beside(ax)
     return ax
 
@@ -394,37 +364,31 @@ def ladder(rows, *, names=()):
 def _dense_lines(ax, rows, cuts):
     """Draw grey lines at the mean top-1 of the dense model.
 
-    Those of the model with as many epochs of training are dash-dotted. Each set of seeds that cuts
-    have gets lines of its own, so that all are held against dense models of their own seeds.
+    Those of the model with as many epochs of training are dash-dotted.
     """
-    sets = tables.sets_of_seeds(cuts, ["series", "target", "stage"]).drop_duplicates()
-    sets = sorted(sets, key=len, reverse=True) or [tuple(rows.seed.unique())]
+    # Each set of seeds that cuts have gets lines of its own, so that all are held against dense
+    # models of their own seeds. The lines of the largest set are the darkest.
+    sets = tables.sets_of_seeds(cuts, ["series", "target", "stage"]).unique()
     color = "0.35"
-    for seeds in sets:
+    for seeds in sorted(sets, key=len, reverse=True):
+        mark = tables.of_seeds(seeds) if len(sets) > 1 else ""
         dense = rows[rows.seed.isin(seeds)]
         for stage, line in (("dense", "-"), ("dense+epochs", "-.")):
             top1 = dense.top1[dense.stage == stage]
-            label = tables.STAGES[stage] + (tables.of_seeds(seeds) if len(sets) > 1 else "")
             if len(top1):
-                ax.axhline(
-                    top1.mean(),
-                    label=label,
-                    color=color,
-                    linestyle=line,
-                    linewidth=1,
-                    zorder=0,
-                )
+                look = {"color": color, "linestyle": line, "linewidth": 1, "zorder": 0}
+                ax.axhline(top1.mean(), label=STAGES[stage] + mark, **look)
         color = "0.65"
 
 
-def _stretch_top(ax, low, high):
-    """Set a logarithmic y axis downwards from the best accuracy, in percent.
-
-    A point that is lost there takes more room than one far below.
+def _accuracy_axis(ax, low, high):
+    """Set a y axis of accuracy that is logarithmic downwards from the best, in percent.
 
     low, high: percent, what is to be seen.
     """
-    zero = high + 2  # percent: what the logarithm counts from
+    # A point that is lost near the best takes more room than one far below. The logarithm counts
+    # from two points above the best.
+    zero = high + 2
 
     def to_place(value):
         return -np.log(np.maximum(zero - value, 1e-6))
@@ -434,8 +398,9 @@ def _stretch_top(ax, low, high):
 
     bottom, top = zero - 1.12 * (zero - low), high + 0.4
     ax.set_yscale("function", functions=(to_place, to_value))
-    ax.set_ylim(bottom, top)
-    least = (to_place(top) - to_place(bottom)) / 14  # between two ticks
+    ax.set(ylabel=TOP1, ylim=(bottom, top))
+    # Ticks are at multiples of 10, then of 5, 2 and 1 where there is room between two of them.
+    least = (to_place(top) - to_place(bottom)) / 14
     ticks = []
     for step in (10, 5, 2, 1):
         first = max(0, bottom, high - 10 * step)  # fine steps on top only
@@ -443,57 +408,46 @@ def _stretch_top(ax, low, high):
             gaps = np.abs(to_place(tick) - to_place(np.array(ticks)))
             if (gaps > least).all():
                 ticks.append(tick)
-    ticks.sort()
-    ax.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    ax.yaxis.set_major_locator(ticker.FixedLocator(sorted(ticks)))
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-@style.styled
+# -- speed
+
+
+@styled
 def speedup_bars(table):
     """Draw how many times as fast as the first model the others are.
 
     Each model has a group of bars with quartiles, a bar for each way of running it. A short line
-    shows what the MACs promise where `promised` is known.
+    shows what the MACs promise.
 
-    table: columns model, speedup, speedup_q1, speedup_q3, and runtime, precision and batch where
-    these vary, as bench.latency returns it; several rows of one model and way (seeds) become their
-    mean.
+    table: columns model, speedup, speedup_q1, speedup_q3, promised, and runtime, precision and
+    batch where these vary, as roofline.bounds returns it; several rows of one model and way (seeds)
+    become their mean.
     Returns the Axes.
     """
     names, ways = table.model.unique(), _ways(table)
     order = ways.unique()
-    groups = table.groupby([table.model, ways])
-    means = {}
-    for column in ("speedup", "speedup_q1", "speedup_q3"):
-        means[column] = groups[column].mean().unstack().reindex(index=names, columns=order)
-    heights = means["speedup"]
-    below = (heights - means["speedup_q1"]).clip(lower=0)
-    above = (means["speedup_q3"] - heights).clip(lower=0)
+    quartiles = ["speedup_q1", "speedup", "speedup_q3"]
+    means = table.groupby([table.model, ways])[quartiles].mean()
+    # The mean over seeds may lie beside the quartiles of one of them.
+    means["below"] = (means.speedup - means.speedup_q1).clip(lower=0)
+    means["above"] = (means.speedup_q3 - means.speedup).clip(lower=0)
+    heights = means.speedup.unstack().loc[names, order]
+    spreads = [means[side].unstack().loc[names] for side in ("below", "above")]
     ax = _bar_axes(names, 0.25 + 0.3 * len(order))
-    _bar_groups(
-        ax,
-        heights,
-        style.COLORS * len(order),
-        ["", "///", "..", "xx", "\\\\", "++"] * len(order),
-        form="{:.1f}",
-        fontsize=8,
-        pad=0.3,
-        spreads=[[below[way], above[way]] for way in order],
-    )
-    if "promised" in table:
-        promised = table.groupby("model").promised.mean()[names]
-        places = np.arange(len(names))
-        ax.hlines(
-            promised,
-            places - 0.45,
-            places + 0.45,
-            label="promised by the MACs",
-            color="0.1",
-            linewidth=1.2,
-        )
+    fills = zip(cycle(COLORS), cycle(["", "///", "..", "xx", "\\\\", "++"]), strict=True)
+    words = {"form": "{:.1f}", "fontsize": 8, "pad": 0.3}
+    _bar_groups(ax, heights, fills, spreads=spreads, **words)
+    promised = table.groupby("model").promised.mean()[names]
+    places = np.arange(len(names))
+    label = "promised by the MACs"
+    ax.hlines(promised, places - 0.45, places + 0.45, label=label, color="0.1", linewidth=1.2)
     ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
     ax.set(ylabel=f"times as fast as\n{names[0]}")
-    style.legend_beside(ax)
+    legend_beside(ax)
     return ax
 
 
@@ -504,38 +458,32 @@ def _ways(table):
     return tables.in_words(table[varied], formats, ", ")
 
 
-@style.styled
+@styled
 def roofline(table):
     """Draw the work done per second over the work per byte, under the machine's ceilings.
 
     There is a point for each row, a colour for each model and a line for each precision: at its
-    left the rate of the memory (a band, as caches make small operations faster), at its right that
-    of matrix products.
+    left the rate of the memory (a band), at its right that of matrix products.
 
     table: as roofline.bounds returns it.
     Returns the Axes.
     """
-    intensity = table.batch_macs / table.batch_bytes
-    rate = table.batch_macs / (1000000 * table.latency_ms)  # 10^9 MACs per second
-    ways = _ways(table)
-    colors = dict(zip(table.model.unique(), itertools.cycle(style.COLORS), strict=False))
-    markers = dict(zip(ways.unique(), itertools.cycle(style.MARKERS), strict=False))
-    ax = style.new_axes(style.WIDE[0], max(4.2, 0.8 + 0.25 * len(colors)))
-    _ceilings(ax, table, np.geomspace(intensity.min() / 2, intensity.max() * 2, 200))
-    for i, (name, color) in enumerate(colors.items()):
-        size = max(24, 160 * 0.6**i)  # the earlier ones show behind others at the same place
-        for way, marker in markers.items():
-            is_here = (table.model == name) & (ways == way)
-            if is_here.any():
-                ax.scatter(
-                    intensity[is_here],
-                    rate[is_here],
-                    s=size,
-                    zorder=2 + i / 100,
-                    color=color,
-                    marker=marker,
-                    edgecolor="white",
-                )
+    table = table.assign(
+        way=_ways(table),
+        intensity=table.batch_macs / table.batch_bytes,
+        rate=table.batch_macs / (1000000 * table.latency_ms),  # 10^9 MACs per second
+    )
+    colors = dict(zip(table.model.unique(), cycle(COLORS), strict=False))
+    markers = dict(zip(table.way.unique(), cycle(MARKERS), strict=False))
+    ax = new_axes(WIDE[0], max(4.2, 0.8 + 0.25 * len(colors)))
+    _ceilings(ax, table)
+    places = {name: place for place, name in enumerate(colors)}
+    for (name, way), points in table.groupby(["model", "way"], sort=False):
+        # The points of earlier models are larger, and show behind later ones at the same place.
+        place = places[name]
+        look = {"s": max(24, 160 * 0.6**place), "zorder": 2 + place / 100}
+        look |= {"color": colors[name], "marker": markers[way]}
+        ax.scatter(points.intensity, points.rate, edgecolor="white", **look)
     markers.pop("", None)  # where nothing varies there is no way to name
     _legend_of(ax, colors, markers)
     ax.set(
@@ -548,28 +496,27 @@ def roofline(table):
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(ticker.NullLocator())
-    style.legend_beside(ax)
+    legend_beside(ax)
     return ax
 
 
-def _ceilings(ax, table, intensity):
+def _ceilings(ax, table):
     """Draw the rate that the machine allows at each intensity (MACs per byte), by precision."""
+    intensity = np.geomspace(table.intensity.min() / 2, table.intensity.max() * 2, 200)
     for precision, rows in table.groupby("precision", sort=False):
         top = rows.macs_per_s.max() / 1e9
+        # Caches make small operations faster than the memory is: hence a band.
         slow = np.minimum(top, intensity * (rows.bytes_per_s.min() / 1e9))
         fast = np.minimum(top, intensity * (rows.bytes_per_s.max() / 1e9))
         line = "-" if precision == "float32" else "--"
-        ax.plot(
-            intensity,
-            fast,
-            color="0.3",
-            linestyle=line,
-            label=f"ceiling, {precision}",
-        )
+        ax.plot(intensity, fast, color="0.3", linestyle=line, label=f"ceiling, {precision}")
         ax.fill_between(intensity, slow, fast, color="0.9", zorder=0)
 
 
-@style.styled
+# -- scores and predictions
+
+
+@styled
 def sensitivity_curves(frame):
     """Draw the rise of the loss (nats) over the share cut from one layer alone, by role and block.
 
@@ -578,22 +525,24 @@ def sensitivity_curves(frame):
     frame: columns role, block, ratio, increase, as sensitivity.curves returns it.
     Returns a Figure.
     """
-    roles = frame.role.unique()
-    colors = style.shades(frame.block.dropna().unique())
-    figure, panels = style.panels_beside(len(roles), 1 + 2.6 * len(roles))
-    for ax, role in zip(panels, roles, strict=True):
-        lines = frame[frame.role == role].groupby("block", sort=False, dropna=False)
-        for block, line in lines:
-            color = colors.get(block, "0.3")
-            ax.plot(line.ratio, line.increase, marker=".", color=color, label=block)
+    roles = frame.groupby("role", sort=False)
+    colors = shades(frame.block.dropna().unique())
+    figure, panels = panels_beside(len(roles), 1 + 2.6 * len(roles))
+    for ax, (role, rows) in zip(panels, roles, strict=True):
+        for block, line in rows.groupby("block", sort=False, dropna=False):
+            color = colors.get(block, "0.3")  # a layer outside of blocks is grey
+            ax.plot(line.ratio, line.increase, marker=".", color=color)
         ax.set(xlabel=f"share of {role} cut")
     panels[0].set(ylabel="rise of the loss (nats)")
-    handles = [plt.Line2D([], [], color=colors[block], marker=".", label=block) for block in colors]
+    # No panel need have all blocks, so that the legend has handles of its own.
+    handles = [
+        Line2D([], [], color=color, marker=".", label=block) for block, color in colors.items()
+    ]
     panels[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-@style.styled
+@styled
 def agreement(frame):
     """Draw the rank correlation between score and measured rise of the loss as bars.
 
@@ -602,16 +551,10 @@ def agreement(frame):
     frame: columns criterion, kind, spearman, as sensitivity.agreement returns it.
     Returns the Axes.
     """
-    width = max(style.HALF[0], 2.2 + 0.95 * frame.criterion.nunique())
-    ax = style.new_axes(width, style.HALF[1])
-    sns.barplot(
-        frame,
-        x="criterion",
-        y="spearman",
-        hue="kind",
-        errorbar=("pi", 100),
-        ax=ax,
-    )
+    width = max(HALF[0], 2.2 + 0.95 * frame.criterion.nunique())
+    ax = new_axes(width, HALF[1])
+    # Several seeds become a mean, with a bar from the lowest to the highest.
+    sns.barplot(frame, x="criterion", y="spearman", hue="kind", errorbar=("pi", 100), ax=ax)
     ax.axhline(0, color="0.3", linewidth=0.8)
     bottom = min(0, frame.spearman.min() - 0.1)
     ax.set(
@@ -619,71 +562,55 @@ def agreement(frame):
         ylabel="rank correlation with\nmeasured rise of the loss",
         ylim=(bottom, 1),
     )
-    style.legend_beside(ax)
+    legend_beside(ax)
     return ax
 
 
-@style.styled
+@styled
 def prediction_audit(frame):
     """Draw the measured over the predicted rise of the loss (nats), both logarithmic.
 
     Each cut has a point, a criterion has a colour, a kind a marker (KINDS has 13). On the diagonal
     the prediction is right, in the grey band within a factor of three. What is below the lowest
-    decade shown, so also 0 and less, is drawn hollow on the dotted edge. That decade is the one of
-    the smallest value above 0, but at most four under the largest.
+    decade shown, so also 0 and less, is drawn hollow on the dotted edge.
 
     frame: columns criterion, kind, predicted, measured.
     Returns the Axes.
     Raises ValueError where no value is above 0.
     """
     frame = frame.dropna(subset=["predicted", "measured"])
-    values = frame[["predicted", "measured"]].to_numpy(float)
-    positive = values[values > 0]
-    if not positive.size:
+    values = frame[["predicted", "measured"]].astype(float)
+    top = values.max(axis=None)
+    if not top > 0:
         raise ValueError("no rise of the loss is above 0: logarithmic axes have nothing to show")
-    top = positive.max()
-    floor = 10 ** np.floor(np.log10(max(positive.min(), top / 1e4)))
-    styles = style.looks(frame.criterion)
+    # The lowest decade is the one of the smallest value above 0, but at most four under the top.
+    lowest = max(values[values > 0].min(axis=None), top / 1e4)
+    floor = 10 ** np.floor(np.log10(lowest))
+    frame = frame.assign(is_below=(values < floor).any(axis=1), **values.clip(floor))
+    styles = looks(frame.criterion)
     colors = {criterion: styles[criterion]["color"] for criterion in frame.criterion}
-    markers = dict(zip(frame.kind.unique(), itertools.cycle(style.KINDS), strict=False))
+    markers = dict(zip(frame.kind.unique(), cycle(KINDS), strict=False))
     # The legend has as many lines, in inches.
     height = max(4.4, 1.4 + 0.23 * (len(colors) + len(markers)))
-    ax = style.new_axes(height + 2.4, height)
+    ax = new_axes(height + 2.4, height)
     _diagonal(ax, np.array([floor / 1.5, 1.8 * top]))
-    frame = frame.assign(is_below=(values < floor).any(axis=1))
     for (criterion, kind), cuts in frame.groupby(["criterion", "kind"], sort=False):
         for is_below, part in cuts.groupby("is_below"):
             fill, edge = colors[criterion], "white"
             if is_below:
                 fill, edge = edge, fill
-            _rises(
-                ax,
-                part,
-                floor,
-                marker=markers[kind],
-                facecolor=fill,
-                edgecolor=edge,
-                zorder=2 + is_below,
-            )
+            look = {"marker": markers[kind], "facecolor": fill, "edgecolor": edge}
+            look |= {"s": 45, "zorder": 2 + is_below}
+            # Without clipping, points on the edge are whole.
+            ax.scatter(part.predicted, part.measured, clip_on=False, **look)
     _legend_of(ax, colors, markers)
     if frame.is_below.any():
-        _floor(ax, floor)
-    style.legend_beside(ax)
+        hollow = {"color": "0.4", "linestyle": "", "marker": "o", "markerfacecolor": "white"}
+        _legend_entry(ax, f"hollow: below {floor:g}", **hollow)
+        for line in (ax.axhline, ax.axvline):
+            line(floor, color="0.35", linestyle=":", linewidth=0.8)
+    legend_beside(ax)
     return ax
-
-
-def _floor(ax, floor):
-    """Draw the edges at which what is below the floor is drawn, and name the hollow marker."""
-    style = {"linestyle": "", "marker": "o", "markerfacecolor": "white"}
-    _legend_entry(ax, f"hollow: below {floor:g}", color="0.4", **style)
-    for line in (ax.axhline, ax.axvline):
-        line(floor, color="0.35", linestyle=":", linewidth=0.8)
-
-
-def _rises(ax, cuts, floor, **style):
-    """Draw cuts at their predicted and measured rise of the loss, at the edge what is below."""
-    predicted, measured = cuts.predicted.clip(floor), cuts.measured.clip(floor)
-    ax.scatter(predicted, measured, s=45, clip_on=False, **style)
 
 
 def _diagonal(ax, reach):
@@ -691,17 +618,14 @@ def _diagonal(ax, reach):
 
     reach: array of the ends of both axes, in nats.
     """
-    ax.fill_between(
-        reach,
-        reach / 3,
-        reach * 3,
-        color="0.93",
-        zorder=0,
-        label="within a factor of 3",
-    )
+    band = {"color": "0.93", "zorder": 0, "label": "within a factor of 3"}
+    ax.fill_between(reach, reach / 3, reach * 3, **band)
     ax.plot(reach, reach, color="0.35", linewidth=1, zorder=1, label="as predicted")
-    ax.set(xscale="log", yscale="log", xlim=reach, ylim=reach)
     ax.set(
+        xscale="log",
+        yscale="log",
+        xlim=reach,
+        ylim=reach,
         xlabel="predicted rise of the loss (nats)",
         ylabel="measured rise of the loss (nats)",
     )
@@ -711,45 +635,40 @@ def _diagonal(ax, reach):
     ax.set_box_aspect(1)
 
 
-@style.styled
+@styled
 def class_change(frame):
     """Draw the change of top-1 (percentage points) by class, the most forgotten on top.
 
-    Of more than 30 classes the 12 worst and the 12 best are drawn, with a gap that says how many
-    are not shown. The number of its images stands behind each name: of few, one weighs much.
-    Classes without images are left out.
+    Of more than 30 classes the 12 worst and the 12 best are drawn. The number of its images stands
+    behind each name: of few, one weighs much.
 
     frame: columns class, images and change, as evaluate.compare gives them; several rows of a class
     (seeds) become mean and range.
     Returns the Axes.
     Raises ValueError where no class is left.
     """
+    # Classes without images have no change and are left out.
     changes = tables.ranges_of(frame.dropna(subset="change").groupby("class", sort=False).change)
     if changes.empty:
         raise ValueError("no class has a change of its top-1 to show")
     changes = changes.sort_values("mean", kind="stable")
+    hidden = len(changes) - 24
     places = np.arange(len(changes), dtype=float)
-    hidden = len(changes) - 24 if len(changes) > 30 else 0
-    if hidden:
+    is_long = len(changes) > 30
+    if is_long:
+        # A gap between both halves says how many are not shown.
         changes = pd.concat([changes.head(12), changes.tail(12)])
-        places = np.arange(24) + np.where(np.arange(24) < 12, 0, 1.5)
-    ax = style.new_axes(6.4, 1 + 0.24 * (places[-1] + 1))
+        places = np.r_[:12, 13.5:25.5]
+    ax = new_axes(6.4, 1 + 0.24 * (places[-1] + 1))
     means = changes["mean"]
-    bars = ax.barh(places, means, 0.75, color=np.where(means < 0, style.COLORS[3], style.COLORS[0]))
-    lengths = style.error_bars(changes)
+    bars = ax.barh(places, means, 0.75, color=np.where(means < 0, COLORS[3], COLORS[0]))
+    lengths = error_bars(changes)
     if lengths is None:
         ax.bar_label(bars, fmt="{:+.1f}", fontsize=8, padding=3)
     else:
-        ax.errorbar(
-            means,
-            places,
-            xerr=lengths,
-            fmt="none",
-            ecolor="0.2",
-            capsize=2,
-            elinewidth=1,
-        )
-    if hidden:
+        look = {"fmt": "none", "ecolor": "0.2", "capsize": 2, "elinewidth": 1}
+        ax.errorbar(means, places, xerr=lengths, **look)
+    if is_long:
         _gap(ax, f"… {hidden} classes between …", 12.25)
     ax.axvline(0, color="0.35", linewidth=0.8)
     counts = frame.groupby("class").images.first()
@@ -767,17 +686,11 @@ def class_change(frame):
 def _gap(ax, words, height):
     """Write words across the axes at a height of the y axis."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    ax.text(
-        0.5,
-        height,
-        words,
-        fontsize=9,
-        color="0.35",
-        bbox=box,
-        ha="center",
-        va="center",
-        transform=ax.get_yaxis_transform(),
-    )
+    look = {"fontsize": 9, "color": "0.35", "ha": "center", "va": "center", "bbox": box}
+    ax.text(0.5, height, words, transform=ax.get_yaxis_transform(), **look)
+
+
+# -- a figure for each model
 
 
 def _file_part(value):

@@ -15,7 +15,8 @@ from vitlab import files, names
 
 # -- statistics: frames in, frames out
 
-CONDITION_COLUMNS = (  # columns; rows of one cut have the same values in all of them
+# Rows of one cut have the same values in all of these columns.
+CONDITION_COLUMNS = (
     "model",
     "method",
     "criterion",
@@ -39,8 +40,7 @@ DENSE_POINTS = {  # stages of models without a cut; their points lie on top of o
     "dense+epochs": {"color": "0.5", "marker": "*", "zorder": 4.5},
 }
 TOP1 = "test top-1 (%)"
-AXES = {  # column: (label with unit, factor to that unit)
-    "top1": (TOP1, 1),
+AXES = {  # costs, as column: (label with unit, factor to that unit)
     "params": ("parameters (M)", 1e-6),
     "nonzero": ("non-zero parameters (M)", 1e-6),
     "macs": ("MACs of one image (M)", 1e-6),
@@ -48,13 +48,10 @@ AXES = {  # column: (label with unit, factor to that unit)
     "bytes_disk": ("size on disk (MB)", 1e-6),
     "bytes_memory": ("weights in memory (MB)", 1e-6),
     "latency_ms": ("latency of one batch (ms)", 1),
-    "relative_latency": (
-        "latency of one batch, as a share of the dense model's",
-        1,
-    ),
-    "images_per_s": ("images per second", 1),
+    "relative_latency": ("latency of one batch, as a share of the dense model's", 1),
     "memory_mb": ("peak memory (MB)", 1),
 }
+_LIMITS = (0.75, 0.5, 0.25)  # shares of the dense model's cost
 _SLACK = 0.01  # a limit may be exceeded by this share, as budgets are met to within a hundredth
 
 
@@ -100,13 +97,12 @@ def in_words(rows, formats, between):
 def over_seeds(frame, keys):
     """Average the rows with equal keys over their seeds.
 
-    Where some rows of a key lack values that others have, only those with the most values count,
-    so that all means of one key are over the same seeds.
-
     frame: one row for each seed and keys.
     keys: list of columns.
     Returns a frame with the keys, the means of the other numbers and `seeds`, the number of seeds.
     """
+    # Where some rows of a key lack values that others have, only those with the most values count,
+    # so that all means of one key are over the same seeds.
     values = frame.notna().sum(axis=1)
     most = values.groupby([frame[key] for key in keys], dropna=False).transform("max")
     groups = frame[values == most].groupby(keys, sort=False, dropna=False)
@@ -128,13 +124,15 @@ def beside_dense(rows, *columns):
 def seeds_of(rows):
     """Say in words which seeds rows are of.
 
-    rows: a frame, of which rows without a seed or, where there is such a column, top1 do not count.
+    rows: any frame of a study.
     Returns for example "0, 1, 2", or "0, 1, 2 (some cuts: 0)" where some cuts have fewer, or
     "unknown".
     """
+    # A row without seed or without its top1 (a budget out of reach) shows nothing.
     measured = rows.dropna(subset=rows.columns.intersection(["seed", "top1"]))
     if "seed" not in measured or measured.empty:
         return "unknown"
+    # Dense models have all seeds, and would hide that cuts have fewer.
     cuts = only_cuts(measured) if "stage" in measured else measured
     keys = CONDITION_COLUMNS if "method" in cuts else ["model", "checkpoint"]
     keys = [key for key in keys if key in cuts]
@@ -162,11 +160,15 @@ def sets_of_seeds(rows, keys):
     return groups.seed.agg(lambda seeds: tuple(sorted(set(seeds))))
 
 
-def marks(sets):
+def marks(rows, keys):
     """Return an ending for the name of each group, such as ", seed 0"; "" where it has all seeds.
 
-    sets: tuples of seeds by group, a Series.
+    rows: a frame with the column seed.
+    keys: columns that tell groups apart.
+    Returns a Series by group.
     """
+    sets = sets_of_seeds(rows, keys)
+    # A group with as many seeds as any other has them all.
     missing = sets.map(len) < sets.map(len).max()
     return sets.map(of_seeds).where(missing, "")
 
@@ -191,44 +193,33 @@ def ranges_of(groups):
 def pareto(cost, value):
     """Find the points that no other beats.
 
-    One point beats another by costing at most as much and being worth more, or by costing less and
-    being worth as much.
-
     cost, value: Series of one index; low cost and high value are good.
     Returns a bool Series.
     """
-    costs, values = cost.to_numpy(), value.to_numpy()
-    # The comparisons have points down and their rivals across.
-    cost_down, value_down = costs[:, None], values[:, None]
-    by_value = (cost_down >= costs) & (value_down < values)
-    by_cost = (cost_down > costs) & (value_down <= values)
+    # The comparisons have points down and their rivals across. One point beats another by costing
+    # at most as much and being worth more, or by costing less and being worth as much.
+    costs, values = cost.to_numpy()[:, None], value.to_numpy()[:, None]
+    by_value = (costs >= costs.T) & (values < values.T)
+    by_cost = (costs > costs.T) & (values <= values.T)
     return pd.Series(~(by_value | by_cost).any(axis=1), cost.index)
 
 
-def best_under(rows, cost, limits=(0.75, 0.5, 0.25)):
-    """Find the best model at each limit of a cost, which is a share of the dense model's.
+def best_under(rows, cost):
+    """Find the best model at three quarters, half and a quarter of the dense model's cost.
 
     One cut is one method, criterion, form, target_kind, target and stage, with means over its
-    seeds. Of the cuts that fit, those of fewer seeds than others stand back. A limit may be
-    exceeded by a hundredth of itself, as budgets are met to within that. The best has the highest
-    `val_top1` of those that have one, else the highest test top-1, which favours the lucky one a
-    little.
+    seeds. The best has the highest `val_top1` of those that have one, else the highest test top-1,
+    which favours the lucky one a little.
 
     rows: results.csv of any models and seeds, the dense ones among them.
     cost: a column, such as macs, params, bytes_disk, latency_ms or relative_latency.
-    limits: shares in (0, 1] of the cost of the dense model of the same model and seed.
-    Returns a frame of a row per model and limit: model, cost, limit, method, ..., stage, top1
-    (test, percent), dense (its top-1), share and value of the cost, chosen_on ("val" or "test"),
-    seeds. Where nothing fits, method is "none" and the rest is missing. Models without a cut that
-    has this cost are left out.
-    Raises ValueError for another column, limits out of range, and rows without a dense model.
+    Returns a frame of a row per model and limit: model, cost, limit (a share of the cost of the
+    dense model of the same model and seed), method, ..., stage, top1 (test, percent), dense (its
+    top-1), share and value of the cost, chosen_on ("val" or "test"), seeds. Where nothing fits,
+    method is "none" and the rest is missing.
+    Raises ValueError for another column, and for rows without a dense model.
     """
-    if cost not in rows:
-        raise ValueError(names.unknown("cost", cost, costs_of(rows)))
-    if not all(0 < limit <= 1 for limit in limits):
-        raise ValueError(
-            f"limits are shares of the dense model's cost, in (0, 1]; got {list(limits)}"
-        )
+    names.check("cost", cost, costs_of(rows))
     if not (rows.stage == "dense").any():
         raise ValueError("no row of stage dense, so that no cost is known as a share")
     rows = beside_dense(rows, cost, "top1").dropna(subset=[cost, "top1"])
@@ -238,9 +229,11 @@ def best_under(rows, cost, limits=(0.75, 0.5, 0.25)):
     groups = rows.groupby(keys, dropna=False, sort=False)
     points = groups[["top1", "dense", "share", "value", "val"]].mean()
     points = points.assign(seeds=groups.seed.nunique()).reset_index()
+    # Models without a cut that has this cost are left out.
     points = points[points.model.isin(only_cuts(points).model)]
     best = []
-    for (model, cuts), limit in itertools.product(points.groupby("model", sort=False), limits):
+    for (model, cuts), limit in itertools.product(points.groupby("model", sort=False), _LIMITS):
+        # Budgets are met to within a hundredth, so a limit may be exceeded by that.
         fitting = cuts[cuts.share <= limit * (1 + _SLACK)]
         best.append({"model": model, "cost": cost, "limit": limit} | _best(fitting))
     columns = [*keys[1:], "top1", "dense", "share", "value", "chosen_on", "seeds"]
@@ -249,11 +242,12 @@ def best_under(rows, cost, limits=(0.75, 0.5, 0.25)):
 
 def costs_of(rows):
     """Return the names of the costs that rows have."""
-    return rows.columns.intersection(list(AXES)).drop("top1", errors="ignore")
+    return rows.columns.intersection(list(AXES))
 
 
 def _best(points):
     """Return the best of several points as a dict; its method is "none" where there is no point."""
+    # Of the cuts that fit, those of fewer seeds than others stand back.
     points = points[points.seeds == points.seeds.max()]
     by, chosen_on = ("val", "val") if points.val.notna().any() else ("top1", "test")
     ranked = points.dropna(subset=by).sort_values(by, kind="stable")
@@ -269,23 +263,21 @@ def audit_table(frame, by=("criterion", "kind")):
     by: columns that tell groups apart.
     Returns a frame with the columns of `by` and
     cuts: how many there are;
-    spearman: rank correlation of both, in [-1, 1]: do they come in the right order? It is nan for
-    fewer than three cuts or equal ones;
-    ratio: the median of measured / predicted, where a rise is predicted and one of both is a
-    millinat or more: are they of the right size? It is nan where there is none.
+    spearman: rank correlation of both, in [-1, 1]: do they come in the right order?
+    ratio: the median of measured / predicted: are they of the right size?
     Raises ValueError for a missing column.
     """
-    for column in (*by, "predicted", "measured"):
-        if column not in frame:
-            raise ValueError(names.unknown("column", column, frame.columns))
+    names.known([*by, "predicted", "measured"], frame, "column")
     rises = frame.dropna(subset=["predicted", "measured"])
     rows = []
     for name, cuts in rises.groupby(list(by), sort=False, dropna=False):
         both = cuts[["predicted", "measured"]]
+        # Spearman's correlation is Pearson's of the ranks. Two cuts, or equal ones, have no order.
         ranks = both.rank()
         varied = len(cuts) > 2 and (ranks.nunique() > 1).all()
-        spearman = ranks.predicted.corr(ranks.measured) if varied else np.nan  # Pearson of ranks
-        # What is left of smaller ones is rounding, and its ratios run to 100,000.
+        spearman = ranks.predicted.corr(ranks.measured) if varied else np.nan
+        # A ratio needs a predicted rise, and a millinat or more of one of both: smaller ones are
+        # rounding, and their ratios run to 100,000. Without any the median is nan.
         large = cuts[(cuts.predicted > 0) & (both.abs().max(axis=1) >= 1e-3)]
         ratio = (large.measured / large.predicted).median()
         rows.append((*name, len(cuts), spearman, ratio))
@@ -299,12 +291,12 @@ def caption(rows, drawn=None):
     """Say where the rows of a figure come from: study, seeds, meters, machine, versions and commit.
 
     rows: results.csv.
-    drawn: the rows of another table that the figure shows; then only those of `rows` with its
-    models and seeds count.
+    drawn: the rows of another table that the figure shows.
     Returns one paragraph.
     """
     words = {"seeds": seeds_of(rows if drawn is None else drawn)}
     if drawn is not None:
+        # Only rows with the models and seeds of the figure count.
         pair = ["model", "seed"]
         shown = pd.MultiIndex.from_frame(drawn[pair])
         rows = rows[pd.MultiIndex.from_frame(rows[pair]).isin(shown)]
@@ -328,34 +320,30 @@ def caption(rows, drawn=None):
     ).format(**words, date=rows.date.astype(str).max())
 
 
-def save_table(frame, path, *, formats=None, kinds=("csv", "md", "tex")):
+def save_table(frame, path, *, formats=(), kinds=("csv", "md", "tex")):
     """Write a frame as path + ".csv" (as it is) and, formatted for people, ".md" and ".tex".
 
-    A frame without rows, as a study that was run in part has some, is not written; a line says so.
-
-    frame: what is missing in it is left empty.
+    frame: what is missing in it is left empty. A frame without rows is not written.
     path: without ending.
     formats: {column: format such as "{:.1f}"}; other numbers have at most three digits after the
     point.
     kinds: the endings to write.
     Raises ValueError for an unknown column.
     """
-    formats = formats or {}
-    for column in formats:
-        if column not in frame:
-            raise ValueError(names.unknown("column", column, frame.columns))
+    formats = dict(formats)
+    names.known(formats, frame, "column")
     if frame.empty:
+        # A study that was run in part has such frames, which must not replace whole ones.
         files.log(f"{Path(path).name}: no rows yet, not written")
         return
+    # As objects, integers stay integers beside missing values.
     cells = frame.astype(object)
     text = cells.apply(lambda column: column.map(_cell, form=formats.get(column.name)))
     sides = ["right" if pd.api.types.is_numeric_dtype(kind) else "left" for kind in frame.dtypes]
     letters = "".join(side[0] for side in sides)
-    tex = (
-        text.style.hide(axis="index")
-        .format(escape="latex")
-        .format_index(escape="latex", axis="columns")
-    )
+    tex = text.style.hide(axis="index")
+    tex = tex.format(escape="latex").format_index(escape="latex", axis="columns")
+    # Only the kinds that are asked for are rendered: LaTeX of a long table takes seconds.
     write = {
         "csv": lambda: frame.to_csv(index=False),
         "md": lambda: text.to_markdown(index=False, disable_numparse=True, colalign=sides) + "\n",
@@ -372,5 +360,5 @@ def _cell(value, form):
     if form:
         return form.format(value)
     if isinstance(value, float):
-        return f"{value:.3f}".rstrip("0").rstrip(".")
+        return f"{value:.3f}".rstrip("0").rstrip(".")  # at most three digits
     return str(value)
