@@ -58,7 +58,8 @@ def structure(model):
     convolutions = modules_of(model, layers.FactoredConv2d)
     for name, module in convolutions.items():
         # Sizes are compared for the two parts of a factored convolution, too.
-        put(dense, name, layers.FactoredConv2d(dense.get_submodule(name), rank=module.rank))
+        conv = dense.get_submodule(name)
+        put(dense, name, layers.FactoredConv2d(conv, rank=module.rank))
     others = {
         "skipped": list(modules_of(model, layers.Skip)),
         "constant": {name: module.config() for name, module in constants.items()},
@@ -101,7 +102,8 @@ def rebuild(model, structure):
     for name, config in structure["constant"].items():
         put(model, name, layers.Constant(**config))
     for name, rank in structure["convolutions"].items():
-        put(model, name, layers.FactoredConv2d(model.get_submodule(name), rank=rank))
+        conv = model.get_submodule(name)
+        put(model, name, layers.FactoredConv2d(conv, rank=rank))
     for name in structure["opened"]:
         attention.allow_cuts(model.get_submodule(name))
     view = anatomy.view(model)
@@ -109,12 +111,15 @@ def rebuild(model, structure):
     for name, config in structure["layers"].items():
         names.check("linear layer", name, layers_by_name)
         weight = layers_by_name[name].weight
-        put(model, name, layers.build(config, device=weight.device, dtype=weight.dtype))
+        new = layers.build(config, device=weight.device, dtype=weight.dtype)
+        put(model, name, new)
     for name, shape in structure["sizes"].items():
         owner, _, tensor_name = name.rpartition(".")
-        resize(model.get_submodule(owner), tensor_name, torch.empty(shape))
+        module = model.get_submodule(owner)
+        resize(module, tensor_name, torch.empty(shape))
     for name, count in structure["heads"].items():
-        set_heads(view.block(name).attn, torch.arange(count))
+        block = view.block(name)
+        set_heads(block.attn, torch.arange(count))
     if structure["sizes"]:
         tell_width(model)
     return model
@@ -122,7 +127,8 @@ def rebuild(model, structure):
 
 def put(model, name, new):
     """Put a module in the place of the one called name, in the same mode."""
-    model.set_submodule(name, new.train(model.get_submodule(name).training))
+    old = model.get_submodule(name)
+    model.set_submodule(name, new.train(old.training))
 
 
 def set_heads(attn, heads):
@@ -141,16 +147,20 @@ def set_heads(attn, heads):
 
 def tell_width(model):
     """Set what timm's model says about its width, for a new classifier."""
-    widths = list(anatomy.view(model).units(["width"]).values())
-    model.embed_dim = widths[0]
-    model.num_features = model.head_hidden_size = widths[-1]
+    widths = anatomy.view(model).units(["width"])
+    first, *_ = widths.values()
+    *_, last = widths.values()
+    model.embed_dim = first
+    model.num_features = last
+    model.head_hidden_size = last
 
 
 def keep_entries(module, name, keep, axis=0):
     """Keep these entries of a parameter or buffer along an axis, if the module has it."""
     tensor = getattr(module, name, None)
     if tensor is not None:
-        resize(module, name, tensor.index_select(axis, keep.to(tensor.device)))
+        indices = keep.to(tensor.device)
+        resize(module, name, tensor.index_select(axis, indices))
 
 
 def resize(module, name, tensor):

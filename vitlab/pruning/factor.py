@@ -140,41 +140,40 @@ def _plan(m, n, budget, method, support, kappa, multiple):
 
     Both are 0 if the budget is too small for the method.
     """
-    if lowrank.neighbours(support):
-        return _plan_pattern(m, n, budget, method, support, multiple)
-    if method == "iht":
-        return 0, _affordable(m, n, budget, support)
-    share = budget / (m * n)  # of the dense layer's MACs
+    # First the weights of the rank: kappa of the budget beside a sparse part, else none or all.
+    room = {"iht": 0, "svd+iht": kappa * budget}.get(method, budget)
+    pattern = lowrank.neighbours(support)
+    if pattern:
+        _check_pattern(m, n, budget, method, support)
+        room = budget - _affordable(m, n, budget, support)
+    rank = lowrank.rank_for(m, n, room / (m * n), multiple=multiple)
+    if "iht" not in method:
+        # By "threshold" the product of that rank keeps as many entries as the budget has weights.
+        return rank, budget if method == "threshold" and rank else 0
     if method == "svd+iht":
-        # The rank takes kappa of the budget, and the sparse part what is left. On entries more MACs
-        # are executed than by the dense layer, on rows and columns no more than the share.
-        rank = max(lowrank.rank_for(m, n, share * kappa, multiple=multiple), 1)
-        left = max(budget - rank * (m + n), 0)
-        count = _affordable(m, n, left, support)
-        return (rank, count) if count else (0, 0)
-    rank = lowrank.rank_for(m, n, share, multiple=multiple)
-    # By "threshold" the product of that rank keeps as many entries as the budget has weights.
-    return rank, budget if method == "threshold" and rank else 0
+        rank = max(rank, 1)
+    # Then the sparse part, which gets what is left. On entries more MACs are executed than by the
+    # dense layer, on rows and columns no more than the share.
+    left = max(budget - rank * (m + n), 0)
+    count = _affordable(m, n, left, support)
+    return (rank, count) if count else (0, 0)
 
 
-def _plan_pattern(m, n, budget, method, support, multiple):
-    """Return the rank beside a pattern, and the count of entries that the pattern keeps."""
+def _check_pattern(m, n, budget, method, support):
+    """Raise ValueError if a pattern does not fit a matrix, or its count does not fit the budget."""
     few, of = lowrank.neighbours(support)
     if n % of or not 0 < few < of:
         raise ValueError(
             f"{support} does not fit a [{m}, {n}] matrix: it divides rows into groups of {of}"
         )
-    count = _affordable(m, n, budget, support)
-    # The rank gets what the pattern leaves of the budget; without a rank nothing may be left.
-    left = max(budget - count, 0)
-    rank = lowrank.rank_for(m, n, left / (m * n), multiple=multiple)
-    need = "exactly" if method == "iht" else "less than"
-    if (budget != count) if method == "iht" else not rank:
+    left = budget - _affordable(m, n, budget, support)
+    # Without a rank nothing may be left, with a rank at least one direction.
+    if left != 0 if method == "iht" else left < m + n:
+        need = "exactly" if method == "iht" else "less than"
         raise ValueError(
             f"{support} keeps {few / of:g} of a [{m}, {n}] matrix: "
             f"give a ratio of {need} {1 - few / of:g}"
         )
-    return rank, count
 
 
 def _fit(weight, gram, rank, count, method, support, whiten, rounds, generator):

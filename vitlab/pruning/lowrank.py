@@ -55,8 +55,10 @@ class Fit:
 
     def to(self, dtype):
         """Return the fit with tensors of a dtype."""
-        values = {name: getattr(self, name).to(dtype) for name in ("u", "v", "sparse")}
-        return replace(self, **values)
+        u = self.u.to(dtype)
+        v = self.v.to(dtype)
+        sparse = self.sparse.to(dtype)
+        return replace(self, u=u, v=v, sparse=sparse)
 
 
 def objective(weight, approximation, gram=None):
@@ -111,7 +113,8 @@ def regression(gram, columns):
     """
     gram = gram.double()
     rows = gram[columns]
-    transfer = torch.linalg.solve(rows[:, columns], rows).T.contiguous()
+    solution = torch.linalg.solve(rows[:, columns], rows)
+    transfer = solution.T.contiguous()
     transfer[columns] = torch.eye(len(columns)).to(gram)
     return transfer
 
@@ -356,10 +359,12 @@ def _pursue(weight, fit, gram, count, support, *, steps=1, tolerance=0.0):
     if support == "rows":
         # Rows do not interact: those with most output energy are the best.
         mask = _support_mask(target @ gram * target, count, support)
-        value = _objective(target - target * mask, gram)
+        sparse = target * mask
+        value = _objective(target - sparse, gram)
         if value > fit.objectives[-1]:
             return fit
-        return replace(fit, sparse=target * mask, mask=mask, objectives=[*fit.objectives, value])
+        history = [*fit.objectives, value]
+        return replace(fit, sparse=sparse, mask=mask, objectives=history)
     # In coordinates in which gram has a unit diagonal P_k ranks by |w| norm(x), and the largest
     # inputs do not hold back the step.
     scale = _scale(gram)
@@ -465,9 +470,8 @@ def obs_update(weight, gram, mask):
 
     Frantar and Alistarh (2023): w_j goes, the columns after j adapt (Optimal Brain Surgeon), column
     j is then frozen. It is exact, as `refit`, where all that goes comes first. In general it is
-    better than plain masking, but no bound
-    holds: an early column may be moved to where a later cut costs more. `refit` with this as start
-        is never worse.
+    better than plain masking, but no bound holds. An early column may be moved to where a later cut
+    costs more. `refit` with this as start is never worse.
 
     weight: W [m, n].
     gram: [n, n] of activations, with an inverse: see `damped`.
@@ -547,7 +551,8 @@ def low_rank_plus_sparse(weight, gram, rank, count, *, support="entries", rounds
     u, v = _truncate(double, rank, gram, roots)
     rest = double - u @ v
     mask = _support_mask(rest.square(), count, support)
-    rank_first = Fit(u, v, torch.zeros_like(rest), mask, [_objective(rest, gram)])
+    history = [_objective(rest, gram)]
+    rank_first = Fit(u, v, torch.zeros_like(rest), mask, history)
     starts = _pursue(double, rank_first, *problem), sparse_first
     # Where nothing is left to lose, an objective may rise by so much from rounding.
     rounding = 1e-12 * sparse_first.objectives[0]
@@ -569,7 +574,8 @@ def _alternate(weight, fit, problem, roots, rounds, rounding):
         value = _objective(rest - u @ v, gram)
         # A half-step that would raise the objective is not taken.
         if value <= before + rounding:
-            fit = replace(fit, u=u, v=v, objectives=[*fit.objectives, min(value, before)])
+            history = [*fit.objectives, min(value, before)]
+            fit = replace(fit, u=u, v=v, objectives=history)
         fit = _pursue(weight, fit, *problem)
         if fit.objectives[-1] > (1 - 1e-3) * before:
             break
@@ -614,7 +620,8 @@ def _check_rank(weight, rank):
 def _checked_support(weight, gram, mask):
     """Return weight and gram as float64 and mask on their device, or raise ValueError."""
     double, gram = _checked(weight, gram, without="weight * mask")
-    if mask.dtype != torch.bool or mask.shape != weight.shape or not mask.any():
+    fits = mask.dtype == torch.bool and mask.shape == weight.shape
+    if not fits or not mask.any():
         raise ValueError(
             f"mask must be bool {list(weight.shape)} and keep something; got one of {mask.dtype} "
             f"{list(mask.shape)} that keeps {mask.count_nonzero()}"

@@ -81,7 +81,7 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
                 dense_inputs = [_watch(dense, x, dense_part)[dense_part][0] for x in images]
             places = []
             for layer_name in layer_names:
-                rows = rows_by_layer.get(layer_name)
+                rows = rows_by_layer.get(layer_name, ())
                 if _is_solved(model, layer_name, rows):
                     places.append(_place(dense_view, view, layer_name, rows))
             _advance(places, dense_part, dense_inputs, tokens)
@@ -96,7 +96,7 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
 def _rows(dense, drops):
     """Return {plain layer: numbers of the outputs in dense that are left without drops}.
 
-    The numbers are int64 [outputs], -1 for an output that is constant; None for a layer that is
+    The numbers are int64 [outputs], -1 for an output that is constant; none for a layer that is
     gone. They are found by removal from a copy whose weights are the numbers of their rows.
     """
     kinds = (*layers.COMPRESSED_LAYERS, layers.FactoredConv2d)
@@ -108,8 +108,9 @@ def _rows(dense, drops):
         layer = marked.get_submodule(name)
         if type(layer) in (nn.Linear, nn.Conv2d):
             # Counted from 1, because removal writes zeros.
-            layer.weight.movedim(0, -1).copy_(1 + torch.arange(len(layer.weight)))
-            rows_by_layer[name] = None
+            numbers = 1 + torch.arange(len(layer.weight))
+            layer.weight.movedim(0, -1).copy_(numbers)
+            rows_by_layer[name] = torch.arange(0)
     for drop in [drops] if isinstance(drops, dict) else drops:
         if drop:
             marked = shrink.remove(marked, drop)
@@ -124,12 +125,12 @@ def _check_same(model, rows_by_layer):
     """Raise ValueError if a layer of model has not the outputs that dense has without drops."""
     modules = dict(model.named_modules())
     for name, rows in rows_by_layer.items():
-        weight = getattr(_matrices(modules.get(name))[-1], "weight", ())
-        expected = 0 if rows is None else len(rows)
-        if len(weight) != expected:
+        last = _matrices(modules.get(name))[-1]
+        weight = getattr(last, "weight", ())
+        if len(weight) != len(rows):
             raise ValueError(
                 f"model has {len(weight) or 'no'} outputs of {name}, dense without drops "
-                f"{expected or 'none'}: give all that was removed, in its order"
+                f"{len(rows) or 'none'}: give all that was removed, in its order"
             )
 
 
@@ -160,7 +161,7 @@ def _checked_masks(model, keep):
 
 def _is_solved(model, name, rows):
     """Return whether a layer is there, varies, and has a form that can be solved for."""
-    if rows is None or (rows < 0).any():
+    if not len(rows) or (rows < 0).any():
         return False
     # These stay as they are: low rank plus sparse layers, convolutions of several groups, norms, and
     # all else that is no linear layer of anatomy.View or convolution of the stem.
@@ -245,7 +246,8 @@ def _positions(x, number, most, layer=None):
 
     They are the same in all that has as many positions and comes from the batch of that number.
     """
-    x = sweep.channels_last(sweep.wide(x), layer).flatten(0, -2)
+    x = sweep.channels_last(sweep.wide(x), layer)
+    x = x.flatten(0, -2)
     if len(x) <= most:
         return x
     generator = torch.Generator().manual_seed(number)
@@ -311,7 +313,8 @@ def _moments(place, part, stream, tokens):
     # 3. In double precision the products are moved back to 0: (x, 1) = back (x - centre, 1).
     back = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     back[:-1, -1] = centre.double()
-    cross = (cross + target_centre.double()[:, None] * gram[-1]) @ back.T
+    cross = cross + target_centre.double()[:, None] * gram[-1]
+    cross = cross @ back.T
     gram = back @ gram @ back.T
     if not (gram.sum() + cross.sum()).isfinite():
         raise ValueError(
