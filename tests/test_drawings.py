@@ -329,8 +329,8 @@ def test_windows_are_put_back_where_they_were(monkeypatch):
         -1, 1, 1, h * w
     )
     weights = (parts / (h * w)).expand(-1, 3, h * w, -1)  # all tokens look so
-    monkeypatch.setattr(inside, "attention_weights", lambda model, x: {name: weights})
-    torch.testing.assert_close(inside.attention_maps(swin, torch.zeros(5, 3, 16, 16))[name], known)
+    monkeypatch.setattr(inside, "_attention_weights", lambda model, x: {name: weights})
+    torch.testing.assert_close(inside._attention_maps(swin, torch.zeros(5, 3, 16, 16))[name], known)
 
 
 def test_a_class_token_is_asked_where_it_looks(batch):
