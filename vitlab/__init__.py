@@ -1,45 +1,28 @@
 """vitlab: what pruning does to a Vision Transformer.
 
-`from vitlab import budget, models` gives the modules that notebooks use; each is imported when it is asked for.
+`from vitlab import budget, models` gives the modules that notebooks, the README and the pages of
+docs/methods use. Each is imported when it is asked for.
 """
 
 import importlib
 
-# The modules that the notebooks and the README use, by the folder that each lies in.
-_DOORS = {
-    "models": ("checkpoint",),
-    "studies": ("results", "runs"),
-    "evaluation": ("bench", "cost", "evaluate", "roofline"),
-    "pruning": (
-        "budget",
-        "compensate",
-        "factor",
-        "masks",
-        "pool",
-        "prune",
-        "ranks",
-        "recover",
-        "scores",
-        "sensitivity",
-        "shrink",
-    ),
-    "training": ("data", "train"),
-    "report": ("drawings", "inside", "plots", "style", "tables"),
-}
-_FOLDERS = {module: folder for folder, modules in _DOORS.items() for module in modules}
-__all__ = ["models", *_FOLDERS]
+_PLACES = """
+    models models.checkpoint
+    studies.results studies.runs
+    evaluation.bench evaluation.cost evaluation.evaluate evaluation.export evaluation.roofline
+    pruning.budget pruning.compensate pruning.factor pruning.lowrank pruning.masks pruning.pool
+    pruning.prune pruning.ranks pruning.recover pruning.scores pruning.sensitivity pruning.shrink
+    training.data training.train
+    report.drawings report.inside report.plots report.style report.tables
+"""
+_DOORS = {place.split(".")[-1]: f"vitlab.{place}" for place in _PLACES.split()}
+__all__ = [*_DOORS]
 
 
 def __getattr__(name):
     """Import a module of the list above at its first use."""
-    if name == "models":
-        return importlib.import_module("vitlab.models")
-    if name in _FOLDERS:
-        return importlib.import_module(f"vitlab.{_FOLDERS[name]}.{name}")
+    if name in _DOORS:
+        return importlib.import_module(_DOORS[name])
     # Python asks here, too, before it imports a file such as vitlab/names.py.
     names = importlib.import_module("vitlab.names")
     raise AttributeError(names.unknown("module of vitlab", name, __all__))
-
-
-def __dir__():
-    return __all__
