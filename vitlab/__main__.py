@@ -1,28 +1,28 @@
 """The command line: `python -m vitlab run 1_train --study demo` and `python -m vitlab results`.
 
 Each command imports its own module only, so that `run` starts without torch and matplotlib.
+
+Public: main.
 """
 
 import importlib
 import signal
 import sys
 
-COMMANDS = {
-    "run": ("vitlab.studies.notebooks", "execute a notebook without a screen"),
-    "results": ("vitlab.studies.results", "print the results of all runs, or compare them"),
-}
+_COMMANDS = {"run": "vitlab.studies.notebooks", "results": "vitlab.studies.results"}
+_USAGE = """usage: python -m vitlab COMMAND …, with --help for more
+
+  run      execute a notebook without a screen
+  results  print the results of all runs, or compare those of a study with the published ones"""
 
 
 def main(arguments):
-    """Call the command that the first argument names with the others; return its exit status."""
+    """Call the command that the first argument names with the others, and return its exit status."""
     name = arguments[0] if arguments else "--help"
-    if name not in COMMANDS:
-        print("usage: python -m vitlab COMMAND …, with --help for more\n")
-        for command, (_, purpose) in COMMANDS.items():
-            print(f"  {command:8} {purpose}")
+    if name not in _COMMANDS:
+        print(_USAGE)
         return 0 if name in ("-h", "--help") else 2
-    module, _ = COMMANDS[name]
-    return importlib.import_module(module).main(arguments[1:])
+    return importlib.import_module(_COMMANDS[name]).main(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def join():
     """
     import torch
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
 
     options = {}
     if world_size() > 1:
@@ -50,6 +51,10 @@ def join():
         # gradients.
         options = {"cpu": not torch.accelerator.is_available(), "timeout": timedelta(days=7)}
     state = PartialState(**options)
+    if world_size() != state.num_processes and not _alone:
+        # A notebook has asked accelerate for its device before, which then counted one process.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(**options)
     _leave_at_exit()
     return state
 
