@@ -339,14 +339,16 @@ def _iht(weight, gram, count, support, *, tolerance, rank=0):
     start = _objective(weight - weight * mask, gram)
     sparse, _ = _debiased(weight, weight * mask, mask, gram, start)
     fit = Fit(u, v, sparse, mask, [start])
-    fit = _pursue(weight, fit, gram, count, support, steps=_MOST_STEPS, tolerance=tolerance)
+    limits = {"steps": _MOST_STEPS, "tolerance": tolerance}
+    fit = _pursue(weight, fit, gram, count, support, **limits)
     return _finished(weight, fit, gram)
 
 
 def _finished(weight, fit, gram):
     """Return fit with the values on its support solved for."""
     target = weight - fit.u @ fit.v
-    sparse, value = _debiased(target, fit.sparse, fit.mask, gram, fit.objectives[-1])
+    before = fit.objectives[-1]
+    sparse, value = _debiased(target, fit.sparse, fit.mask, gram, before)
     return replace(fit, sparse=sparse, objectives=[*fit.objectives, value])
 
 
@@ -400,7 +402,8 @@ def _pursue(weight, fit, gram, count, support, *, steps=1, tolerance=0.0):
     # Between turns history[0] is the last objective again, up to rounding in other coordinates.
     new_values = history if steps > 1 else history[1:]
     falling = [value for value in new_values if value <= fit.objectives[-1]]
-    return replace(fit, sparse=now / scale, mask=mask, objectives=fit.objectives + falling)
+    sparse = now / scale
+    return replace(fit, sparse=sparse, mask=mask, objectives=fit.objectives + falling)
 
 
 def _scale(gram):
