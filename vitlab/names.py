@@ -4,8 +4,7 @@ Public: check, known, nearest, unknown.
 """
 
 import difflib
-
-_MOST = 12  # names that an error lists
+import textwrap
 
 
 def nearest(name, names):
@@ -23,9 +22,8 @@ def unknown(kind, name, names):
     Returns a sentence with the nearest known name, if one is near, and the known names.
     """
     names = [str(option) for option in names]
-    listed = ", ".join(names[:_MOST])
-    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return f"unknown {kind} {name!r}{nearest(name, names)} Known are {listed}{more}."
+    listed = textwrap.shorten(", ".join(names), 400, placeholder=" …")
+    return f"unknown {kind} {name!r}{nearest(name, names)} Known are {listed}."
 
 
 def check(kind, name, names):

@@ -203,7 +203,7 @@ def _parse_value(text):
     return name, value
 
 
-def main(arguments=None):
+def main(arguments):
     """Run the command line.
 
     arguments: list of str; None for those of this process.
@@ -211,7 +211,7 @@ def main(arguments=None):
     """
     options = _parser().parse_args(arguments)
     if options.processes != 1 and "WORLD_SIZE" not in os.environ:
-        return _together(options.processes, sys.argv[1:] if arguments is None else arguments)
+        return _together(options.processes, arguments)
     begun = time.perf_counter()
     try:
         path = find_notebook(options.notebook)

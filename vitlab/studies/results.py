@@ -222,7 +222,7 @@ def _comparable(results, key):
     return results.astype(types)[[*key, "top1", "macs"]]
 
 
-def main(arguments=None):
+def main(arguments):
     """Print results of `gather` as CSV, or whether a study's agree with the published ones.
 
     `python -m vitlab results [STUDY] [--compare]`
