@@ -317,7 +317,7 @@ def _check(values, declared=Settings, name=""):
 
 def _sentence(error, name):
     """Return in words what one of pydantic's errors says about the value of a name."""
-    place = [name, *map(str, error["loc"])] if name else [str(step) for step in error["loc"]]
+    place = [str(step) for step in (name, *error["loc"]) if step != ""]
     dotted = ".".join(place)
     if error["type"] == "missing":
         return f"{dotted} is missing; demo.yaml has every value"
