@@ -102,15 +102,18 @@ class FactoredConv2d(nn.Sequential):
 
     conv: nn.Conv2d of one group. Its shapes are taken over, not its values (see `factored_conv`).
     rank: at least 1
-    Raises ValueError for a rank below 1.
+    Raises ValueError for several groups and for a rank below 1.
     """
 
     # It executes rank (C k k + O) multiply-accumulates at each output position. Both parts are
     # convolutions of the stem like any other.
 
     def __init__(self, conv, *, rank):
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1; got {rank}")
+        if conv.groups != 1 or rank < 1:
+            raise ValueError(
+                f"a convolution of {conv.groups} groups at rank {rank}: "
+                "give one of 1 group and rank >= 1"
+            )
         first = _conv_like(conv, rank, bias=False)
         has_bias = conv.bias is not None
         second = nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias, **_like(conv.weight))
