@@ -141,6 +141,7 @@ def unknown_names(text):
         re.findall(r"(?<![\w./])([a-z]+)\.(\w+)", code) for code in re.findall(r"`([^`\n]+)`", text)
     ]
     named = [(module, name) for pairs in found for module, name in pairs if module in MODULES]
+    named = [pair for pair in named if pair[1] not in ("csv", "md", "py")]  # of files
     return [pair for pair in named if not hasattr(module(pair[0]), pair[1])]
 
 

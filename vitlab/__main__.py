@@ -18,11 +18,11 @@ _USAGE = """usage: python -m vitlab COMMAND …, with --help for more
 
 def main(arguments):
     """Call the command that the first argument names with the others, and return its exit status."""
-    name = arguments[0] if arguments else "--help"
+    name, *rest = arguments or ["--help"]
     if name not in _COMMANDS:
         print(_USAGE)
-        return 0 if name in ("-h", "--help") else 2
-    return importlib.import_module(_COMMANDS[name]).main(arguments[1:])
+        return 0 if name == "--help" else 2
+    return importlib.import_module(_COMMANDS[name]).main(rest)
 
 
 if __name__ == "__main__":
