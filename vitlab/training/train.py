@@ -224,7 +224,7 @@ def _check_grown(model, before, after):
         removed = shapes.get(name) != mask.shape  # for good
         if not removed and (name not in after or (after[name].to(mask.device) & ~mask).any()):
             raise ValueError(
-                f"the cut brings dead weights of {name} back; prune.further gives masks that do not"
+                f"the cut brings dead weights of {name} back; prune.keep_more_zero gives masks that do not"
             )
 
 
