@@ -89,12 +89,13 @@ def breakdown(model):
 
 def _row(name, layer, block, role, positions):
     """Return the line of a layer that is applied at so many positions (output pixels, tokens)."""
+    dense = layer.macs if hasattr(layer, "macs") else layer.weight.numel()
     matrices = [parameter for parameter in layer.parameters() if parameter.ndim > 1]
     return _Row(
         name,
         block and block.name,
         role,
-        macs=positions * layers.macs(layer),
+        macs=positions * dense,
         macs_ideal=positions * _nonzero(matrices),  # those of factors, too; without biases
         params=params(layer),
         nonzero=_nonzero(layer.parameters()),
