@@ -206,7 +206,7 @@ def _parse_value(text):
 def main(arguments):
     """Run the command line.
 
-    arguments: list of str; None for those of this process.
+    arguments: list of str.
     Returns its exit status: 0, 1 for a notebook that failed, 2 for wrong arguments.
     """
     options = _parser().parse_args(arguments)
@@ -218,8 +218,9 @@ def main(arguments):
         parameters = _parameters(options)
         _check(path, parameters)
         if parallel.world_size() > 1 and path.stem in _ONE_PROCESS:
-            words = "measures one process or writes figures: run it without --processes"
-            raise ValueError(f"{path.stem} {words}")
+            raise ValueError(
+                f"{path.stem} measures one process or writes figures: run it without --processes"
+            )
     except (ValueError, TypeError) as error:
         print(f"vitlab run: {error}", file=sys.stderr)
         return 2

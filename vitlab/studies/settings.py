@@ -32,7 +32,6 @@ from vitlab import files, names
 
 _DENSE = ("data", "models", "train")
 _SCORED = (*_DENSE, "calibration")
-_CUTS = ("global_pruning", "heads_svd_iht", "budget")
 # The sections of a study that each notebook reads, itself or through the notebooks before it.
 USES = {
     "0_data": ("data",),
@@ -41,7 +40,7 @@ USES = {
     "3_global_pruning": (*_SCORED, "global_pruning"),
     "4_heads_svd_iht": (*_SCORED, "heads_svd_iht"),
     "5_budget": (*_SCORED, "budget"),
-    "6_efficiency": (*_SCORED, *_CUTS, "efficiency"),
+    "6_efficiency": (*_SCORED, "global_pruning", "heads_svd_iht", "budget", "efficiency"),
 }
 
 
