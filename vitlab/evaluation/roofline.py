@@ -20,8 +20,8 @@ from vitlab.evaluation import bench, cost
 _ZEROS = "unstructured zeros in dense tensors: no gain expected"
 _ROWS = "zeros of whole rows in dense tensors: no gain until removed"
 # operations that read and write nothing
-_EMPTY = ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty")
-_FREE = {getattr(torch.ops.aten, name) for name in _EMPTY}
+_FREE = "_unsafe_view empty empty_like empty_strided new_empty".split()
+_FREE = {getattr(torch.ops.aten, name) for name in _FREE}
 _SIZES = (10**5, 10**6, 10**7, 10**8)  # bytes of one operation, to measure the memory's rate at
 
 
