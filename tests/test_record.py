@@ -423,7 +423,7 @@ def test_augmented_calibration_is_drawn_once_for_each_image(lab, published):
         },
         **{"augment": False, "calibration_loss": 0.5, "val_loss": 1.0},
     }
-    lab.save_rows("2_sensitivity", [ROW])
+    lab.save_results("2_sensitivity", [ROW])
     assert results.read_study("demo").tables.calibration.labels.tolist() == ["true"], (
         "a word, not a bool"
     )
@@ -460,12 +460,12 @@ def test_an_overridden_run_stands_apart_and_reads_what_it_does_not_change(lab):
 
 
 def test_rows_carry_their_provenance_in_the_written_order(lab):
-    frame = lab.save_rows("1_train", [ROW, ROW | {"target": 1, "threads": 7}])
+    frame = lab.save_results("1_train", [ROW, ROW | {"target": 1, "threads": 7}])
     assert list(frame)[: len(runs.ROW)] == runs.ROW and list(frame)[len(runs.ROW) :] == [
         "extra",
         "override",
     ]
-    read = lab.load_rows("1_train")
+    read = lab.load_results("1_train")
     assert list(read) == list(frame) and len(read) == 2
     first = read.iloc[0]
     assert (first.study, first.model, first.seed, first.split_seed) == ("demo", "vit", 0, 0)
@@ -478,13 +478,13 @@ def test_rows_carry_their_provenance_in_the_written_order(lab):
 @pytest.mark.parametrize("rows", [[{"stage": "dense"}], [{"method": "dense"}], []])
 def test_rows_without_method_or_stage_are_refused(lab, rows):
     with pytest.raises(ValueError, match="method|stage"):
-        lab.save_rows("1_train", rows)
+        lab.save_results("1_train", rows)
     assert not list(lab.folder.iterdir())
 
 
 def test_a_target_is_a_number(lab):
     with pytest.raises(ValueError, match="50 percent"):
-        lab.save_rows("1_train", [ROW | {"target": "50 percent"}])
+        lab.save_results("1_train", [ROW | {"target": "50 percent"}])
 
 
 def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(lab):
@@ -514,7 +514,7 @@ def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(l
         dict(method="dense", form="masked", stage="dense+epochs", epochs=2, seconds=7.5)
         | measure(30, images.test),
     ]
-    by_hand = lab.save_rows("3_global_pruning", rows, data="drawn shapes").drop(columns="date")
+    by_hand = lab.save_results("3_global_pruning", rows, data="drawn shapes").drop(columns="date")
     pd.testing.assert_frame_equal(table.drop(columns="date"), by_hand)
     by_hand = [history.assign(**about), history.assign(method="dense", target=0.0)]
     by_hand = lab.save_history("3_global_pruning", by_hand)
@@ -563,13 +563,13 @@ def test_a_study_is_read_over_models_and_seeds(lab, published):
         results.read_study("demo")
     for model, seed in [("vit", 0), ("vit", 1), ("swin", 0)]:
         one = runs.open_run("demo", model, seed)
-        one.save_rows("1_train", [ROW])
-        one.save_rows("3_global_pruning", [ROW, ROW | {"override": None, "only": 1.5}])
+        one.save_results("1_train", [ROW])
+        one.save_results("3_global_pruning", [ROW, ROW | {"override": None, "only": 1.5}])
         history = pd.DataFrame({"epoch": [1, 2], "train_top1": [10.0, 20.0]})
         one.save_history("1_train", [history, history.assign(method="dense")])
         one.save_table("heads", pd.DataFrame({"head": [0, 1]}, index=[5, 9]))
     runs.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
-    runs.open_run("demo", "vit", 0, {"train.epochs": 1}).save_rows(
+    runs.open_run("demo", "vit", 0, {"train.epochs": 1}).save_results(
         "1_train", [ROW]
     )  # not of the study
     found = results.read_study("demo")
@@ -604,7 +604,7 @@ def run(published):
     """A run of demo's vit that has saved something of everything."""
     lab = runs.open_run("demo", "vit", 0)
     for name in ("1_train", "3_global_pruning"):
-        lab.save_rows(name, [ROW | {"top1": 50, "params": 7}])
+        lab.save_results(name, [ROW | {"top1": 50, "params": 7}])
     lab.save_history("3_global_pruning", pd.DataFrame({"epoch": [1]}))
     lab.save_table("heads", pd.DataFrame({"head": [0, 1]}))
     runs.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
@@ -614,12 +614,12 @@ def run(published):
 def test_timings_of_other_methods_stay(run, published):
     """6_efficiency times what several notebooks left: run again after one of them, it replaces that one's rows only.
     Timings of what no notebook makes any more go."""
-    run.save_rows("4_heads_svd_iht", [ROW | {"method": "svd"}])
-    run.save_rows("5_budget", [ROW | {"method": "pool"}])
+    run.save_results("4_heads_svd_iht", [ROW | {"method": "svd"}])
+    run.save_results("5_budget", [ROW | {"method": "pool"}])
     timed = ("svd", "pool", "dense", "of an older protocol")
-    run.save_rows("6_efficiency", [ROW | {"method": word, "latency_ms": 1.0} for word in timed])
+    run.save_results("6_efficiency", [ROW | {"method": word, "latency_ms": 1.0} for word in timed])
     publish(published, results.read_study("demo"))
-    run.save_rows(
+    run.save_results(
         "6_efficiency", [ROW | {"method": word, "latency_ms": 2.0} for word in ("pool", "dense")]
     )
     found = results.read_study("demo").results
@@ -632,7 +632,7 @@ def test_what_was_not_run_here_comes_from_the_figures(run, published):
     publish(published, results.read_study("demo"))
     for name in ("history-3_global_pruning.csv", "results-3_global_pruning.csv", "table-heads.csv"):
         run.path(name).unlink()
-    run.save_rows("1_train", [ROW | {"top1": 50.01, "params": 7}])
+    run.save_results("1_train", [ROW | {"top1": 50.01, "params": 7}])
     found = results.read_study("demo")
     assert found.results.set_index(["model", "seed", "notebook"]).top1.to_dict() == {
         ("swin", 0, "1_train"): 50,
@@ -657,7 +657,7 @@ def test_what_was_not_run_here_comes_from_the_figures(run, published):
 def test_figures_of_another_dense_model_or_of_old_times_do_not_count(run, published):
     publish(published, results.read_study("demo"))
     run.path("results-3_global_pruning.csv").unlink()
-    run.save_rows("1_train", [ROW | {"top1": 60, "params": 7}])
+    run.save_results("1_train", [ROW | {"top1": 60, "params": 7}])
     found = results.read_study("demo")
     assert found.results.groupby("model").size().to_dict() == {"swin": 2, "vit": 1}
     publish(published, found, notebook="5_old")
@@ -784,9 +784,9 @@ def test_a_line_on_a_screen_is_the_same(capsys, monkeypatch):
 
 def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root):
     for top1 in (50.0, 60.0):
-        lab.save_rows("1_train", [ROW | {"top1": top1}, ROW | {"top1": top1 + 1}])
+        lab.save_results("1_train", [ROW | {"top1": top1}, ROW | {"top1": top1 + 1}])
     other = runs.open_run("demo", "vit", 0, {"train.epochs": 2})
-    other.save_rows("1_train", [ROW])
+    other.save_results("1_train", [ROW])
     rows = results.gather("demo")
     own = rows[rows.folder == "demo/vit/seed0"]
     assert own.top1.tolist() == [60, 61] and len(rows) == 3 and own.commit.notna().all()
@@ -802,10 +802,10 @@ def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root
 
 
 def test_a_line_that_was_cut_short_costs_itself_alone(lab, capsys):
-    lab.save_rows("1_train", [ROW])
+    lab.save_results("1_train", [ROW])
     log = lab.path(runs.LOG)
     log.write_bytes(log.read_bytes()[:-40])
-    lab.save_rows("1_train", [ROW | {"top1": 1.0}])
+    lab.save_results("1_train", [ROW | {"top1": 1.0}])
     assert results.gather().top1.tolist() == [1.0] and "line 1 of" in capsys.readouterr().out
 
 

@@ -103,11 +103,11 @@ def report(tmp_path_factory):
     for seed in (0, 1):
         lab = runs.open_run(study, "vit", seed)
         rows = measured(seed)
-        lab.save_rows("5_budget", rows, data="shapes")
+        lab.save_results("5_budget", rows, data="shapes")
         times = rows[rows.stage.isin(["dense", "finetuned"])].assign(
             latency_ms=1.0, batch=64, speedup=1.5
         )
-        lab.save_rows("6_efficiency", times, data="shapes")
+        lab.save_results("6_efficiency", times, data="shapes")
         history = pd.DataFrame(
             {"epoch": [1, 2], "train_top1": [50.0, 60], "val_top1": 50.0, "sparsity": 0.9}
         )

@@ -230,7 +230,7 @@ class Run:
         """Return a collector of the results and histories of a notebook. See `Results`."""
         return Results(self, notebook, images, measure, save_model)
 
-    def save_rows(self, notebook, rows, *, data=None):
+    def save_results(self, notebook, rows, *, data=None):
         """Write all results of a notebook, and return them as a frame with provenance.
 
         rows: frame or list of dicts, one for each model that was measured. Each has at least
@@ -263,7 +263,7 @@ class Run:
         _append(self.path(LOG), [about | line for line in lines])
         return frame
 
-    def load_rows(self, notebook):
+    def load_results(self, notebook):
         """Return the results that a notebook saved for this run.
 
         Raises FileNotFoundError as `need` does.
@@ -353,7 +353,7 @@ class Results:
 
     def save(self):
         """Write results and histories, and return both frames; without histories None for one."""
-        table = self.run.save_rows(self.notebook, self.rows, data=self.images.description)
+        table = self.run.save_results(self.notebook, self.rows, data=self.images.description)
         if not self.histories:
             return table, None
         return table, self.run.save_history(self.notebook, self.histories)
