@@ -409,3 +409,8 @@ def test_make_names_a_python_that_is_not_there(tmp_path):
         ["make", "test", "PY=no-python"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode and "There is no no-python. Install Python 3.11" in done.stdout
+
+
+def test_a_parameter_of_the_notebook_itself_is_given_by_p(capsys):
+    assert notebooks.main(["1_train", "--study", "demo", "-p", "retrian=true"]) == 2
+    assert "'retrian', did you mean 'retrain'" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -132,7 +133,5 @@ def log(text):
     """
     if not parallel.is_first():
         return
-    if headless():
-        print(text, flush=True)
-    else:
-        tqdm.write(str(text))
+    tqdm.write(str(text))
+    sys.stdout.flush()

@@ -3,9 +3,9 @@
 torchrun starts the processes and tells each in its environment which one it is; accelerate joins
 them. All run the same code on the same images and draws, a notebook too. Each takes its part of
 every batch. The first process computes what must be the same everywhere and sends it to the others,
-and it alone writes files. Without torchrun nothing here happens, but for `in_turn`.
+and it alone writes files. Without torchrun nothing here happens.
 
-Public: broadcast_weights, first_decides, gather, in_turn, is_first, join, mean, rank, shard,
+Public: broadcast_weights, first_decides, gather, is_first, join, mean, rank, shard,
 wait_for_everyone, whole_batch_norms, world_size.
 """
 
@@ -116,20 +116,6 @@ def mean(tensor):
 
     join()
     return reduce(tensor)
-
-
-@contextlib.contextmanager
-def in_turn(file):
-    """Hold the lock of an open file, after whoever holds it now.
-
-    It counts for all processes of this machine, not only for those of torchrun. The system frees it
-    whatever happens to this process.
-    """
-    if os.name == "posix":
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)
-    yield
 
 
 def first_decides(function):

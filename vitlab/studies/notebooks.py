@@ -248,6 +248,7 @@ def _parser():
     add("--model", help="a name in the study's `models`")
     add("--seed", type=int)
     add("--set", action="append", metavar="SECTION.VALUE=…", dest="override")
+    add("-p", action="append", default=[], metavar="NAME=…", dest="parameters")
     add("--out", help="where the executed copy goes (default: the folder of the run)")
     add(
         "--processes",
@@ -267,6 +268,7 @@ def _parameters(options):
     """Return the parameters of the notebook that stand on the command line."""
     parameters = {"study": options.study, "model": options.model, "seed": options.seed}
     parameters = {name: value for name, value in parameters.items() if value is not None}
+    parameters |= dict(map(_parse_value, options.parameters))
     if options.override:
         parameters["override"] = dict(map(_parse_value, options.override))
     return parameters

@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 from vitlab import files, names, parallel
 from vitlab.studies import settings
@@ -427,7 +428,7 @@ def _append(path, rows):
     if not parallel.is_first():
         return
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    with open(path, "ab+") as file, parallel.in_turn(file):
+    with FileLock(f"{path}.lock"), open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # the last line was cut short
