@@ -629,7 +629,9 @@ def test_the_best_by_hand(monkeypatch):
         *("params", 1, 84, 90, 0.4, 40, 1),
     ]
     on_test = tables.best_under(pd.DataFrame(rows).drop(columns="val_top1"), "params")
-    assert on_test.method.tolist() == ["dense", "lucky", "none"] and set(on_test.chosen_on.dropna()) == {"test"}
+    assert on_test.method.tolist() == ["dense", "lucky", "none"] and set(
+        on_test.chosen_on.dropna()
+    ) == {"test"}
     dense_only = pd.DataFrame(rows[:2])
     assert tables.best_under(dense_only, "params").empty
 
