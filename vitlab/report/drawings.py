@@ -197,8 +197,10 @@ def kept_widths(frame):
         ax.xaxis.set_major_formatter("{x:.0%}")
         ax.tick_params(axis="x", labelsize=9)
         ax.grid(False, axis="y")
-    ax.set_yticks(range(len(places)), places, fontsize=9)
-    ax.set_ylim(len(places) - 0.4, -0.6)  # the first place on top
+    # The names of places stand at the left panel alone, the first one on top.
+    left = figure.axes[0]
+    left.set_yticks(range(len(places)), places, fontsize=9)
+    left.set_ylim(len(places) - 0.4, -0.6)
     figure.supxlabel("share of the dense model's that stays")
     return figure
 
