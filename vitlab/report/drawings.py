@@ -36,8 +36,7 @@ _THRESHOLD = {"color": "0.1", "linestyle": ":"}
 def layer_pictures(frame):
     """Draw what each method leaves of a layer, weight by weight.
 
-    There is a picture for each method, target and layer. Blue is kept, the darker the larger. White
-    is zero. Crossed is removed. Sizes are of what is shown.
+    There is a picture for each method, target and layer.
 
     frame: columns method, layer, part, row and cells, as inside.layer returns them, and target (a
     share) if there is one.
@@ -50,6 +49,7 @@ def layer_pictures(frame):
     keys = [column for column in ("method", "target", "layer") if column in frame]
     groups = frame.assign(title=titles).groupby(keys, sort=False, dropna=False)
     figure, ax = plt.subplots()
+    # Sizes are of what is shown: inside.layer leaves out what is beyond its first rows.
     _arrange(ax, [rows for _, rows in groups], high=frame.row.max() + 1)
     ax.set_axis_off()
     handles = [
@@ -96,28 +96,59 @@ def _arrange(ax, pictures, high):
 
 def _picture(ax, rows, x, y, gap):
     """Draw the matrices of one layer in a row, with signs between and their sizes below."""
-    ax.text(x, y - 1.6 * gap, rows.title.iloc[0], fontsize=10, va="bottom")
-    ax.text(x, y - 0.5 * gap, rows.layer.iloc[0], va="bottom", **_SMALL)
+    ax.text(
+        x,
+        y - 1.6 * gap,
+        rows.title.iloc[0],
+        fontsize=10,
+        va="bottom",
+    )
+    ax.text(
+        x,
+        y - 0.5 * gap,
+        rows.layer.iloc[0],
+        va="bottom",
+        **_SMALL,
+    )
     left = x
     for part, cells in rows.groupby("part", sort=False).cells:
         letters = np.array([*map(list, cells)])
         m, n = letters.shape
         if x > left:
             sign = _SIGNS.get(part, "")
-            ax.text(x - gap / 2, y + m / 2, sign, ha="center", va="center", fontsize=10)
+            ax.text(
+                x - gap / 2,
+                y + m / 2,
+                sign,
+                ha="center",
+                va="center",
+                fontsize=10,
+            )
         _matrix(ax, letters, x, y)
-        ax.text(x, y + m + 0.3 * gap, f"{part}\n{m} × {n}", va="top", **_SMALL)
+        ax.text(
+            x,
+            y + m + 0.3 * gap,
+            f"{part}\n{m} × {n}",
+            va="top",
+            **_SMALL,
+        )
         x += n + gap
 
 
 def _matrix(ax, letters, x, y):
     """Draw the cells of a matrix with their upper left corner at (x, y)."""
     m, n = letters.shape
+    # A weight that stays is blue, the darker the larger. Zero is white.
     colors = np.ones((m, n, 4))
     for letter, color in _BLUES.items():
         colors[letters == letter] = color
     # Without "nearest" the renderer would blend neighbouring cells.
-    ax.imshow(colors, extent=(x, x + n, y + m, y), interpolation="nearest", zorder=1)
+    ax.imshow(
+        colors,
+        extent=(x, x + n, y + m, y),
+        interpolation="nearest",
+        zorder=1,
+    )
     # First whole rows that are removed, side by side in y (axis 1), then whole columns, in x.
     for axis in (1, 0):
         removed = (letters == "x").all(axis=axis)
@@ -149,10 +180,16 @@ def kept_widths(frame):
     # All panels have the same places, so that their bars stand side by side.
     numbers, places = pd.factorize(frame["where"])
     frame = frame.assign(place=numbers)
-    figure, panels = style.panels_beside(len(kinds), 1.6 + 1.55 * len(kinds), 1 + 0.3 * len(places))
-    for ax, (kind, widths) in zip(panels, frame.groupby("kind", sort=False), strict=True):
+    kinds = frame.groupby("kind", sort=False)
+    figure, panels = style.panels_beside(kinds, 1.6, 1.55, 1 + 0.3 * len(places))
+    for ax, kind, widths in panels:
         ax.barh(widths.place, 1, 0.75, color="0.92")
-        ax.barh(widths.place, widths.kept / widths.whole, 0.75, color=style.COLORS[0])
+        ax.barh(
+            widths.place,
+            widths.kept / widths.whole,
+            0.75,
+            color=style.COLORS[0],
+        )
         for row in widths.itertuples():
             ax.text(1.04, row.place, f"{row.kept} of {row.whole}", fontsize=8, va="center")
         ax.set(xlim=(0, 1), xticks=[0, 0.5, 1])
@@ -160,9 +197,11 @@ def kept_widths(frame):
         ax.xaxis.set_major_formatter("{x:.0%}")
         ax.tick_params(axis="x", labelsize=9)
         ax.grid(False, axis="y")
-    panels[0].set_yticks(range(len(places)), places, fontsize=9)
-    panels[0].set_ylim(len(places) - 0.4, -0.6)  # the first place on top
-    figure.supxlabel("share of the dense model's that stays", fontsize=12)
+    # The names of places stand at the left panel alone, the first one on top.
+    left = figure.axes[0]
+    left.set_yticks(range(len(places)), places, fontsize=9)
+    left.set_ylim(len(places) - 0.4, -0.6)
+    figure.supxlabel("share of the dense model's that stays")
     return figure
 
 
@@ -170,8 +209,8 @@ def kept_widths(frame):
 def weight_histograms(frame):
     """Draw distributions of weights: a panel for each stage, a row for each method and target.
 
-    Counts are on a logarithmic axis. What the masks will let go is light. Dotted lines show the |w|
-    up to which magnitude would have cut as many.
+    Counts are on a logarithmic axis. Dotted lines show the |w| up to which magnitude would have cut
+    as many.
 
     frame: as inside.weights returns it, with the columns method and target. All groups have the
     same stages.
@@ -189,10 +228,10 @@ def weight_histograms(frame):
         for ax, (_, bins) in zip(line, group.groupby("stage", sort=False), strict=True):
             _histogram(ax, bins, limit)
     for ax, stage in zip(panels[0], stages, strict=True):
-        ax.set_title(tables.STAGES.get(stage, stage), fontsize=12)
+        ax.set_title(tables.STAGES.get(stage, stage))
     # The axis starts below 1, which would have no height otherwise.
     panels[0, 0].set_ylim(0.5, 2 * max(frame["count"].max(), frame.zeros.max()))
-    figure.supxlabel("value of the weight", fontsize=12)
+    figure.supxlabel("value of the weight")
     # The first stage has all that is drawn; both lines have one name.
     artists, labels = panels[0, 0].get_legend_handles_labels()
     handles = dict(zip(labels, artists, strict=True))
@@ -203,9 +242,22 @@ def weight_histograms(frame):
 def _histogram(ax, bins, limit):
     """Draw the bins of one stage, up to a limit of the weights' size, and the bar of the zeros."""
     edges = [*bins.left, bins.right.iloc[-1]]
+    # What the masks will let go is light, behind what they keep.
     if bins.survivors.sum() < bins["count"].sum():
-        ax.stairs(bins["count"], edges, fill=True, color="0.75", label="will go")
-    ax.stairs(bins.survivors, edges, fill=True, color=style.COLORS[0], label="stay")
+        ax.stairs(
+            bins["count"],
+            edges,
+            fill=True,
+            color="0.75",
+            label="will go",
+        )
+    ax.stairs(
+        bins.survivors,
+        edges,
+        fill=True,
+        color=style.COLORS[0],
+        label="stay",
+    )
     threshold = bins.threshold.iloc[0]
     label = "where magnitude\nwould cut as many"
     for place in (-threshold, threshold):
@@ -213,9 +265,24 @@ def _histogram(ax, bins, limit):
     # The zeros stand apart at the right, where they do not hide the rest.
     place = 1.7 * limit
     zeros = bins.zeros.iloc[0]
-    ax.bar(place, zeros, 0.3 * limit, color="0.85", edgecolor="0.2", hatch="///")
+    ax.bar(
+        place,
+        zeros,
+        0.3 * limit,
+        color="0.85",
+        edgecolor="0.2",
+        hatch="///",
+    )
     ax.set(yscale="log", xlim=(-1.1 * limit, 2.1 * limit))
-    ax.set_xticks([-limit, 0, limit, place], [f"−{limit:.2g}", "0", f"{limit:.2g}", "zeros"])
+    ax.set_xticks(
+        [
+            -limit,
+            0,
+            limit,
+            place,
+        ],
+        [f"−{limit:.2g}", "0", f"{limit:.2g}", "zeros"],
+    )
     ax.grid(False, axis="x")
 
 
@@ -237,10 +304,22 @@ def weight_violins(frame):
     roles = frame.role.unique()
     first, last = frame.stage.unique()[[0, -1]]
     size = (1.6 + 0.9 * max(5, len(blocks)), 0.9 + 1.15 * len(roles))
-    figure, panels = plt.subplots(len(roles), 1, figsize=size, sharex=True, squeeze=False)
+    figure, panels = plt.subplots(
+        len(roles),
+        1,
+        figsize=size,
+        sharex=True,
+        squeeze=False,
+    )
     for ax, (role, bins) in zip(panels.flat, frame.groupby("role", sort=False), strict=True):
         after = bins[bins.stage == last]
-        _violins(ax, bins[bins.stage == first], "count", side="low", color="0.7")
+        _violins(
+            ax,
+            bins[bins.stage == first],
+            "count",
+            side="low",
+            color="0.7",
+        )
         _violins(ax, after, "survivors", side="high", color=style.COLORS[0])
         _zeros(ax, after)
         _limits(ax, bins)
@@ -249,7 +328,7 @@ def weight_violins(frame):
     words = blocks.str.replace("layers.", "").str.replace("blocks.", "")
     ax.set_xticks(range(len(blocks)), words)
     ax.set_xlabel("block; the share of zeros stands below")
-    figure.supylabel("value of the weight", fontsize=12)
+    figure.supylabel("value of the weight")
     handles = [
         Patch(color="0.7", label=tables.STAGES.get(first, first)),
         Patch(color=style.COLORS[0], label=tables.STAGES.get(last, last)),
@@ -280,8 +359,19 @@ def _violins(ax, bins, column, *, side, color):
             "mean": 0,  # matplotlib asks for both, and draws neither
             "median": 0,
         }
-        violins = ax.violin([shape], [place], widths=0.85, side=side, showextrema=False)
-        violins["bodies"][0].set(facecolor=color, edgecolor="0.25", linewidth=0.5, alpha=1)
+        violins = ax.violin(
+            [shape],
+            [place],
+            widths=0.85,
+            side=side,
+            showextrema=False,
+        )
+        violins["bodies"][0].set(
+            facecolor=color,
+            edgecolor="0.25",
+            linewidth=0.5,
+            alpha=1,
+        )
 
 
 def _zeros(ax, bins):
@@ -318,7 +408,11 @@ def spectra(frame):
     largest = frame.groupby("layer").sigma.transform("max")
     full = frame[["m", "n"]].min(axis=1)
     # Ranks are shares of the full one, so that stages of several widths compare.
-    frame = frame.assign(full=full, relative=frame.sigma / largest, share=frame["rank"] / full)
+    frame = frame.assign(
+        full=full,
+        relative=frame.sigma / largest,
+        share=frame["rank"] / full,
+    )
     groups = frame.groupby("role", sort=False)
     colors = style.shades(frame.block.dropna().unique())
     size = (1.8 + 1.9 * len(groups), 4.4)
@@ -327,7 +421,7 @@ def spectra(frame):
     )
     for (above, below), (role, lines) in zip(panels.T, groups, strict=True):
         _spectra_of_role(above, below, lines, colors)
-        above.set_title(role, fontsize=12)
+        above.set_title(role)
         below.xaxis.set_major_formatter("{x:.0%}")
         below.set(xlim=(0, 1.02), xticks=[0, 0.5, 1])
     # Four decades are enough: what is smaller is rounding.
@@ -336,12 +430,14 @@ def spectra(frame):
     above.set(yscale="log", ylim=(floor, 1.5), ylabel="singular value,\nof the largest")
     below.set(ylim=(0, 1.03), ylabel="energy up to the rank")
     below.yaxis.set_major_formatter("{x:.0%}")
-    figure.supxlabel("rank, as a share of the full rank", fontsize=12)
+    figure.supxlabel("rank, as a share of the full rank")
     looks = {block: {"color": color} for block, color in colors.items()}
     looks["break-even in MACs"] = {"color": "0.1", "linestyle": "--"}
     if "faster" in frame:
         looks["faster up to here"] = {"color": "0.35", "marker": "o", "linestyle": ""}
-    handles = [plt.Line2D([], [], label=label, **look) for label, look in looks.items()]
+    handles = []
+    for label, look in looks.items():
+        handles.append(plt.Line2D([], [], label=label, **look))
     figure.legend(handles=handles, loc="outside right center")
     return figure
 
@@ -402,12 +498,18 @@ def _attention(figure, panels, block, maps):
     """Draw the maps of one block: a row before and one after the cut, with one colour bar."""
     # Both rows have the same scale. The largest value would darken all others.
     top = maps[["before", "after"]].quantile(0.98).max()
-    for axes, when, word in zip(panels, ("before", "after"), ("dense", "cut"), strict=True):
-        axes[0].set_ylabel(f"{block}\n{word}", fontsize=9)
+    words = {"before": "dense", "after": "cut"}
+    for axes, when in zip(panels, words, strict=True):
+        axes[0].set_ylabel(f"{block}\n{words[when]}", fontsize=9)
         for ax, (_, of_image) in zip(axes, maps.groupby("image", sort=False), strict=True):
             table = of_image.pivot(index="row", columns="column", values=when)
             picture = ax.imshow(table, cmap="rocket", vmin=0, vmax=top)
-    bar = figure.colorbar(picture, ax=list(panels.flat), shrink=0.9, extend="max")
+    bar = figure.colorbar(
+        picture,
+        ax=list(panels.flat),
+        shrink=0.9,
+        extend="max",
+    )
     bar.ax.tick_params(labelsize=9)
     bar.set_label("attention received,\ntimes the equal share", fontsize=9)
 
@@ -422,7 +524,12 @@ def head_map(frame, *, value="score", label="score of the head"):
     Returns the Axes.
     """
     table = _table(frame, "head", value)
-    ax = _heat(table, 2.6 + 0.8 * table.shape[1], label=label, fmt=".2g")
+    ax = _heat(
+        table,
+        2.6 + 0.8 * table.shape[1],
+        label=label,
+        fmt=".2g",
+    )
     if "kept" in frame:
         removed = frame[~frame.kept.astype(bool)]
         # The cross lies in the upper right corner of its cell, beside the number.
@@ -450,8 +557,8 @@ def heat_map(frame, *, value, label):
 
 def _table(frame, columns, value):
     """Return the mean of a value by block and another column, which both keep their order."""
-    means = frame.groupby(["block", columns])[value].mean().unstack()
-    return means.reindex(index=frame.block.unique(), columns=frame[columns].unique())
+    means = frame.groupby(["block", columns], sort=False)[value].mean()
+    return means.unstack(sort=False)
 
 
 def _heat(table, width, *, label, fmt):
@@ -499,7 +606,8 @@ def image_grid(images, *, labels=None, classes):
         # The model sees normalised values, which are stretched to the full range for the eye.
         low = images.amin((1, 2, 3), keepdim=True)
         high = images.amax((1, 2, 3), keepdim=True)
-        pictures = ((images - low) / (high - low)).permute(0, 2, 3, 1).cpu().numpy()
+        stretched = (images - low) / (high - low)
+        pictures = stretched.permute(0, 2, 3, 1).cpu().numpy()
     names = [classes[int(label)][:12] for label in labels]
     return _grid(pictures, names, 10, (1.1, 1.35))
 
@@ -516,10 +624,7 @@ def changed_images(images, frame):
     Returns a Figure.
     Raises ValueError for no rows and for places that the split does not have.
     """
-    if frame.empty or not frame.image.between(0, len(images) - 1).all():
-        raise ValueError(
-            f"need the places of images in a split of {len(images)}, got {frame.image.tolist()}"
-        )
+    tables.check_places(frame.image.tolist(), images)
     # A title has room for 18 letters in one line.
     words = frame[["label", "before", "after"]].astype(str).map(lambda name: name[:18])
     titles = words.label + ":\n" + words.before + "\n→ " + words.after

@@ -19,6 +19,7 @@ from vitlab.evaluation import evaluate
 from vitlab.models import layers
 from vitlab.names import check
 from vitlab.pruning import lowrank, prune, sweep
+from vitlab.report import tables
 
 _MOST = 128  # rows and columns that a picture shows, the first ones
 _STEPS = np.arange(1, 13) / 12  # ranks that spectra show, as shares and as exponents
@@ -35,9 +36,8 @@ def layer(module, *, keep=None, rows=None, columns=None):
     rows, columns: (how many the layer once had, the indices of those that this one has); None: all
         that it has
     Returns a frame of part, row and cells, at most 128 of either. part: "W" of a plain layer; "U",
-    "V" and "S" of low rank and sparse ones. cells: a letter for each column. a to i: the size of
-    the weight, in ninths of the part's 99th percentile of |w|. Dot: a weight that is zero. x: a row
-    or column that is gone.
+    "V" and "S" of low rank and sparse ones. cells: a letter for each column, a to i for the size of
+    the weight, a dot for zero, x for a row or column that is gone.
     """
     if isinstance(module, layers.RowLinear):
         # It knows itself which rows are gone.
@@ -58,7 +58,15 @@ def layer(module, *, keep=None, rows=None, columns=None):
         if columns is not None and part != "U":
             letters = _in_place(letters, *columns, axis=1)
         cells = letters.iloc[:_MOST, :_MOST].agg("".join, axis=1)
-        frames.append(pd.DataFrame({"part": part, "row": range(len(cells)), "cells": cells}))
+        frames.append(
+            pd.DataFrame(
+                {
+                    "part": part,
+                    "row": range(len(cells)),
+                    "cells": cells,
+                }
+            )
+        )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -80,7 +88,8 @@ def _factors(module):
 
 def _letters(matrix, alive):
     """Return the letter of each weight: a to i by its size, a dot where alive [m, n] is False."""
-    # Ninths are of the 99th percentile, as a single large weight would make all others pale.
+    # The size of a weight is in ninths of the part's 99th percentile of |w|, as a single large
+    # weight would make all others pale.
     sizes = matrix.abs()
     place = int(0.99 * (matrix.numel() - 1))
     largest = sizes.flatten().sort().values[place].clamp_min(1e-30)
@@ -98,8 +107,7 @@ def widths(model, small):
     """Return how wide a cut model is, place by place.
 
     Kinds are those of View.units but block, and qk and v are of one head. If any layer is factored
-    there are kinds such as "rank of qkv", too: the rank of each linear layer, the smaller side of a
-    plain one.
+    there are kinds such as "rank of qkv", too.
 
     model: the model before the cut.
     small: any cut of it.
@@ -112,7 +120,8 @@ def widths(model, small):
     modules = dict(small.named_modules())
     if any(hasattr(modules.get(name), "rank") for name in before.matrices):
         for name, layer in before.linears().items():
-            rank = 0  # of a layer that is gone
+            # The rank of a plain layer is its smaller side, that of a layer that is gone 0.
+            rank = 0
             if now := modules.get(name):
                 rank = getattr(now, "rank", min(now.out_features, now.in_features))
             # Layers between blocks stand for themselves.
@@ -149,7 +158,7 @@ def weights(stages, keep, *, by="role", bins=81):
     stages: {name: model}, the unpruned one first, such as unpruned, pruned and finetuned.
     keep: masks as for `apply`. The weights (no biases) that they name are counted.
     by: "role" counts by the role of the layer and for "all"; "layer" counts by layer.
-    bins: number of bins of equal width, from minus to plus the largest |w| of all stages.
+    bins: number of bins of equal width.
 
     Columns of the frame are
       stage, role  name of the stage; role of the layer, or "all" with by="role"
@@ -167,7 +176,8 @@ def weights(stages, keep, *, by="role", bins=81):
     first = next(iter(stages))
     view = models.view(stages[first])
     weights = {stage: prune.parameters_of(model, keep) for stage, model in stages.items()}
-    # All stages have the same bins, so that their counts compare.
+    # All stages have the same bins, from minus to plus the largest |w| of all, so that their counts
+    # compare.
     limit = 0.0
     for parameters in weights.values():
         limit = max(limit, *(float(weight.abs().max()) for weight in parameters.values()))
@@ -188,7 +198,12 @@ def weights(stages, keep, *, by="role", bins=81):
                 "block": getattr(view.block_of(layer), "name", None),
                 "left": edges[:-1],
                 "right": edges[1:],
-                "count": torch.histc(weight[alive], bins, -limit, limit).long(),
+                "count": torch.histc(
+                    weight[alive],
+                    bins,
+                    -limit,
+                    limit,
+                ).long(),
                 "survivors": torch.histc(survivors, bins, -limit, limit).long(),
                 "zeros": int((~alive).sum()),
             }
@@ -231,7 +246,15 @@ def spectra(model, grams=None):
         weight = layer.weight.detach()
         m, n = weight.shape
         # A thousandth of the mean of the gram's diagonal is added to it, see lowrank.damped.
-        sigma = lowrank.spectrum(weight, sweep.fitting_gram(grams, name, n, 1e-3))
+        sigma = lowrank.spectrum(
+            weight,
+            sweep.fitting_gram(
+                grams,
+                name,
+                n,
+                1e-3,
+            ),
+        )
         energy = sigma.square().cumsum(0)
         energy = energy / energy[-1].clamp_min(lowrank.TINY)  # a layer of zeros has none
         for rank in _spread_ranks(min(m, n)):
@@ -268,9 +291,6 @@ def attention(before, after, images, places):
     images: a data.Split
     places: numbers of a few images in the split
 
-    The last two stages are shown (a ViT has one), each by the last block in which both models
-    attend.
-
     Returns a frame with a row for each image, block and token:
         image: place in the split
         block: name of the block
@@ -279,16 +299,15 @@ def attention(before, after, images, places):
     Raises ValueError for no places, for places outside the split, and for models that have no block
     in common.
     """
-    if not len(places) or min(places) < 0 or max(places) >= len(images):
-        raise ValueError(
-            f"need the places of images in a split of {len(images)}, got {list(places)}"
-        )
+    tables.check_places(places, images)
     looked_at = images.take(np.asarray(places))
     x, _ = next(looked_at.batches(len(places), device=evaluate.device_of(before)))
     maps = {}
     for when, model in (("before", before), ("after", after)):
         maps[when] = _attention_maps(model, x.to(evaluate.device_of(model)))
-    last_blocks = {}  # by stage: a later block takes the place of an earlier one
+    # The last two stages are shown (a ViT has one), each by the last block in which both models
+    # attend: a later block takes the place of an earlier one of its stage.
+    last_blocks = {}
     for block in models.view(before).blocks:
         if block.name in maps["before"] and block.name in maps["after"]:
             last_blocks[block.stage] = block.name
@@ -336,10 +355,10 @@ def _attention_weights(model, x):
     """Return {block name: attention weights} of images x in evaluation mode; rows sum to 1.
 
     x: [B, 3, H, W]
-    Returns tensors [B, heads, tokens, tokens], from and to; of Swin [B * windows, heads, tokens of
-    a window, tokens of a window].
+    Returns tensors [B, heads, tokens, tokens], from and to.
     """
-    # The copy is changed, so that the model stays as it is.
+    # Of a Swin, tensors are [B * windows, heads, tokens of a window, tokens of a window]. The copy
+    # is changed, so that the model stays as it is.
     model = copy.deepcopy(model).eval()
     weights = {}
     for block in models.view(model).blocks:
@@ -385,4 +404,13 @@ def unit_table(scores, alive):
             raise ValueError(f"{key[1]} of {key[0]} are 0 to {len(tensor) - 1}; got {sorted(left)}")
         for unit, score in enumerate(tensor.tolist()):
             rows.append((*key, unit, score, unit in left))
-    return pd.DataFrame(rows, columns=["block", "kind", "unit", "score", "kept"])
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "block",
+            "kind",
+            "unit",
+            "score",
+            "kept",
+        ],
+    )

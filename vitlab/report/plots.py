@@ -71,21 +71,20 @@ def training_curves(history):
     mean and range.
     Returns a Figure.
     """
-    methods = history.groupby("method", sort=False)
-    figure, panels = panels_beside(len(methods), 1 + 3.4 * len(methods))
+    figure, panels = panels_beside(history.groupby("method", sort=False), 1, 3.4)
     # A target has one colour in all panels.
     styles = looks(sorted(history.target.dropna().unique()))
-    for ax, (method, rows) in zip(panels, methods, strict=True):
+    for ax, method, rows in panels:
         for target, line in rows.groupby("target", dropna=False):
             # Without a target, the line is of the dense model.
             label = f"{target:.0%} cut" if pd.notna(target) else method
             look = styles.get(target, DENSE)
             mean_and_range(ax, line.groupby("epoch").train_top1, label=label, **look)
-        ax.set_title(method, fontsize=12)
+        ax.set_title(method)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
-    panels[0].set_ylabel("training top-1 (%)")
+    figure.axes[0].set_ylabel("training top-1 (%)")
     return figure
 
 
@@ -93,14 +92,14 @@ def training_curves(history):
 def accuracy_curve(rows):
     """Draw test top-1 (%) over the share cut.
 
-    A series has a colour, a stage a kind of line. Bars are the range over seeds. Grey lines are the
-    dense model's, one for each set of seeds that cuts have.
+    Bars are the range over seeds. Grey lines are the dense model's.
 
     rows: results.csv of one model, whose targets are shares that go.
     Returns the Axes.
     """
     ax = new_axes(*WIDE)
     cuts = _named_cuts(rows)
+    # A series has a colour, a stage a kind of line.
     styles = looks(cuts.series)
     for (name, stage), line in cuts.groupby(["series", "stage"], sort=False):
         look = styles[name] | LINES.get(stage, {})
@@ -123,10 +122,8 @@ def accuracy_curve(rows):
 def tradeoff(rows, x="macs", *, names=()):
     """Draw test top-1 (%) over a cost.
 
-    A series has a colour and a marker, and a thin line through its targets. Points are means over
-    seeds, bars their range. What is `reconstructed` and was not trained yet has a hollow marker.
-    Controls are grey: the dense model, the same with as many epochs of training (both with a line
-    across) and random cuts. The dark step line joins the points, ringed, that no other beats.
+    Points are means over seeds, bars their range. Rings and a dark step line are at the points that
+    no other beats.
 
     rows: results.csv of one model. Masked models stand where their dense tensors put them.
     x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
@@ -144,6 +141,8 @@ def tradeoff(rows, x="macs", *, names=()):
     unit, factor = tables.AXES[x]
     points = _final_points(final, factor)
     dense = {STAGES[stage]: look for stage, look in DENSE_POINTS.items()}
+    # A series has a colour and a marker. Controls are grey: the dense model, the same with as many
+    # epochs of training, and random cuts.
     styles = looks([*names, *points.series]) | dense
     marks = tables.marks(final, "series")
     height = max(4.4, 1.2 + 0.23 * len(marks))  # inches: the legend has as many lines
@@ -158,7 +157,14 @@ def tradeoff(rows, x="macs", *, names=()):
         _line(ax, line, styles[name], name + marks[name])
     if (points.stage == "reconstructed").any():
         label = "hollow: reconstructed,\nnot trained"
-        ax.scatter([], [], s=40, label=label, facecolor="white", edgecolor="0.35")
+        ax.scatter(
+            [],
+            [],
+            s=40,
+            label=label,
+            facecolor="white",
+            edgecolor="0.35",
+        )
     ax.set(xlabel=unit)
     _accuracy_axis(ax, final.top1.min(), final.top1.max())
     legend_beside(ax)
@@ -211,17 +217,31 @@ def _front(ax, points):
     heights = [*best.top1_mean, best.top1_mean.iloc[-1]]
     look = {"linewidth": 1.2, "color": "0.25"}
     ax.plot(costs, heights, drawstyle="steps-post", zorder=1, **look)
-    ring = {"s": 150, "zorder": 5, "facecolor": "none", "edgecolor": "0.25", "linewidth": 1.2}
+    ring = {
+        "s": 150,
+        "zorder": 5,
+        "facecolor": "none",
+        "edgecolor": "0.25",
+        "linewidth": 1.2,
+    }
     ax.scatter(best.cost_mean, best.top1_mean, **ring)
     label = "best for its cost"
     if len(ranked) < len(points):
         label += f",\nof {most:g} seeds"
-    _legend_entry(ax, label, color="0.25", marker="o", markersize=11, markerfacecolor="none")
+    _legend_entry(
+        ax,
+        label,
+        color="0.25",
+        marker="o",
+        markersize=11,
+        markerfacecolor="none",
+    )
 
 
 def _line(ax, points, look, label):
     """Draw the points of one series, with a line across if they are of dense models."""
     color = look["color"]
+    # What is reconstructed was not trained yet and has a hollow marker.
     for is_hollow, part in points.groupby(points.stage == "reconstructed"):
         _points(ax, part.sort_values("cost_mean"), look, is_hollow)
     if points.stage.iloc[0] in DENSE_POINTS:
@@ -244,7 +264,14 @@ def _points(ax, points, look, is_hollow):
     x = points[["cost_below", "cost_above"]].to_numpy().T
     y = points[["top1_below", "top1_above"]].to_numpy().T
     if x.any() or y.any():
-        ax.errorbar(*places, xerr=x, yerr=y, fmt="none", ecolor=color, capsize=2, zorder=2)
+        ax.errorbar(
+            *places,
+            xerr=x,
+            yerr=y,
+            fmt="none",
+            ecolor=color,
+            zorder=2,
+        )
 
 
 _FILLS = {  # colour and hatch of a stage's bars
@@ -261,7 +288,7 @@ _FILLS = {  # colour and hatch of a stage's bars
 def recovery(rows):
     """Draw test top-1 (%) of every cut as bars: after it and after each step of recovery.
 
-    Bars are means over seeds. Grey lines are the dense model's, as in `accuracy_curve`.
+    Bars are means over seeds. Grey lines are the dense model's.
 
     rows: results.csv of one model.
     Returns the Axes.
@@ -312,7 +339,7 @@ def _bar_groups(ax, heights, fills, *, form, fontsize, pad, spreads=None):
     for i, (label, (color, hatch)) in enumerate(zip(heights, fills, strict=False)):
         look = {"color": color, "hatch": hatch, "edgecolor": "0.2", "label": label}
         if spreads:
-            look |= {"yerr": [frame[label] for frame in spreads], "capsize": 2}
+            look |= {"yerr": [frame[label] for frame in spreads]}
         places = np.arange(len(heights)) + (i - middle) * width
         bars = ax.bar(places, heights[label], width, **look)
         ax.bar_label(bars, fmt=form, fontsize=fontsize, padding=2, bbox=box)
@@ -322,8 +349,8 @@ def _bar_groups(ax, heights, fills, *, form, fontsize, pad, spreads=None):
 def ladder(rows, *, names=()):
     """Draw test top-1 (%) after each step of recovery from one cut, in the order of the steps.
 
-    A series has a line. Points are means over seeds, bars their range. Hollow points are of no
-    training. Grey lines are the dense model's, as in `accuracy_curve`.
+    Points are means over seeds, bars their range; hollow ones are of no training. Grey lines are
+    the dense model's.
 
     rows: results.csv of one model and one budget (target_kind and target), and of the dense model.
     names: `series` of more rows, so that each looks the same in several figures.
@@ -362,12 +389,10 @@ def ladder(rows, *, names=()):
 
 
 def _dense_lines(ax, rows, cuts):
-    """Draw grey lines at the mean top-1 of the dense model.
-
-    Those of the model with as many epochs of training are dash-dotted.
-    """
-    # Each set of seeds that cuts have gets lines of its own, so that all are held against dense
-    # models of their own seeds. The lines of the largest set are the darkest.
+    """Draw grey lines at the mean top-1 of the dense model."""
+    # The model with as many epochs of training is dash-dotted. Each set of seeds that cuts have
+    # gets lines of its own, so that all are held against dense models of their own seeds. The lines
+    # of the largest set are the darkest.
     sets = tables.sets_of_seeds(cuts, ["series", "target", "stage"]).unique()
     color = "0.35"
     for seeds in sorted(sets, key=len, reverse=True):
@@ -420,8 +445,7 @@ def _accuracy_axis(ax, low, high):
 def speedup_bars(table):
     """Draw how many times as fast as the first model the others are.
 
-    Each model has a group of bars with quartiles, a bar for each way of running it. A short line
-    shows what the MACs promise.
+    A short line shows what the MACs promise.
 
     table: columns model, speedup, speedup_q1, speedup_q3, promised, and runtime, precision and
     batch where these vary, as roofline.bounds returns it; several rows of one model and way (seeds)
@@ -437,14 +461,35 @@ def speedup_bars(table):
     means["above"] = (means.speedup_q3 - means.speedup).clip(lower=0)
     heights = means.speedup.unstack().loc[names, order]
     spreads = [means[side].unstack().loc[names] for side in ("below", "above")]
+    # Each model has a group of bars with quartiles, a bar for each way of running it.
     ax = _bar_axes(names, 0.25 + 0.3 * len(order))
-    fills = zip(cycle(COLORS), cycle(["", "///", "..", "xx", "\\\\", "++"]), strict=True)
+    fills = zip(
+        cycle(COLORS),
+        cycle(
+            [
+                "",
+                "///",
+                "..",
+                "xx",
+                "\\\\",
+                "++",
+            ]
+        ),
+        strict=True,
+    )
     words = {"form": "{:.1f}", "fontsize": 8, "pad": 0.3}
     _bar_groups(ax, heights, fills, spreads=spreads, **words)
     promised = table.groupby("model").promised.mean()[names]
     places = np.arange(len(names))
     label = "promised by the MACs"
-    ax.hlines(promised, places - 0.45, places + 0.45, label=label, color="0.1", linewidth=1.2)
+    ax.hlines(
+        promised,
+        places - 0.45,
+        places + 0.45,
+        label=label,
+        color="0.1",
+        linewidth=1.2,
+    )
     ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
     ax.set(ylabel=f"times as fast as\n{names[0]}")
     legend_beside(ax)
@@ -462,8 +507,7 @@ def _ways(table):
 def roofline(table):
     """Draw the work done per second over the work per byte, under the machine's ceilings.
 
-    There is a point for each row, a colour for each model and a line for each precision: at its
-    left the rate of the memory (a band), at its right that of matrix products.
+    There is a point for each row and a line for each precision.
 
     table: as roofline.bounds returns it.
     Returns the Axes.
@@ -505,6 +549,7 @@ def _ceilings(ax, table):
     intensity = np.geomspace(table.intensity.min() / 2, table.intensity.max() * 2, 200)
     for precision, rows in table.groupby("precision", sort=False):
         top = rows.macs_per_s.max() / 1e9
+        # At the left of the line is the rate of the memory, at its right that of matrix products.
         # Caches make small operations faster than the memory is: hence a band.
         slow = np.minimum(top, intensity * (rows.bytes_per_s.min() / 1e9))
         fast = np.minimum(top, intensity * (rows.bytes_per_s.max() / 1e9))
@@ -520,25 +565,30 @@ def _ceilings(ax, table):
 def sensitivity_curves(frame):
     """Draw the rise of the loss (nats) over the share cut from one layer alone, by role and block.
 
-    There is a panel for each role and a line for each block.
-
     frame: columns role, block, ratio, increase, as sensitivity.curves returns it.
     Returns a Figure.
     """
-    roles = frame.groupby("role", sort=False)
+    # There is a panel for each role and a line for each block, whose colour says how deep it lies.
     colors = shades(frame.block.dropna().unique())
-    figure, panels = panels_beside(len(roles), 1 + 2.6 * len(roles))
-    for ax, (role, rows) in zip(panels, roles, strict=True):
+    figure, panels = panels_beside(frame.groupby("role", sort=False), 1, 2.6)
+    for ax, role, rows in panels:
         for block, line in rows.groupby("block", sort=False, dropna=False):
             color = colors.get(block, "0.3")  # a layer outside of blocks is grey
             ax.plot(line.ratio, line.increase, marker=".", color=color)
         ax.set(xlabel=f"share of {role} cut")
-    panels[0].set(ylabel="rise of the loss (nats)")
+    figure.axes[0].set(ylabel="rise of the loss (nats)")
     # No panel need have all blocks, so that the legend has handles of its own.
     handles = [
-        Line2D([], [], color=color, marker=".", label=block) for block, color in colors.items()
+        Line2D(
+            [],
+            [],
+            color=color,
+            marker=".",
+            label=block,
+        )
+        for block, color in colors.items()
     ]
-    panels[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend_beside(ax, handles=handles)
     return figure
 
 
@@ -554,7 +604,14 @@ def agreement(frame):
     width = max(HALF[0], 2.2 + 0.95 * frame.criterion.nunique())
     ax = new_axes(width, HALF[1])
     # Several seeds become a mean, with a bar from the lowest to the highest.
-    sns.barplot(frame, x="criterion", y="spearman", hue="kind", errorbar=("pi", 100), ax=ax)
+    sns.barplot(
+        frame,
+        x="criterion",
+        y="spearman",
+        hue="kind",
+        errorbar=("pi", 100),
+        ax=ax,
+    )
     ax.axhline(0, color="0.3", linewidth=0.8)
     bottom = min(0, frame.spearman.min() - 0.1)
     ax.set(
@@ -570,9 +627,8 @@ def agreement(frame):
 def prediction_audit(frame):
     """Draw the measured over the predicted rise of the loss (nats), both logarithmic.
 
-    Each cut has a point, a criterion has a colour, a kind a marker (KINDS has 13). On the diagonal
-    the prediction is right, in the grey band within a factor of three. What is below the lowest
-    decade shown, so also 0 and less, is drawn hollow on the dotted edge.
+    Each cut has a point. What is below the lowest decade shown, so also 0 and less, is drawn hollow
+    on the dotted edge.
 
     frame: columns criterion, kind, predicted, measured.
     Returns the Axes.
@@ -586,7 +642,11 @@ def prediction_audit(frame):
     # The lowest decade is the one of the smallest value above 0, but at most four under the top.
     lowest = max(values[values > 0].min(axis=None), top / 1e4)
     floor = 10 ** np.floor(np.log10(lowest))
-    frame = frame.assign(is_below=(values < floor).any(axis=1), **values.clip(floor))
+    frame = frame.assign(
+        is_below=(values < floor).any(axis=1),
+        **values.clip(floor),
+    )
+    # A criterion has a colour, a kind a marker (KINDS has 13).
     styles = looks(frame.criterion)
     colors = {criterion: styles[criterion]["color"] for criterion in frame.criterion}
     markers = dict(zip(frame.kind.unique(), cycle(KINDS), strict=False))
@@ -618,9 +678,17 @@ def _diagonal(ax, reach):
 
     reach: array of the ends of both axes, in nats.
     """
+    # On the diagonal the prediction is right, in the grey band within a factor of three.
     band = {"color": "0.93", "zorder": 0, "label": "within a factor of 3"}
     ax.fill_between(reach, reach / 3, reach * 3, **band)
-    ax.plot(reach, reach, color="0.35", linewidth=1, zorder=1, label="as predicted")
+    ax.plot(
+        reach,
+        reach,
+        color="0.35",
+        linewidth=1,
+        zorder=1,
+        label="as predicted",
+    )
     ax.set(
         xscale="log",
         yscale="log",
@@ -639,8 +707,7 @@ def _diagonal(ax, reach):
 def class_change(frame):
     """Draw the change of top-1 (percentage points) by class, the most forgotten on top.
 
-    Of more than 30 classes the 12 worst and the 12 best are drawn. The number of its images stands
-    behind each name: of few, one weighs much.
+    Of more than 30 classes the 12 worst and the 12 best are drawn.
 
     frame: columns class, images and change, as evaluate.compare gives them; several rows of a class
     (seeds) become mean and range.
@@ -661,16 +728,22 @@ def class_change(frame):
         places = np.r_[:12, 13.5:25.5]
     ax = new_axes(6.4, 1 + 0.24 * (places[-1] + 1))
     means = changes["mean"]
-    bars = ax.barh(places, means, 0.75, color=np.where(means < 0, COLORS[3], COLORS[0]))
+    bars = ax.barh(
+        places,
+        means,
+        0.75,
+        color=np.where(means < 0, COLORS[3], COLORS[0]),
+    )
     lengths = error_bars(changes)
     if lengths is None:
         ax.bar_label(bars, fmt="{:+.1f}", fontsize=8, padding=3)
     else:
-        look = {"fmt": "none", "ecolor": "0.2", "capsize": 2, "elinewidth": 1}
+        look = {"fmt": "none", "ecolor": "0.2", "elinewidth": 1}
         ax.errorbar(means, places, xerr=lengths, **look)
     if is_long:
         _gap(ax, f"… {hidden} classes between …", 12.25)
     ax.axvline(0, color="0.35", linewidth=0.8)
+    # The number of its images stands behind each name: of few, one weighs much.
     counts = frame.groupby("class").images.first()
     words = [f"{str(name)[:24]} ({counts[name]:g})" for name in changes.index]
     ax.set_yticks(places, words, fontsize=9)
@@ -716,11 +789,6 @@ def draw_each(
 ):
     """Draw, save and show a figure for each model, or for each model and target.
 
-    Where no notebook has left the table, nothing is drawn. The file of a figure is called
-    `<name>-<model>`, or `<name>-<target_kind>-<target>-<model>` as far as the rows have these. The
-    caption says where the rows come from: rows of results.csv say it themselves, others have it
-    from the results of the same models and seeds.
-
     A notebook gives what all figures share once and then has a line for each kind of figure:
 
         draw_each = partial(plots.draw_each, results=results, folder=lab.figures)
@@ -745,6 +813,7 @@ def draw_each(
     """
     rows = tables.get(table or name)
     if rows is None:
+        # No notebook has left the table.
         return
     keys = [column for column in _PER[per] if column in rows]
     for key, group in rows.groupby(keys, sort=False, dropna=False):
@@ -752,7 +821,11 @@ def draw_each(
         words = note.format(**group.iloc[0])
         if controls is not None:
             group = pd.concat([controls[controls.model == model], group])
+        # The caption says where the rows come from: rows of results.csv say it themselves, others
+        # have it from the results of the same models and seeds.
         source = [group] if "commit" in group else [results, group]
+        # The file is called <name>-<model>, or <name>-<target_kind>-<target>-<model> as far as the
+        # rows have these.
         parts = [_file_part(part) for part in target if pd.notna(part)]
         path = folder / "-".join([name, *parts, model])
         text = f"{caption(*source)} {words}".rstrip()

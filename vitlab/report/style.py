@@ -1,7 +1,5 @@
 """Give all figures one look that reads on slides and in grey, and save them. No torch.
 
-A figure that is saved twice gives the same files byte for byte.
-
 Public: COLORS, DENSE, HALF, HUES, KINDS, LINES, MARKERS, STYLE, WIDE, error_bars, legend_beside,
 looks, mean_and_range, new_axes, panels_beside, save, shades, styled.
 """
@@ -27,10 +25,13 @@ STYLE = {
     "grid.color": "0.9",
     "font.size": 12,
     "axes.labelsize": 12,
+    "axes.titlesize": 12,
+    "figure.labelsize": 12,
     "xtick.labelsize": 11,
     "ytick.labelsize": 11,
     "legend.fontsize": 10,
     "legend.frameon": False,
+    "errorbar.capsize": 2,
     "figure.constrained_layout.use": True,
     "figure.dpi": 100,
     "savefig.dpi": 200,
@@ -68,12 +69,13 @@ def styled(draw):
 
 
 def looks(names):
-    """Choose a colour and a marker for each series; the controls are grey in every figure.
+    """Choose a colour and a marker for each series.
 
-    names: names of series in order, where repeated ones count once. Controls are "dense" and random
-    cuts.
+    names: names of series in order, where repeated ones count once.
     Returns {name: {"color", "marker"}}, always with "dense".
     """
+    # The controls, "dense" and random cuts, are grey in every figure. Random cuts have other
+    # markers than the first series, which are often drawn beside them.
     greys = zip(itertools.repeat("0.6"), itertools.cycle(MARKERS[3:] + MARKERS[:3]))
     hues = zip(itertools.cycle(HUES), itertools.cycle(MARKERS))
     styles = {"dense": DENSE}
@@ -97,17 +99,20 @@ def new_axes(width, height):
     return plt.subplots(figsize=(width, height))[1]
 
 
-def panels_beside(count, width, height=HALF[1]):
-    """Return a Figure of a size in inches and its panels in a row, which share the y axis."""
-    size = (width, height)
-    figure, panels = plt.subplots(1, count, figsize=size, sharey=True, squeeze=False)
-    return figure, panels[0]
+def panels_beside(groups, margin, width, height=HALF[1]):
+    """Return a Figure with a panel for each group in a row, which share the y axis.
+
+    groups: a grouped frame.
+    margin, width, height: inches beside all panels, of each panel, and of the Figure.
+    Returns the Figure and a list of (Axes, name of the group, its rows).
+    """
+    size = (margin + width * len(groups), height)
+    figure, panels = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
+    return figure, [(ax, *group) for ax, group in zip(panels[0], groups, strict=True)]
 
 
 def mean_and_range(ax, groups, **style):
     """Draw the mean of each group over the group's name, with a bar from its lowest to its highest.
-
-    Where no group has a difference, there are no bars.
 
     groups: a grouped Series whose names are numbers.
     style: options of ax.errorbar.
@@ -118,13 +123,17 @@ def mean_and_range(ax, groups, **style):
 
 def error_bars(ranges):
     """Return the lengths of error bars, [below and above, points], or None where all are nought."""
+    # Bars without length would still draw their caps, as if something had been measured twice.
     lengths = ranges[["below", "above"]].to_numpy().T
     return lengths if lengths.any() else None
 
 
-def legend_beside(ax):
-    """Put a legend to the right of the axes, where it hides no point."""
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+def legend_beside(ax, **options):
+    """Put a legend to the right of the axes, where it hides no point.
+
+    options: of ax.legend.
+    """
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), **options)
 
 
 # -- figures in files
@@ -134,20 +143,19 @@ def legend_beside(ax):
 def save(drawn, path, *, caption=None):
     """Write a Figure as path + ".svg", ".pdf" and ".png", and its caption as ".txt".
 
-    The same drawing gives the same bytes. The figure is closed.
-
     drawn: a Figure or Axes of it.
     path: without ending.
     caption: text.
     Returns the Figure, to be displayed.
     """
+    # svg goes into slides, pdf into papers, png into pages.
     figure = drawn.figure
     for ending, date in (
         ("svg", "Date"),
         ("pdf", "CreationDate"),
         ("png", "Software"),
     ):
-        # Without the date, or the version of matplotlib, the bytes are the same each time.
+        # Without the date, or the version of matplotlib, the same drawing gives the same bytes.
         files.write_atomic(
             f"{path}.{ending}",
             functools.partial(
@@ -159,5 +167,6 @@ def save(drawn, path, *, caption=None):
         )
     if caption:
         files.write_atomic(f"{path}.txt", caption + "\n")
+    # A study has a hundred figures; open ones would fill the memory.
     plt.close(figure)
     return figure

@@ -1,8 +1,8 @@
 """Compute the statistics of a study's results: frames in, frames out. No matplotlib, no torch.
 
-Public: AXES, CONDITION_COLUMNS, DENSE_POINTS, STAGES, TOP1, audit_table, beside_dense, best_under,
-caption, costs_of, in_words, is_random, marks, of_seeds, only_cuts, over_seeds, pareto, ranges_of,
-save_table, seeds_of, series, sets_of_seeds.
+Public: AXES, DENSE_POINTS, STAGES, TOP1, audit_table, beside_dense, best_under, caption,
+check_places, costs_of, in_words, is_random, marks, of_seeds, only_cuts, over_seeds, pareto,
+ranges_of, save_table, seeds_of, series, sets_of_seeds.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from vitlab import files, names
 # -- statistics: frames in, frames out
 
 # Rows of one cut have the same values in all of these columns.
-CONDITION_COLUMNS = (
+_CONDITION_COLUMNS = (
     "model",
     "method",
     "criterion",
@@ -70,6 +70,7 @@ def series(rows):
     Returns a Series of strings.
     """
     names = rows.method.astype(str)
+    # A method of one form has nothing to be told apart by.
     for column in ("form", "criterion"):
         if column in rows:
             several = rows.groupby("method")[column].transform("nunique") > 1
@@ -134,7 +135,7 @@ def seeds_of(rows):
         return "unknown"
     # Dense models have all seeds, and would hide that cuts have fewer.
     cuts = only_cuts(measured) if "stage" in measured else measured
-    keys = CONDITION_COLUMNS if "method" in cuts else ["model", "checkpoint"]
+    keys = _CONDITION_COLUMNS if "method" in cuts else ["model", "checkpoint"]
     keys = [key for key in keys if key in cuts]
     sets = set(sets_of_seeds(cuts, keys)) if keys else set()
     every = tuple(sorted(set(measured.seed)))
@@ -187,7 +188,13 @@ def ranges_of(groups):
     table = groups.agg(["mean", "min", "max"])
     # The computed mean of three equal numbers may lie an ulp beside them.
     mean = table["mean"].clip(table["min"], table["max"])
-    return pd.DataFrame({"mean": mean, "below": mean - table["min"], "above": table["max"] - mean})
+    return pd.DataFrame(
+        {
+            "mean": mean,
+            "below": mean - table["min"],
+            "above": table["max"] - mean,
+        }
+    )
 
 
 def pareto(cost, value):
@@ -207,9 +214,7 @@ def pareto(cost, value):
 def best_under(rows, cost):
     """Find the best model at three quarters, half and a quarter of the dense model's cost.
 
-    One cut is one method, criterion, form, target_kind, target and stage, with means over its
-    seeds. The best has the highest `val_top1` of those that have one, else the highest test top-1,
-    which favours the lucky one a little.
+    The best has the highest `val_top1` of those that have one, else the highest test top-1.
 
     rows: results.csv of any models and seeds, the dense ones among them.
     cost: a column, such as macs, params, bytes_disk, latency_ms or relative_latency.
@@ -223,9 +228,14 @@ def best_under(rows, cost):
     if not (rows.stage == "dense").any():
         raise ValueError("no row of stage dense, so that no cost is known as a share")
     rows = beside_dense(rows, cost, "top1").dropna(subset=[cost, "top1"])
-    rows = rows.assign(share=rows[cost] / rows[f"dense_{cost}"], val=rows.get("val_top1", np.nan))
+    rows = rows.assign(
+        share=rows[cost] / rows[f"dense_{cost}"],
+        val=rows.get("val_top1", np.nan),
+    )
     rows = rows.rename(columns={cost: "value", "dense_top1": "dense"})
-    keys = [key for key in CONDITION_COLUMNS if key in rows]
+    # One cut is one method, criterion, form, target_kind, target and stage, with means over its
+    # seeds.
+    keys = [key for key in _CONDITION_COLUMNS if key in rows]
     groups = rows.groupby(keys, dropna=False, sort=False)
     points = groups[["top1", "dense", "share", "value", "val"]].mean()
     points = points.assign(seeds=groups.seed.nunique()).reset_index()
@@ -236,7 +246,15 @@ def best_under(rows, cost):
         # Budgets are met to within a hundredth, so a limit may be exceeded by that.
         fitting = cuts[cuts.share <= limit * (1 + _SLACK)]
         best.append({"model": model, "cost": cost, "limit": limit} | _best(fitting))
-    columns = [*keys[1:], "top1", "dense", "share", "value", "chosen_on", "seeds"]
+    columns = [
+        *keys[1:],
+        "top1",
+        "dense",
+        "share",
+        "value",
+        "chosen_on",
+        "seeds",
+    ]
     return pd.DataFrame(best, columns=["model", "cost", "limit", *columns])
 
 
@@ -249,6 +267,7 @@ def _best(points):
     """Return the best of several points as a dict; its method is "none" where there is no point."""
     # Of the cuts that fit, those of fewer seeds than others stand back.
     points = points[points.seeds == points.seeds.max()]
+    # The choice by test top-1 favours the lucky one a little.
     by, chosen_on = ("val", "val") if points.val.notna().any() else ("top1", "test")
     ranked = points.dropna(subset=by).sort_values(by, kind="stable")
     if ranked.empty:
@@ -284,7 +303,26 @@ def audit_table(frame, by=("criterion", "kind")):
     return pd.DataFrame(rows, columns=[*by, "cuts", "spearman", "ratio"])
 
 
+def check_places(places, images):
+    """Raise ValueError for an empty list of places, and for one that images, a split, lack."""
+    if not places or min(places) < 0 or max(places) >= len(images):
+        raise ValueError(f"need the places of images in a split of {len(images)}, got {places}")
+
+
 # -- words and files of tables
+
+# Columns of results.csv that a caption quotes.
+_SOURCES = [
+    "study",
+    "data",
+    "model",
+    "split_seed",
+    "device",
+    "threads",
+    "torch",
+    "timm",
+    "commit",
+]
 
 
 def caption(rows, drawn=None):
@@ -300,19 +338,8 @@ def caption(rows, drawn=None):
         pair = ["model", "seed"]
         shown = pd.MultiIndex.from_frame(drawn[pair])
         rows = rows[pd.MultiIndex.from_frame(rows[pair]).isin(shown)]
-    for column in (
-        "study",
-        "data",
-        "model",
-        "split_seed",
-        "device",
-        "threads",
-        "torch",
-        "timm",
-        "commit",
-    ):
-        values = rows[column].dropna().unique() if column in rows else []
-        words[column] = ", ".join(map(str, values)) or "unknown"
+    for column, values in rows.reindex(columns=_SOURCES).items():
+        words[column] = ", ".join(map(str, values.dropna().unique())) or "unknown"
     return (
         "Study {study} on {data}; {model}; seeds {seeds}, split {split_seed}. "
         "MACs by vitlab's closed form; latency as median. {device}, threads: {threads}; "
