@@ -580,7 +580,7 @@ def test_what_stays_makes_up_for_masked_weights(model, batch):
         assert lowrank.objective(weight, best, gram) <= lowrank.objective(weight, new, gram)
     with pytest.raises(ValueError, match="unknown method 'obd', did you mean 'obs'"):
         compensate.refit(model, keep, second_moments, method="obd")
-    with pytest.raises(ValueError, match="no parameter 'norm.weigth'"):
+    with pytest.raises(ValueError, match="unknown parameter 'norm.weigth'"):
         compensate.refit(model, {"norm.weigth": keep[norm]}, second_moments)
     with pytest.raises(ValueError, match="none of the layers in keep"):
         compensate.refit(model, {norm: keep[norm]}, second_moments)
