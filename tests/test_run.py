@@ -150,7 +150,7 @@ def test_the_same_notebook_of_the_same_run_is_not_executed_twice_at_once(tmp_pat
 
 
 def start(path, *arguments):
-    command = [sys.executable, "-m", "vitlab.studies.notebooks", str(path), *arguments]
+    command = [sys.executable, "-m", "vitlab", "run", str(path), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -245,7 +245,8 @@ def test_twenty_kills_over_train_prune_tune_and_report_change_nothing(tmp_path):
             command = [
                 sys.executable,
                 "-m",
-                "vitlab.studies.notebooks",
+                "vitlab",
+                "run",
                 step,
                 "--study",
                 "smoke",
@@ -353,7 +354,7 @@ def test_a_changed_report_reruns_itself_alone_and_a_failure_keeps_the_others_goi
     study.write_text(study.read_text().replace("epochs: 8", "epochs: 9"))
     runner = tree / "vitlab" / "__main__.py"
     runner.write_text(
-        "import sys\nif '5_budget' in sys.argv[1]:\n    sys.exit('no budget')\n"
+        "import sys\nif '5_budget' in sys.argv[2]:\n    sys.exit('no budget')\n"
         + runner.read_text()
     )
     with pytest.raises(AssertionError, match="no budget"):
