@@ -253,7 +253,7 @@ def test_notebooks_train_in_two_processes(tmp_path):
         root = tmp_path / processes
         for notebook in ("1_train", "3_global_pruning"):
             asked = [notebook, "--study", "smoke", "--processes", processes, *words]
-            command = [sys.executable, "-m", "vitlab.studies.notebooks", *asked]
+            command = [sys.executable, "-m", "vitlab", "run", *asked]
             if (notebook, processes) == ("1_train", "2"):  # from a cell, as docs/clusters.md shows
                 cell = nbformat.v4.new_code_cell(
                     f"from vitlab import run\nassert run.main({asked}) == 0"
@@ -298,7 +298,7 @@ def test_notebooks_train_in_two_processes(tmp_path):
     assert extra[0]["history"][0]["train_loss"] == pytest.approx(
         extra[1]["history"][0]["train_loss"], rel=1e-3
     )
-    command = [sys.executable, "-m", "vitlab.studies.notebooks", "6_efficiency", "--processes", "2"]
+    command = [sys.executable, "-m", "vitlab", "run", "6_efficiency", "--processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode and "run it without --processes" in done.stderr
 
