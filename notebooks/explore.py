@@ -114,7 +114,7 @@ class _Subject:
         study, model, seed, _ = label.split("/")
         if folder.parent != lab.folder:
             # A study may be given as the path of its file, which its name alone does not tell.
-            study = lab._given if study == lab.study else study
+            study = lab.given if study == lab.study else study
             lab = runs.open_run(study, model, int(seed.removeprefix("seed")))
         self.lab = lab
         self.model = checkpoint.load(folder, device=device)
