@@ -124,7 +124,8 @@ def test_a_module_ends_its_docstring_with_its_public_names(module):
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 defined |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name)}
-    assert listed == {name for name in defined if not name.startswith("_")}
+    public = {name for name in defined if not name.startswith("_")}
+    assert listed == public, "list public names after `Public:` at the end of the docstring"
 
 
 def loaded_by(code):
