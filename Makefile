@@ -16,8 +16,8 @@ help:
 	@echo "make lab                   JupyterLab; open the notebooks in their order"
 	@echo "make study STUDY=NAME      all notebooks of a study of notebooks/params: $(basename $(notdir $(wildcard notebooks/params/*.yaml)))"
 	@echo "                           MODEL=vit one model of it, SEED=1 another seed, CORES=2, ARGS=-n to see what would run"
-	@echo "make reproduce STUDY=NAME  its rows again, beside the published ones; MODEL=vit of one model, SEEDS='0 1'"
-	@echo "make figures STUDY=NAME    its figures, tables and slides again, from the rows there are"
+	@echo "make reproduce STUDY=NAME  its results again, beside the published ones; MODEL=vit of one model, SEEDS='0 1'"
+	@echo "make figures STUDY=NAME    its figures, tables and slides again, from the results there are"
 	@echo "make slides STUDY=NAME     its slides, from the tables and pictures in figures/: .pptx and one HTML file"
 	@echo "make html STUDY=NAME       its executed notebooks as pages, one file each, beside them"
 	@echo "make readme                the results in README.md and docs/results.md again, from the tables in figures/"
@@ -41,11 +41,11 @@ study: install
 	@echo "Executed notebooks: $(DATA)/runs/$(NAME)/notebooks/ and $(DATA)/runs/$(NAME)/*/seed*/notebooks/"
 
 reproduce: install
-	@[ -f figures/$(NAME)/results.csv ] || { echo "figures/$(NAME) has no rows to compare with."; exit 1; }
+	@[ -f figures/$(NAME)/results.csv ] || { echo "figures/$(NAME) has no results to compare with."; exit 1; }
 	@mkdir -p $(AGAIN)  # with the images of the data root, and runs of its own
 	@for each in $$(ls $(DATA)); do case $$each in runs|again|bench) ;; *) ln -sfn "$$(realpath $(DATA)/$$each)" $(AGAIN);; \
 	    esac; done
-	@for seed in $(or $(SEEDS),0); do VITLAB_DATA=$(AGAIN) $(BIN)/snakemake rows --cores $(CORES) \
+	@for seed in $(or $(SEEDS),0); do VITLAB_DATA=$(AGAIN) $(BIN)/snakemake results --cores $(CORES) \
 	    --config study=$(STUDY) $(if $(MODEL),model=$(MODEL)) seed=$$seed $(ARGS) || exit 1; done
 	@VITLAB_DATA=$(AGAIN) $(BIN)/python -m vitlab results $(STUDY) --compare
 

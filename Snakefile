@@ -96,20 +96,20 @@ for step, before in AFTER.items():
             RUN_MODEL if step == "6_efficiency" or PROCESSES == 1 else EACH + RUN_MODEL + f" --processes {PROCESSES}"
 
 
-ROWS = expand(
+RESULTS = expand(
     "{runs}/{model}/seed{seed}/notebooks/{step}.ipynb",
     runs=RUNS, model=MODELS, seed=SEEDS, step=["2_sensitivity", "6_efficiency"],
 )
 
 
-rule rows:  # all but the report, which would replace the published figures
+rule results:  # all but the report, which would replace the published figures
     input:
-        ROWS,
+        RESULTS,
 
 
 rule report:
     input:
-        before=ROWS,
+        before=RESULTS,
         notebook=ancient("notebooks/7_report.ipynb"),
     output:
         RUNS / "notebooks/7_report.ipynb",

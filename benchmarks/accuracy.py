@@ -47,7 +47,7 @@ from vitlab.evaluation import bench, cost, evaluate
 from vitlab.models import checkpoint
 from vitlab.pruning import budget, factor, recover, scores
 from vitlab.pruning.ranks import allocate, uniform
-from vitlab.report import style, tables
+from vitlab.report import _style, plots, tables
 from vitlab.studies import runs
 from vitlab.training import data, train
 
@@ -513,20 +513,20 @@ def table_and_figure():
     said = tables.caption(table.assign(study="benchmark", data="CIFAR-10 (JPEG)", split_seed=0))
     said += " Of each family the tool that is best on test at that budget, of those with the most seeds there; "
     said += "bars from the lowest to the highest seed."
-    style.save(figure(table), folder("accuracy"), caption=said)
+    plots.save(figure(table), folder("accuracy"), caption=said)
 
 
 CONTROL = {"cut": "dense", "finetuned": "dense, fine-tuned as much"}
 
 
-@style.styled
+@_style.styled
 def figure(table):
     """Test top-1 (%) over the budget, after the cut and after fine-tuning; models below each other, a line a family."""
     table = chosen(table)
     names = list(dict.fromkeys(table.model))
     families = [family for family in FAMILIES if family != "dense"]
     figure, panels = plt.subplots(len(names), 2, figsize=(10.5, 3.4 * len(names)), squeeze=False)
-    look = style.looks(families)
+    look = _style.looks(families)
     for (line, model), (column, (stage, word)) in product(
         zip(panels, names, strict=True), enumerate(STAGES.items())
     ):
@@ -542,7 +542,7 @@ def figure(table):
             label = family + (
                 f" (best of {len(FAMILIES[family])})" if len(FAMILIES[family]) > 1 else ""
             )
-            style.mean_and_range(ax, best.groupby("budget"), label=label, **look[family])
+            _style.mean_and_range(ax, best.groupby("budget"), label=label, **look[family])
         dense = own[own.tool == "dense"].top1.mean()
         ax.axhline(
             dense, color="0.35", linewidth=1, zorder=0, label="dense (right: fine-tuned as much)"

@@ -10,7 +10,7 @@ from vitlab import models
 from vitlab.evaluation import bench, roofline
 from vitlab.pruning import budget, factor, lowrank, masks, prune, scores, shrink
 from vitlab.pruning.ranks import allocate
-from vitlab.report import plots, style
+from vitlab.report import plots
 from vitlab.studies import runs
 
 ON_GPU = torch.cuda.is_available()  # for `cuts`; the other cases run on the CPU
@@ -101,8 +101,8 @@ def draw_cuts(table):
         said += f"{rows.threads.iloc[0]}; {source['device']}, commit {source['commit']}, {source['date'][:10]}; "
         said += "python benchmarks --only cuts."
         name = case.lower()
-        style.save(plots.speedup_bars(rows), folder(f"speedup-{name}"), caption=said)
-        style.save(plots.roofline(rows), folder(f"roofline-{name}"), caption=said)
+        plots.save(plots.speedup_bars(rows), folder(f"speedup-{name}"), caption=said)
+        plots.save(plots.roofline(rows), folder(f"roofline-{name}"), caption=said)
 
 
 def widths(rounds):

@@ -35,7 +35,7 @@ from vitlab import files, models
 from vitlab.evaluation import cost, evaluate
 from vitlab.models import checkpoint
 from vitlab.pruning import budget, masks, pool, prune, scores
-from vitlab.report import drawings, style
+from vitlab.report import _style, drawings
 from vitlab.studies import runs, settings
 from vitlab.studies.runs import checkpoint_id
 from vitlab.training import data
@@ -46,7 +46,7 @@ _UNITS = ("fisher", "taylor", "michel")
 _SHOWN = 12  # how many validation images are shown
 _TESTED = 256  # how many validation images accuracy is measured on
 _BINS = 60  # bins of a histogram
-_STATES = {"masked": "0.85", "goes with its unit": style.COLORS[1], "kept": style.COLORS[0]}
+_STATES = {"masked": "0.85", "goes with its unit": _style.COLORS[1], "kept": _style.COLORS[0]}
 
 
 # -- checkpoints
@@ -310,7 +310,7 @@ class _LayerPicture:
     # Artists are made once, and then moved. Those in `moving` are drawn each time, over a picture
     # of the others. The others take most of the time and are drawn only when `background` is None.
 
-    @style.styled
+    @_style.styled
     def __init__(self):
         # The figure is none of pyplot's, which would show and keep it.
         self.figure = Figure((9, 3.4), layout="none")
@@ -382,7 +382,7 @@ class _LayerPicture:
         self.line.set_xdata([x, x])
         self.line.set_visible(np.isfinite(threshold))
 
-    @style.styled
+    @_style.styled
     def png(self):
         """Return the bytes of a PNG."""
         if self.background is None:

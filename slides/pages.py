@@ -133,8 +133,10 @@ def _of_all_models(study, place):
 def _value(study, model, method, form, target, quantity):
     """Return one number of a cut of one model as it is written; means over the seeds of the cut.
 
-    quantity: a stage (the change of top-1 in points against dense models of the same seeds), "top1" or "top1, STAGE",
-    "macs" or "bytes_disk" (share of dense), "speedup" (range over seeds), "rise" (of the loss in the audit, nats).
+    quantity: "top1", "top1, STAGE", "macs", "bytes_disk", "speedup", "rise" or a stage.
+        A stage gives the change of top-1, in points against dense models of the same seeds.
+        MACs and bytes are shares of the dense model's, a speedup is the range over seeds.
+        The rise is of the loss in the audit, in nats.
     Raises Absent where the cut was not run.
     """
     quantity, _, stage = quantity.partition(", ")

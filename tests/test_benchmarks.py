@@ -12,7 +12,7 @@ import torch
 from vitlab import files, models
 from vitlab.evaluation import cost
 from vitlab.models import checkpoint
-from vitlab.training import data, shapes
+from vitlab.training import _shapes, data
 
 ROOT = files.repository()
 
@@ -50,7 +50,7 @@ def accuracy(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    images = shapes.make(folder / "few", per_class=(8, 1, 2), image_size=16)
+    images = _shapes.make(folder / "few", per_class=(8, 1, 2), image_size=16)
     return data.load(images, root=folder, image_size=16)
 
 

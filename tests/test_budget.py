@@ -49,7 +49,7 @@ def test_kinds_that_a_model_lacks_are_left_out_unless_they_are_named(batch):
             "width",
             "filters",
         }
-    for what in pool.TARGETS:
+    for what in pool._TARGETS:
         with pytest.raises(
             pool.Unreachable, match=r"filters alone cannot reach 0.8 .*: 1.000 stays"
         ):

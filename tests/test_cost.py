@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab import files, models
 from vitlab.evaluation import cost, memory
-from vitlab.models import checkpoint, layers
+from vitlab.models import _layers, checkpoint
 from vitlab.pruning import factor, shrink
 
 
@@ -67,7 +67,7 @@ KINDS = [
 def cut(layer, kind):
     """Return a layer of the kind that a cut leaves, in the shape of layer."""
     shape = {"in_features": layer.in_features, "out_features": layer.out_features}
-    return layers.build(shape | {"bias": layer.bias is not None} | kind)
+    return _layers.build(shape | {"bias": layer.bias is not None} | kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,7 +138,7 @@ def test_ideal_macs_of_cut_layers_are_the_layers_own(vit):
     name, layer = next(iter(models.view(vit).linears(["fc1"]).items()))
     mask = torch.zeros(64, 32, dtype=torch.bool)
     mask.flatten()[:40] = True
-    new = layers.low_rank_sparse(
+    new = _layers.low_rank_sparse(
         torch.ones(64, 2), torch.ones(2, 32), sparse=mask.float(), mask=mask, support="entries"
     )
     vit.set_submodule(name, new)

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import datasets
 
 from vitlab import files
-from vitlab.training import data, shapes, sources
+from vitlab.training import _shapes, _sources, data
 
 COUNTS = {"cat": 20, "dog": 30, "owl": 41}
 
@@ -58,7 +58,7 @@ def test_one_tree_is_split_70_10_20_disjoint_and_per_class(one_tree, split_seed)
     assert counts_of(images.test) == [4, 6, 8]
     again = load(one_tree, split_seed=split_seed)
     assert all(
-        (a == getattr(again, p).indices).all() for a, p in zip(rows, sources.SPLITS, strict=True)
+        (a == getattr(again, p).indices).all() for a, p in zip(rows, _sources.SPLITS, strict=True)
     )
 
 
@@ -68,7 +68,7 @@ def test_another_split_seed_is_another_split(one_tree):
 
 def test_images_and_labels_stay_together(one_tree):
     images = load(one_tree)
-    for part in sources.SPLITS:
+    for part in _sources.SPLITS:
         split = getattr(images, part)
         assert split.images.shape == (len(split), 16, 16, 3) and split.images.dtype == np.uint8
         for name, count in COUNTS.items():
@@ -85,14 +85,14 @@ def test_images_and_labels_stay_together(one_tree):
         (("train",), {"train": [14, 21, 29], "val": [2, 3, 4], "test": [4, 6, 8]}),
         (("train", "test"), {"train": [18, 27, 37], "val": [2, 3, 4], "test": [20, 30, 41]}),
         (("train", "val"), {"train": [16, 24, 33], "val": [20, 30, 41], "test": [4, 6, 8]}),
-        (("train", "val", "test"), {part: [20, 30, 41] for part in sources.SPLITS}),
+        (("train", "val", "test"), {part: [20, 30, 41] for part in _sources.SPLITS}),
     ],
 )
 def test_given_splits_are_used_and_missing_ones_are_taken_from_train(tmp_path, given, sizes):
     for seed, part in enumerate(given):
         write_classes(tmp_path / "tree" / part, size=(8, 8), seed=seed)
     images = load(tmp_path / "tree")
-    assert {part: counts_of(getattr(images, part)) for part in sources.SPLITS} == sizes
+    assert {part: counts_of(getattr(images, part)) for part in _sources.SPLITS} == sizes
     assert not set(images.train.indices) & (set(images.val.indices) | set(images.test.indices))
 
 
@@ -285,7 +285,7 @@ def forbid_decoding(monkeypatch):
     def fail(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(sources, "_decode", fail)
+    monkeypatch.setattr(_sources, "_decode", fail)
 
 
 def test_images_are_decoded_once(tmp_path, monkeypatch):
@@ -384,7 +384,7 @@ def test_cifar10_as_imagefolder_keeps_its_test_set(tmp_path, monkeypatch, suffix
     ):
         data.load("cifar10", root=tmp_path, image_size=64)
     monkeypatch.setitem(
-        sources._WHOLE,
+        _sources._WHOLE,
         "cifar10",
         sum(path.is_file() for path in (tmp_path / "cifar10").rglob("*.*")),
     )
@@ -404,7 +404,7 @@ def test_cifar10_in_torchvisions_layout(tmp_path, monkeypatch):
             data=pixels, targets=[0, 1] * (len(pixels) // 2), classes=["cat", "dog"]
         )
 
-    monkeypatch.setattr(sources.datasets, "CIFAR10", stand_in)
+    monkeypatch.setattr(_sources.datasets, "CIFAR10", stand_in)
     (tmp_path / "cifar-10-batches-py").mkdir()
     images = data.load("cifar10", root=tmp_path, image_size=32)
     assert images.description == "CIFAR-10" and images.classes == ["cat", "dog"]
@@ -422,12 +422,12 @@ def test_caltech101_is_read_as_torchvision_does(tmp_path, monkeypatch):
         else 0
     )
     monkeypatch.setitem(
-        sources._WHOLE, "caltech101", sum(path.is_file() for path in folder.rglob("*.*")) - leave
+        _sources._WHOLE, "caltech101", sum(path.is_file() for path in folder.rglob("*.*")) - leave
     )
     images = data.load("caltech101", root=tmp_path, image_size=20)
     theirs = datasets.Caltech101(tmp_path)
     assert images.classes == theirs.categories == ["cat", "dog", "gray", "owl"]
-    total = sum(np.array(counts_of(getattr(images, part))) for part in sources.SPLITS)
+    total = sum(np.array(counts_of(getattr(images, part))) for part in _sources.SPLITS)
     assert total.tolist() == np.bincount(theirs.y).tolist() == [20, 30, 10, 41]
     assert images.train.store.shape == (101, 23, 23, 3)
 
@@ -447,8 +447,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path, name, near):
 
 
 def test_nothing_is_downloaded_that_could_leave_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.datasets, "CIFAR10", lambda *_, **__: pytest.fail("downloaded"))
-    monkeypatch.setattr(sources.datasets.CIFAR10, "__name__", "CIFAR10")
+    monkeypatch.setattr(_sources.datasets, "CIFAR10", lambda *_, **__: pytest.fail("downloaded"))
+    monkeypatch.setattr(_sources.datasets.CIFAR10, "__name__", "CIFAR10")
     monkeypatch.delattr("tarfile.data_filter", raising=False)  # which 3.11.2 has not
     with pytest.raises(
         RuntimeError, match=r"no images of CIFAR10 .*within its folder, 3\.11\.4 and newer can"
@@ -465,7 +465,7 @@ def test_missing_images_say_where_to_put_them(tmp_path, monkeypatch, name, place
 
     monkeypatch.setattr("tarfile.data_filter", None, raising=False)
     monkeypatch.setattr(
-        sources.datasets, {"cifar10": "CIFAR10", "caltech101": "Caltech101"}[name], no_network
+        _sources.datasets, {"cifar10": "CIFAR10", "caltech101": "Caltech101"}[name], no_network
     )
     monkeypatch.setattr(no_network, "__name__", name, raising=False)
     with pytest.raises(RuntimeError, match=rf"no route to host.*{place}[\s\S]*VITLAB_DATA"):
@@ -488,7 +488,7 @@ def test_a_broken_file_is_named_and_skipped_only_if_asked(tmp_path, fault, size)
             load(folder)
         images = load(folder, skip_broken=True)
         assert images.skipped == ["dog/image_0003.jpg"]
-        rows = np.concatenate([getattr(images, part).indices for part in sources.SPLITS])
+        rows = np.concatenate([getattr(images, part).indices for part in _sources.SPLITS])
         assert sorted(rows) == [i for i in range(91) if i != 23]
 
 
@@ -557,7 +557,7 @@ def test_sizes(one_tree):
 def test_real_images_are_found_and_split(name, place, sizes, classes):
     if not (files.root() / place).is_dir():
         pytest.skip(f"the real images are not under {files.root() / place}")
-    found = sources.find(name, files.root())
+    found = _sources.find(name, files.root())
     parts = data._split(found, np.ones(len(found.labels), dtype=bool), seed=0)
     assert {part: len(rows) for part, rows in parts.items()} == sizes
     assert len(np.unique(np.concatenate(list(parts.values())))) == sum(sizes.values())
@@ -567,7 +567,7 @@ def test_real_images_are_found_and_split(name, place, sizes, classes):
 
 
 def test_a_trial_takes_a_stratified_few_of_each_split(tmp_path):
-    shapes.make(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
+    _shapes.make(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
     whole = data.load(tmp_path / "tree", root=tmp_path, image_size=16)
     few = data.load(tmp_path / "tree", root=tmp_path, image_size=16, images=20)
     assert [len(split) for split in (few.train, few.val, few.test)] == [20, 20, 20]
@@ -575,7 +575,7 @@ def test_a_trial_takes_a_stratified_few_of_each_split(tmp_path):
 
 
 def test_the_identity_of_a_split_changes_with_what_its_batches_show(tmp_path):
-    shapes.make(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
+    _shapes.make(tmp_path / "tree", per_class=(6, 2, 3), image_size=16)
 
     def identity(**options):
         return data.load(

@@ -12,7 +12,7 @@ import torch
 from conftest import toy
 
 from vitlab import files
-from vitlab.models import anatomy, layers
+from vitlab.models import _layers, anatomy
 from vitlab.pruning import compensate, factor, pool, prune, recover, scores, shrink
 from vitlab.training import data
 
@@ -178,10 +178,10 @@ WORDS = {
     "criterion of units": scores.UNITS,
     "kind of unit": anatomy.UNITS,
     "method of compression": factor.METHODS,
-    "support": layers.SUPPORTS,
-    "refit": compensate.REFITS,
+    "support": _layers.SUPPORTS,
+    "refit": compensate._REFITS,
     "compensation": ("mean", "least squares"),  # of budget.cut
-    "target": pool.TARGETS,
+    "target": pool._TARGETS,
     "schedule": ("one-shot", "cubic", "iterative"),  # of prune.shares
 }
 

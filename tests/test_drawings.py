@@ -12,9 +12,9 @@ from timm.models.swin_transformer import window_partition
 
 from vitlab import models
 from vitlab.evaluation import bench
-from vitlab.models import layers
+from vitlab.models import _layers
 from vitlab.pruning import factor, lowrank, masks, prune, scores, shrink
-from vitlab.report import drawings, inside, style
+from vitlab.report import drawings, inside, plots
 from vitlab.training import data
 
 matplotlib.use("agg")
@@ -51,7 +51,7 @@ def test_a_picture_counts_what_the_mask_keeps(m, n, sparsity):
     weight = torch.randn(m, n)
     weight.view(-1)[0] = 0  # kept by the mask, whatever its value
     keep = masks.keep_largest(torch.rand(m, n), sparsity=sparsity)
-    told = inside.layer(layers.linear(weight), keep=keep)
+    told = inside.layers(_layers.linear(weight), keep=keep)
     shown = keep[:128, :128]
     assert (told.part == "W").all() and told.row.tolist() == list(range(min(m, 128)))
     assert len(cells(told).replace(".", "")) == shown.sum() and len(cells(told)) == shown.numel()
@@ -60,45 +60,47 @@ def test_a_picture_counts_what_the_mask_keeps(m, n, sparsity):
 
 
 def test_a_picture_by_hand():
-    layer = layers.linear(torch.tensor([[0.08, -0.9], [0.0, 0.45]]))
-    assert inside.layer(layer).cells.tolist() == [
+    layer = _layers.linear(torch.tensor([[0.08, -0.9], [0.0, 0.45]]))
+    assert inside.layers(layer).cells.tolist() == [
         "bi",
         ".i",
     ]  # of the 99th percentile, which of four is the third
-    wide = inside.layer(layer, rows=(3, [0, 2]), columns=(4, [1, 3]))
+    wide = inside.layers(layer, rows=(3, [0, 2]), columns=(4, [1, 3]))
     assert wide.cells.tolist() == ["xbxi", "xxxx", "x.xi"]
-    rows = layers.RowLinear(2, 3, rows=[1])
-    assert [set(line) == {"x"} for line in inside.layer(rows).cells] == [True, False, True]
+    rows = _layers.RowLinear(2, 3, rows=[1])
+    assert [set(line) == {"x"} for line in inside.layers(rows).cells] == [True, False, True]
 
 
 @pytest.mark.parametrize("support, count", [("entries", 9), ("columns", 2), ("rows", 3)])
 def test_a_picture_shows_every_part(support, count):
     weight, gram = torch.randn(8, 6), torch.eye(6) + torch.ones(6, 6)
     fit = lowrank.low_rank_plus_sparse(weight, gram, 2, count, support=support)
-    both = layers.low_rank_sparse(fit.u, fit.v, sparse=fit.sparse, mask=fit.mask, support=support)
+    both = _layers.low_rank_sparse(fit.u, fit.v, sparse=fit.sparse, mask=fit.mask, support=support)
     told = dict(
-        list(inside.layer(both, columns=(7, [0, 1, 2, 3, 4, 6])).groupby("part", sort=False))
+        list(inside.layers(both, columns=(7, [0, 1, 2, 3, 4, 6])).groupby("part", sort=False))
     )
     assert list(told) == ["U", "V", "S"] and [len(part) for part in told.values()] == [8, 2, 8]
     assert len(cells(told["S"]).replace(".", "").replace("x", "")) == fit.mask.sum()
     assert [part.cells.map(len).unique().tolist() for part in told.values()] == [[2], [7], [7]]
     assert all(line[5] == "x" for part in ("V", "S") for line in told[part].cells)
-    thin = layers.factored(fit.u, fit.v)
-    assert inside.layer(thin).part.unique().tolist() == ["U", "V"]
+    thin = _layers.factored(fit.u, fit.v)
+    assert inside.layers(thin).part.unique().tolist() == ["U", "V"]
 
 
 def test_cuts_are_drawn_cell_by_cell():
-    plain = layers.linear(torch.randn(40, 30))
+    plain = _layers.linear(torch.randn(40, 30))
     keep = torch.zeros(40, 30, dtype=torch.bool)
     keep[:, 3:8] = True
-    masked = inside.layer(plain, keep=keep).assign(method="unstructured", target=0.9, layer="a.fc1")
-    gone = inside.layer(plain, rows=(60, [*range(20), *range(40, 60)])).assign(
+    masked = inside.layers(plain, keep=keep).assign(
+        method="unstructured", target=0.9, layer="a.fc1"
+    )
+    gone = inside.layers(plain, rows=(60, [*range(20), *range(40, 60)])).assign(
         method="rows", layer="a.fc1"
     )
-    thin = inside.layer(layers.factored(torch.randn(40, 4), torch.randn(4, 30))).assign(
+    thin = inside.layers(_layers.factored(torch.randn(40, 4), torch.randn(4, 30))).assign(
         method="svd", layer="b.fc1"
     )
-    figure = drawings.layer_pictures(pd.concat([masked, gone, thin]))
+    figure = drawings.layers(pd.concat([masked, gone, thin]))
     (ax,) = figure.axes
     pictures = [image.get_array() for image in ax.images]
     assert [picture.shape[:2] for picture in pictures] == [(40, 30), (60, 30), (40, 4), (4, 30)]
@@ -108,7 +110,7 @@ def test_cuts_are_drawn_cell_by_cell():
     words = [text.get_text() for text in ax.texts]
     assert {"unstructured 90%", "rows", "svd", "×", "U\n40 × 4"} <= set(words)
     with pytest.raises(ValueError, match="no layer to draw"):
-        drawings.layer_pictures(masked.head(0))
+        drawings.layers(masked.head(0))
 
 
 def test_units_left_are_those_of_the_whole_model(model, batch):
@@ -118,7 +120,7 @@ def test_units_left_are_those_of_the_whole_model(model, batch):
         now = scores.units(small, [batch], criteria=["magnitude"], kinds=["heads"])["magnitude"]
         gone = masks.dropped(masks.keep_largest(now, count=2, floor=1))
         small, alive = shrink.remove(small, gone), masks.remaining(alive, gone)
-    table = inside.unit_table(found, alive)
+    table = inside.units(found, alive)
     assert (~table.kept).sum() == 4
     for block in models.view(small).blocks:
         own = table[(table.block == block.name) & table.kept]
@@ -126,10 +128,10 @@ def test_units_left_are_those_of_the_whole_model(model, batch):
         assert len(own) == block.num_heads
         columns = [unit * whole.head_dim + i for unit in own.unit for i in range(whole.head_dim)]
         assert torch.equal(block.attn.proj.weight, whole.attn.proj.weight[:, columns])
-    ax = drawings.head_map(table.rename(columns={"unit": "head"}))
+    ax = drawings.heads(table.rename(columns={"unit": "head"}))
     assert len(ax.lines) == 4, "a cross each"
     with pytest.raises(ValueError, match="heads of .* are 0 to .*; got"):
-        inside.unit_table(found, {unit: [9] for unit in found})
+        inside.units(found, {unit: [9] for unit in found})
 
 
 # -- distributions
@@ -263,7 +265,7 @@ def test_kept_width_is_the_models_own(model, batch):
     without = shrink.remove(model, {(block.name, "block"): [0]})
     left = inside.widths(model, without).set_index(["where", "kind"]).kept
     assert left[block.name, "heads"] == left[block.name, "neurons"] == 0
-    figure = drawings.kept_widths(table.reset_index())
+    figure = drawings.widths(table.reset_index())
     assert {"heads", "neurons", "rank of fc1"} <= set(titles(figure)) and "width" not in titles(
         figure
     )
@@ -345,7 +347,7 @@ def test_a_class_token_is_asked_where_it_looks(batch):
 def test_attention_before_and_after(model, split):
     blocks = models.view(model).blocks
     small = shrink.remove(model, {(blocks[0].name, "heads"): [0], (blocks[-1].name, "block"): [0]})
-    frame = inside.attention(model, small, split, [7, 2])
+    frame = inside.attention_maps(model, small, split, [7, 2])
     last = blocks[-2].name
     assert frame.block.iloc[-1] == last and frame.image.unique().tolist() == [7, 2]
     x, _ = next(split.take(np.array([7, 2])).batches(2))
@@ -354,15 +356,15 @@ def test_attention_before_and_after(model, split):
         own = frame[frame.block == last]
         assert own[when].tolist() == pytest.approx(known.flatten().tolist(), abs=6e-4)
         assert own[["row", "column"]].iloc[:2].values.tolist() == [[0, 0], [0, 1]]
-    same = inside.attention(model, model, split, [0])
+    same = inside.attention_maps(model, model, split, [0])
     assert (same.before == same.after).all()
     for places in ([], [9], [-1]):
         with pytest.raises(ValueError, match="places of images in a split of 9, got"):
-            inside.attention(model, small, split, places)
+            inside.attention_maps(model, small, split, places)
 
 
 def test_attention_is_drawn_for_each_image_before_and_after(model, split):
-    frame = inside.attention(model, model, split, [4, 0, 8]).assign(label="ring")
+    frame = inside.attention_maps(model, model, split, [4, 0, 8]).assign(label="ring")
     count = frame.block.nunique()
     figure = drawings.attention_maps(frame, split)
     shown = [image.get_array() for ax in figure.axes for image in ax.images]
@@ -374,18 +376,18 @@ def test_attention_is_drawn_for_each_image_before_and_after(model, split):
 
 
 def test_the_same_drawing_is_the_same_bytes(swin, split, tmp_path):
-    picture = inside.layer(models.view(swin).blocks[0].attn.proj).assign(
+    picture = inside.layers(models.view(swin).blocks[0].attn.proj).assign(
         method="dense", layer="proj"
     )
     gone = picture.assign(method="gone", cells=["x" * len(line) for line in picture.cells])
     makers = {
-        "cuts": lambda: drawings.layer_pictures(pd.concat([picture, gone])),
+        "cuts": lambda: drawings.layers(pd.concat([picture, gone])),
         "spectra": lambda: drawings.spectra(inside.spectra(swin)),
-        "kept": lambda: drawings.kept_widths(inside.widths(swin, swin)),
-        "attention": lambda: drawings.attention_maps(inside.attention(swin, swin, split, [0])),
+        "kept": lambda: drawings.widths(inside.widths(swin, swin)),
+        "attention": lambda: drawings.attention_maps(inside.attention_maps(swin, swin, split, [0])),
     }
     for (name, make), number in itertools.product(makers.items(), (1, 2)):
-        style.save(make(), tmp_path / f"{name}{number}")
+        plots.save(make(), tmp_path / f"{name}{number}")
     for name, ending in itertools.product(makers, ("svg", "pdf", "png")):
         assert (tmp_path / f"{name}1.{ending}").read_bytes() == (
             tmp_path / f"{name}2.{ending}"

@@ -134,8 +134,8 @@ def test_calibration_error_ends():
 
 def test_columns_of_a_result_are_columns_of_a_row():
     columns = evaluate.accuracy(Identity(), Images([[1.0, 0.0]], [0]))._asdict()
-    assert set(columns) - {"top5", "per_class"} <= set(runs.ROW) and "ece" in columns
-    assert runs.ROW.index("ece") == runs.ROW.index("loss") + 1
+    assert set(columns) - {"top5", "per_class"} <= set(runs._COLUMNS) and "ece" in columns
+    assert runs._COLUMNS.index("ece") == runs._COLUMNS.index("loss") + 1
 
 
 # -- what changed

@@ -470,7 +470,7 @@ def test_the_notebook_runs_headless_and_keeps_pictures_instead_of_widgets(tmp_pa
     monkeypatch.setenv("VITLAB_DATA", str(tmp_path))
     lab = runs.open_run("smoke", "vit")
     checkpoint.save(models.create(**lab.model, num_classes=10, image_size=32), lab.path("dense"))
-    done = notebooks.execute(notebooks.find_notebook("explore"), {"study": "smoke"})
+    done = notebooks._execute(notebooks._find_notebook("explore"), {"study": "smoke"})
     outputs = [
         out for cell in json.loads(done.read_text())["cells"] for out in cell.get("outputs", [])
     ]

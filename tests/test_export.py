@@ -9,7 +9,7 @@ import torch
 
 from vitlab import models
 from vitlab.evaluation import export
-from vitlab.models import layers
+from vitlab.models import _layers
 from vitlab.pruning import factor, masks, prune, shrink
 
 CHANGES = {
@@ -24,7 +24,7 @@ CHANGES = {
     "stem": lambda model: thinner(factor.factorise(model, {models.view(model).stem[-1][0]: 4})),
     **{
         support: lambda model, support=support: sparse(model, support)
-        for support in layers.SUPPORTS
+        for support in _layers.SUPPORTS
     },
 }
 
@@ -82,7 +82,7 @@ def test_every_architecture_in_onnxruntime(any_model, change, tmp_path):
 
 def test_exported_programs_run_without_vitlab(swin, tmp_path):
     swin = CHANGES["units"](swin)
-    torch.export.save(export.program(swin), tmp_path / "swin.pt2")
+    torch.export.save(export._program(swin), tmp_path / "swin.pt2")
     torch.save(images := torch.randn(3, 3, 16, 16), tmp_path / "images.pt")
     code = (
         "import sys, torch\n"

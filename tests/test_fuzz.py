@@ -22,7 +22,7 @@ from vitlab import files
 from vitlab.models import checkpoint
 from vitlab.pruning import prune
 from vitlab.studies import settings
-from vitlab.training import data, sources
+from vitlab.training import _sources, data
 
 FEW, MANY = 50, 600  # cases of each of four kinds
 COUNTS = [FEW, pytest.param(MANY, marks=pytest.mark.long)]
@@ -218,12 +218,12 @@ def test_a_damaged_study_is_refused_or_still_a_study(tmp_path, count):
             with no_hang():
                 study = settings.study(str(path))
         except (ValueError, TypeError) as error:
-            assert "own.yaml" in str(error) or any(s in str(error) for s in settings.SECTIONS), (
+            assert "own.yaml" in str(error) or any(s in str(error) for s in settings._SECTIONS), (
                 f"case {case}: {error!r}"
             )
             refused += 1
         else:
-            assert set(settings.SECTIONS) <= set(study), f"case {case}"
+            assert set(settings._SECTIONS) <= set(study), f"case {case}"
     assert refused > 0.3 * count
 
 
@@ -285,7 +285,7 @@ def test_a_damaged_image_is_named_or_read(tmp_path, count):
             assert str(path) in str(error), f"case {case}: {error!r}"
             refused += 1
         else:
-            assert sum(len(getattr(images, part)) for part in sources.SPLITS) == 9
+            assert sum(len(getattr(images, part)) for part in _sources.SPLITS) == 9
         path.unlink()
     assert refused > 0.2 * count
 

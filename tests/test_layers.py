@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlab.models import layers
+from vitlab.models import _layers
 
 M, N = 12, 8
 
@@ -32,29 +32,29 @@ def sparse(support, rank, *, bias=True):
         mask[:, [0, 3, 7]] = True
     parts = {"sparse": torch.randn(M, N), "mask": mask, "support": support}
     u, v = torch.randn(M, rank), torch.randn(rank, N)
-    return layers.low_rank_sparse(u, v, **parts, bias=torch.randn(M) if bias else None)
+    return _layers.low_rank_sparse(u, v, **parts, bias=torch.randn(M) if bias else None)
 
 
 def factored(bias=True):
-    return layers.factored(
+    return _layers.factored(
         torch.randn(M, 3), torch.randn(3, N), bias=torch.randn(M) if bias else None
     )
 
 
 def some_rows(kept):
-    return layers.RowLinear(N, 2 * M, rows=range(1, 2 * M, 2), kept=kept)
+    return _layers.RowLinear(N, 2 * M, rows=range(1, 2 * M, 2), kept=kept)
 
 
 KINDS = {
     "dense": lambda: nn.Linear(N, M),
     "factored": factored,
     "factored without bias": lambda: factored(bias=False),
-    "rows": lambda: layers.RowLinear(N, M, rows=[0, 3, 10]),
-    "rows without bias": lambda: layers.RowLinear(N, M, rows=[0, 3, 10], bias=False),
+    "rows": lambda: _layers.RowLinear(N, M, rows=[0, 3, 10]),
+    "rows without bias": lambda: _layers.RowLinear(N, M, rows=[0, 3, 10], bias=False),
     "rows of factored": lambda: some_rows(factored()),
-    "rows of rows": lambda: some_rows(layers.RowLinear(N, M, rows=[2, 5])),
+    "rows of rows": lambda: some_rows(_layers.RowLinear(N, M, rows=[2, 5])),
 }
-for support in layers.SUPPORTS:
+for support in _layers.SUPPORTS:
     for rank in (0, 2):
         KINDS[f"{support}, rank {rank}"] = partial(sparse, support, rank)
         KINDS[f"{support}, rank {rank}, without bias"] = partial(sparse, support, rank, bias=False)
@@ -98,11 +98,11 @@ def test_macs_are_what_torch_counts(layer):
 
 
 def test_json_and_state_dict_restore_everything(layer):
-    again = layers.build(json.loads(json.dumps(layers.config(layer))))
+    again = _layers.build(json.loads(json.dumps(_layers.config(layer))))
     again.load_state_dict(layer.state_dict(), strict=True)
     x = torch.randn(4, N)
     assert torch.equal(again(x), layer(x))
-    assert layers.config(again) == layers.config(layer)
+    assert _layers.config(again) == _layers.config(layer)
     assert macs(again) == macs(layer)
     assert macs(again, ideal=True) == macs(layer, ideal=True)
 
@@ -110,7 +110,7 @@ def test_json_and_state_dict_restore_everything(layer):
 @pytest.mark.parametrize("rows", [None, [0], [1, 3], [3, 4, 10], list(range(11))])
 @pytest.mark.parametrize("columns", [None, [2], [0, 7], [1, 2, 4, 5, 6]])
 def test_selecting_is_slicing_the_dense_layer(layer, rows, columns):
-    small = layers.select(layer, rows=rows, columns=columns)
+    small = _layers.select(layer, rows=rows, columns=columns)
     take = slice(None) if rows is None else rows
     torch.testing.assert_close(
         small.weight, layer.weight[take][:, slice(None) if columns is None else columns]
@@ -125,10 +125,10 @@ def test_selecting_is_slicing_the_dense_layer(layer, rows, columns):
 
 def test_selecting_densifies_what_saves_nothing():
     layer = factored()  # rank 3 of [12, 8]: 60 MACs of 96
-    assert isinstance(layers.select(layer, rows=range(8)), layers.FactoredLinear)  # 48 of 64
-    assert isinstance(layers.select(layer, rows=range(4)), nn.Linear)  # 36 of 32
+    assert isinstance(_layers.select(layer, rows=range(8)), _layers.FactoredLinear)  # 48 of 64
+    assert isinstance(_layers.select(layer, rows=range(4)), nn.Linear)  # 36 of 32
     assert isinstance(
-        layers.select(sparse("entries", 2), rows=range(4)), layers.LowRankSparseLinear
+        _layers.select(sparse("entries", 2), rows=range(4)), _layers.LowRankSparseLinear
     )  # masked
 
 
@@ -138,7 +138,7 @@ def test_macs_by_hand():
     assert macs(sparse("entries", 2), ideal=True) == 2 * (12 + 8) + 20
     assert macs(sparse("rows", 2)) == macs(sparse("rows", 2), ideal=True) == 2 * (12 + 8) + 3 * 8
     assert macs(sparse("columns", 0)) == 3 * 12
-    assert macs(layers.RowLinear(8, 12, rows=[0, 3, 10])) == 3 * 8
+    assert macs(_layers.RowLinear(8, 12, rows=[0, 3, 10])) == 3 * 8
 
 
 def test_training_cannot_leave_the_support():
@@ -175,12 +175,12 @@ def test_autocast_gives_one_dtype(layer):
 
 
 def test_recombined_inputs(layer):
-    if isinstance(layer, layers.LowRankSparseLinear) and layer.support != "rows":
+    if isinstance(layer, _layers.LowRankSparseLinear) and layer.support != "rows":
         pytest.skip("no one matrix reads all inputs")
     columns = [0, 1, 2, 4, 5, 6, 7]
     transfer = torch.randn(N, len(columns))
-    small = layers.select(layer, columns=columns)
-    layers.recombine(small, layer, transfer)
+    small = _layers.select(layer, columns=columns)
+    _layers.recombine(small, layer, transfer)
     torch.testing.assert_close(small.weight, layer.weight @ transfer, rtol=1e-4, atol=1e-4)
 
 
@@ -188,19 +188,19 @@ def test_errors_say_what_is_allowed():
     with pytest.raises(
         ValueError, match="unknown support 'blocks'. Known are entries, rows, columns"
     ):
-        layers.LowRankSparseLinear(N, M, rank=1, support="blocks", count=1)
+        _layers.LowRankSparseLinear(N, M, rank=1, support="blocks", count=1)
     with pytest.raises(ValueError, match="12 rows"):
-        layers.LowRankSparseLinear(N, M, rank=1, support="rows", count=13)
+        _layers.LowRankSparseLinear(N, M, rank=1, support="rows", count=13)
     with pytest.raises(ValueError, match="at least 1"):
-        layers.LowRankSparseLinear(N, M, rank=0, support="rows", count=0)
+        _layers.LowRankSparseLinear(N, M, rank=0, support="rows", count=0)
     with pytest.raises(ValueError, match="rank must be at least 1"):
-        layers.FactoredLinear(N, M, rank=0)
+        _layers.FactoredLinear(N, M, rank=0)
     for rows in ([], [1, 1], [2, 1], [12], [-1]):
         with pytest.raises(ValueError, match="sorted and distinct"):
-            layers.RowLinear(N, M, rows=rows)
+            _layers.RowLinear(N, M, rows=rows)
     with pytest.raises(ValueError, match="unknown type of layer 'Conv2d'. Known are Linear"):
-        layers.build({"type": "Conv2d", "in_features": 1, "out_features": 1})
+        _layers.build({"type": "Conv2d", "in_features": 1, "out_features": 1})
     with pytest.raises(ValueError, match="no bias"):
-        layers.shift(nn.Linear(2, 2, bias=False), torch.ones(2))
+        _layers.shift(nn.Linear(2, 2, bias=False), torch.ones(2))
     with pytest.raises(ValueError, match="no place for recombined inputs"):
-        layers.recombine(sparse("columns", 2), sparse("columns", 2), torch.eye(N))
+        _layers.recombine(sparse("columns", 2), sparse("columns", 2), torch.eye(N))

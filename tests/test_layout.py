@@ -76,11 +76,11 @@ def test_a_file_imports_its_own_floor_and_those_below(module):
 
 
 def test_a_forbidden_import_is_found():
-    source = "import torch\nfrom vitlab.models import layers\ndef f():\n    from vitlab.pruning import scores\n"
-    assert forbidden_imports("vitlab.models.anatomy", source) == ["vitlab.pruning.scores"]
+    source = "import torch\nfrom vitlab.models import anatomy\ndef f():\n    from vitlab.pruning import scores\n"
+    assert forbidden_imports("vitlab.models.checkpoint", source) == ["vitlab.pruning.scores"]
     assert forbidden_imports("vitlab.pruning.shrink", source) == []
-    assert forbidden_imports("vitlab.studies.runs", "from vitlab.models import layers") == [
-        "vitlab.models.layers"
+    assert forbidden_imports("vitlab.studies.runs", "from vitlab.models import anatomy") == [
+        "vitlab.models.anatomy"
     ]
     assert forbidden_imports("vitlab.report.plots", "from vitlab import budget") == ["vitlab"]
 
@@ -141,7 +141,7 @@ def loaded_by(code):
     "module",
     [
         *(name for name in FILES if name.startswith("vitlab.studies.")),
-        *(f"vitlab.report.{name}" for name in ("tables", "style", "plots", "drawings")),
+        *(f"vitlab.report.{name}" for name in ("tables", "_style", "plots", "drawings")),
     ],
 )
 def test_studies_and_figures_load_no_torch(module):
@@ -192,7 +192,7 @@ def test_a_notebook_is_stripped_and_starts_with_a_question_and_literal_parameter
         0
     ].endswith("?")
     assert "parameters" in cells[1]["metadata"]["tags"]
-    parameters = notebooks.parameters_of(path)  # exactly one such cell, of literals
+    parameters = notebooks._parameters_of(path)  # exactly one such cell, of literals
     assert parameters["study"] == "demo" and parameters["override"] == {}
     for cell in code_cells(path):
         assert not cell["outputs"] and cell["execution_count"] is None, "run nbstripout on it"
@@ -214,7 +214,7 @@ def test_a_notebook_spells_out_the_experiment_and_nothing_else(path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_has_the_values_of_the_demo(path):
     study, demo = settings.study(path.stem), settings.study("demo")
-    for section in settings.SECTIONS:
+    for section in settings._SECTIONS:
         if section not in ("about", "seeds", "models"):
             assert set(study[section]) == set(demo[section]), section
     assert "make " in study.about and "xpect" in study.about, (

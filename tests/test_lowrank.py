@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitlab.models import layers
+from vitlab.models import _layers
 from vitlab.pruning import lowrank, scores
 
 SHAPES = [(1, 5), (5, 1), (6, 6), (24, 10), (10, 24)]
@@ -168,8 +168,8 @@ def test_a_weight_of_low_rank_still_has_its_count():
 
 
 def test_ranks():
-    assert layers.break_even_rank(128, 128) == 64
-    assert layers.break_even_rank(384, 128) == 96  # qkv: 75 % of the full rank
+    assert _layers.break_even_rank(128, 128) == 64
+    assert _layers.break_even_rank(384, 128) == 96  # qkv: 75 % of the full rank
     assert lowrank.rank_for(128, 128, 0.5) == 32
     assert lowrank.rank_for(128, 128, 0.49) == 24  # 31 rounded down to a multiple of 8
     assert lowrank.rank_for(128, 128, 0.49, multiple=1) == 31

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab.report import drawings, plots, style, tables
+from vitlab.report import _style, drawings, plots, tables
 from vitlab.report.tables import caption
 
 matplotlib.use("agg")
@@ -143,11 +143,11 @@ def test_tradeoff_takes_the_last_stage_and_reconstruction_hollow(rows):
 
 def test_controls_are_grey_and_a_series_looks_the_same_in_every_figure(rows):
     both = pd.concat([rows, rows[rows.method == "unstructured"].assign(method="random")])
-    look = style.looks([*tables.series(both), "pool, random"])
+    look = _style.looks([*tables.series(both), "pool, random"])
     for name in ("random", "pool, random", "dense"):
         assert float(look[name]["color"])  # "0.6" and the like: a grey
     hues = [look[name]["color"] for name in look if name not in ("random", "pool, random", "dense")]
-    assert len(set(hues)) == 3 and "#949494" not in style.HUES
+    assert len(set(hues)) == 3 and "#949494" not in _style.HUES
     assert look["random"]["marker"] != look["pool, random"]["marker"]
     names = tables.series(both)
     for part in (both, both[both.method != "unstructured"]):
@@ -156,7 +156,7 @@ def test_controls_are_grey_and_a_series_looks_the_same_in_every_figure(rows):
             for each in dots(plots.tradeoff(part, names=names))
             if each.get_label().endswith("masked")
         ]
-        assert matplotlib.colors.to_hex(dot.get_facecolor()[0]) == style.HUES[1]
+        assert matplotlib.colors.to_hex(dot.get_facecolor()[0]) == _style.HUES[1]
 
 
 @pytest.mark.parametrize("low, high", [(0, 100), (10, 84.7), (83, 84), (99.9, 99.9)])
@@ -317,7 +317,7 @@ def test_maps_keep_the_order_of_blocks_and_leave_holes():
     frame = pd.DataFrame(
         {"block": ["b.10", "b.2", "b.2"], "head": [0, 0, 1], "score": [1.0, 2.0, 3.0]}
     )
-    ax = drawings.head_map(frame.assign(kept=[True, False, True]))
+    ax = drawings.heads(frame.assign(kept=[True, False, True]))
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["b.10", "b.2"]
     assert [text.get_text() for text in ax.texts] == ["1", "2", "3"]  # b.10 has no head 1
     assert len(ax.lines) == 1  # one cross
@@ -329,7 +329,7 @@ def test_maps_keep_the_order_of_blocks_and_leave_holes():
 
 def test_the_same_figure_is_the_same_bytes(rows, tmp_path):
     for name in ("one", "two"):
-        style.save(plots.tradeoff(rows, "macs"), tmp_path / name, caption="what it is")
+        plots.save(plots.tradeoff(rows, "macs"), tmp_path / name, caption="what it is")
     for ending in ("svg", "pdf", "png", "txt"):
         assert (tmp_path / f"one.{ending}").read_bytes() == (
             tmp_path / f"two.{ending}"
@@ -770,9 +770,9 @@ def test_the_ladder_has_a_line_per_method_over_the_steps_there_are(rows):
 
 
 def test_a_ladder_is_of_one_budget(rows):
-    with pytest.raises(ValueError, match="the rows have 2: "):
+    with pytest.raises(ValueError, match="the results have 2: "):
         plots.ladder(rows)
-    with pytest.raises(ValueError, match="the rows have 0"):
+    with pytest.raises(ValueError, match="the results have 0"):
         plots.ladder(rows[rows.method == "dense"])
 
 
@@ -837,8 +837,8 @@ def test_changed_images_say_what_was_seen_before_and_after():
     assert [ax.get_title() for ax in shown] == ["ant:\nant\n→ bee", "bee:\ncat\n→ bee"]
     assert (shown[0].images[0].get_array() == Split.store[7]).all()
     assert [ax.title.get_color() for ax in shown] == [
-        style.COLORS[3],
-        style.COLORS[2],
+        _style.COLORS[3],
+        _style.COLORS[2],
     ]  # forgotten, learned
     for wrong in (frame.head(0), frame.assign(image=3)):
         with pytest.raises(ValueError, match="places of images in a split of 3"):
@@ -877,7 +877,7 @@ def test_a_figure_for_each_model_is_saved_with_its_caption_and_shown(results, sh
     plots.draw_each(tables, "ranks", plots.agreement, **about)
     names = ["agreement-swin", "agreement-vit", "ranks-swin", "ranks-vit"]
     assert sorted(path.stem for path in tmp_path.glob("*.svg")) == names and len(shown) == 4
-    style.save(plots.agreement(table[table.model == "swin"]), tmp_path / "known")
+    plots.save(plots.agreement(table[table.model == "swin"]), tmp_path / "known")
     assert (tmp_path / "known.svg").read_bytes() == (tmp_path / "agreement-swin.svg").read_bytes()
     words = caption(results, table[table.model == "swin"])
     assert "; swin; seeds 0, split" in words and "commit swin0," in words
@@ -908,7 +908,7 @@ def test_a_figure_for_each_target_has_the_controls_and_says_itself_where_rows_co
         "ladder-macs-0.25-vit",
         "ladder-macs-0.5-vit",
     }
-    style.save(plots.ladder(pd.concat([dense, half]), names=["first"]), tmp_path / "known")
+    plots.save(plots.ladder(pd.concat([dense, half]), names=["first"]), tmp_path / "known")
     assert (tmp_path / "known.svg").read_bytes() == (
         tmp_path / "ladder-macs-0.5-vit.svg"
     ).read_bytes()

@@ -424,9 +424,7 @@ def test_augmented_calibration_is_drawn_once_for_each_image(lab, published):
         **{"augment": False, "calibration_loss": 0.5, "val_loss": 1.0},
     }
     lab.save_results("2_sensitivity", [ROW])
-    assert results.read_study("demo").tables.calibration.labels.tolist() == ["true"], (
-        "a word, not a bool"
-    )
+    assert results.read("demo").tables.calibration.labels.tolist() == ["true"], "a word, not a bool"
 
 
 def test_a_missing_step_is_named_with_its_command(lab):
@@ -461,7 +459,9 @@ def test_an_overridden_run_stands_apart_and_reads_what_it_does_not_change(lab):
 
 def test_rows_carry_their_provenance_in_the_written_order(lab):
     frame = lab.save_results("1_train", [ROW, ROW | {"target": 1, "threads": 7}])
-    assert list(frame)[: len(runs.ROW)] == runs.ROW and list(frame)[len(runs.ROW) :] == [
+    assert list(frame)[: len(runs._COLUMNS)] == runs._COLUMNS and list(frame)[
+        len(runs._COLUMNS) :
+    ] == [
         "extra",
         "override",
     ]
@@ -560,7 +560,7 @@ def published(data_root, monkeypatch, tmp_path):
 
 def test_a_study_is_read_over_models_and_seeds(lab, published):
     with pytest.raises(FileNotFoundError, match="make study STUDY=demo"):
-        results.read_study("demo")
+        results.read("demo")
     for model, seed in [("vit", 0), ("vit", 1), ("swin", 0)]:
         one = runs.open_run("demo", model, seed)
         one.save_results("1_train", [ROW])
@@ -572,7 +572,7 @@ def test_a_study_is_read_over_models_and_seeds(lab, published):
     runs.open_run("demo", "vit", 0, {"train.epochs": 1}).save_results(
         "1_train", [ROW]
     )  # not of the study
-    found = results.read_study("demo")
+    found = results.read("demo")
     assert len(found.results) == 9 and found.results.override.isna().all()
     assert found.results.groupby(["model", "seed"]).size().to_dict() == {
         ("swin", 0): 3,
@@ -585,12 +585,12 @@ def test_a_study_is_read_over_models_and_seeds(lab, published):
     )
     assert set(found.tables) == {"heads", "data"} and len(found.tables.heads) == 6
     assert found.tables.heads.notna().all(axis=None)
-    assert len(results.read_study("demo", override={"train.epochs": 1}).results) == 1
+    assert len(results.read("demo", override={"train.epochs": 1}).results) == 1
     assert found.tables.heads["head"].tolist() == 3 * [0, 1]
 
 
 def publish(folder, found, **changes):
-    """Write what read_study found, rows of a study, as its figures, and the same of other models and seeds."""
+    """Write what results.read found, rows of a study, as its figures, and the same of other models and seeds."""
     for name, frame in {"results": found.results, "history": found.history, **found.tables}.items():
         if name != "data":  # of the whole study
             others = [{"model": "swin"}, {"model": "gone"}, {"seed": 99}]
@@ -618,22 +618,22 @@ def test_timings_of_other_methods_stay(run, published):
     run.save_results("5_budget", [ROW | {"method": "pool"}])
     timed = ("svd", "pool", "dense", "of an older protocol")
     run.save_results("6_efficiency", [ROW | {"method": word, "latency_ms": 1.0} for word in timed])
-    publish(published, results.read_study("demo"))
+    publish(published, results.read("demo"))
     run.save_results(
         "6_efficiency", [ROW | {"method": word, "latency_ms": 2.0} for word in ("pool", "dense")]
     )
-    found = results.read_study("demo").results
+    found = results.read("demo").results
     found = found[(found.model == "vit") & (found.notebook == "6_efficiency")]
     assert found.set_index("method").latency_ms.to_dict() == {"pool": 2.0, "dense": 2.0, "svd": 1.0}
 
 
 def test_what_was_not_run_here_comes_from_the_figures(run, published):
     """Rows of another notebook, seed or model stay; those measured anew, and unknown models and seeds, do not."""
-    publish(published, results.read_study("demo"))
+    publish(published, results.read("demo"))
     for name in ("history-3_global_pruning.csv", "results-3_global_pruning.csv", "table-heads.csv"):
         run.path(name).unlink()
     run.save_results("1_train", [ROW | {"top1": 50.01, "params": 7}])
-    found = results.read_study("demo")
+    found = results.read("demo")
     assert found.results.set_index(["model", "seed", "notebook"]).top1.to_dict() == {
         ("swin", 0, "1_train"): 50,
         ("swin", 0, "3_global_pruning"): 50,
@@ -649,21 +649,21 @@ def test_what_was_not_run_here_comes_from_the_figures(run, published):
     assert found.history.model.tolist() == ["swin", "vit"]
     assert found.tables.heads.model.tolist() == ["swin"] * 2 + ["vit"] * 2
     assert found.tables.data.split.tolist() == ["train"]
-    assert results.read_study("demo", override={}).kept == found.kept
+    assert results.read("demo", override={}).kept == found.kept
     with pytest.raises(FileNotFoundError):
-        results.read_study("demo", override={"train.epochs": 1})
+        results.read("demo", override={"train.epochs": 1})
 
 
 def test_figures_of_another_dense_model_or_of_old_times_do_not_count(run, published):
-    publish(published, results.read_study("demo"))
+    publish(published, results.read("demo"))
     run.path("results-3_global_pruning.csv").unlink()
     run.save_results("1_train", [ROW | {"top1": 60, "params": 7}])
-    found = results.read_study("demo")
+    found = results.read("demo")
     assert found.results.groupby("model").size().to_dict() == {"swin": 2, "vit": 1}
     publish(published, found, notebook="5_old")
-    assert set(results.read_study("demo").results.model) == {"vit"}
+    assert set(results.read("demo").results.model) == {"vit"}
     (published / "results.csv").write_text("study,model,seed,top1\ndemo,swin,0,50\n")
-    assert set(results.read_study("demo").results.model) == {"vit"}
+    assert set(results.read("demo").results.model) == {"vit"}
 
 
 def test_rows_made_again_are_compared_with_the_kept_ones_within_the_spread_of_their_seeds(lab):
@@ -700,31 +700,31 @@ def test_rows_made_again_are_compared_with_the_kept_ones_within_the_spread_of_th
         ]
     )
     kept["target"] = kept.target.astype(float)
-    same = results.compare(kept, kept)
+    same = results._compare(kept, kept)
     assert same.agrees[same.macs.notna()].all() and len(same) == 4, "timings are left out"
     assert sorted(same[same.model == "vit"].spread) == [1.0, 2.0, 2.0]
 
     dense = kept[kept.method == "dense"].assign(target=None)  # as rows come from JSON
-    found = results.compare(dense, kept)
+    found = results._compare(dense, kept)
     assert len(found) == 2 and found.top1.isna().sum() == 1, "a row that was not made again"
     assert not found[found.top1.isna()].agrees.any()
 
     again = kept[kept.seed == 0].assign(macs=lambda rows: rows.macs * 1.009)
     for change, agrees in [(0.0, True), (2.0, True), (-2.1, False)]:
-        found = results.compare(again.assign(top1=again.top1 + change), kept)
+        found = results._compare(again.assign(top1=again.top1 + change), kept)
         assert (
             bool(found[(found.model == "vit") & (found.method == "pool")].agrees.item()) is agrees
         )
         assert bool(found[found.model == "swin"].agrees.item()) is (change == 0), (
             "one seed: a point at least"
         )
-    assert not results.compare(again.assign(macs=again.macs * 1.02), kept).agrees.any()
+    assert not results._compare(again.assign(macs=again.macs * 1.02), kept).agrees.any()
     with pytest.raises(ValueError, match="no result stands in both tables"):
-        results.compare(again.assign(seed=7), kept)
+        results._compare(again.assign(seed=7), kept)
     dense = dense.assign(
         macs=5.0
     )  # of its criterion CSV gives a column of numbers, as it has no entry
-    assert results.compare(
+    assert results._compare(
         dense.assign(criterion=None), dense.assign(criterion=np.nan)
     ).agrees.all()
 
@@ -787,7 +787,7 @@ def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root
         lab.save_results("1_train", [ROW | {"top1": top1}, ROW | {"top1": top1 + 1}])
     other = runs.open_run("demo", "vit", 0, {"train.epochs": 2})
     other.save_results("1_train", [ROW])
-    rows = results.gather("demo")
+    rows = results._gather("demo")
     own = rows[rows.folder == "demo/vit/seed0"]
     assert own.top1.tolist() == [60, 61] and len(rows) == 3 and own.commit.notna().all()
     log = [json.loads(line) for line in lab.path(runs.LOG).read_text().splitlines()]
@@ -797,7 +797,7 @@ def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root
     assert sorted(values) == [2, lab.params.train.epochs, lab.params.train.epochs]
     assert json.loads(own.parameters.iloc[0])["models"] == lab.params.models.vit
     with pytest.raises(FileNotFoundError, match="no results of smoke"):
-        results.gather("smoke")
+        results._gather("smoke")
     assert results.main(["smoke"]) == 1 and results.main(["demo"]) == 0
 
 
@@ -806,7 +806,7 @@ def test_a_line_that_was_cut_short_costs_itself_alone(lab, capsys):
     log = lab.path(runs.LOG)
     log.write_bytes(log.read_bytes()[:-40])
     lab.save_results("1_train", [ROW | {"top1": 1.0}])
-    assert results.gather().top1.tolist() == [1.0] and "line 1 of" in capsys.readouterr().out
+    assert results._gather().top1.tolist() == [1.0] and "line 1 of" in capsys.readouterr().out
 
 
 ADDING = """

@@ -5,7 +5,7 @@ import torch
 from conftest import toy
 
 from vitlab import models
-from vitlab.models import anatomy, layers
+from vitlab.models import _layers, anatomy
 from vitlab.pruning import budget, compensate, factor, masks, prune, ranks, recover, scores, shrink
 
 
@@ -120,7 +120,7 @@ def test_a_factored_layer_gets_the_best_map_of_its_rank(vit, batches):
     sigma = torch.linalg.svdvals(fitted)
     best = (target - fitted).square().sum() + sigma[5:].square().sum()
     layer = new.blocks[0].mlp.fc1
-    assert isinstance(layer, layers.FactoredLinear) and layer.rank == 5
+    assert isinstance(layer, _layers.FactoredLinear) and layer.rank == 5
     assert (target - features @ layer.weight.double().T).square().sum().item() == pytest.approx(
         best.item(), rel=1e-4
     )
@@ -296,8 +296,8 @@ def test_layers_that_compute_some_rows_and_blocks_without_layers(vit, batches):
     drop["blocks.1.mlp.fc2", "rows"] = [0, 9]
     small = shrink.remove(vit, drop)
     new = recover.reconstruct(small, vit, batches, drops=drop)
-    assert isinstance(new.blocks[0].attn.proj, layers.RowLinear) and isinstance(
-        new.blocks[0].mlp, layers.Constant
+    assert isinstance(new.blocks[0].attn.proj, _layers.RowLinear) and isinstance(
+        new.blocks[0].mlp, _layers.Constant
     )
     assert gap(new, vit, batches) < 0.5 * gap(small, vit, batches)
     without = shrink.remove(vit, {("blocks.0", "block"): [0]})

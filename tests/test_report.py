@@ -12,7 +12,7 @@ import published
 import pytest
 
 from vitlab import files
-from vitlab.report import style
+from vitlab.report import plots
 from vitlab.studies import runs
 
 matplotlib.use("agg")
@@ -97,7 +97,7 @@ def report(tmp_path_factory):
     patch.setenv("VITLAB_DATA", str(tmp_path))
     patch.setattr(runs.Run, "figures", tmp_path / "figures")
     patch.setattr(
-        style, "save", lambda drawn, path, caption=None: captions.update({path.name: caption})
+        plots, "save", lambda drawn, path, caption=None: captions.update({path.name: caption})
     )
     study = str(tmp_path / "several.yaml")
     for seed in (0, 1):

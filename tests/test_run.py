@@ -45,21 +45,21 @@ def test_parameters_are_read_with_their_values(tmp_path):
     path = notebook(
         tmp_path / "a.ipynb", parameters="x = 1  # one\ny = [0.5,\n  -1]\nz = {'a': None}"
     )
-    assert notebooks.parameters_of(path) == {"x": 1, "y": [0.5, -1], "z": {"a": None}}
+    assert notebooks._parameters_of(path) == {"x": 1, "y": [0.5, -1], "z": {"a": None}}
 
 
 @pytest.mark.parametrize("line", ["y = x // 5", "import os", "y: int = 1", "a = b = 1", "print(x)"])
 def test_a_parameter_that_is_no_literal_is_refused(tmp_path, line):
     path = notebook(tmp_path / "a.ipynb", parameters=f"x = 1\n{line}")
     with pytest.raises(ValueError, match="a.ipynb: a parameters cell holds literals only"):
-        notebooks.parameters_of(path)
+        notebooks._parameters_of(path)
 
 
 def test_one_parameters_cell_is_needed(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "x = 1")
     path.write_text(path.read_text().replace('"parameters"', '"other"'))
     with pytest.raises(ValueError, match="0 cells tagged `parameters`"):
-        notebooks.parameters_of(path)
+        notebooks._parameters_of(path)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_one_parameters_cell_is_needed(tmp_path):
 def test_a_wrong_parameter_is_refused_before_the_start(tmp_path, data_root, given, error, words):
     path = notebook(tmp_path / "a.ipynb")
     with pytest.raises(error, match=words):
-        notebooks.execute(path, given)
+        notebooks._execute(path, given)
     assert not data_root.exists()
 
 
@@ -129,11 +129,11 @@ def test_a_notebook_is_found_by_number_name_and_path(tmp_path, monkeypatch):
         "notebooks/3_global_pruning.ipynb",
         made,
     ):
-        assert notebooks.find_notebook(name) == made
+        assert notebooks._find_notebook(name) == made
     with pytest.raises(
         ValueError, match="unknown notebook '3_globl_pruning', did you mean '3_global_pruning'"
     ):
-        notebooks.find_notebook("3_globl_pruning")
+        notebooks._find_notebook("3_globl_pruning")
 
 
 def test_the_same_notebook_of_the_same_run_is_not_executed_twice_at_once(tmp_path):
@@ -142,7 +142,7 @@ def test_the_same_notebook_of_the_same_run_is_not_executed_twice_at_once(tmp_pat
         files.lock(tmp_path / ".out.lock", "it"),
         pytest.raises(RuntimeError, match="out of this run is under way in another process"),
     ):
-        notebooks.execute(path, {}, out=out)
+        notebooks._execute(path, {}, out=out)
     assert not out.exists()
 
 

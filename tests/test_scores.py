@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from vitlab import models
 from vitlab.models import anatomy
-from vitlab.pruning import lowrank, masks, scores, shrink, sweep
+from vitlab.pruning import _sweep, lowrank, masks, scores, shrink
 
 CHANNELS = ("qk", "v", "width")
 
@@ -407,7 +407,7 @@ def test_variance_of_a_convolution_is_per_filter(vit, batch):
 
 def test_variance_survives_a_large_mean():
     x = 1e4 + torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
-    moments = sweep.Moments()
+    moments = _sweep.Moments()
     for part in x.split(70):
         moments.add("x", part)
     torch.testing.assert_close(
@@ -613,7 +613,7 @@ def test_a_convolution_has_the_gram_of_its_patches(model, batch):
             weight @ found[name] @ weight.T, (y - bias).T @ (y - bias) / len(y), **close
         )
     with pytest.raises(ValueError, match="no patches of"):
-        sweep.patches(torch.zeros(1, 4, 3, 3), nn.Conv2d(4, 4, 3, groups=2))
+        _sweep.patches(torch.zeros(1, 4, 3, 3), nn.Conv2d(4, 4, 3, groups=2))
 
 
 def test_gradient_grams_equal_their_definition(model, batch):

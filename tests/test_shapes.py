@@ -1,6 +1,6 @@
 import pytest
 
-from vitlab.training import data, shapes, sources
+from vitlab.training import _shapes, _sources, data
 
 
 @pytest.fixture(autouse=True)
@@ -16,19 +16,19 @@ def tree_bytes(folder):
 
 def test_shapes_are_the_same_each_time_and_no_two_alike(tmp_path):
     first, again = (
-        tree_bytes(shapes.make(tmp_path / name, per_class=(3, 1, 2))) for name in ("a", "b")
+        tree_bytes(_shapes.make(tmp_path / name, per_class=(3, 1, 2))) for name in ("a", "b")
     )
     assert first == again and len(first) == 10 * 6 == len(set(first.values()))
 
 
 def test_shapes_are_drawn_at_first_use(tmp_path, monkeypatch):
-    draw = shapes.make
-    monkeypatch.setattr(shapes, "make", lambda folder: draw(folder, per_class=(4, 2, 3)))
+    draw = _shapes.make
+    monkeypatch.setattr(_shapes, "make", lambda folder: draw(folder, per_class=(4, 2, 3)))
     images = data.load("shapes", root=tmp_path, image_size=32)
     assert images.name == "shapes" and len(images.classes) == 10
-    assert [len(getattr(images, part)) for part in sources.SPLITS] == [40, 20, 30]
+    assert [len(getattr(images, part)) for part in _sources.SPLITS] == [40, 20, 30]
     assert not (tmp_path / "building").exists()  # nothing half-written
-    monkeypatch.setattr(shapes, "make", None)
+    monkeypatch.setattr(_shapes, "make", None)
     assert (
         data.load("shapes", root=tmp_path, image_size=32).test.images == images.test.images
     ).all()
@@ -36,4 +36,4 @@ def test_shapes_are_drawn_at_first_use(tmp_path, monkeypatch):
 
 def test_shapes_do_not_overwrite(tmp_path):
     with pytest.raises(FileExistsError, match="exists"):
-        shapes.make(tmp_path)
+        _shapes.make(tmp_path)

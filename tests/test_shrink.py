@@ -13,7 +13,7 @@ from torch import nn
 
 from vitlab import models
 from vitlab.evaluation import cost
-from vitlab.models import anatomy, layers, structure
+from vitlab.models import _layers, _structure, anatomy
 from vitlab.pruning import compensate, factor, lowrank, masks, scores, shrink
 
 
@@ -96,7 +96,7 @@ def grams(model, x):
 
         return hook
 
-    for name, layer in models.view(model).linears(structure._EVERY_ROLE).items():
+    for name, layer in models.view(model).linears(_structure._EVERY_ROLE).items():
         hooks.append(layer.register_forward_pre_hook(see(name)))
     with torch.no_grad():
         model(x)
@@ -224,8 +224,8 @@ def test_removed_equals_masked_for_every_kind_and_architecture(any_model, batch,
     for fused in (False, True):
         assert error(input_gradient(fuse(small, fused), batch), wanted) < 1e-5
     small = fuse(shrink.remove(any_model, drop), False)
-    same = structure.rebuild(
-        models.create(**recipe(small)), json.loads(json.dumps(structure.structure(small)))
+    same = _structure.rebuild(
+        models.create(**recipe(small)), json.loads(json.dumps(_structure.structure(small)))
     ).eval()
     same.load_state_dict(small.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), small(batch[0]))
@@ -258,8 +258,8 @@ def test_a_removal_of_nothing_is_bit_equal(any_model, batch, kinds, remover):
         for name in names:
             remover(model, name, {kind: set() for kind in kinds}, fill)
         assert torch.equal(model(batch[0]), logits)
-    same = structure.rebuild(
-        models.create(**recipe(any_model)), structure.structure(any_model)
+    same = _structure.rebuild(
+        models.create(**recipe(any_model)), _structure.structure(any_model)
     ).eval()
     same.load_state_dict(any_model.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), logits)
@@ -327,8 +327,8 @@ def test_all_kinds_together_and_once_more(any_model, batch):
         small, {("stages.0", "width"): [1]}, grams=grams(small, batch[0])[0], means=means
     )
     assert again(batch[0]).isfinite().all()
-    same = structure.rebuild(
-        models.create(**recipe(again)), json.loads(json.dumps(structure.structure(again)))
+    same = _structure.rebuild(
+        models.create(**recipe(again)), json.loads(json.dumps(_structure.structure(again)))
     ).eval()
     same.load_state_dict(again.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), again(batch[0]))
@@ -403,7 +403,7 @@ def test_without_all_heads_or_neurons_the_mean_of_what_they_gave_is_left(model, 
             )
             expected = whole(means[f"{block.name}.{owner}.{reader}"])
             assert (
-                isinstance(left, layers.Constant)
+                isinstance(left, _layers.Constant)
                 and error(left(torch.zeros(2, 5, 7))[1, 2], expected) < 1e-5
             )
             assert (block.name, kind) not in models.view(small).units()
@@ -456,7 +456,7 @@ def test_factors_of_the_stem_and_linear_layers(any_model, batch):
     """A matrix of low rank computes the same in factors, which cost rank (m + n) a position."""
     view = models.view(any_model)
     ranks = {
-        name: min(3, int(layers.break_even_rank(*m.weight.flatten(1).shape)))
+        name: min(3, int(_layers.break_even_rank(*m.weight.flatten(1).shape)))
         for name, m in view.matrices.items()
     }
     with torch.no_grad():
@@ -473,8 +473,8 @@ def test_factors_of_the_stem_and_linear_layers(any_model, batch):
         m, n = any_model.get_submodule(name).weight.flatten(1).shape
         executed = sum(macs for layer, macs in after.items() if f"{layer}.".startswith(f"{name}."))
         assert executed * m * n == before[name] * rank * (m + n)
-    same = structure.rebuild(
-        models.create(**recipe(thin)), json.loads(json.dumps(structure.structure(thin)))
+    same = _structure.rebuild(
+        models.create(**recipe(thin)), json.loads(json.dumps(_structure.structure(thin)))
     ).eval()
     same.load_state_dict(thin.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), thin(batch[0]))
@@ -515,10 +515,10 @@ def test_a_factored_stem_loses_filters_and_its_factors_where_they_cost_more(mode
     small = shrink.remove(thin, drop)
     assert error(small(batch[0]), expected(batch[0])) < 1e-5
     stem = dict(models.view(small).stem)
-    assert isinstance(small.get_submodule(first), layers.FactoredConv2d)
+    assert isinstance(small.get_submodule(first), _layers.FactoredConv2d)
     assert isinstance(small.get_submodule(second), nn.Conv2d) and stem[second].out_channels == 4
-    same = structure.rebuild(
-        models.create(**recipe(small)), json.loads(json.dumps(structure.structure(small)))
+    same = _structure.rebuild(
+        models.create(**recipe(small)), json.loads(json.dumps(_structure.structure(small)))
     ).eval()
     same.load_state_dict(small.state_dict(), strict=True)
     assert torch.equal(same(batch[0]), small(batch[0]))
@@ -539,7 +539,7 @@ def test_errors_of_factorising(vit):
     with pytest.raises(ValueError, match="unknown layer 'patch_embed.steps.4.0'"):
         factor.factorise(thin, {"patch_embed.steps.4.0": 2})
     with pytest.raises(ValueError, match="give one of 1 group"):
-        layers.FactoredConv2d(nn.Conv2d(4, 4, 3, groups=2), rank=2)
+        _layers.FactoredConv2d(nn.Conv2d(4, 4, 3, groups=2), rank=2)
 
 
 def test_what_stays_makes_up_for_masked_weights(model, batch):
@@ -618,7 +618,7 @@ def test_fc1_rows_are_neurons_and_other_rows_leave_zeros(vit, batch):
     assert models.view(small).units()["blocks.0", "neurons"] == 61
     small = shrink.remove(small, {("blocks.0.attn.proj", "rows"): [0, 7]})
     proj = small.blocks[0].attn.proj
-    assert isinstance(proj, layers.RowLinear) and proj.macs == 30 * 32
+    assert isinstance(proj, _layers.RowLinear) and proj.macs == 30 * 32
     y = proj(torch.randn(2, 32))
     assert y[:, [0, 7]].count_nonzero() == 0 and y.count_nonzero() == 60
     small = shrink.remove(
@@ -655,7 +655,7 @@ def test_removal_repeats_in_any_order(model, batch):
     assert error(twice, once) < 1e-5
 
 
-@pytest.mark.parametrize("support", layers.SUPPORTS)
+@pytest.mark.parametrize("support", _layers.SUPPORTS)
 def test_heads_then_neurons_then_ranks_then_again(model, batch, support):
     x = batch[0]
     model = shrink.remove(model, some_rows(model))
@@ -667,8 +667,8 @@ def test_heads_then_neurons_then_ranks_then_again(model, batch, support):
         small, ratio=0.6, method="svd", grams=grams(small, x)[0], multiple=1
     )
     assert (report.macs <= 0.4 * report.macs_dense).all() and again(x).isfinite().all()
-    same = structure.rebuild(
-        models.create(**recipe(again)), json.loads(json.dumps(structure.structure(again)))
+    same = _structure.rebuild(
+        models.create(**recipe(again)), json.loads(json.dumps(_structure.structure(again)))
     )
     same.load_state_dict(again.state_dict(), strict=True)
     assert torch.equal(same.eval()(x), again(x))
@@ -718,7 +718,7 @@ def test_compensation_works_on_factors(vit, batch):
     drop = {("blocks.1", "neurons"): list(range(20))}
     dense = vit.get_submodule("blocks.1.mlp.fc2")
     small = shrink.remove(thin, drop, grams=gram, means=mean).blocks[1].mlp.fc2
-    assert isinstance(small, layers.FactoredLinear) and small.in_features == dense.in_features - 20
+    assert isinstance(small, _layers.FactoredLinear) and small.in_features == dense.in_features - 20
     with pytest.raises(ValueError, match="no place"):
         sparse, _ = factor.compress(vit, ratio=0.5, method="iht", grams=grams(vit, batch[0])[0])
         shrink.remove(sparse, drop, grams=gram)
@@ -740,7 +740,7 @@ def test_compressed_models_cost_and_lose_what_the_report_says(model, batch, rati
     for line in report.itertuples():
         layer = thin.get_submodule(line.layer)
         low = line.rank * (line.m + line.n)
-        assert isinstance(layer, layers.LowRankSparseLinear) and layer.rank == line.rank == (
+        assert isinstance(layer, _layers.LowRankSparseLinear) and layer.rank == line.rank == (
             line.rank if "svd" in method else 0
         )
         if support == "entries":
@@ -799,7 +799,7 @@ def test_svd_is_two_thin_layers_within_the_share(model, batch):
         ).all()
         assert (report.macs <= 0.6 * report.macs_dense).all()
     assert all(
-        isinstance(layer, layers.FactoredLinear) for layer in models.view(white).linears().values()
+        isinstance(layer, _layers.FactoredLinear) for layer in models.view(white).linears().values()
     )
 
 
@@ -836,7 +836,7 @@ def test_only_the_roles_asked_for_change(vit, batch):
     assert set(report.role) == {"fc1", "fc2"} and isinstance(thin.blocks[0].attn.qkv, nn.Linear)
     assert isinstance(thin.head, nn.Linear)
     thin, report = factor.compress(vit, ratio=0.5, method="svd", roles=["head"], multiple=1)
-    assert isinstance(thin.head, layers.FactoredLinear) and thin(batch[0]).shape == (6, 3)
+    assert isinstance(thin.head, _layers.FactoredLinear) and thin(batch[0]).shape == (6, 3)
 
 
 def test_compressing_anew_starts_from_what_is_there(vit, batch):
@@ -852,16 +852,16 @@ def test_compressing_anew_starts_from_what_is_there(vit, batch):
 @pytest.mark.parametrize("cut", [lambda m: m, lambda m: shrink.remove(m, heads_and_neurons(m))])
 def test_structure_says_only_what_differs_and_rebuilds_it(model, batch, cut):
     small = cut(model)
-    described = json.loads(json.dumps(structure.structure(small)))
+    described = json.loads(json.dumps(_structure.structure(small)))
     if small is model:
         assert described == {"heads": {}, "layers": {}}
     before = torch.get_rng_state()
-    structure.structure(small)
+    _structure.structure(small)
     assert torch.equal(torch.get_rng_state(), before)
-    same = structure.rebuild(models.create(**recipe(model)), described)
+    same = _structure.rebuild(models.create(**recipe(model)), described)
     same.load_state_dict(small.state_dict(), strict=True)
     assert torch.equal(same.eval()(batch[0]), small(batch[0]))
-    assert structure.structure(same) == described
+    assert _structure.structure(same) == described
 
 
 def test_errors_of_removal_name_what_is_known(vit):
@@ -928,9 +928,9 @@ def test_errors_of_compression_name_what_is_allowed(vit, batch):
 def test_errors_of_rebuilding(vit):
     with pytest.raises(ValueError, match="no recipe"):
         del vit.recipe
-        structure.structure(vit)
-    config = layers.config(nn.Linear(2, 2))
+        _structure.structure(vit)
+    config = _layers.config(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="did you mean 'blocks.0.mlp.fc1'"):
-        structure.rebuild(vit, {"heads": {}, "layers": {"block.0.mlp.fc1": config}})
+        _structure.rebuild(vit, {"heads": {}, "layers": {"block.0.mlp.fc1": config}})
     with pytest.raises(ValueError, match="no block 'blocks.7'"):
-        structure.rebuild(vit, {"heads": {"blocks.7": 1}, "layers": {}})
+        _structure.rebuild(vit, {"heads": {"blocks.7": 1}, "layers": {}})

@@ -14,9 +14,9 @@ import torch
 
 from vitlab import models
 from vitlab.evaluation import evaluate
-from vitlab.models import layers
+from vitlab.models import _layers
 from vitlab.pruning import masks, prune, scores, shrink
-from vitlab.training import resume, train
+from vitlab.training import _resume, train
 
 
 class Blobs:
@@ -131,7 +131,7 @@ def test_the_weights_that_are_kept_are_masked_too(vit, monkeypatch, ema, keep_be
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("support", layers.SUPPORTS)
+@pytest.mark.parametrize("support", _layers.SUPPORTS)
 def test_sparse_parts_are_trained_on_their_support(vit, support, rank, ema):
     generator = torch.Generator().manual_seed(0)
     for name, layer in models.view(vit).linears(["qkv", "fc1"]).items():
@@ -143,11 +143,11 @@ def test_sparse_parts_are_trained_on_their_support(vit, support, rank, ema):
         mask = (mask.get(support, torch.rand(n, generator=generator)) > 0.7).expand(m, n)
         u, v = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
         parts = dict(sparse=layer.weight.detach(), mask=mask, support=support, bias=layer.bias)
-        vit.set_submodule(name, layers.low_rank_sparse(0.1 * u, 0.1 * v, **parts))
+        vit.set_submodule(name, _layers.low_rank_sparse(0.1 * u, 0.1 * v, **parts))
     found = {
         name: layer
         for name, layer in vit.named_modules()
-        if isinstance(layer, layers.LowRankSparseLinear)
+        if isinstance(layer, _layers.LowRankSparseLinear)
     }
     before = {
         name: (layer.support_mask.clone(), layer.sparse_weight.detach())
@@ -338,8 +338,8 @@ def test_a_state_of_another_teacher_is_not_used(vit):
     other = copy.deepcopy(vit)
     with torch.no_grad():
         next(other.parameters()).add_(1)
-    keys = {resume.fingerprint({}, vit, None, teacher) for teacher in (None, vit, other)}
-    assert len(keys) == 3 and resume.fingerprint({}, vit, None, copy.deepcopy(vit)) in keys
+    keys = {_resume.fingerprint({}, vit, None, teacher) for teacher in (None, vit, other)}
+    assert len(keys) == 3 and _resume.fingerprint({}, vit, None, copy.deepcopy(vit)) in keys
 
 
 def at_random(model, share):

@@ -1,6 +1,7 @@
 """Count the code of the package: `python tests/tokens.py` prints tokens, lines and public names of each file.
 
 Comments, docstrings and layout are not counted. A code line is one on which a token begins.
+A public name has no underscore, and neither has the file in which it stands (PEP 8).
 """
 
 import ast
@@ -57,6 +58,8 @@ def main():
     print(f"{'tokens':>8} {'lines':>6} {'a line':>6} {'public':>6}")
     for path in sorted(package.rglob("*.py")):
         counts = count(path.read_text())
+        if path.name.startswith("_"):
+            counts = (*counts[:2], 0)
         total = [before + more for before, more in zip(total, counts, strict=True)]
         show(counts, path.relative_to(package.parent))
     show(total, "all")

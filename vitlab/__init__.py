@@ -1,7 +1,7 @@
 """vitlab: what pruning does to a Vision Transformer.
 
 `from vitlab import budget, models` gives the modules that notebooks, the README and the pages of
-docs/methods use. Each is imported when it is asked for.
+docs/methods use. Each is imported at its first use.
 """
 
 import importlib
@@ -13,7 +13,7 @@ _PLACES = """
     pruning.budget pruning.compensate pruning.factor pruning.lowrank pruning.masks pruning.pool
     pruning.prune pruning.ranks pruning.recover pruning.scores pruning.sensitivity pruning.shrink
     training.data training.train
-    report.drawings report.inside report.plots report.style report.tables
+    report.drawings report.inside report.plots report.tables
 """
 _DOORS = {place.split(".")[-1]: f"vitlab.{place}" for place in _PLACES.split()}
 __all__ = [*_DOORS]

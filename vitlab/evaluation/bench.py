@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from vitlab import models, names, parallel
 from vitlab.evaluation import cost, evaluate, export, memory
-from vitlab.models import checkpoint, layers
+from vitlab.models import _layers, checkpoint
 
 # -- latency
 
@@ -314,7 +314,7 @@ def _inputs(model, layer_names, batch):
 
 def _ranks_to_time(layer, multiple=8, steps=8):
     """Return up to so many ranks below the break-even one, multiples where there is room."""
-    break_even_rank = layers.break_even_rank(*layer.weight.flatten(1).shape)
+    break_even_rank = _layers.break_even_rank(*layer.weight.flatten(1).shape)
     most = max(1, math.ceil(break_even_rank) - 1)
     multiple = multiple if most >= multiple else 1
     # They are spread evenly up to the one that saves no MACs.
@@ -342,7 +342,7 @@ def _rank_times(layer, x, repeats):
             "n": n,
             "positions": x.numel() // x.shape[1 if is_conv else -1],
             "rank": ranks,
-            "break_even": layers.break_even_rank(m, n),
+            "break_even": _layers.break_even_rank(m, n),
         }
     )
     columns = [
@@ -358,8 +358,8 @@ def _rank_times(layer, x, repeats):
 
 def _factored(layer, rank):
     if isinstance(layer, nn.Conv2d):
-        return layers.FactoredConv2d(layer, rank=rank)
-    return layers.build(layers.config(layer) | {"type": "FactoredLinear", "rank": rank})
+        return _layers.FactoredConv2d(layer, rank=rank)
+    return _layers.build(_layers.config(layer) | {"type": "FactoredLinear", "rank": rank})
 
 
 def break_even(table):

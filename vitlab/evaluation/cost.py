@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab import models
-from vitlab.models import anatomy, layers, packed
+from vitlab.models import _layers, _packed, anatomy
 
-_MULTIPLY = (nn.Linear, nn.modules.conv._ConvNd, *layers.COMPRESSED_LAYERS)
+_MULTIPLY = (nn.Linear, nn.modules.conv._ConvNd, *_layers.COMPRESSED_LAYERS)
 
 
 def params(model):
@@ -220,7 +220,7 @@ def _thop(model, x):
         layer.total_ops += output[..., 0].numel() * layer.macs
 
     # thop takes layers that it has no rule for as free; it leaves buffers behind: last on its copy
-    rules = {layers.LowRankSparseLinear: count}
+    rules = {_layers.LowRankSparseLinear: count}
     return thop.profile(model, (x,), custom_ops=rules, verbose=False)[0]
 
 
@@ -240,7 +240,7 @@ def bytes_disk(model, *, folder=None):
     tensors = model.state_dict()
     for name in tensors:
         tensors[name] = tensors[name].cpu().contiguous()
-    without_zeros, _ = packed.pack(tensors)
+    without_zeros, _ = _packed.pack(tensors)
     return len(safetensors.torch.save(without_zeros))
 
 

@@ -150,8 +150,8 @@ def compare(before, after, images, *, classes, most=24):
         before, after: predicted classes
         p_before, p_after: probability of the true class, in [0, 1]
         divergence: Jensen-Shannon divergence in nats of the two distributions over the classes
-    Raises ValueError for an empty split, logits that are not finite, and models or names of
-    different numbers of classes.
+    Raises ValueError for an empty split and for logits that are not finite. Models and names must
+    have the same number of classes.
     """
     first, labels = _logits(before, images)
     second, _ = _logits(after, images)

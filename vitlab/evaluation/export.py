@@ -3,7 +3,7 @@
 An ONNX file is checked against torch before it is kept. Weights with 2:4 zeros can become torch's
 semi-structured tensors, which newer GPUs multiply faster.
 
-Public: program, semi_structured, session, to_onnx.
+Public: semi_structured, session, to_onnx.
 """
 
 import copy
@@ -17,13 +17,13 @@ from torch import nn
 
 from vitlab import files
 from vitlab.evaluation import cost, evaluate
-from vitlab.models import layers
+from vitlab.models import _layers
 
 _TOLERANCE = 1e-4  # for the error of a file's logits
-_SPARSE = [(nn.Linear, "weight"), (layers.LowRankSparseLinear, "sparse")]  # may be 2:4
+_SPARSE = [(nn.Linear, "weight"), (_layers.LowRankSparseLinear, "sparse")]  # may be 2:4
 
 
-def program(model):
+def _program(model):
     """Return a model as a torch.export.ExportedProgram in eval mode and float32.
 
     Its one input is [images, channels, height, width]: 1 to 4096 images of the model's own size.
@@ -52,7 +52,7 @@ def to_onnx(model, path):
     without the packages.
     """
     _need("onnx", "onnxscript", "onnxruntime")
-    exported = program(model)
+    exported = _program(model)
     with warnings.catch_warnings(action="ignore"):
         onnx = torch.onnx.export(
             exported,
@@ -143,8 +143,8 @@ def semi_structured(model):
     stay dense.
 
     model: on the GPU, with 2:4 masks applied (masks.n_of_m, or factor.compress with support "2:4")
-    Raises RuntimeError where there is no such GPU (compute capability 8.0 or newer), and ValueError
-    for a model without a 2:4 layer.
+    Raises RuntimeError where there is no such GPU (compute capability 8.0 or newer).
+    Raises ValueError for a model without a 2:4 layer.
     """
     names = _two_of_four(model)
     if not names:

@@ -2,8 +2,7 @@
 
 In this package only the folder `models` knows timm's classes.
 
-Public: Block, FAMILIES, ROLES, UNITS, View, classifier_names, family_of, is_factor, norm_after,
-view.
+Public: FAMILIES, ROLES, UNITS, View, classifier_names, family_of, norm_after, view.
 """
 
 import re
@@ -17,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitlab import names
-from vitlab.models import attention, layers
+from vitlab.models import _attention, _layers
 
 UNITS = ("heads", "neurons", "qk", "v", "width", "filters", "block")
 ROLES = {
@@ -57,7 +56,7 @@ def classifier_names(model):
 
 
 @dataclass(frozen=True)
-class Block:
+class _Block:
     """Describe one transformer block: its attention and MLP, whatever has been cut from them."""
 
     name: str
@@ -84,7 +83,7 @@ class Block:
     @property
     def normalises_queries(self):
         """Whether a query's dimensions change each other before they meet the keys."""
-        if isinstance(self.attn, attention.CutWindowAttentionV2):
+        if isinstance(self.attn, _attention.CutWindowAttentionV2):
             return True
         norm = getattr(self.attn, "q_norm", None)
         return not isinstance(norm, nn.Identity | None)
@@ -182,7 +181,7 @@ class View:
                 counts[stage, "width"] = len(first.weight)
         if "filters" in kinds:
             for name, conv in self.stem:
-                if is_factor(self.model, name):  # its last part says how many filters there are
+                if _is_factor(self.model, name):  # its last part says how many filters there are
                     name = name.rpartition(".")[0]
                 followers = [module for _, module in _chain_behind(self.model, name)]
                 if any(isinstance(module, _CONVOLUTIONS) for module in followers):
@@ -204,7 +203,7 @@ class View:
     @property
     def _whole_stem(self):
         """{name: convolution} of the patch embedding, without the parts of factored ones."""
-        return {name: conv for name, conv in self.stem if not is_factor(self.model, name)}
+        return {name: conv for name, conv in self.stem if not _is_factor(self.model, name)}
 
     @property
     def matrices(self):
@@ -263,7 +262,8 @@ class View:
             "merged"           columns or channels of patch merging, which sees four tokens side by
                                side
             "last"             dimension of a parameter
-        Raises ValueError for an unknown stage, TypeError for what cannot be made narrower.
+        Raises ValueError for an unknown stage.
+        Raises TypeError for what cannot be made narrower.
         """
         names.check("stage", stage, self.stages)
         number = self.stages.index(stage)
@@ -284,7 +284,7 @@ class View:
         return parts + [(model.get_submodule(name), "columns") for name in self.classifiers]
 
 
-_CONVOLUTIONS = (nn.Conv2d, layers.FactoredConv2d)
+_CONVOLUTIONS = (nn.Conv2d, _layers.FactoredConv2d)
 
 
 def _chain_behind(model, layer):
@@ -310,10 +310,10 @@ def norm_after(model, layer):
     return None
 
 
-def is_factor(model, layer):
+def _is_factor(model, layer):
     """Return whether a convolution, by its name, is one of the two parts of a factored one."""
     parent = model.get_submodule(layer.rpartition(".")[0])
-    return isinstance(parent, layers.FactoredConv2d)
+    return isinstance(parent, _layers.FactoredConv2d)
 
 
 def _parts(owner, attributes, how):
@@ -362,13 +362,13 @@ def view(model):
         kind, pattern = FAMILIES[family]
         for name, module in model.named_modules():
             match = re.fullmatch(pattern, name)
-            if match and not isinstance(module, layers.Skip):
+            if match and not isinstance(module, _layers.Skip):
                 parts = [getattr(module, part, None) for part in ("attn", "mlp")]
-                blocks.append(Block(name, int(match[1] or 0), *parts))
-    attentions = (Attention, swin_transformer.WindowAttention, attention.CutWindowAttentionV2)
+                blocks.append(_Block(name, int(match[1] or 0), *parts))
+    attentions = (Attention, swin_transformer.WindowAttention, _attention.CutWindowAttentionV2)
     is_plain = all(
-        isinstance(block.attn, (*attentions, layers.Constant))
-        and isinstance(block.mlp, (Mlp, layers.Constant))
+        isinstance(block.attn, (*attentions, _layers.Constant))
+        and isinstance(block.mlp, (Mlp, _layers.Constant))
         for block in blocks
     )
     if not blocks or not is_plain:

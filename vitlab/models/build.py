@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitlab import names
-from vitlab.models import anatomy, attention, packed
+from vitlab.models import _attention, _packed, anatomy
 
 
 class ConvStem(nn.Module):
@@ -119,9 +119,9 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
     options: timm's own arguments of the class (embed_dim, depth, patch_size, window_size,
         drop_path_rate, ...)
     Returns the model in train mode, with `model.recipe` holding what is needed to build it again.
-    Raises ValueError for an unknown name, for options that the model cannot be built with (unknown
-    ones with the nearest known), and for weights of another architecture. Raises FileNotFoundError
-    for missing weights.
+    Raises ValueError for an unknown name, with the nearest known one, and for weights of another
+    architecture. So it does for options that the model cannot be built with.
+    Raises FileNotFoundError for missing weights.
     """
     if pretrained and (weights or name in SMALL):
         raise ValueError(
@@ -139,7 +139,7 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
         raise ValueError(f"{name} cannot be built with {options}: {error}") from error
     if isinstance(model, SwinTransformerV2):  # timm's reads the weight of qkv past its module
         for module in model.modules():
-            attention.allow_cuts(module)
+            _attention.allow_cuts(module)
     model.recipe = {
         "name": name,
         "num_classes": num_classes,
@@ -204,14 +204,14 @@ def _load_weights(model, path):
 def _stored_weights(path):
     """Return {name: tensor} of a file of weights, with the zeros of packed ones."""
     state = timm.models.load_state_dict(str(path), weights_only=True)
-    if not any(name.endswith(packed.BITS) for name in state):
+    if not any(name.endswith(_packed.BITS) for name in state):
         return state
     record = path.with_name("model.json")
     if not record.is_file():
         raise FileNotFoundError(
             f"{path} is stored without its zeros and can be read only beside its {record.name}"
         )
-    return packed.unpack(state, json.loads(record.read_text())["packed"])
+    return _packed.unpack(state, json.loads(record.read_text())["packed"])
 
 
 def _adapted(model, state):

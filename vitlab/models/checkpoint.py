@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from vitlab import parallel
-from vitlab.models import build, packed, structure
+from vitlab.models import _packed, _structure, build
 
 RECORD = "model.json"
 WEIGHTS = "model.safetensors"  # tensors with many zeros are stored without them, see `packed`
@@ -36,15 +36,16 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     dtype: stores floating-point tensors so (torch.float16), whatever the model holds; they come
         back in the model's own dtype
     masks: {parameter: bool tensor}, stored as bits for `load_masks`
-    Raises ValueError for a model that `models.create` did not make and for values beyond dtype's
-    range, OSError for a folder that cannot be written.
+    Raises ValueError for a model that `models.create` did not make, and for values beyond dtype's
+    range.
+    Raises OSError for a folder that cannot be written.
     """
     folder = Path(folder)
     masks = masks or {}
-    cut = structure.structure(model)  # refuses a model that has no recipe
+    cut = _structure.structure(model)  # refuses a model that has no recipe
     # Weights come back as they are, whether masks were applied or not. Where they were, the stored
     # bits serve both: at 90 % zeros a float32 file has 13 % of its size.
-    tensors, shapes = packed.pack(_tensors(model, dtype), masks)
+    tensors, shapes = _packed.pack(_tensors(model, dtype), masks)
     files = {WEIGHTS: safetensors.torch.save(tensors)}
     if bits := _bits_apart(masks, tensors):
         files[_MASKS] = safetensors.torch.save(bits)
@@ -93,8 +94,8 @@ def _bits_apart(masks, tensors):
     """Return {name: bits} of the masks that are not the bits of a packed tensor."""
     apart = {}
     for name, mask in masks.items():
-        bits = packed.mask_to_bits(mask)
-        packed_bits = tensors.get(name + packed.BITS)
+        bits = _packed.mask_to_bits(mask)
+        packed_bits = tensors.get(name + _packed.BITS)
         if packed_bits is None or not torch.equal(packed_bits, bits):
             apart[name] = bits
     return apart
@@ -221,7 +222,7 @@ def load(folder, *, device="cpu"):
     record = read(folder)
     with _naming(folder):
         stored = safetensors.torch.load_file(folder / WEIGHTS)
-        stored = packed.unpack(stored, record.get("packed", {}))
+        stored = _packed.unpack(stored, record.get("packed", {}))
         _check_sizes(record["recipe"], stored)
         model = _built(record)
         empty = model.state_dict()
@@ -269,7 +270,7 @@ def _built(record):
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
     with torch.random.fork_rng(devices=[]):  # leaves torch's random numbers as they were
-        return structure.rebuild(model, record["structure"])
+        return _structure.rebuild(model, record["structure"])
 
 
 def load_masks(folder):
@@ -285,9 +286,9 @@ def load_masks(folder):
         apart = {}
         if _MASKS in record["sha256"]:
             apart = safetensors.torch.load_file(folder / _MASKS)
-        bits = {name: apart.get(name, stored.get(name + packed.BITS)) for name in shapes}
+        bits = {name: apart.get(name, stored.get(name + _packed.BITS)) for name in shapes}
         if lost := sorted(name for name in bits if bits[name] is None):
             raise ValueError(
                 f"the masks in {folder / RECORD} are in no file beside it: {', '.join(lost)}"
             )
-        return {name: packed.bits_to_mask(bits[name], shapes[name], name) for name in shapes}
+        return {name: _packed.bits_to_mask(bits[name], shapes[name], name) for name in shapes}

@@ -3,7 +3,7 @@
 A budget is a share of the model's MACs, parameters, bytes or time. `reach` does all of it in one
 call; `candidates`, `plan` and `cut` are its steps. Method: docs/methods/budget.md.
 
-Public: POOL, candidates, cut, plan, reach.
+Public: candidates, cut, plan, reach.
 """
 
 import math
@@ -16,7 +16,7 @@ from vitlab.pruning import factor, pool, recover, scores, shrink
 
 # -- Budget: from a model and a target to the smaller model
 
-POOL = ("heads", "neurons", "filters", "width", "ranks")  # the kinds that do best together
+_POOL = ("heads", "neurons", "filters", "width", "ranks")  # the kinds that do best together
 _MOST_CORRECTIONS = 12
 
 
@@ -37,7 +37,7 @@ def reach(model, batches, **target):
     pool.checked_target(target)
     view = models.view(model)
     # A stem of one convolution, for instance, has no filters that may go.
-    kinds = [kind for kind in POOL if kind == "ranks" or view.units([kind])]
+    kinds = [kind for kind in _POOL if kind == "ranks" or view.units([kind])]
     # Bases of ranks and compensation need the same grams: take them once.
     grams = _affine_grams(model, batches)
     competitors = candidates(model, batches, kinds=kinds, grams=grams)
@@ -99,8 +99,8 @@ def plan(
     most: {layer: highest rank to factor it at}, as bench.break_even measures; 0 keeps a layer
         whole. None: all that save MACs.
     batch: how many images are timed together, for latency.
-    target: one of macs, params, bytes (of weights and buffers in memory) or latency (here and now),
-        and the share of the model's to keep, in (0, 1).
+    target: a cost and the share of it to keep, in (0, 1). Costs are macs, params, bytes (of weights
+        and buffers in memory) and latency (here and now).
 
     Returns a Plan of at most the target. Latency is within 5 % of the target, or has it within its
     quartiles, on this machine.

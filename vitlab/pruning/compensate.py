@@ -1,6 +1,6 @@
 """Solve the weights that stay anew, so that they make up for those that are masked.
 
-Public: Fill, REFITS, refit.
+Public: Fill, refit.
 """
 
 import copy
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from vitlab import names
-from vitlab.models import anatomy, layers, structure
-from vitlab.pruning import lowrank, prune, sweep
+from vitlab.models import _layers, _structure, anatomy
+from vitlab.pruning import _sweep, lowrank, prune
 
 # ---- Compensation in closed form ----
 
@@ -19,7 +19,7 @@ from vitlab.pruning import lowrank, prune, sweep
 # for a given mask. Optimal Brain Surgeon is one sweep over the columns, as SparseGPT updates the
 # weights that stay (Frantar and Alistarh 2023). It is never better for the layer's output on the
 # calibration activations.
-REFITS = {"least squares": lowrank.refit, "obs": lowrank.obs_update}
+_REFITS = {"least squares": lowrank.refit, "obs": lowrank.obs_update}
 
 
 @torch.no_grad()
@@ -33,10 +33,10 @@ def refit(model, keep, grams, *, method="least squares", damping=1e-3):
     method: "least squares" (lowrank.refit) or, for comparison, "obs" (lowrank.obs_update).
     damping: share of the mean of the gram's diagonal that is added to it, see lowrank.damped.
 
-    Raises ValueError for an unknown method or parameter, for a mask or a gram that does not fit,
-    and if no weight in keep has a gram.
+    Raises ValueError for an unknown method or parameter, and for a mask or a gram that does not
+    fit. At least one weight in keep must have a gram.
     """
-    names.check("method", method, REFITS)
+    names.check("method", method, _REFITS)
     model = copy.deepcopy(model)
     parameters = prune.parameters_of(model, keep)
     if not {name.removesuffix(".weight") for name in keep} & grams.keys():
@@ -44,14 +44,14 @@ def refit(model, keep, grams, *, method="least squares", damping=1e-3):
     for name, weight in parameters.items():
         mask = keep[name].to(weight.device)
         layer = name.removesuffix(".weight")
-        gram = sweep.fitting_gram(grams, layer, weight[0].numel(), damping, partial=True)
+        gram = _sweep.fitting_gram(grams, layer, weight[0].numel(), damping, partial=True)
         # What has no gram cannot adapt, and an empty support leaves nothing that could.
         if gram is None or not mask.any():
             weight.mul_(mask)
             continue
         # The outputs on calibration activations come near to those before. A convolution is the
         # matrix of its flattened filters.
-        solution = REFITS[method](weight.flatten(1), gram, mask.flatten(1))
+        solution = _REFITS[method](weight.flatten(1), gram, mask.flatten(1))
         weight.copy_(solution.view_as(weight))
     return model
 
@@ -83,18 +83,18 @@ class Fill:
             if transfer is not None:
                 new = flat.double() @ transfer
             # resize gives it the old precision back.
-            structure.resize(layer, "weight", new.unflatten(1, (-1, *weight.shape[2:])))
+            _structure.resize(layer, "weight", new.unflatten(1, (-1, *weight.shape[2:])))
         else:
-            new = layers.select(layer, columns=columns)
+            new = _layers.select(layer, columns=columns)
             if transfer is not None:
-                layers.recombine(new, layer, transfer.to(weight.dtype))
-            structure.put(model, name, new)
+                _layers.recombine(new, layer, transfer.to(weight.dtype))
+            _structure.put(model, name, new)
         if lost is None:
             return
         # What the outputs lost on average goes into the bias, or into the batch norm behind.
         norm = anatomy.norm_after(model, name)
         if layer.bias is not None:
-            layers.shift(model.get_submodule(name), lost)
+            _layers.shift(model.get_submodule(name), lost)
         elif norm is not None:
             model.get_submodule(norm).running_mean.sub_(lost)
 
@@ -102,11 +102,11 @@ class Fill:
         """Replace attention or an MLP by what its last layer, the reader, gives without inputs."""
         layer = model.get_submodule(reader)
         _, lost = self._solve(layer, reader, torch.arange(0))
-        new = layers.Constant(layer.out_features, bias=False)
+        new = _layers.Constant(layer.out_features, bias=False)
         if layer.bias is not None:
             # The mean that all inputs gave joins the bias; without means the bias alone stays.
             new.bias = nn.Parameter(layer.bias + (0 if lost is None else lost))
-        structure.put(model, name, new)
+        _structure.put(model, name, new)
 
     def _solve(self, layer, name, columns):
         """Return what makes up for the inputs of a layer that are not in columns.
@@ -116,7 +116,7 @@ class Fill:
         """
         weight = layer.weight.flatten(1)
         n = weight.shape[1]
-        gram = sweep.fitting_gram(self.grams, name, n, self.damping, partial=True)
+        gram = _sweep.fitting_gram(self.grams, name, n, self.damping, partial=True)
         mean = self.means.get(name)
         if mean is not None and mean.shape != (n,):
             raise ValueError(

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from vitlab import models, names
-from vitlab.models import layers, structure
-from vitlab.pruning import lowrank, sweep
+from vitlab.models import _layers, _structure
+from vitlab.pruning import _sweep, lowrank
 
 # ---- Low rank and sparse layers ----
 
@@ -66,8 +66,8 @@ def compress(
         objective_magnitude: objective of magnitude pruning with all of the share on that support,
         objective_start, objective: first and last of the fit,
         macs_dense, macs, macs_ideal: MACs of one token.
-    Raises ValueError for a ratio that is no share, changes nothing or leaves nothing of a layer,
-    for unknown words, and for grams that are missing or of another model.
+    Raises ValueError for a ratio that is no share, changes nothing or leaves nothing of a layer.
+    So it does for unknown words, and for grams that are missing or of another model.
     """
     _check_request(ratio, method, support, kappa, grams)
     model = copy.deepcopy(model)
@@ -76,11 +76,11 @@ def compress(
     report = []
     for name, layer in view.linears(roles).items():
         # A layer that computes only some rows holds them in a layer of its own.
-        path = f"{name}.kept" if isinstance(layer, layers.RowLinear) else name
+        path = f"{name}.kept" if isinstance(layer, _layers.RowLinear) else name
         layer = model.get_submodule(path)
         weight = layer.weight.detach()
         m, n = weight.shape
-        gram = sweep.fitting_gram(grams, name, n, damping)
+        gram = _sweep.fitting_gram(grams, name, n, damping)
         # The budget is in weights. 1 - 0.9 is a little less than 0.1, hence 1e-6.
         budget = int((1 - ratio) * m * n + 1e-6)
         rank, count = _plan(m, n, budget, method, support, kappa, multiple)
@@ -88,7 +88,7 @@ def compress(
             raise ValueError(f"ratio {ratio} leaves nothing of {name} by {method}; lower it")
         fit = _fit(weight, gram, rank, count, method, support, whiten, rounds, generator)
         new = _layer_of(fit, support, layer.bias)
-        structure.put(model, path, new)
+        _structure.put(model, path, new)
         # What magnitude pruning would lose with all of the budget, to compare the fit with.
         alone = lowrank.project(weight, _affordable(m, n, budget, support), support=support)
         row = {"layer": name, "role": view.role(name)}
@@ -109,7 +109,7 @@ def _check_request(ratio, method, support, kappa, grams):
         )
     names.check("method", method, METHODS)
     if not lowrank.neighbours(support):
-        names.check("support", support, layers.SUPPORTS)
+        names.check("support", support, _layers.SUPPORTS)
     if support != "entries" and "iht" not in method:
         raise ValueError(
             f"{method} has no sparse part to store as {support}; give support='entries'"
@@ -211,8 +211,8 @@ def _layer_of(fit, support, bias):
     # Rows and columns that are not in the support are removed, and MACs fall. Entries and patterns
     # are masked, and no MACs are saved, but there is hardware that knows patterns.
     if not fit.mask.any():
-        return layers.factored(fit.u, fit.v, bias=bias)
-    return layers.low_rank_sparse(
+        return _layers.factored(fit.u, fit.v, bias=bias)
+    return _layers.low_rank_sparse(
         fit.u,
         fit.v,
         sparse=fit.sparse,
@@ -231,8 +231,8 @@ def factorise(model, ranks, *, grams=None, damping=1e-3):
         activation-weighted SVD (lowrank.svd), the others the plain one.
     damping: share of the mean of the gram's diagonal that is added to it, see lowrank.damped.
 
-    Raises ValueError for no ranks, for a layer that is not there or was factored before, for a
-    rank that saves no MACs, and for grams of another model.
+    Raises ValueError for no ranks, a rank that saves no MACs, and grams of another model. So it
+    does for a layer that is not there or was factored before.
     """
     if not ranks:
         raise ValueError("ranks is empty: give {layer: rank} of at least one layer")
@@ -248,16 +248,16 @@ def factorise(model, ranks, *, grams=None, damping=1e-3):
         weight = layer.weight.flatten(1)
         m, n = weight.shape
         # Two thin layers execute rank (m + n) MACs a position, which must be less than m n.
-        limit = layers.break_even_rank(m, n)
+        limit = _layers.break_even_rank(m, n)
         if not 1 <= rank < limit:
             raise ValueError(
                 f"{name} [{m}, {n}]: a rank in [1, {limit:.1f}) saves MACs; got {rank}"
             )
-        gram = sweep.fitting_gram(grams, name, n, damping, partial=True)
+        gram = _sweep.fitting_gram(grams, name, n, damping, partial=True)
         u, v = lowrank.svd(weight, rank, gram=gram)
         if isinstance(layer, nn.Conv2d):
-            new = layers.factored_conv(layer, u, v)
+            new = _layers.factored_conv(layer, u, v)
         else:
-            new = layers.factored(u, v, bias=layer.bias)
-        structure.put(model, name, new)
+            new = _layers.factored(u, v, bias=layer.bias)
+        _structure.put(model, name, new)
     return model

@@ -34,9 +34,10 @@ def keep_largest(scores, *, sparsity=None, count=None, per="global", floor=0, ti
         cuts them into rectangles, where None is all of a dimension: (1, None) is whole rows.
 
     Returns bool tensors in the structure of scores.
-    Raises ValueError for scores with NaN (naming them), for a sparsity outside [0, 1), for a cut
-    that leaves nothing at all of a set, for a floor that the count does not allow, for names
-    without a label, and for tiles that do not fill a tensor.
+    Raises ValueError for scores with NaN (naming them), and for names without a label.
+    Raises ValueError for a sparsity outside [0, 1), and for a cut that leaves nothing of a set.
+    Raises ValueError for a floor that the count does not allow, and for tiles that do not fill a
+    tensor.
     """
     named = scores if isinstance(scores, dict) else {"scores": scores}
     tiles = {}

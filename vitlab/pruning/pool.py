@@ -2,8 +2,8 @@
 
 Method: docs/methods/budget.md.
 
-Public: FLOORS, LEAST, Plan, Search, TARGETS, Unreachable, basis, candidates, check_reachable,
-checked_target, spend, thin_layers.
+Public: FLOORS, Plan, Search, Unreachable, basis, candidates, check_reachable, checked_target,
+spend, thin_layers.
 """
 
 import math
@@ -34,8 +34,8 @@ FLOORS = {
 }
 # And at least this share of a place. What goes is predicted to lose the sum of its parts, but a
 # residual stream that is all but gone loses far more: LOG.md, 2026-11-26.
-LEAST = {"width": 1 / 8}
-TARGETS = ("macs", "params", "bytes", "latency")
+_LEAST = {"width": 1 / 8}
+_TARGETS = ("macs", "params", "bytes", "latency")
 _RANK_MULTIPLE = 4  # ranks of a plan are multiples of it
 
 
@@ -69,10 +69,10 @@ class Plan:
 def checked_target(target):
     """Return the name and the share of a target such as {"macs": 0.5}, or raise ValueError."""
     if len(target) != 1:
-        listed = ", ".join(TARGETS)
+        listed = ", ".join(_TARGETS)
         raise ValueError(f"give one target of {listed}, such as macs=0.5; got {target or 'none'}")
     [(what, share)] = target.items()
-    names.check("target", what, TARGETS)
+    names.check("target", what, _TARGETS)
     if not 0 < share < 1:
         raise ValueError(f"{what} is the share to keep, in (0, 1); got {share}")
     return what, share
@@ -152,7 +152,7 @@ def _groups(score, kind, multiple, heads):
     order = by_head.argsort(dim=1, stable=True).T
     # Units are numbered through all heads.
     order = (order + size * torch.arange(heads).to(order)).flatten()
-    floor = max(FLOORS[kind], math.ceil(LEAST.get(kind, 0) * size))
+    floor = max(FLOORS[kind], math.ceil(_LEAST.get(kind, 0) * size))
     # Neurons, channels and filters go by so many that the kernels like the sizes that stay.
     # Dimensions of heads go one from each head, as all heads of a block are of one size. Heads and
     # blocks go one by one.

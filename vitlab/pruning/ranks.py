@@ -14,7 +14,7 @@ from torch import nn
 
 from vitlab import models
 from vitlab.evaluation import cost
-from vitlab.models import layers
+from vitlab.models import _layers
 from vitlab.pruning import factor, pool, scores
 
 # -- Ranks: which rank each layer keeps, where ranks are all that may go
@@ -146,7 +146,7 @@ def uniform(model, batches, *, macs, grams=None):
     table = cost.breakdown(model).set_index("layer").macs
     even = {}
     for name, layer in _plain_layers(model).items():
-        even[name] = layers.break_even_rank(*layer.weight.flatten(1).shape)
+        even[name] = _layers.break_even_rank(*layer.weight.flatten(1).shape)
     even = pd.Series(even, dtype=float)
     # What shares the cut: the linear layers alone, or with the stem's convolutions, or with all of
     # these but the first, which sees three channels. That of them is taken which leaves the lowest

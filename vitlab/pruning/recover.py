@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vitlab import models
-from vitlab.models import anatomy, layers, structure
-from vitlab.pruning import lowrank, prune, shrink, sweep
+from vitlab.models import _layers, _structure, anatomy
+from vitlab.pruning import _sweep, lowrank, prune, shrink
 
 _LEAST_FACTOR = 0.01  # factors of LayerScale below it leave a channel too faint for corrections
 
@@ -27,9 +27,9 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
     """Return a copy of model whose layers come as near as they can to what dense computes.
 
     Layers are solved for one after the other, first to last, without labels. Weight and bias of a
-    layer become the least-squares map from its own inputs, as the layers solved before have left
-    them, to the outputs of the layer of the same name in dense. Errors of earlier layers are thus
-    seen and made up for, which compensation by activations of the dense model cannot do.
+    layer become the least-squares map from its own inputs to the outputs of the layer of the same
+    name in dense. Its inputs are as the layers solved before have left them. Errors of earlier
+    layers are thus seen and made up for, which activations of the dense model alone cannot do.
 
     fc2 is solved for all that its block should leave in the residual stream, except where a norm
     follows it or LayerScale is below 0.01. The classifier is solved for the logits of dense. A
@@ -44,21 +44,21 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
     keep: {parameter: bool tensor}, the masks of model.
     tokens: number of positions that an image gives a layer, drawn for each batch; the classifier
         sees one. All together should be many more than a layer has inputs.
-    damping: ridge towards the weights that are there, as a share of the mean variance of the
-        inputs (without a bias, of their mean square), see lowrank.damped.
+    damping: ridge towards the weights that are there, as a share of the inputs' mean variance, or
+        without a bias of their mean square; see lowrank.damped.
 
     On the positions seen, no layer is further from its target than before its turn, up to the
     ridge. The cost is about two forward passes of dense, four of model, and the products. For all
     images at once, memory holds what enters a block of either model, and the targets of the block.
 
-    Raises ValueError if model is not dense without drops, for masks of parameters that are not
-    there or that lie in a factored layer, for missing batches, and for values that are not finite.
+    Raises ValueError if model is not dense without drops, for missing batches, and for values that
+    are not finite. Masks must be of parameters that are there, and in no factored layer.
     Source: asymmetric reconstruction (Zhang et al. 2016, section 3.3); He et al. 2017 for channels
     that are removed.
     """
     images = [x for x, _ in batches or ()]
     if not images:
-        raise ValueError(sweep.NO_BATCHES)
+        raise ValueError(_sweep.NO_BATCHES)
     model = copy.deepcopy(model)
     rows_by_layer = _rows(dense, drops)
     _check_same(model, rows_by_layer)
@@ -67,7 +67,7 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
     dense_view = models.view(dense)
     segments = dense_view.layers_along_stream
     _, first_block, *_ = segments  # behind the patch embedding
-    with sweep.Sweep(dense), sweep.Sweep(model):  # in eval mode; later as they were
+    with _sweep.Sweep(dense), _sweep.Sweep(model):  # in eval mode; later as they were
         for name, layer_names in segments.items():
             part = model.get_submodule(name)
             dense_part = dense.get_submodule(name)
@@ -99,8 +99,8 @@ def _rows(dense, drops):
     The numbers are int64 [outputs], -1 for an output that is constant; none for a layer that is
     gone. They are found by removal from a copy whose weights are the numbers of their rows.
     """
-    kinds = (*layers.COMPRESSED_LAYERS, layers.FactoredConv2d)
-    if cut := list(structure.modules_of(dense, kinds)):
+    kinds = (*_layers.COMPRESSED_LAYERS, _layers.FactoredConv2d)
+    if cut := list(_structure.modules_of(dense, kinds)):
         raise ValueError(f"dense must be the model before the cuts; its {cut[0]} was cut already")
     marked = copy.deepcopy(dense).double()
     rows_by_layer = {}
@@ -136,11 +136,11 @@ def _check_same(model, rows_by_layer):
 
 def _matrices(layer):
     """Return the modules that hold a layer's weight: one, or the first and second factor."""
-    if isinstance(layer, layers.RowLinear):
+    if isinstance(layer, _layers.RowLinear):
         layer = layer.kept
-    if isinstance(layer, layers.FactoredLinear):
+    if isinstance(layer, _layers.FactoredLinear):
         return [layer.first, layer.second]
-    if isinstance(layer, layers.FactoredConv2d):
+    if isinstance(layer, _layers.FactoredConv2d):
         return list(layer)
     return [layer]
 
@@ -151,7 +151,7 @@ def _checked_masks(model, keep):
     for name in keep:
         part, _, _ = name.rpartition(".")
         whole = model.get_submodule(part.rpartition(".")[0])
-        if isinstance(whole, layers.FactoredLinear | layers.FactoredConv2d):
+        if isinstance(whole, _layers.FactoredLinear | _layers.FactoredConv2d):
             raise ValueError(
                 f"{name} lies in a factored layer, whose parts are solved for whole: "
                 "mask plain layers"
@@ -220,7 +220,7 @@ def _place(dense_view, view, name, rows):
     dense_layer = dense_view.model.get_submodule(name)
     channels = slice(None)
     inner = name
-    if isinstance(layer, layers.RowLinear):
+    if isinstance(layer, _layers.RowLinear):
         channels = layer.rows
         inner = f"{name}.kept"
     place = _Place(inner, dense_layer, layer, rows, channels)
@@ -246,7 +246,7 @@ def _positions(x, number, most, layer=None):
 
     They are the same in all that has as many positions and comes from the batch of that number.
     """
-    x = sweep.channels_last(sweep.wide(x), layer)
+    x = _sweep.channels_last(_sweep.wide(x), layer)
     x = x.flatten(0, -2)
     if len(x) <= most:
         return x
@@ -284,8 +284,8 @@ def _moments(place, part, stream, tokens):
 
     part: the module of the model around the layer. stream: what enters part, by batch.
 
-    Returns gram [n+1, n+1] of the layer's inputs and a constant 1, cross [m, n+1] of the targets
-    with these, both float64, and the number of positions.
+    Returns (gram, cross, positions). Gram [n+1, n+1] is of the layer's inputs and a constant 1,
+    cross [m, n+1] of the targets with these. Both are float64; positions is their number.
     """
     first = _matrices(place.layer)[0]
     gram = cross = positions = 0
@@ -296,7 +296,7 @@ def _moments(place, part, stream, tokens):
         if place.norm is not None:
             before = _positions(seen[place.norm][0], number, most)
             target = target - before[:, place.channels] * place.corrects
-        inputs = sweep.layer_inputs(seen[place.layer][0], first)
+        inputs = _sweep.layer_inputs(seen[place.layer][0], first)
         inputs = _positions(inputs, number, most)
         # 2. Products in single precision are taken about the means of the first batch. About 0
         # their rounding does not cancel where positions are alike: it would outweigh a small
@@ -328,8 +328,8 @@ def _solve(place, gram, cross, positions, masks, damping):
 
     gram, cross, positions: as from `_moments`. masks: {parameter: bool tensor}.
 
-    Solved is weight (covariance + ridge) = wanted + before ridge, over the inputs and targets about
-    their means, so that what the positions do not determine stays as it was before.
+    Solved is weight (covariance + ridge) = wanted + before ridge, with inputs and targets about
+    their means. What the positions do not determine thus stays as it was before.
     """
     # A layer that sees less than two positions for each of its inputs stays as it is.
     if positions < 2 * (len(gram) - 1):

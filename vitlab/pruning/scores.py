@@ -1,8 +1,8 @@
 """Measure how important each weight, row, neuron, head and channel is, in one pass over batches.
 
-A higher score means: keep it. In all functions batches is a list (or anything to iterate over) of
-(x [B, 3, H, W], y int64 [B]) on the model's device, from the training split with evaluation
-transforms. The model is used in eval mode and left as it was: modes, requires_grad, gradients and
+A higher score means: keep it. In all functions batches is a list, or anything to iterate over, of
+(x [B, 3, H, W], y int64 [B]) on the model's device. The images are of the training split, with
+evaluation transforms. The model is used in eval mode and left as it was: modes, requires_grad, gradients and
 hooks. Where several processes train (see `parallel`), the first one computes for all.
 
 Public: ROWS, UNITS, WEIGHTS, check_calibration, directions, gradient_grams, grams, loss, measure,
@@ -21,8 +21,7 @@ from torch.nn import functional
 from vitlab import models, parallel
 from vitlab.models import anatomy
 from vitlab.names import known
-from vitlab.pruning.lowrank import TINY
-from vitlab.pruning.sweep import (
+from vitlab.pruning._sweep import (
     NO_BATCHES,
     Grams,
     Moments,
@@ -32,6 +31,7 @@ from vitlab.pruning.sweep import (
     wide,
     zeros,
 )
+from vitlab.pruning.lowrank import TINY
 
 # The criteria, the control first. What each one is stands in the tables of the plans below.
 WEIGHTS = (
@@ -75,8 +75,8 @@ def measure(
     seed: of random and of labels="model".
 
     Returns {"weights": ..., "rows": ..., "units": ...}; a group without criteria comes back empty.
-    Raises ValueError for no criteria at all, unknown names, missing batches (random and magnitude
-    need none), and a loss or a score that is not finite.
+    Raises ValueError for no criteria at all, unknown names, and a loss or a score that is not
+    finite. So it does for missing batches, which only random and magnitude can do without.
     """
     weights = known(weights, WEIGHTS, "criterion")
     rows = known(rows, ROWS, "criterion")
@@ -225,9 +225,8 @@ def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
 def directions(model, batches, bases, *, labels="true", seed=0):
     """Predict what the loss rises by when a layer keeps only its first directions.
 
-    bases: {layer name: (u [m, R], v [R, n])} of linear layers and convolutions, whose weight
-        (flatten(1), [m, n]) is the sum of its R parts u_i v_i, the most important first, as
-        lowrank.svd gives them.
+    bases: {layer name: (u [m, R], v [R, n])} of linear layers and convolutions, as from lowrank.svd.
+        A weight (flatten(1), [m, n]) is the sum of its R parts u_i v_i, the most important first.
     labels, seed: as for `measure`.
 
     Returns {layer name: float64 [R+1]}. Entry r is the rise in loss units when the directions from

@@ -89,8 +89,8 @@ def agreement(unit_scores, measured):
     unit_scores: {criterion: {(block, kind): tensor}}, as from scores.units.
     measured: DataFrame of `ablations`.
 
-    Returns a DataFrame of criterion, kind, spearman (rank correlation, in [-1, 1], between score
-    and measured loss increase over all blocks) and units (how many were compared).
+    Returns a DataFrame of criterion, kind, spearman and units (how many were compared). Spearman is
+    the rank correlation of score and measured loss increase over all blocks, in [-1, 1].
     """
     rows = []
     for criterion, table in unit_scores.items():

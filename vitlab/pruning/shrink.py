@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 
 from vitlab import models, names
-from vitlab.models import anatomy, attention, layers, structure
+from vitlab.models import _attention, _layers, _structure, anatomy
 from vitlab.pruning import compensate
 
 # ---- Removal of units ----
@@ -39,8 +39,8 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     damping: share of the mean of the gram's diagonal that is added to it, see lowrank.damped.
 
     Returns the smaller copy.
-    Raises ValueError for unknown names (with the nearest), for wrong indices, for a drop that
-    removes nothing, and for a drop that removes all rows, filters, channels or blocks.
+    Raises ValueError for unknown names (with the nearest) and for wrong indices. So it does for a
+    drop that removes nothing, or all of something: rows, filters, channels or blocks.
     """
     removed = _checked_drop(models.view(model), drop)
     model = copy.deepcopy(model)
@@ -124,14 +124,14 @@ def _remove_rows(model, name, removed, fill):
     """Let a layer compute only the rows that stay, with zeros in the place of the others."""
     layer = model.get_submodule(name)
     keep = _complement(removed["rows"], layer.out_features)
-    if isinstance(layer, layers.RowLinear):
+    if isinstance(layer, _layers.RowLinear):
         keep = keep[torch.isin(keep, layer.rows.cpu())]  # an earlier cut has removed the others
     if not len(keep):
         raise ValueError(f"the rows of {name} that are left would all go; keep at least one")
     # The biases go with the rows. SwinV2 keeps those of q and v elsewhere, and they stay.
-    kept = layers.select(layer, rows=keep)
-    new = layers.RowLinear(layer.in_features, layer.out_features, rows=keep, kept=kept)
-    structure.put(model, name, new.to(layer.weight.device))
+    kept = _layers.select(layer, rows=keep)
+    new = _layers.RowLinear(layer.in_features, layer.out_features, rows=keep, kept=kept)
+    _structure.put(model, name, new.to(layer.weight.device))
 
 
 def _remove_from_attention(model, name, removed, fill):
@@ -149,17 +149,17 @@ def _remove_from_attention(model, name, removed, fill):
     queries = _kept_dimensions(block, heads, removed, "qk", block.qk_dim)
     values = _kept_dimensions(block, heads, removed, "v", block.head_dim)
     if removed["qk"] or removed["v"]:
-        attention.allow_cuts(attn)
+        _attention.allow_cuts(attn)
     # The rows of qkv are all queries, then all keys, then all values.
     size = block.num_heads * block.qk_dim
     _keep_outputs(attn, "qkv", torch.cat([queries, size + queries, 2 * size + values]))
     # SwinV2 holds these biases beside qkv.
-    structure.keep_entries(attn, "q_bias", queries)
-    structure.keep_entries(attn, "k_bias", queries)
-    structure.keep_entries(attn, "v_bias", values)
+    _structure.keep_entries(attn, "q_bias", queries)
+    _structure.keep_entries(attn, "k_bias", queries)
+    _structure.keep_entries(attn, "v_bias", values)
     # attn.proj reads the heads, side by side. `scale` stays what it was before the cut.
     fill.narrow(model, reader, values)
-    structure.set_heads(attn, heads)
+    _structure.set_heads(attn, heads)
 
 
 def _kept_dimensions(block, heads, removed, kind, size):
@@ -222,43 +222,43 @@ def _remove_channels(model, stage, removed, fill):
         # A norm then looks at the channels that stay. The masked model that this equals is therefore
         # one whose norms leave dead channels out.
         if how == "last":  # a parameter of the model itself, such as a class token
-            structure.keep_entries(model, name, kept, axis=-1)
+            _structure.keep_entries(model, name, kept, axis=-1)
         elif how == "columns" or (how == "merged" and hasattr(thing, "in_features")):
             # qkv, fc1, merging and the classifier read the channels.
             fill.narrow(model, name, kept)
         else:
             _keep_outputs(model, name, kept)
     _merge_factors(model)
-    structure.tell_width(model)
+    _structure.tell_width(model)
 
 
 def _keep_outputs(model, name, keep):
     """Keep some outputs of a layer, or some channels of a norm or scale."""
     module = model.get_submodule(name)
     if hasattr(module, "in_features"):
-        return structure.put(model, name, layers.select(module, rows=keep))
+        return _structure.put(model, name, _layers.select(module, rows=keep))
     # Each tensor of a convolution, norm or scale has an entry for each channel, except for a batch
     # norm's count of batches.
     for tensor_name, tensor in module.state_dict().items():
         if tensor.ndim:
-            structure.keep_entries(module, tensor_name, keep)
-    if isinstance(module, layers.Constant):
+            _structure.keep_entries(module, tensor_name, keep)
+    if isinstance(module, _layers.Constant):
         module.out_features = len(keep)
 
 
 def _merge_factors(model):
     """Merge the factors of a convolution where they no longer execute less than the whole."""
-    for name, module in structure.modules_of(model, layers.FactoredConv2d).items():
+    for name, module in _structure.modules_of(model, _layers.FactoredConv2d).items():
         first, second = module
         # At the break-even rank both parts together execute as much as the whole.
-        limit = layers.break_even_rank(len(second.weight), first.weight[0].numel())
+        limit = _layers.break_even_rank(len(second.weight), first.weight[0].numel())
         if module.rank >= limit:
-            structure.put(model, name, layers.merged_conv(module))
+            _structure.put(model, name, _layers.merged_conv(module))
 
 
 def _remove_block(model, name, removed, fill):
     """Let the residual stream pass where a block was."""
-    structure.put(model, name, layers.Skip())
+    _structure.put(model, name, _layers.Skip())
 
 
 _REMOVERS = [  # kinds that are removed together, and the function that removes them

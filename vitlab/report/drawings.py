@@ -3,8 +3,8 @@
 Frames come in, figures go out, in the style of `plots`. No torch. The first functions draw the
 frames of `inside`, in the same order.
 
-Public: attention_maps, changed_images, head_map, heat_map, image_grid, kept_widths, layer_pictures,
-spectra, weight_histograms, weight_violins.
+Public: attention_maps, changed_images, heads, heat_map, image_grid, widths, layers, spectra,
+weight_histograms, weight_violins.
 """
 
 import matplotlib.pyplot as plt
@@ -13,13 +13,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.patches import Patch, Rectangle
 
-from vitlab.report import style, tables
+from vitlab.report import _style, tables
 
-# Weights that stay, by the letter of their size in the cells of inside.layer.
+# Weights that stay, by the letter of their size in the cells of inside.layers.
 _BLUES = dict(zip("abcdefghi", plt.get_cmap("Blues")(np.linspace(0.45, 1, 9)), strict=True))
 _REMOVED = {
     "facecolor": "#fbe3d0",
-    "edgecolor": style.COLORS[3],
+    "edgecolor": _style.COLORS[3],
     "linewidth": 0,
 }
 # The sign before a part that stands beside another: W = U × V + S.
@@ -32,13 +32,13 @@ _THRESHOLD = {"color": "0.1", "linestyle": ":"}
 # -- frames of `inside`
 
 
-@style.styled
-def layer_pictures(frame):
+@_style.styled
+def layers(frame):
     """Draw what each method leaves of a layer, weight by weight.
 
     There is a picture for each method, target and layer.
 
-    frame: columns method, layer, part, row and cells, as inside.layer returns them, and target (a
+    frame: columns method, layer, part, row and cells, as inside.layers returns them, and target (a
     share) if there is one.
     Returns a Figure.
     Raises ValueError for a frame without rows.
@@ -49,7 +49,7 @@ def layer_pictures(frame):
     keys = [column for column in ("method", "target", "layer") if column in frame]
     groups = frame.assign(title=titles).groupby(keys, sort=False, dropna=False)
     figure, ax = plt.subplots()
-    # Sizes are of what is shown: inside.layer leaves out what is beyond its first rows.
+    # Sizes are of what is shown: inside.layers leaves out what is beyond its first rows.
     _arrange(ax, [rows for _, rows in groups], high=frame.row.max() + 1)
     ax.set_axis_off()
     handles = [
@@ -163,8 +163,8 @@ def _matrix(ax, letters, x, y):
     ax.add_patch(Rectangle((x, y), n, m, **frame))
 
 
-@style.styled
-def kept_widths(frame):
+@_style.styled
+def widths(frame):
     """Draw how much of each place is left, as a share of the dense model.
 
     There is a panel for each kind and a bar for each block (or stage, convolution, layer), with
@@ -181,14 +181,14 @@ def kept_widths(frame):
     numbers, places = pd.factorize(frame["where"])
     frame = frame.assign(place=numbers)
     kinds = frame.groupby("kind", sort=False)
-    figure, panels = style.panels_beside(kinds, 1.6, 1.55, 1 + 0.3 * len(places))
+    figure, panels = _style.panels_beside(kinds, 1.6, 1.55, 1 + 0.3 * len(places))
     for ax, kind, widths in panels:
         ax.barh(widths.place, 1, 0.75, color="0.92")
         ax.barh(
             widths.place,
             widths.kept / widths.whole,
             0.75,
-            color=style.COLORS[0],
+            color=_style.COLORS[0],
         )
         for row in widths.itertuples():
             ax.text(1.04, row.place, f"{row.kept} of {row.whole}", fontsize=8, va="center")
@@ -205,7 +205,7 @@ def kept_widths(frame):
     return figure
 
 
-@style.styled
+@_style.styled
 def weight_histograms(frame):
     """Draw distributions of weights: a panel for each stage, a row for each method and target.
 
@@ -255,7 +255,7 @@ def _histogram(ax, bins, limit):
         bins.survivors,
         edges,
         fill=True,
-        color=style.COLORS[0],
+        color=_style.COLORS[0],
         label="stay",
     )
     threshold = bins.threshold.iloc[0]
@@ -286,12 +286,12 @@ def _histogram(ax, bins, limit):
     ax.grid(False, axis="x")
 
 
-@style.styled
+@_style.styled
 def weight_violins(frame):
     """Draw distributions of weights by role (a panel each) and block.
 
-    At the left of each place stand the weights of the first stage in grey, at its right the
-    survivors of the last one, all equally wide. Dotted lines show where magnitude would have cut as
+    At the left of each place stand the weights of the first stage, in grey. At its right stand the
+    survivors of the last one. All are equally wide. Dotted lines show where magnitude would have cut as
     many.
 
     frame: as inside.weights(by="layer") returns it, of one cut.
@@ -320,7 +320,7 @@ def weight_violins(frame):
             side="low",
             color="0.7",
         )
-        _violins(ax, after, "survivors", side="high", color=style.COLORS[0])
+        _violins(ax, after, "survivors", side="high", color=_style.COLORS[0])
         _zeros(ax, after)
         _limits(ax, bins)
         ax.set_ylabel(role)
@@ -331,7 +331,7 @@ def weight_violins(frame):
     figure.supylabel("value of the weight")
     handles = [
         Patch(color="0.7", label=tables.STAGES.get(first, first)),
-        Patch(color=style.COLORS[0], label=tables.STAGES.get(last, last)),
+        Patch(color=_style.COLORS[0], label=tables.STAGES.get(last, last)),
         plt.Line2D([], [], label="where magnitude would cut as many", **_THRESHOLD),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
@@ -394,15 +394,15 @@ def _limits(ax, bins):
     ax.grid(False, axis="x")
 
 
-@style.styled
+@_style.styled
 def spectra(frame):
     """Draw singular values (above, of the largest) and the energy up to each rank (below).
 
     Energy is the share of the squares. There is a panel for each role and a line for each block.
     Dashed is the rank at which two thin layers have as many MACs as one.
 
-    frame: as inside.spectra returns it; with a column faster (the rank up to which factoring was
-    measured to be faster, as bench.break_even returns it), each line has a small mark there.
+    frame: as inside.spectra returns it. A column faster puts a small mark on each line: the rank up
+    to which factoring was measured to be faster, as bench.break_even returns it.
     Returns a Figure.
     """
     largest = frame.groupby("layer").sigma.transform("max")
@@ -414,7 +414,7 @@ def spectra(frame):
         share=frame["rank"] / full,
     )
     groups = frame.groupby("role", sort=False)
-    colors = style.shades(frame.block.dropna().unique())
+    colors = _style.shades(frame.block.dropna().unique())
     size = (1.8 + 1.9 * len(groups), 4.4)
     figure, panels = plt.subplots(
         2, len(groups), figsize=size, sharex=True, sharey="row", squeeze=False
@@ -460,13 +460,13 @@ def _spectra_of_role(above, below, frame, colors):
             ax.axvline(share, color="0.1", linestyle="--", linewidth=1)
 
 
-@style.styled
+@_style.styled
 def attention_maps(frame, images=None):
     """Draw where two models look, on several images.
 
     There is a column for each image, and for each block a row before and one after the cut.
 
-    frame: as inside.attention returns it; a column label, if there is one, is written above each
+    frame: as inside.attention_maps returns it; a column label, if there is one, is written above each
     image.
     images: the data.Split that the places are of, whose pictures then stand on top.
     Returns a Figure.
@@ -514,8 +514,8 @@ def _attention(figure, panels, block, maps):
     bar.set_label("attention received,\ntimes the equal share", fontsize=9)
 
 
-@style.styled
-def head_map(frame, *, value="score", label="score of the head"):
+@_style.styled
+def heads(frame, *, value="score", label="score of the head"):
     """Draw scores of attention heads by block (down) and head (across); a cross marks those cut.
 
     frame: columns block, head, value and, if there are cuts, kept (bool).
@@ -541,7 +541,7 @@ def head_map(frame, *, value="score", label="score of the head"):
     return ax
 
 
-@style.styled
+@_style.styled
 def heat_map(frame, *, value, label):
     """Draw a value by block (down) and role (across), written into each cell.
 
@@ -567,7 +567,7 @@ def _heat(table, width, *, label, fmt):
     width: inches.
     label: of the colour bar; fmt: of the numbers.
     """
-    ax = style.new_axes(width, 1.1 + 0.42 * len(table))
+    ax = _style.new_axes(width, 1.1 + 0.42 * len(table))
     # Cells without a value stay empty.
     sns.heatmap(
         table,
@@ -588,7 +588,7 @@ def _heat(table, width, *, label, fmt):
 # -- images
 
 
-@style.styled
+@_style.styled
 def image_grid(images, *, labels=None, classes):
     """Draw pictures with their class above: one of each class, or a batch as the model sees it.
 
@@ -612,7 +612,7 @@ def image_grid(images, *, labels=None, classes):
     return _grid(pictures, names, 10, (1.1, 1.35))
 
 
-@style.styled
+@_style.styled
 def changed_images(images, frame):
     """Draw the pictures whose prediction changed most, with "true: before → after" above each.
 
@@ -633,7 +633,7 @@ def changed_images(images, frame):
     was_right, is_right = frame.before == frame.label, frame.after == frame.label
     colors = np.select(
         [is_right & ~was_right, was_right & ~is_right],
-        [style.COLORS[2], style.COLORS[3]],
+        [_style.COLORS[2], _style.COLORS[3]],
         "0.1",
     )
     for ax, color in zip(figure.axes, colors, strict=False):

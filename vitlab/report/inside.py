@@ -2,7 +2,7 @@
 
 Functions stand in the order of the drawings that take their frames.
 
-Public: attention, layer, spectra, unit_table, weights, widths.
+Public: attention_maps, layers, spectra, units, weights, widths.
 """
 
 import copy
@@ -16,19 +16,19 @@ from torch import nn
 
 from vitlab import models
 from vitlab.evaluation import evaluate
-from vitlab.models import layers
+from vitlab.models import _layers
 from vitlab.names import check
-from vitlab.pruning import lowrank, prune, sweep
+from vitlab.pruning import _sweep, lowrank, prune
 from vitlab.report import tables
 
 _MOST = 128  # rows and columns that a picture shows, the first ones
 _STEPS = np.arange(1, 13) / 12  # ranks that spectra show, as shares and as exponents
 
-# -- for layer_pictures
+# -- for drawings.layers
 
 
 @torch.no_grad()
-def layer(module, *, keep=None, rows=None, columns=None):
+def layers(module, *, keep=None, rows=None, columns=None):
     """Return what is left of a linear layer, to be drawn: one line for each row of each matrix.
 
     module: an nn.Linear or one of `layers`
@@ -36,14 +36,14 @@ def layer(module, *, keep=None, rows=None, columns=None):
     rows, columns: (how many the layer once had, the indices of those that this one has); None: all
         that it has
     Returns a frame of part, row and cells, at most 128 of either. part: "W" of a plain layer; "U",
-    "V" and "S" of low rank and sparse ones. cells: a letter for each column, a to i for the size of
-    the weight, a dot for zero, x for a row or column that is gone.
+    "V" and "S" of low rank and sparse ones. cells: a letter for each column. It is a to i for the
+    size of the weight, a dot for zero, or x for a row or column that is gone.
     """
-    if isinstance(module, layers.RowLinear):
+    if isinstance(module, _layers.RowLinear):
         # It knows itself which rows are gone.
         rows = module.out_features, module.rows.tolist()
         module = module.kept
-    if isinstance(module, layers.LowRankSparseLinear):
+    if isinstance(module, _layers.LowRankSparseLinear):
         keep = module.support_mask
     frames = []
     for part, matrix in _factors(module).items():
@@ -81,7 +81,7 @@ def _factors(module):
     if isinstance(module, nn.Linear):
         return {"W": module.weight}
     parts = dict(zip("UV", module.factors, strict=True)) if module.rank else {}
-    if isinstance(module, layers.LowRankSparseLinear):
+    if isinstance(module, _layers.LowRankSparseLinear):
         parts["S"] = module.sparse_weight
     return parts
 
@@ -100,7 +100,7 @@ def _letters(matrix, alive):
     return letters[ninths.int().cpu().numpy()]
 
 
-# -- for kept_widths
+# -- for drawings.widths
 
 
 def widths(model, small):
@@ -119,14 +119,14 @@ def widths(model, small):
     rows = [(*key, left.get(key, 0), whole) for key, whole in _widths(before).items()]
     modules = dict(small.named_modules())
     if any(hasattr(modules.get(name), "rank") for name in before.matrices):
-        for name, layer in before.linears().items():
+        for name, layers in before.linears().items():
             # The rank of a plain layer is its smaller side, that of a layer that is gone 0.
             rank = 0
             if now := modules.get(name):
                 rank = getattr(now, "rank", min(now.out_features, now.in_features))
             # Layers between blocks stand for themselves.
             where = getattr(before.block_of(name), "name", name)
-            whole = min(layer.out_features, layer.in_features)
+            whole = min(layers.out_features, layers.in_features)
             rows.append((where, f"rank of {before.role(name)}", rank, whole))
     # Modules are registered in forward order. A stage has no module in a ViT; it stands before its
     # blocks.
@@ -185,7 +185,7 @@ def weights(stages, keep, *, by="role", bins=81):
     names = [name for name in keep if name.endswith(".weight")]
     frames = []
     for name in names:
-        layer = name.removesuffix(".weight")
+        layers = name.removesuffix(".weight")
         for stage, parameters in weights.items():
             weight = parameters[name].float().flatten().cpu()
             # Zeros stand apart: in the bin around 0 they would hide all small weights.
@@ -193,9 +193,9 @@ def weights(stages, keep, *, by="role", bins=81):
             survivors = weight[alive & keep[name].flatten().cpu()]
             columns = {
                 "stage": stage,
-                "role": view.role(layer),
-                "layer": layer,
-                "block": getattr(view.block_of(layer), "name", None),
+                "role": view.role(layers),
+                "layer": layers,
+                "block": getattr(view.block_of(layers), "name", None),
                 "left": edges[:-1],
                 "right": edges[1:],
                 "count": torch.histc(
@@ -242,13 +242,13 @@ def spectra(model, grams=None):
     """
     view = models.view(model)
     rows = []
-    for name, layer in view.linears().items():
-        weight = layer.weight.detach()
+    for name, layers in view.linears().items():
+        weight = layers.weight.detach()
         m, n = weight.shape
         # A thousandth of the mean of the gram's diagonal is added to it, see lowrank.damped.
         sigma = lowrank.spectrum(
             weight,
-            sweep.fitting_gram(
+            _sweep.fitting_gram(
                 grams,
                 name,
                 n,
@@ -268,7 +268,7 @@ def spectra(model, grams=None):
                     "rank": rank,
                     "sigma": sigma[rank - 1].item(),
                     "energy": energy[rank - 1].item(),
-                    "break_even": layers.break_even_rank(m, n),
+                    "break_even": _layers.break_even_rank(m, n),
                 }
             )
     return pd.DataFrame(rows)
@@ -284,7 +284,7 @@ def _spread_ranks(largest):
 # -- for attention_maps
 
 
-def attention(before, after, images, places):
+def attention_maps(before, after, images, places):
     """Show where two models look on the same images.
 
     before, after: models
@@ -385,10 +385,10 @@ def _windows_in_place(received, block):
     return image[:, :height, :width].roll(tuple(block.shift_size), (1, 2))
 
 
-# -- for head_map
+# -- for drawings.heads
 
 
-def unit_table(scores, alive):
+def units(scores, alive):
     """Return units with their scores and whether they are left, as a frame.
 
     scores: {(block, kind): float tensor [units]} of the whole model.

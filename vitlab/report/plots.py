@@ -4,11 +4,13 @@ Colour and marker both stand for the method. Axes carry units and have no title,
 has.
 
 Public: accuracy_curve, agreement, class_change, draw_each, ladder, prediction_audit, recovery,
-roofline, sensitivity_curves, speedup_bars, tradeoff, training_curves.
+roofline, save, sensitivity_curves, speedup_bars, tradeoff, training_curves.
 """
 
+import functools
 from itertools import cycle
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -16,9 +18,10 @@ from IPython.display import display
 from matplotlib import ticker
 from matplotlib.lines import Line2D
 
+from vitlab import files
 from vitlab.names import check
-from vitlab.report import style, tables
-from vitlab.report.style import (
+from vitlab.report import _style, tables
+from vitlab.report._style import (
     COLORS,
     DENSE,
     HALF,
@@ -38,9 +41,9 @@ from vitlab.report.style import (
 from vitlab.report.tables import DENSE_POINTS, STAGES, TOP1, caption
 
 
-def _named_cuts(rows):
-    """Return the rows of models with a cut, with the column series."""
-    cuts = tables.only_cuts(rows)
+def _named_cuts(results):
+    """Return the results of models with a cut, with the column series."""
+    cuts = tables.only_cuts(results)
     return cuts.assign(series=tables.series(cuts))
 
 
@@ -89,16 +92,16 @@ def training_curves(history):
 
 
 @styled
-def accuracy_curve(rows):
+def accuracy_curve(results):
     """Draw test top-1 (%) over the share cut.
 
     Bars are the range over seeds. Grey lines are the dense model's.
 
-    rows: results.csv of one model, whose targets are shares that go.
+    results: results.csv of one model, whose targets are shares that go.
     Returns the Axes.
     """
     ax = new_axes(*WIDE)
-    cuts = _named_cuts(rows)
+    cuts = _named_cuts(results)
     # A series has a colour, a stage a kind of line.
     styles = looks(cuts.series)
     for (name, stage), line in cuts.groupby(["series", "stage"], sort=False):
@@ -110,30 +113,30 @@ def accuracy_curve(rows):
     for stage, look in LINES.items():
         if stage in set(cuts.stage):
             _legend_entry(ax, STAGES[stage], color="0.35", **look)
-    _dense_lines(ax, rows, cuts)
+    _dense_lines(ax, results, cuts)
     ax.set(xlabel="share cut")
     ax.xaxis.set_major_formatter("{x:.0%}")
-    _accuracy_axis(ax, cuts.top1.min(), rows.top1.max())
+    _accuracy_axis(ax, cuts.top1.min(), results.top1.max())
     legend_beside(ax)
     return ax
 
 
 @styled
-def tradeoff(rows, x="macs", *, names=()):
+def tradeoff(results, x="macs", *, names=()):
     """Draw test top-1 (%) over a cost.
 
     Points are means over seeds, bars their range. Rings and a dark step line are at the points that
     no other beats.
 
-    rows: results.csv of one model. Masked models stand where their dense tensors put them.
+    results: results.csv of one model. Masked models stand where their dense tensors put them.
     x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
-    relative_latency, a column that the caller makes as 1 / speedup from rows of several sessions.
-    names: `series` of more rows, so that each looks the same in several figures.
+    relative_latency, a column that the caller makes as 1 / speedup from results of several sessions.
+    names: `series` of more results, so that each looks the same in several figures.
     Returns the Axes.
     Raises ValueError for another column or where no row has it.
     """
-    check("cost", x, tables.costs_of(rows))
-    final = _final_rows(rows.rename(columns={x: "cost"}))
+    check("cost", x, tables.costs_of(results))
+    final = _final_rows(results.rename(columns={x: "cost"}))
     if final.empty:
         raise ValueError(
             f"no fine-tuned, reconstructed or dense row has {x}; it is measured in 6_efficiency"
@@ -171,34 +174,36 @@ def tradeoff(rows, x="macs", *, names=()):
     return ax
 
 
-def _final_rows(rows):
-    """Return the rows of the last stage of each cut, and of dense models of the same seeds."""
-    rows = rows.dropna(subset=["cost", "top1"])
-    rows = rows[rows.stage.isin([*DENSE_POINTS, "reconstructed", "finetuned", "distilled"])]
-    cuts = tables.only_cuts(rows)
+def _final_rows(results):
+    """Return the results of the last stage of each cut, and of dense models of the same seeds."""
+    results = results.dropna(subset=["cost", "top1"])
+    results = results[
+        results.stage.isin([*DENSE_POINTS, "reconstructed", "finetuned", "distilled"])
+    ]
+    cuts = tables.only_cuts(results)
     if len(cuts):
-        rows = rows[rows.seed.isin(cuts.seed)]
-    words = rows.stage.where(rows.stage.isin(DENSE_POINTS)).map(STAGES)
-    rows = rows.assign(
-        series=words.fillna(tables.series(rows)), is_distilled=rows.stage == "distilled"
+        results = results[results.seed.isin(cuts.seed)]
+    words = results.stage.where(results.stage.isin(DENSE_POINTS)).map(STAGES)
+    results = results.assign(
+        series=words.fillna(tables.series(results)), is_distilled=results.stage == "distilled"
     )
     # What was distilled was fine-tuned before, which is not its last stage.
-    cut = rows.groupby(["series", "target_kind", "target"], dropna=False)
-    return rows[(rows.stage != "finetuned") | ~cut.is_distilled.transform("any")]
+    cut = results.groupby(["series", "target_kind", "target"], dropna=False)
+    return results[(results.stage != "finetuned") | ~cut.is_distilled.transform("any")]
 
 
-def _final_points(rows, factor):
-    """Return a point for each series, target and stage of the final rows.
+def _final_points(results, factor):
+    """Return a point for each series, target and stage of the final results.
 
     factor: of the cost, to the unit of its axis.
     Returns a frame with these columns and seeds (a tuple), cost_mean, cost_below, cost_above,
     top1_mean, top1_below and top1_above.
     """
     keys = ["series", "target_kind", "target", "stage"]
-    groups = rows.groupby(keys, sort=False, dropna=False)
+    groups = results.groupby(keys, sort=False, dropna=False)
     cost = tables.ranges_of(groups.cost) * factor
     top1 = tables.ranges_of(groups.top1)
-    seeds = tables.sets_of_seeds(rows, keys).rename("seeds")
+    seeds = tables.sets_of_seeds(results, keys).rename("seeds")
     points = pd.concat([cost.add_prefix("cost_"), top1.add_prefix("top1_"), seeds], axis=1)
     return points.reset_index()
 
@@ -285,15 +290,15 @@ _FILLS = {  # colour and hatch of a stage's bars
 
 
 @styled
-def recovery(rows):
+def recovery(results):
     """Draw test top-1 (%) of every cut as bars: after it and after each step of recovery.
 
     Bars are means over seeds. Grey lines are the dense model's.
 
-    rows: results.csv of one model.
+    results: results.csv of one model.
     Returns the Axes.
     """
-    cuts = _named_cuts(rows)
+    cuts = _named_cuts(results)
     # A name has a line for each part, as names stand side by side below the bars.
     targets = cuts.target.map("{:.0%}".format)
     cuts["name"] = cuts.series.str.replace(", ", "\n") + "\n" + targets
@@ -305,7 +310,7 @@ def recovery(rows):
     heights = heights[stages].rename(columns=STAGES)
     fills = map(_FILLS.get, stages)
     _bar_groups(ax, heights, fills, form="{:.0f}", fontsize=9, pad=0.5)
-    _dense_lines(ax, rows, cuts.dropna(subset="top1"))
+    _dense_lines(ax, results, cuts.dropna(subset="top1"))
     ax.set(ylabel=TOP1, ylim=(0, 105))
     legend_beside(ax)
     return ax
@@ -346,21 +351,23 @@ def _bar_groups(ax, heights, fills, *, form, fontsize, pad, spreads=None):
 
 
 @styled
-def ladder(rows, *, names=()):
+def ladder(results, *, names=()):
     """Draw test top-1 (%) after each step of recovery from one cut, in the order of the steps.
 
     Points are means over seeds, bars their range; hollow ones are of no training. Grey lines are
     the dense model's.
 
-    rows: results.csv of one model and one budget (target_kind and target), and of the dense model.
-    names: `series` of more rows, so that each looks the same in several figures.
+    results: results.csv of one model and one budget (target_kind and target), and of the dense model.
+    names: `series` of more results, so that each looks the same in several figures.
     Returns the Axes.
-    Raises ValueError for rows of several budgets, or of none.
+    Raises ValueError for results of several budgets, or of none.
     """
-    cuts = _named_cuts(rows[rows.stage.isin(STAGES) & rows.top1.notna()])
+    cuts = _named_cuts(results[results.stage.isin(STAGES) & results.top1.notna()])
     budgets = cuts[["target_kind", "target"]].drop_duplicates().values.tolist()
     if len(budgets) != 1:
-        raise ValueError(f"a ladder is of one budget, and the rows have {len(budgets)}: {budgets}")
+        raise ValueError(
+            f"a ladder is of one budget, and the results have {len(budgets)}: {budgets}"
+        )
     stages = [stage for stage in STAGES if stage in set(cuts.stage)]
     cuts["step"] = cuts.stage.map(stages.index)
     # The legend goes from the best at its last step to the worst.
@@ -379,16 +386,16 @@ def ladder(rows, *, names=()):
         untrained = line[~line.stage.isin(["finetuned", "distilled"])]
         points = untrained.groupby("step").top1.mean()
         ax.plot(points, markerfacecolor="white", linestyle="", zorder=3, **look)
-    _dense_lines(ax, rows, cuts)
+    _dense_lines(ax, results, cuts)
     words = [STAGES[stage].replace(", ", ",\n") for stage in stages]
     ax.set_xticks(range(len(stages)), words)
     ax.set(xlabel="step of recovery", xlim=(-0.3, len(stages) - 0.7))
-    _accuracy_axis(ax, cuts.top1.min(), rows.top1.max())
+    _accuracy_axis(ax, cuts.top1.min(), results.top1.max())
     legend_beside(ax)
     return ax
 
 
-def _dense_lines(ax, rows, cuts):
+def _dense_lines(ax, results, cuts):
     """Draw grey lines at the mean top-1 of the dense model."""
     # The model with as many epochs of training is dash-dotted. Each set of seeds that cuts have
     # gets lines of its own, so that all are held against dense models of their own seeds. The lines
@@ -397,7 +404,7 @@ def _dense_lines(ax, rows, cuts):
     color = "0.35"
     for seeds in sorted(sets, key=len, reverse=True):
         mark = tables.of_seeds(seeds) if len(sets) > 1 else ""
-        dense = rows[rows.seed.isin(seeds)]
+        dense = results[results.seed.isin(seeds)]
         for stage, line in (("dense", "-"), ("dense+epochs", "-.")):
             top1 = dense.top1[dense.stage == stage]
             if len(top1):
@@ -774,6 +781,39 @@ def _file_part(value):
 _PER = {"model": ["model"], "target": ["model", "target_kind", "target"]}
 
 
+@_style.styled
+def save(drawn, path, *, caption=None):
+    """Write a Figure as path + ".svg", ".pdf" and ".png", and its caption as ".txt".
+
+    drawn: a Figure or Axes of it.
+    path: without ending.
+    caption: text.
+    Returns the Figure, to be displayed.
+    """
+    # svg goes into slides, pdf into papers, png into pages.
+    figure = drawn.figure
+    for ending, date in (
+        ("svg", "Date"),
+        ("pdf", "CreationDate"),
+        ("png", "Software"),
+    ):
+        # Without the date, or the version of matplotlib, the same drawing gives the same bytes.
+        files.write_atomic(
+            f"{path}.{ending}",
+            functools.partial(
+                figure.savefig,
+                format=ending,
+                metadata={date: None},
+                bbox_inches="tight",
+            ),
+        )
+    if caption:
+        files.write_atomic(f"{path}.txt", caption + "\n")
+    # A study has a hundred figures; open ones would fill the memory.
+    plt.close(figure)
+    return figure
+
+
 def draw_each(
     tables,
     name,
@@ -796,7 +836,7 @@ def draw_each(
         batches = "Batches of {batch} images."
         draw_each(tables, "speedup", plots.speedup_bars, table="runtimes", note=batches)
         plan = "{method}, {target:g} x {target_kind}."
-        draw_each(single, "kept", drawings.kept_widths, per="target", note=plan)
+        draw_each(single, "kept", drawings.widths, per="target", note=plan)
         budgets = {"ladder": reached}
         draw_each(budgets, "ladder", plots.ladder, per="target", controls=dense, names=names)
 
@@ -829,4 +869,4 @@ def draw_each(
         parts = [_file_part(part) for part in target if pd.notna(part)]
         path = folder / "-".join([name, *parts, model])
         text = f"{caption(*source)} {words}".rstrip()
-        display(style.save(draw(group, **options), path, caption=text))
+        display(save(draw(group, **options), path, caption=text))

@@ -63,46 +63,46 @@ def is_random(name):
     return "random" in str(name).replace(",", "").split()
 
 
-def series(rows):
+def series(results):
     """Name the line of each row: its method, with form and criterion where the method has several.
 
-    rows: a frame with the column method and, optionally, form and criterion.
+    results: a frame with the column method and, optionally, form and criterion.
     Returns a Series of strings.
     """
-    names = rows.method.astype(str)
+    names = results.method.astype(str)
     # A method of one form has nothing to be told apart by.
     for column in ("form", "criterion"):
-        if column in rows:
-            several = rows.groupby("method")[column].transform("nunique") > 1
-            longer = names + ", " + rows[column].fillna("-").astype(str)
+        if column in results:
+            several = results.groupby("method")[column].transform("nunique") > 1
+            longer = names + ", " + results[column].fillna("-").astype(str)
             names = names.where(~several, longer)
     return names
 
 
-def in_words(rows, formats, between):
+def in_words(results, formats, between):
     """Write the values of some columns of each row as one text.
 
-    rows: a frame; columns that it lacks and values that are missing are left out.
+    results: a frame; columns that it lacks and values that are missing are left out.
     formats: {column: format such as "{:.0%}"}.
     between: stands between two values.
     Returns a Series of strings, "" where there is nothing.
     """
-    words = pd.Series("", rows.index)
+    words = pd.Series("", results.index)
     for column, form in formats.items():
-        if column in rows:
-            texts = rows[column].map(form.format, na_action="ignore")
+        if column in results:
+            texts = results[column].map(form.format, na_action="ignore")
             words = words + texts.radd(between).fillna("")
     return words.str.removeprefix(between)
 
 
 def over_seeds(frame, keys):
-    """Average the rows with equal keys over their seeds.
+    """Average the results with equal keys over their seeds.
 
     frame: one row for each seed and keys.
     keys: list of columns.
     Returns a frame with the keys, the means of the other numbers and `seeds`, the number of seeds.
     """
-    # Where some rows of a key lack values that others have, only those with the most values count,
+    # Where some results of a key lack values that others have, only those with most values count,
     # so that all means of one key are over the same seeds.
     values = frame.notna().sum(axis=1)
     most = values.groupby([frame[key] for key in keys], dropna=False).transform("max")
@@ -111,26 +111,26 @@ def over_seeds(frame, keys):
     return means.assign(seeds=groups.seed.nunique()).reset_index()
 
 
-def beside_dense(rows, *columns):
+def beside_dense(results, *columns):
     """Write the value of the dense model beside each row, as a column `dense_<column>`.
 
-    rows: a frame with dense rows among the others.
-    columns: names of numbers; of several dense rows of one model and seed the mean is taken.
-    Returns rows with the new columns.
+    results: a frame with dense results among the others.
+    columns: names of numbers; of several dense results of one model and seed the mean is taken.
+    Returns results with the new columns.
     """
-    dense = rows[rows.stage == "dense"].groupby(["model", "seed"])[list(columns)].mean()
-    return rows.join(dense.add_prefix("dense_"), on=["model", "seed"])
+    dense = results[results.stage == "dense"].groupby(["model", "seed"])[list(columns)].mean()
+    return results.join(dense.add_prefix("dense_"), on=["model", "seed"])
 
 
-def seeds_of(rows):
-    """Say in words which seeds rows are of.
+def seeds_of(results):
+    """Say in words which seeds results are of.
 
-    rows: any frame of a study.
+    results: any frame of a study.
     Returns for example "0, 1, 2", or "0, 1, 2 (some cuts: 0)" where some cuts have fewer, or
     "unknown".
     """
     # A row without seed or without its top1 (a budget out of reach) shows nothing.
-    measured = rows.dropna(subset=rows.columns.intersection(["seed", "top1"]))
+    measured = results.dropna(subset=results.columns.intersection(["seed", "top1"]))
     if "seed" not in measured or measured.empty:
         return "unknown"
     # Dense models have all seeds, and would hide that cuts have fewer.
@@ -146,29 +146,29 @@ def seeds_of(rows):
     return f"{_listed(every)} ({who}: {' or '.join(map(_listed, fewer))})"
 
 
-def only_cuts(rows):
-    """Return the rows of models with a cut."""
-    return rows[~rows.stage.isin(DENSE_POINTS)]
+def only_cuts(results):
+    """Return the results of models with a cut."""
+    return results[~results.stage.isin(DENSE_POINTS)]
 
 
 def _listed(numbers):
     return ", ".join(map("{:g}".format, numbers))
 
 
-def sets_of_seeds(rows, keys):
-    """Return the seeds of each group of rows as a Series of sorted tuples, by keys."""
-    groups = rows.groupby(keys, sort=False, dropna=False)
+def sets_of_seeds(results, keys):
+    """Return the seeds of each group of results as a Series of sorted tuples, by keys."""
+    groups = results.groupby(keys, sort=False, dropna=False)
     return groups.seed.agg(lambda seeds: tuple(sorted(set(seeds))))
 
 
-def marks(rows, keys):
+def marks(results, keys):
     """Return an ending for the name of each group, such as ", seed 0"; "" where it has all seeds.
 
-    rows: a frame with the column seed.
+    results: a frame with the column seed.
     keys: columns that tell groups apart.
     Returns a Series by group.
     """
-    sets = sets_of_seeds(rows, keys)
+    sets = sets_of_seeds(results, keys)
     # A group with as many seeds as any other has them all.
     missing = sets.map(len) < sets.map(len).max()
     return sets.map(of_seeds).where(missing, "")
@@ -211,32 +211,32 @@ def pareto(cost, value):
     return pd.Series(~(by_value | by_cost).any(axis=1), cost.index)
 
 
-def best_under(rows, cost):
+def best_under(results, cost):
     """Find the best model at three quarters, half and a quarter of the dense model's cost.
 
     The best has the highest `val_top1` of those that have one, else the highest test top-1.
 
-    rows: results.csv of any models and seeds, the dense ones among them.
+    results: results.csv of any models and seeds, the dense ones among them.
     cost: a column, such as macs, params, bytes_disk, latency_ms or relative_latency.
-    Returns a frame of a row per model and limit: model, cost, limit (a share of the cost of the
-    dense model of the same model and seed), method, ..., stage, top1 (test, percent), dense (its
-    top-1), share and value of the cost, chosen_on ("val" or "test"), seeds. Where nothing fits,
-    method is "none" and the rest is missing.
-    Raises ValueError for another column, and for rows without a dense model.
+    Returns a frame of a row per model and limit: model, cost, limit, method, ..., stage, top1 (test,
+    percent), dense (its top-1), share and value of the cost, chosen_on ("val" or "test"), seeds.
+    A limit is a share of the cost of the dense model of the same model and seed. Where nothing
+    fits, method is "none" and the rest is missing.
+    Raises ValueError for another column, and for results without a dense model.
     """
-    names.check("cost", cost, costs_of(rows))
-    if not (rows.stage == "dense").any():
+    names.check("cost", cost, costs_of(results))
+    if not (results.stage == "dense").any():
         raise ValueError("no row of stage dense, so that no cost is known as a share")
-    rows = beside_dense(rows, cost, "top1").dropna(subset=[cost, "top1"])
-    rows = rows.assign(
-        share=rows[cost] / rows[f"dense_{cost}"],
-        val=rows.get("val_top1", np.nan),
+    results = beside_dense(results, cost, "top1").dropna(subset=[cost, "top1"])
+    results = results.assign(
+        share=results[cost] / results[f"dense_{cost}"],
+        val=results.get("val_top1", np.nan),
     )
-    rows = rows.rename(columns={cost: "value", "dense_top1": "dense"})
+    results = results.rename(columns={cost: "value", "dense_top1": "dense"})
     # One cut is one method, criterion, form, target_kind, target and stage, with means over its
     # seeds.
-    keys = [key for key in _CONDITION_COLUMNS if key in rows]
-    groups = rows.groupby(keys, dropna=False, sort=False)
+    keys = [key for key in _CONDITION_COLUMNS if key in results]
+    groups = results.groupby(keys, dropna=False, sort=False)
     points = groups[["top1", "dense", "share", "value", "val"]].mean()
     points = points.assign(seeds=groups.seed.nunique()).reset_index()
     # Models without a cut that has this cost are left out.
@@ -258,9 +258,9 @@ def best_under(rows, cost):
     return pd.DataFrame(best, columns=["model", "cost", "limit", *columns])
 
 
-def costs_of(rows):
-    """Return the names of the costs that rows have."""
-    return rows.columns.intersection(list(AXES))
+def costs_of(results):
+    """Return the names of the costs that results have."""
+    return results.columns.intersection(list(AXES))
 
 
 def _best(points):
@@ -288,7 +288,7 @@ def audit_table(frame, by=("criterion", "kind")):
     """
     names.known([*by, "predicted", "measured"], frame, "column")
     rises = frame.dropna(subset=["predicted", "measured"])
-    rows = []
+    lines = []
     for name, cuts in rises.groupby(list(by), sort=False, dropna=False):
         both = cuts[["predicted", "measured"]]
         # Spearman's correlation is Pearson's of the ranks. Two cuts, or equal ones, have no order.
@@ -299,8 +299,8 @@ def audit_table(frame, by=("criterion", "kind")):
         # rounding, and their ratios run to 100,000. Without any the median is nan.
         large = cuts[(cuts.predicted > 0) & (both.abs().max(axis=1) >= 1e-3)]
         ratio = (large.measured / large.predicted).median()
-        rows.append((*name, len(cuts), spearman, ratio))
-    return pd.DataFrame(rows, columns=[*by, "cuts", "spearman", "ratio"])
+        lines.append((*name, len(cuts), spearman, ratio))
+    return pd.DataFrame(lines, columns=[*by, "cuts", "spearman", "ratio"])
 
 
 def check_places(places, images):
@@ -325,26 +325,26 @@ _SOURCES = [
 ]
 
 
-def caption(rows, drawn=None):
-    """Say where the rows of a figure come from: study, seeds, meters, machine, versions and commit.
+def caption(results, drawn=None):
+    """Say where the results in a figure come from: study, seeds, meters, machine, versions, commit.
 
-    rows: results.csv.
-    drawn: the rows of another table that the figure shows.
+    results: results.csv.
+    drawn: the results of another table that the figure shows.
     Returns one paragraph.
     """
-    words = {"seeds": seeds_of(rows if drawn is None else drawn)}
+    words = {"seeds": seeds_of(results if drawn is None else drawn)}
     if drawn is not None:
-        # Only rows with the models and seeds of the figure count.
+        # Only results with the models and seeds of the figure count.
         pair = ["model", "seed"]
         shown = pd.MultiIndex.from_frame(drawn[pair])
-        rows = rows[pd.MultiIndex.from_frame(rows[pair]).isin(shown)]
-    for column, values in rows.reindex(columns=_SOURCES).items():
+        results = results[pd.MultiIndex.from_frame(results[pair]).isin(shown)]
+    for column, values in results.reindex(columns=_SOURCES).items():
         words[column] = ", ".join(map(str, values.dropna().unique())) or "unknown"
     return (
         "Study {study} on {data}; {model}; seeds {seeds}, split {split_seed}. "
         "MACs by vitlab's closed form; latency as median. {device}, threads: {threads}; "
         "torch {torch}, timm {timm}, commit {commit}, {date:.10}."
-    ).format(**words, date=rows.date.astype(str).max())
+    ).format(**words, date=results.date.astype(str).max())
 
 
 def save_table(frame, path, *, formats=(), kinds=("csv", "md", "tex")):
@@ -370,7 +370,7 @@ def save_table(frame, path, *, formats=(), kinds=("csv", "md", "tex")):
     letters = "".join(side[0] for side in sides)
     tex = text.style.hide(axis="index")
     tex = tex.format(escape="latex").format_index(escape="latex", axis="columns")
-    # Only the kinds that are asked for are rendered: LaTeX of a long table takes seconds.
+    # Only these kinds are rendered: LaTeX of a long table takes seconds.
     write = {
         "csv": lambda: frame.to_csv(index=False),
         "md": lambda: text.to_markdown(index=False, disable_numparse=True, colalign=sides) + "\n",

@@ -8,7 +8,7 @@ People, the Makefile and the Snakefile all come through this door.
 With --processes 2, or started by torchrun, several processes execute the notebook together and
 train data-parallel. From a notebook, `notebooks.main(["1_train", "--processes", "2", ...])` does so.
 
-Public: execute, find_notebook, main, parameters_of.
+Public: main.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from vitlab.studies import runs, settings
 _ONE_PROCESS = ("6_efficiency", "7_report")  # several processes would only disturb these
 
 
-def find_notebook(name):
+def _find_notebook(name):
     """Return the path of a notebook.
 
     name: its number ("3"), its name, or its path.
@@ -46,7 +46,7 @@ def find_notebook(name):
     return folder / f"{matching[0]}.ipynb"
 
 
-def parameters_of(path):
+def _parameters_of(path):
     """Return {name: default} of a notebook's cell of parameters.
 
     path: of the notebook.
@@ -77,7 +77,7 @@ def _check(path, parameters):
     Raises ValueError for an unknown parameter, study, model or overridden value.
     Raises TypeError for a value of another type than the notebook's.
     """
-    defaults = parameters_of(path)
+    defaults = _parameters_of(path)
     for name, value in parameters.items():
         names.check(f"parameter of {Path(path).name}:", name, defaults)
         if name != "override":  # settings.study checks what a study overrides
@@ -89,7 +89,7 @@ def _check(path, parameters):
     return values
 
 
-def execute(path, parameters, *, out=None):
+def _execute(path, parameters, *, out=None):
     """Execute a copy of a notebook, and return the path of that copy.
 
     path: of the notebook.
@@ -214,7 +214,7 @@ def main(arguments):
         return _together(options.processes, arguments)
     begun = time.perf_counter()
     try:
-        path = find_notebook(options.notebook)
+        path = _find_notebook(options.notebook)
         parameters = _parameters(options)
         _check(path, parameters)
         if parallel.world_size() > 1 and path.stem in _ONE_PROCESS:
@@ -229,7 +229,7 @@ def main(arguments):
     log = {"VITLAB_LOG": "1"} if options.log else {}
     try:
         with mock.patch.dict(os.environ, log):
-            out = execute(path, parameters, out=options.out)
+            out = _execute(path, parameters, out=options.out)
     except Exception as error:
         print(f"vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
 """Gather the results of all runs as one table, and compare them with published ones.
 
-Public: KEY, WORDS, compare, gather, main, read_study.
+Public: main, read.
 """
 
 import argparse
@@ -11,12 +11,12 @@ import pandas as pd
 
 from vitlab import files
 from vitlab.studies import settings
-from vitlab.studies.runs import IDENTITY, LOG, ROW, study_label, with_first_columns
+from vitlab.studies.runs import _COLUMNS, IDENTITY, LOG, study_label, with_first_columns
 
 # -- results: one table of all runs
 
 # What tells one result of a seed from another.
-KEY = [
+_KEY = [
     "model",
     "notebook",
     "method",
@@ -27,12 +27,12 @@ KEY = [
     "target",
     "stage",
 ]
-WORDS = {"labels": str}  # columns that read_csv would misread: `true` is a word there
+_WORDS = {"labels": str}  # columns that read_csv would misread: `true` is a word there
 # What tells by which notebook of which run a result was saved.
 _PLACE = ["model", "seed", "notebook"]
 
 
-def read_study(name, *, override=None):
+def read(name, *, override=None):
     """Return all that the runs of a study have saved, over models and seeds.
 
     name, override: as in `study`.
@@ -76,7 +76,7 @@ def _from_runs(runs, stem):
     """Return the results that the runs of this data root saved: all of them count."""
     frames = []
     for path in _saved(runs, stem):
-        frame = pd.read_csv(path, dtype=WORDS)
+        frame = pd.read_csv(path, dtype=_WORDS)
         if stem.endswith("-*"):
             frame.insert(len(IDENTITY), "notebook", path.stem.partition("-")[2])
         frames.append(frame)
@@ -88,7 +88,7 @@ def _from_figures(figures, stem, values):
     file = figures / f"{stem.removesuffix('-*')}.csv"
     if not file.is_file():
         return pd.DataFrame()
-    results = pd.read_csv(file, dtype=WORDS)
+    results = pd.read_csv(file, dtype=_WORDS)
     counts = results.model.isin(values.models) & results.seed.isin(values.seeds)
     counts |= results.model.isna()  # tables of the study as a whole
     if stem.endswith("-*"):
@@ -143,7 +143,7 @@ def _changed_models(saved, published):
     return set(zip(changed.model, changed.seed, strict=True))
 
 
-def gather(name=None):
+def _gather(name=None):
     """Return the results of all runs of this data root as one frame, overridden ones too.
 
     Each run keeps a log. Every save of results adds them to it, with their notebook and all values
@@ -166,7 +166,7 @@ def gather(name=None):
     last = frame.groupby(["folder", "notebook"]).save.transform("last")
     frame = frame[frame.save == last].reset_index(drop=True)
     parameters = frame.pop("parameters")
-    frame = with_first_columns(frame, ["folder", "notebook", "save", *ROW])
+    frame = with_first_columns(frame, ["folder", "notebook", "save", *_COLUMNS])
     return frame.assign(parameters=parameters)
 
 
@@ -184,10 +184,10 @@ def _read_log(path):
     return results
 
 
-def compare(again, kept):
+def _compare(again, kept):
     """Return results that were made again beside the published ones.
 
-    again, kept: results as `read_study` gives them, or those of figures/<study>/results.csv. Those
+    again, kept: results as `read` gives them, or those of figures/<study>/results.csv. Those
     of 6_efficiency are left out, as timings belong to their machine.
     Returns one line for each result of the models and seeds that both have. Its columns are seed,
     KEY, top1 and macs, top1_kept and macs_kept (missing where only one table has such a result),
@@ -196,7 +196,7 @@ def compare(again, kept):
     Budgets promise that 1 %.
     Raises ValueError where no result is in both.
     """
-    key = ["seed", *(name for name in KEY if name in again and name in kept)]
+    key = ["seed", *(name for name in _KEY if name in again and name in kept)]
     again = _comparable(again, key)
     kept = _comparable(kept, key)
     top1_by_cut = kept.groupby(key[1:], dropna=False).top1
@@ -240,7 +240,7 @@ def main(arguments):
     try:
         if options.compare:
             return _print_comparison(settings.study(options.study).name)
-        print(gather(options.study).to_csv(index=False), end="")
+        print(_gather(options.study).to_csv(index=False), end="")
     except (FileNotFoundError, ValueError) as error:
         print(f"vitlab results: {error}", file=sys.stderr)
         return 1
@@ -249,9 +249,9 @@ def main(arguments):
 
 def _print_comparison(name):
     """Print the results of a study beside the published ones. Return 0 if all agree, else 1."""
-    results = gather(name)
+    results = _gather(name)
     kept = pd.read_csv(files.repository() / "figures" / name / "results.csv")
-    compared = compare(results[results.override.isna()], kept)
+    compared = _compare(results[results.override.isna()], kept)
     columns = [
         "model",
         "seed",

@@ -3,8 +3,7 @@
 A run is one model and one seed of a study. It writes to `<data
 root>/runs/<study>/<model>/seed<seed>/`. Notebooks open a run with `open_run` and never name a path.
 
-Public: Cut, IDENTITY, LOG, ROW, Results, Run, checkpoint_id, open_run, provenance, study_label,
-with_first_columns.
+Public: IDENTITY, LOG, Run, checkpoint_id, open_run, provenance, study_label, with_first_columns.
 """
 
 import contextlib
@@ -44,7 +43,7 @@ _MEASURED = """
     epochs seconds
     checkpoint data split_seed commit torch timm device date
 """
-ROW = [*IDENTITY, *_CUT, *_MEASURED.split()]
+_COLUMNS = [*IDENTITY, *_CUT, *_MEASURED.split()]
 
 
 def open_run(study_name, model=None, seed=0, override=None):
@@ -229,19 +228,19 @@ class Run:
 
     def results(self, notebook, images, measure, save_model=None):
         """Return a collector of the results and histories of a notebook. See `Results`."""
-        return Results(self, notebook, images, measure, save_model)
+        return _Results(self, notebook, images, measure, save_model)
 
-    def save_results(self, notebook, rows, *, data=None):
+    def save_results(self, notebook, results, *, data=None):
         """Write all results of a notebook, and return them as a frame with provenance.
 
-        rows: frame or list of dicts, one for each model that was measured. Each has at least
+        results: frame or list of dicts, one for each model that was measured. Each has at least
         `method` and `stage`, and a number as `target` where something was cut.
         data: str, what the images are called, such as "CIFAR-10 (JPEG)".
         The frame has the columns of ROW in that order, then all others.
         Raises ValueError for results without method or stage, and a target that is no number.
         """
         sections = _sections_of(notebook)
-        frame = pd.DataFrame(rows)
+        frame = pd.DataFrame(results)
         missing = [column for column in ("method", "stage") if column not in frame]
         if missing:
             raise ValueError(f"results of {notebook} lack {' and '.join(missing)}")
@@ -251,7 +250,7 @@ class Run:
             frame["target"] = pd.to_numeric(frame["target"])
         # What a result says itself stays.
         frame = frame.assign(**(self._provenance() | dict(frame)))
-        frame = with_first_columns(frame, ROW, fill=True)
+        frame = with_first_columns(frame, _COLUMNS, fill=True)
         self._save(f"results-{notebook}.csv", frame)
         values = {
             section: settings.without_defaults(section, self.params[section])
@@ -316,7 +315,7 @@ class Run:
 
 
 @dataclass
-class Results:
+class _Results:
     """Collect the results of a notebook: one for each model that is measured on test.
 
     `Run.results` makes it. Each cut of the study is opened with the columns that describe it, and
@@ -337,7 +336,7 @@ class Results:
     measure: function of (model, split) that returns {column: value}, such as evaluate.measure.
     save_model: function of (model, folder), and of masks, such as checkpoint.save. It saves each
     model that is added with the name of a checkpoint. None saves no models.
-    rows, histories: lists of dicts and of frames, what was collected so far.
+    results, histories: lists of dicts and of frames, what was collected so far.
     """
 
     run: Run
@@ -345,30 +344,30 @@ class Results:
     images: object
     measure: Callable
     save_model: Callable | None = None
-    rows: list = field(default_factory=list)
+    results: list = field(default_factory=list)
     histories: list = field(default_factory=list)
 
     def cut(self, **columns):
         """Return a Cut, whose results and histories all have these columns."""
-        return Cut(self, columns)
+        return _Cut(self, columns)
 
     def save(self):
         """Write results and histories, and return both frames; without histories None for one."""
-        table = self.run.save_results(self.notebook, self.rows, data=self.images.description)
+        table = self.run.save_results(self.notebook, self.results, data=self.images.description)
         if not self.histories:
             return table, None
         return table, self.run.save_history(self.notebook, self.histories)
 
 
 @dataclass
-class Cut:
+class _Cut:
     """Add the results of one cut, stage by stage, to the results of a notebook.
 
-    `Results.cut` makes it. The columns may grow: `cut.columns["form"] = "removed"`.
+    `log.cut` makes it. The columns may grow: `cut.columns["form"] = "removed"`.
     Other tables of the same cut take them, too: `table.assign(**cut.columns)`.
     """
 
-    results: Results
+    log: _Results
     columns: dict
 
     def add(self, stage, model=None, *, history=None, checkpoint=None, masks=None, **columns):
@@ -388,21 +387,21 @@ class Cut:
         if checkpoint is not None:
             result["checkpoint"] = checkpoint
         if history is not None:
-            self.results.histories.append(history.assign(**self.columns))
+            self.log.histories.append(history.assign(**self.columns))
             result |= {"epochs": len(history), "seconds": history.seconds.sum()}
         if model is not None:
-            result |= self.results.measure(model, self.results.images.test)
+            result |= self.log.measure(model, self.log.images.test)
             self._save(model, checkpoint, masks)
-        self.results.rows.append(result)
+        self.log.results.append(result)
         return result
 
     def _save(self, model, name, masks):
         """Save a model in the run's folder of this name; without a name it is not kept."""
-        save_model = self.results.save_model
+        save_model = self.log.save_model
         if save_model is None or name is None:
             return
         options = {} if masks is None else {"masks": masks}
-        save_model(model, self.results.run.path(name), **options)
+        save_model(model, self.log.run.path(name), **options)
 
 
 def _sections_of(notebook):
@@ -423,11 +422,11 @@ def with_first_columns(frame, columns, *, fill=False):
     return frame.reindex(columns=[*first, *rest])
 
 
-def _append(path, rows):
-    """Add rows to a file of JSON lines, in one piece even if others add at the same time."""
+def _append(path, results):
+    """Add results to a file of JSON lines, in one piece even if others add at the same time."""
     if not parallel.is_first():
         return
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = "".join(json.dumps(result) + "\n" for result in results)
     with FileLock(f"{path}.lock"), open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

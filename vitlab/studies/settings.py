@@ -3,7 +3,7 @@
 A study is one YAML file in notebooks/params that holds all its values. Each value is declared here
 in one line: its type, its bounds, its unit and its meaning.
 
-Public: SECTIONS, SETTINGS, Settings, USES, Values, checked, study, without_defaults.
+Public: SETTINGS, USES, Values, checked, study, without_defaults.
 """
 
 import copy
@@ -191,7 +191,7 @@ class _Efficiency(_Section):
     runtimes: _Some[str]  # such as eager float32, compiled bf16, onnxruntime float32
 
 
-class Settings(_Section):
+class _Settings(_Section):
     """Declare all values of a study: the sections of its file."""
 
     about: str  # the command that runs it, and what to expect
@@ -207,7 +207,7 @@ class Settings(_Section):
     efficiency: _Efficiency
 
 
-SECTIONS = tuple(Settings.model_fields)
+_SECTIONS = tuple(_Settings.model_fields)
 SETTINGS = tuple(_Tuning.model_fields)  # of train.fit, that a section may have of its own
 
 
@@ -229,7 +229,7 @@ def study(name, *, seed=None, override=None):
     override: {"section.value": new value}, such as {"train.epochs": 2}, as in `other_seeds`.
     Raises ValueError for an unknown study, section or value, with the nearest known name.
     Raises ValueError for a missing value, an empty list, and a value out of its range.
-    Raises TypeError for a value of another type than `Settings` declares.
+    Raises TypeError for a value of another type than `_Settings` declares.
     """
     folder = files.repository() / "notebooks" / "params"
     is_path = str(name).endswith((".yaml", ".yml"))
@@ -239,7 +239,7 @@ def study(name, *, seed=None, override=None):
         raise ValueError(f"{words} Your own is given by the path of its .yaml file.")
     values = _read_yaml(path)
     other_seeds = values.pop("other_seeds", {})
-    for section in SECTIONS:
+    for section in _SECTIONS:
         if isinstance(values.get(section), dict):
             for value, default in _later(section).items():
                 values[section].setdefault(value, default)
@@ -255,7 +255,7 @@ def study(name, *, seed=None, override=None):
 
 def _later(section):
     """Return {name: default} of the values that a section got after studies were published."""
-    declared = Settings.__annotations__.get(section)
+    declared = _Settings.__annotations__.get(section)
     # Without values a section has its defaults alone; what is no section has none.
     return getattr(declared, "model_construct", _Section)().model_dump()
 
@@ -288,7 +288,7 @@ def _replaced(values, changes, source):
             inside = ", ".join(section[name])
             raise TypeError(f"{dotted} is a section; override its values one by one: {inside}")
         if dotted.startswith("models.") and name not in _Model.model_fields:
-            checked(dotted, section[name], value)  # an option that Settings does not declare
+            checked(dotted, section[name], value)  # an option that _Settings does not declare
         section[name] = list(value) if isinstance(value, tuple) else value
     _check(values)
     return values
@@ -304,7 +304,7 @@ def _sections_by_name(values, above=""):
     return sections
 
 
-def _check(values, declared=Settings, name=""):
+def _check(values, declared=_Settings, name=""):
     """Raise TypeError or ValueError, in words, for values that are not as declared."""
     try:
         TypeAdapter(declared).validate_python(values, strict=True)
@@ -328,7 +328,7 @@ def _sentence(error, name):
 
 def _names_beside(place):
     """Return the dotted names that a section declares, from the place of an unknown one in it."""
-    section = Settings
+    section = _Settings
     *parents, _ = place
     for name in parents:
         section = section.__annotations__[name]

@@ -17,8 +17,8 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitlab import files
-from vitlab.training import sources
-from vitlab.training.augment import augmentation, prepare
+from vitlab.training import _sources
+from vitlab.training._augment import augmentation, prepare
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Dataset:
     def summary(self):
         """Return a row for each split: images, classes, images of smallest and largest class."""
         counts = {}
-        for name in sources.SPLITS:
+        for name in _sources.SPLITS:
             labels = getattr(self, name).labels
             counts[name] = torch.bincount(labels, minlength=len(self.classes)).numpy()
         counts = pd.DataFrame(counts)
@@ -200,15 +200,15 @@ def load(
     images: at most so many of each split, stratified, for a trial run; None for all
     skip_broken: leave out files that cannot be decoded and list them in `skipped`
 
-    Raises ValueError for an unknown name, an empty class folder or a file that is no whole image,
-    RuntimeError where the images are missing and cannot be downloaded, PermissionError where the
-    cache cannot be written.
+    Raises ValueError for an unknown name, an empty class folder or a file that is no whole image.
+    Raises RuntimeError where the images are missing and cannot be downloaded.
+    Raises PermissionError where the cache cannot be written.
     """
     if image_size < 1:
         raise ValueError(f"image_size is a side in pixels, at least 1; got {image_size}")
     home = Path(root).expanduser().absolute() if root else files.root()
-    source = sources.find(str(name), home)
-    store, skipped, cache = sources.cached(source, home / "cache", image_size)
+    source = _sources.find(str(name), home)
+    store, skipped, cache = _sources.cached(source, home / "cache", image_size)
     if skipped and not skip_broken:
         path, reason = next(iter(skipped.items()))
         raise ValueError(
@@ -263,7 +263,7 @@ def _split(source, usable, seed):
             size = max(1, round(share * count))
             splits[rows[:size]] = split
             rows = rows[size:]
-    return {split: np.flatnonzero(splits == split) for split in sources.SPLITS}
+    return {split: np.flatnonzero(splits == split) for split in _sources.SPLITS}
 
 
 def _moments(store, rows, normalise, memory):
@@ -274,7 +274,7 @@ def _moments(store, rows, normalise, memory):
     if normalise == "imagenet":
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if normalise == "train":
-        normalise = sources.read_json(memory)
+        normalise = _sources.read_json(memory)
         if not normalise:
             normalise = _measured(store, rows)
             files.write_atomic(memory, json.dumps(normalise))

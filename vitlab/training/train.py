@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from vitlab import files, parallel
 from vitlab.evaluation import cost, evaluate, memory
 from vitlab.pruning import prune
-from vitlab.training import resume
+from vitlab.training import _resume
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -126,8 +126,9 @@ def fit(
     log: folder for TensorBoard, which gets the numbers of each epoch
 
     Returns a frame with one row an epoch; `_Training.epoch` says what its columns mean.
-    Raises ValueError for settings out of range, FloatingPointError when the loss is no longer
-    finite, and RuntimeError when another process trains the same stage in the same folder.
+    Raises ValueError for settings out of range.
+    Raises FloatingPointError when the loss is no longer finite.
+    Raises RuntimeError when another process trains the same stage in the same folder.
     """
     recipe = _recipe(recipe)
     # Under torchrun (see `parallel`), each process takes its part of each batch. The result is then
@@ -149,7 +150,7 @@ def fit(
             row = training.epoch(epoch)
             training.validate(row)
             moved = {name: part.state_dict() for name, part in training.moving.items()}
-            resume.save_state(state_file, {"averaged": None, **training.state, **moved})
+            _resume.save_state(state_file, {"averaged": None, **training.state, **moved})
         for tracker in accelerator.trackers:
             tracker.finish()
     model.load_state_dict(training.state["best"]["model"])
@@ -285,8 +286,8 @@ class _Training:
             "images seen": [self.train.identity, self.val.identity],
             "distil": self.distil and (self.distil.share, self.distil.temperature),
         }
-        key = resume.fingerprint(settings, model, self.masks, teacher)
-        self.state = resume.load_state(file, key)
+        key = _resume.fingerprint(settings, model, self.masks, teacher)
+        self.state = _resume.load_state(file, key)
         if len(set(parallel.gather((key, len(self.state["history"]))))) > 1:
             raise RuntimeError(
                 f"{self.stage}: the processes do not train the same model by the same settings, "

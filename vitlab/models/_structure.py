@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vitlab import names
-from vitlab.models import anatomy, attention, build, layers
+from vitlab.models import _attention, _layers, anatomy, build
 
 # ---- Structure: what a checkpoint says about the shapes of a model ----
 
@@ -47,21 +47,21 @@ def structure(model):
         dense_attn = dense.get_submodule(f"{block.name}.attn")
         if block.num_heads not in (0, dense_attn.num_heads):
             heads[block.name] = block.num_heads
-        if type(block.attn) is attention.CUT_CLASSES.get(type(dense_attn)):
+        if type(block.attn) is _attention.CUT_CLASSES.get(type(dense_attn)):
             opened.append(f"{block.name}.attn")
     configs = {}
     for name, layer in view.linears(_EVERY_ROLE).items():
-        config = layers.config(layer)
-        if config != layers.config(dense.get_submodule(name)):
+        config = _layers.config(layer)
+        if config != _layers.config(dense.get_submodule(name)):
             configs[name] = config
-    constants = modules_of(model, layers.Constant)
-    convolutions = modules_of(model, layers.FactoredConv2d)
+    constants = modules_of(model, _layers.Constant)
+    convolutions = modules_of(model, _layers.FactoredConv2d)
     for name, module in convolutions.items():
         # Sizes are compared for the two parts of a factored convolution, too.
         conv = dense.get_submodule(name)
-        put(dense, name, layers.FactoredConv2d(conv, rank=module.rank))
+        put(dense, name, _layers.FactoredConv2d(conv, rank=module.rank))
     others = {
-        "skipped": list(modules_of(model, layers.Skip)),
+        "skipped": list(modules_of(model, _layers.Skip)),
         "constant": {name: module.config() for name, module in constants.items()},
         "convolutions": {name: module.rank for name, module in convolutions.items()},
         "opened": opened,
@@ -98,20 +98,20 @@ def rebuild(model, structure):
     """
     structure = defaultdict(dict, structure)  # entries without content may be absent
     for name in structure["skipped"]:
-        put(model, name, layers.Skip())
+        put(model, name, _layers.Skip())
     for name, config in structure["constant"].items():
-        put(model, name, layers.Constant(**config))
+        put(model, name, _layers.Constant(**config))
     for name, rank in structure["convolutions"].items():
         conv = model.get_submodule(name)
-        put(model, name, layers.FactoredConv2d(conv, rank=rank))
+        put(model, name, _layers.FactoredConv2d(conv, rank=rank))
     for name in structure["opened"]:
-        attention.allow_cuts(model.get_submodule(name))
+        _attention.allow_cuts(model.get_submodule(name))
     view = anatomy.view(model)
     layers_by_name = view.linears(_EVERY_ROLE)
     for name, config in structure["layers"].items():
         names.check("linear layer", name, layers_by_name)
         weight = layers_by_name[name].weight
-        new = layers.build(config, device=weight.device, dtype=weight.dtype)
+        new = _layers.build(config, device=weight.device, dtype=weight.dtype)
         put(model, name, new)
     for name, shape in structure["sizes"].items():
         owner, _, tensor_name = name.rpartition(".")

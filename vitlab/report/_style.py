@@ -1,7 +1,7 @@
-"""Give all figures one look that reads on slides and in grey, and save them. No torch.
+"""Give all figures one look that reads on slides and in grey. No torch.
 
 Public: COLORS, DENSE, HALF, HUES, KINDS, LINES, MARKERS, STYLE, WIDE, error_bars, legend_beside,
-looks, mean_and_range, new_axes, panels_beside, save, shades, styled.
+looks, mean_and_range, new_axes, panels_beside, shades, styled.
 """
 
 import functools
@@ -10,7 +10,6 @@ import itertools
 import matplotlib.pyplot as plt
 import seaborn as sns
 
-from vitlab import files
 from vitlab.report import tables
 
 # -- style
@@ -134,39 +133,3 @@ def legend_beside(ax, **options):
     options: of ax.legend.
     """
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), **options)
-
-
-# -- figures in files
-
-
-@styled
-def save(drawn, path, *, caption=None):
-    """Write a Figure as path + ".svg", ".pdf" and ".png", and its caption as ".txt".
-
-    drawn: a Figure or Axes of it.
-    path: without ending.
-    caption: text.
-    Returns the Figure, to be displayed.
-    """
-    # svg goes into slides, pdf into papers, png into pages.
-    figure = drawn.figure
-    for ending, date in (
-        ("svg", "Date"),
-        ("pdf", "CreationDate"),
-        ("png", "Software"),
-    ):
-        # Without the date, or the version of matplotlib, the same drawing gives the same bytes.
-        files.write_atomic(
-            f"{path}.{ending}",
-            functools.partial(
-                figure.savefig,
-                format=ending,
-                metadata={date: None},
-                bbox_inches="tight",
-            ),
-        )
-    if caption:
-        files.write_atomic(f"{path}.txt", caption + "\n")
-    # A study has a hundred figures; open ones would fill the memory.
-    plt.close(figure)
-    return figure

@@ -26,7 +26,7 @@ class Sweep(ExitStack):
     model's own values and must not be changed.
     """
 
-    hooked = False  # whether a statistic was asked for
+    hooked = False  # whether a statistic needs its inputs
     # Whether one of them needs gradients. Without these no graph is built. Parameters and gates get
     # gradients only where on_gradient, on_gate or on_output_gradient asks for them.
     backward = False

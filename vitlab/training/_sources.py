@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from vitlab import files, names, parallel
-from vitlab.training import shapes
+from vitlab.training import _shapes
 
 SPLITS = ("train", "val", "test")
 _WHOLE = {"cifar10": 60_000, "caltech101": 8_677}  # images, whatever the layout
@@ -81,10 +81,10 @@ def _find_caltech101(home):
 
 
 def _find_shapes(home):
-    folder = home / f"shapes-{shapes.VERSION}"
+    folder = home / f"shapes-{_shapes.VERSION}"
     if not folder.is_dir():
         files.make_folder(home)
-        _make_once(folder, Path.is_dir, shapes.make)
+        _make_once(folder, Path.is_dir, _shapes.make)
     return _find_tree(folder, "shapes", "shapes")
 
 
