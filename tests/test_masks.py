@@ -321,9 +321,9 @@ def test_a_global_threshold_over_300_million_scores_takes_no_copy_of_them(floor)
     masks.keep_largest({"a": torch.rand(1 << 20)}, sparsity=0.5)  # what torch sets up once
 
     memory.reset_peak_memory()
-    before = memory.peak_memory_mb("cpu")
+    before = memory.own_memory_mb("cpu", peak=True)
     keep = masks.keep_largest(scores, sparsity=0.6, floor=floor)
-    grown = memory.peak_memory_mb("cpu") - before
+    grown = memory.own_memory_mb("cpu", peak=True) - before
     assert sum(int((~mask).sum()) for mask in keep.values()) == 180_000_000
     # MB; masks take 300, a copy of the scores would take 1,200. A tensor that the floor holds up is ranked for itself.
     assert grown - 300 < (150 if floor else 40)
