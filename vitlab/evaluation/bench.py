@@ -345,11 +345,7 @@ def _rank_times(layer, x, repeats):
             "break_even": _layers.break_even_rank(m, n),
         }
     )
-    columns = [
-        "speedup",
-        "speedup_q1",
-        "speedup_q3",
-    ]
+    columns = ["speedup", "speedup_q1", "speedup_q3"]
     table[columns] = speed.loc[1:, columns].to_numpy()  # without the dense one
     table["promised"] = table.break_even / table["rank"]
     table["achieved"] = table.speedup / table.promised

@@ -54,10 +54,7 @@ def _ceilings(device, precision):
     precision: "float32" or "bf16"
     Returns a dict of macs_per_s, bytes_per_s {bytes read and written: rate} and launch_s.
     """
-    like = {
-        "device": torch.device(device),
-        "dtype": bench.PRECISIONS[precision],
-    }
+    like = {"device": torch.device(device), "dtype": bench.PRECISIONS[precision]}
     sides = (2048, 4096, 8192) if device == "cuda" else (512, 1024, 2048)
     return {
         # The rate of the fastest square matrix product of three sizes.
@@ -75,10 +72,7 @@ def _macs_per_s(side, **like):
     # 1 x 1 convolution is the same product by another library: on some processors twice as fast
     conv = nn.Conv2d(side, side, 1, **like).to(memory_format=torch.channels_last)
     image = x.view(1, side, 32, -1).contiguous(memory_format=torch.channels_last)
-    seconds = min(
-        _least_seconds(torch.matmul, x, y),
-        _least_seconds(conv, image),
-    )
+    seconds = min(_least_seconds(torch.matmul, x, y), _least_seconds(conv, image))
     return side**3 / seconds
 
 

@@ -58,15 +58,7 @@ def layers(module, *, keep=None, rows=None, columns=None):
         if columns is not None and part != "U":
             letters = _in_place(letters, *columns, axis=1)
         cells = letters.iloc[:_MOST, :_MOST].agg("".join, axis=1)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "part": part,
-                    "row": range(len(cells)),
-                    "cells": cells,
-                }
-            )
-        )
+        frames.append(pd.DataFrame({"part": part, "row": range(len(cells)), "cells": cells}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -198,12 +190,7 @@ def weights(stages, keep, *, by="role", bins=81):
                 "block": getattr(view.block_of(layers), "name", None),
                 "left": edges[:-1],
                 "right": edges[1:],
-                "count": torch.histc(
-                    weight[alive],
-                    bins,
-                    -limit,
-                    limit,
-                ).long(),
+                "count": torch.histc(weight[alive], bins, -limit, limit).long(),
                 "survivors": torch.histc(survivors, bins, -limit, limit).long(),
                 "zeros": int((~alive).sum()),
             }
@@ -246,15 +233,7 @@ def spectra(model, grams=None):
         weight = layers.weight.detach()
         m, n = weight.shape
         # A thousandth of the mean of the gram's diagonal is added to it, see lowrank.damped.
-        sigma = lowrank.spectrum(
-            weight,
-            _sweep.fitting_gram(
-                grams,
-                name,
-                n,
-                1e-3,
-            ),
-        )
+        sigma = lowrank.spectrum(weight, _sweep.fitting_gram(grams, name, n, 1e-3))
         energy = sigma.square().cumsum(0)
         energy = energy / energy[-1].clamp_min(lowrank.TINY)  # a layer of zeros has none
         for rank in _spread_ranks(min(m, n)):
@@ -316,12 +295,7 @@ def attention_maps(before, after, images, places):
     frames = []
     for name in list(last_blocks.values())[-2:]:
         image, row, column = np.indices(maps["before"][name].shape).reshape(3, -1)
-        frame = {
-            "image": np.take(places, image),
-            "block": name,
-            "row": row,
-            "column": column,
-        }
+        frame = {"image": np.take(places, image), "block": name, "row": row, "column": column}
         for when, map_by_block in maps.items():
             frame[when] = map_by_block[name].flatten().double().cpu().numpy().round(3)
         frames.append(pd.DataFrame(frame))
@@ -404,13 +378,4 @@ def units(scores, alive):
             raise ValueError(f"{key[1]} of {key[0]} are 0 to {len(tensor) - 1}; got {sorted(left)}")
         for unit, score in enumerate(tensor.tolist()):
             rows.append((*key, unit, score, unit in left))
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "block",
-            "kind",
-            "unit",
-            "score",
-            "kept",
-        ],
-    )
+    return pd.DataFrame(rows, columns=["block", "kind", "unit", "score", "kept"])

@@ -160,14 +160,7 @@ def tradeoff(results, x="macs", *, names=()):
         _line(ax, line, styles[name], name + marks[name])
     if (points.stage == "reconstructed").any():
         label = "hollow: reconstructed,\nnot trained"
-        ax.scatter(
-            [],
-            [],
-            s=40,
-            label=label,
-            facecolor="white",
-            edgecolor="0.35",
-        )
+        ax.scatter([], [], s=40, label=label, facecolor="white", edgecolor="0.35")
     ax.set(xlabel=unit)
     _accuracy_axis(ax, final.top1.min(), final.top1.max())
     legend_beside(ax)
@@ -222,25 +215,12 @@ def _front(ax, points):
     heights = [*best.top1_mean, best.top1_mean.iloc[-1]]
     look = {"linewidth": 1.2, "color": "0.25"}
     ax.plot(costs, heights, drawstyle="steps-post", zorder=1, **look)
-    ring = {
-        "s": 150,
-        "zorder": 5,
-        "facecolor": "none",
-        "edgecolor": "0.25",
-        "linewidth": 1.2,
-    }
+    ring = {"s": 150, "zorder": 5, "facecolor": "none", "edgecolor": "0.25", "linewidth": 1.2}
     ax.scatter(best.cost_mean, best.top1_mean, **ring)
     label = "best for its cost"
     if len(ranked) < len(points):
         label += f",\nof {most:g} seeds"
-    _legend_entry(
-        ax,
-        label,
-        color="0.25",
-        marker="o",
-        markersize=11,
-        markerfacecolor="none",
-    )
+    _legend_entry(ax, label, color="0.25", marker="o", markersize=11, markerfacecolor="none")
 
 
 def _line(ax, points, look, label):
@@ -269,14 +249,7 @@ def _points(ax, points, look, is_hollow):
     x = points[["cost_below", "cost_above"]].to_numpy().T
     y = points[["top1_below", "top1_above"]].to_numpy().T
     if x.any() or y.any():
-        ax.errorbar(
-            *places,
-            xerr=x,
-            yerr=y,
-            fmt="none",
-            ecolor=color,
-            zorder=2,
-        )
+        ax.errorbar(*places, xerr=x, yerr=y, fmt="none", ecolor=color, zorder=2)
 
 
 _FILLS = {  # colour and hatch of a stage's bars
@@ -470,33 +443,13 @@ def speedup_bars(table):
     spreads = [means[side].unstack().loc[names] for side in ("below", "above")]
     # Each model has a group of bars with quartiles, a bar for each way of running it.
     ax = _bar_axes(names, 0.25 + 0.3 * len(order))
-    fills = zip(
-        cycle(COLORS),
-        cycle(
-            [
-                "",
-                "///",
-                "..",
-                "xx",
-                "\\\\",
-                "++",
-            ]
-        ),
-        strict=True,
-    )
+    fills = zip(cycle(COLORS), cycle(["", "///", "..", "xx", "\\\\", "++"]), strict=True)
     words = {"form": "{:.1f}", "fontsize": 8, "pad": 0.3}
     _bar_groups(ax, heights, fills, spreads=spreads, **words)
     promised = table.groupby("model").promised.mean()[names]
     places = np.arange(len(names))
     label = "promised by the MACs"
-    ax.hlines(
-        promised,
-        places - 0.45,
-        places + 0.45,
-        label=label,
-        color="0.1",
-        linewidth=1.2,
-    )
+    ax.hlines(promised, places - 0.45, places + 0.45, label=label, color="0.1", linewidth=1.2)
     ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
     ax.set(ylabel=f"times as fast as\n{names[0]}")
     legend_beside(ax)
@@ -537,12 +490,7 @@ def roofline(table):
         ax.scatter(points.intensity, points.rate, edgecolor="white", **look)
     markers.pop("", None)  # where nothing varies there is no way to name
     _legend_of(ax, colors, markers)
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xlabel="MACs per byte moved",
-        ylabel="10⁹ MACs per second",
-    )
+    ax.set(xscale="log", yscale="log", xlabel="MACs per byte moved", ylabel="10⁹ MACs per second")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
@@ -586,14 +534,7 @@ def sensitivity_curves(frame):
     figure.axes[0].set(ylabel="rise of the loss (nats)")
     # No panel need have all blocks, so that the legend has handles of its own.
     handles = [
-        Line2D(
-            [],
-            [],
-            color=color,
-            marker=".",
-            label=block,
-        )
-        for block, color in colors.items()
+        Line2D([], [], color=color, marker=".", label=block) for block, color in colors.items()
     ]
     legend_beside(ax, handles=handles)
     return figure
@@ -611,21 +552,10 @@ def agreement(frame):
     width = max(HALF[0], 2.2 + 0.95 * frame.criterion.nunique())
     ax = new_axes(width, HALF[1])
     # Several seeds become a mean, with a bar from the lowest to the highest.
-    sns.barplot(
-        frame,
-        x="criterion",
-        y="spearman",
-        hue="kind",
-        errorbar=("pi", 100),
-        ax=ax,
-    )
+    sns.barplot(frame, x="criterion", y="spearman", hue="kind", errorbar=("pi", 100), ax=ax)
     ax.axhline(0, color="0.3", linewidth=0.8)
     bottom = min(0, frame.spearman.min() - 0.1)
-    ax.set(
-        xlabel="",
-        ylabel="rank correlation with\nmeasured rise of the loss",
-        ylim=(bottom, 1),
-    )
+    ax.set(xlabel="", ylabel="rank correlation with\nmeasured rise of the loss", ylim=(bottom, 1))
     legend_beside(ax)
     return ax
 
@@ -649,10 +579,7 @@ def prediction_audit(frame):
     # The lowest decade is the one of the smallest value above 0, but at most four under the top.
     lowest = max(values[values > 0].min(axis=None), top / 1e4)
     floor = 10 ** np.floor(np.log10(lowest))
-    frame = frame.assign(
-        is_below=(values < floor).any(axis=1),
-        **values.clip(floor),
-    )
+    frame = frame.assign(is_below=(values < floor).any(axis=1), **values.clip(floor))
     # A criterion has a colour, a kind a marker (KINDS has 13).
     styles = looks(frame.criterion)
     colors = {criterion: styles[criterion]["color"] for criterion in frame.criterion}
@@ -688,14 +615,7 @@ def _diagonal(ax, reach):
     # On the diagonal the prediction is right, in the grey band within a factor of three.
     band = {"color": "0.93", "zorder": 0, "label": "within a factor of 3"}
     ax.fill_between(reach, reach / 3, reach * 3, **band)
-    ax.plot(
-        reach,
-        reach,
-        color="0.35",
-        linewidth=1,
-        zorder=1,
-        label="as predicted",
-    )
+    ax.plot(reach, reach, color="0.35", linewidth=1, zorder=1, label="as predicted")
     ax.set(
         xscale="log",
         yscale="log",
@@ -735,12 +655,7 @@ def class_change(frame):
         places = np.r_[:12, 13.5:25.5]
     ax = new_axes(6.4, 1 + 0.24 * (places[-1] + 1))
     means = changes["mean"]
-    bars = ax.barh(
-        places,
-        means,
-        0.75,
-        color=np.where(means < 0, COLORS[3], COLORS[0]),
-    )
+    bars = ax.barh(places, means, 0.75, color=np.where(means < 0, COLORS[3], COLORS[0]))
     lengths = error_bars(changes)
     if lengths is None:
         ax.bar_label(bars, fmt="{:+.1f}", fontsize=8, padding=3)
@@ -754,10 +669,7 @@ def class_change(frame):
     counts = frame.groupby("class").images.first()
     words = [f"{str(name)[:24]} ({counts[name]:g})" for name in changes.index]
     ax.set_yticks(places, words, fontsize=9)
-    ax.set(
-        xlabel="change of top-1 (percentage points)",
-        ylim=(places[-1] + 0.7, -0.7),
-    )
+    ax.set(xlabel="change of top-1 (percentage points)", ylim=(places[-1] + 0.7, -0.7))
     ax.margins(x=0.12)
     ax.grid(False, axis="y")
     return ax
@@ -792,11 +704,7 @@ def save(drawn, path, *, caption=None):
     """
     # svg goes into slides, pdf into papers, png into pages.
     figure = drawn.figure
-    for ending, date in (
-        ("svg", "Date"),
-        ("pdf", "CreationDate"),
-        ("png", "Software"),
-    ):
+    for ending, date in (("svg", "Date"), ("pdf", "CreationDate"), ("png", "Software")):
         # Without the date, or the version of matplotlib, the same drawing gives the same bytes.
         files.write_atomic(
             f"{path}.{ending}",

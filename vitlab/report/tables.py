@@ -16,15 +16,7 @@ from vitlab import files, names
 # -- statistics: frames in, frames out
 
 # Rows of one cut have the same values in all of these columns.
-_CONDITION_COLUMNS = (
-    "model",
-    "method",
-    "criterion",
-    "form",
-    "target_kind",
-    "target",
-    "stage",
-)
+_CONDITION_COLUMNS = ("model", "method", "criterion", "form", "target_kind", "target", "stage")
 STAGES = {  # in the order in which a model goes through them
     "dense": "dense",
     "dense+epochs": "dense, same epochs",
@@ -188,13 +180,7 @@ def ranges_of(groups):
     table = groups.agg(["mean", "min", "max"])
     # The computed mean of three equal numbers may lie an ulp beside them.
     mean = table["mean"].clip(table["min"], table["max"])
-    return pd.DataFrame(
-        {
-            "mean": mean,
-            "below": mean - table["min"],
-            "above": table["max"] - mean,
-        }
-    )
+    return pd.DataFrame({"mean": mean, "below": mean - table["min"], "above": table["max"] - mean})
 
 
 def pareto(cost, value):
@@ -246,15 +232,7 @@ def best_under(results, cost):
         # Budgets are met to within a hundredth, so a limit may be exceeded by that.
         fitting = cuts[cuts.share <= limit * (1 + _SLACK)]
         best.append({"model": model, "cost": cost, "limit": limit} | _best(fitting))
-    columns = [
-        *keys[1:],
-        "top1",
-        "dense",
-        "share",
-        "value",
-        "chosen_on",
-        "seeds",
-    ]
+    columns = [*keys[1:], "top1", "dense", "share", "value", "chosen_on", "seeds"]
     return pd.DataFrame(best, columns=["model", "cost", "limit", *columns])
 
 
@@ -312,17 +290,7 @@ def check_places(places, images):
 # -- words and files of tables
 
 # Columns of results.csv that a caption quotes.
-_SOURCES = [
-    "study",
-    "data",
-    "model",
-    "split_seed",
-    "device",
-    "threads",
-    "torch",
-    "timm",
-    "commit",
-]
+_SOURCES = ["study", "data", "model", "split_seed", "device", "threads", "torch", "timm", "commit"]
 
 
 def caption(results, drawn=None):
