@@ -643,13 +643,13 @@ def test_what_was_not_run_here_comes_from_the_figures(run, published):
     notebooks = [f"swin seed 0 {name}" for name in ("1_train", "3_global_pruning")] + [
         "vit seed 0 3_global_pruning"
     ]
-    assert sorted(found.kept) == sorted(
+    assert sorted(found.from_figures) == sorted(
         [*notebooks, "vit seed 0 table-heads", "swin seed 0 table-heads"]
     )
     assert found.history.model.tolist() == ["swin", "vit"]
     assert found.tables.heads.model.tolist() == ["swin"] * 2 + ["vit"] * 2
     assert found.tables.data.split.tolist() == ["train"]
-    assert results.read("demo", override={}).kept == found.kept
+    assert results.read("demo", override={}).from_figures == found.from_figures
     with pytest.raises(FileNotFoundError):
         results.read("demo", override={"train.epochs": 1})
 

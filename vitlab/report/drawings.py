@@ -73,14 +73,18 @@ def _arrange(ax, pictures, high):
         widths.append(max((columns + gap).sum(), 1.05 * high) + 1.5 * gap)
     # One line takes about six square matrices, or the widest picture.
     line = max(6.5 * high, *widths)
-    x, y, tall = 0.0, 0.0, 0
+    x = y = 0.0
+    tall = 0
     for rows, width in zip(pictures, widths, strict=True):
         if x and x + width > line:
-            x, y, tall = 0.0, y + tall + 5.5 * gap, 0
+            x = 0.0
+            y = y + tall + 5.5 * gap
+            tall = 0
         _picture(ax, rows, x, y, gap)
         x += width
         tall = max(tall, rows.row.max() + 1)
-    width, height = min(line, sum(widths)), y + tall
+    width = min(line, sum(widths))
+    height = y + tall
     ax.set(xlim=(-gap / 2, width), ylim=(height + 3 * gap, -3.4 * gap), aspect="equal")
     cell = 10 / line  # inches
     ax.figure.set_size_inches(max(5.5, cell * width), cell * (height + 6.4 * gap) + 0.4)
@@ -115,7 +119,8 @@ def _matrix(ax, letters, x, y):
     for axis in (1, 0):
         removed = (letters == "x").all(axis=axis)
         for run in np.ma.clump_masked(np.ma.masked_array(removed, removed)):
-            corner, size = [x, y], [n, m]
+            corner = [x, y]
+            size = [n, m]
             corner[axis] += run.start
             size[axis] = run.stop - run.start
             # In a thin strip, crosses would look like a thick line.
@@ -523,7 +528,8 @@ def changed_images(images, frame):
     titles = words.label + ":\n" + words.before + "\n→ " + words.after
     pictures = images.store[images.indices[frame.image]]
     figure = _grid(pictures, titles, 6, (1.7, 2.15))
-    was_right, is_right = frame.before == frame.label, frame.after == frame.label
+    was_right = frame.before == frame.label
+    is_right = frame.after == frame.label
     colors = np.select(
         [is_right & ~was_right, was_right & ~is_right],
         [_style.COLORS[2], _style.COLORS[3]],

@@ -31,7 +31,7 @@ _STEPS = np.arange(1, 13) / 12  # ranks that spectra show, as shares and as expo
 def layers(module, *, keep=None, rows=None, columns=None):
     """Return what is left of a linear layer, to be drawn: one line for each row of each matrix.
 
-    module: an nn.Linear or one of `layers`
+    module: an nn.Linear or one of `_layers`
     keep: bool [m, n], False for what is drawn as zero; None: what is zero is
     rows, columns: (how many the layer once had, the indices of those that this one has); None: all
         that it has
@@ -148,19 +148,19 @@ def weights(stages, keep, *, by="role", bins=81):
     """Return how the weights are distributed at each stage, as a frame.
 
     stages: {name: model}, the unpruned one first, such as unpruned, pruned and finetuned.
-    keep: masks as for `apply`. The weights (no biases) that they name are counted.
+    keep: masks as for `prune.apply`. The weights (no biases) that they name are counted.
     by: "role" counts by the role of the layer and for "all"; "layer" counts by layer.
     bins: number of bins of equal width.
 
     Columns of the frame are
-      stage, role  name of the stage; role of the layer, or "all" with by="role"
-      layer, block with by="layer" only: names of both; block is None outside of blocks
-      left, right  edges of the bin, the same everywhere
-      count        weights in the bin that are not zero
-      survivors    those of them that keep says stay
-      zeros        exact zeros of that stage and role or layer
-      threshold    the |w| up to which magnitude, over all of these weights together, would cut as
-                   many of the first stage as keep does
+        stage, role: name of the stage; role of the layer, or "all" with by="role"
+        layer, block: with by="layer" only, names of both; block is None outside of blocks
+        left, right: edges of the bin, the same everywhere
+        count: weights in the bin that are not zero
+        survivors: those of them that keep says stay
+        zeros: exact zeros of that stage and role or layer
+        threshold: the |w| up to which magnitude, over all of these weights together, would cut as
+            many of the first stage as keep does
 
     Raises ValueError for another `by`.
     """
@@ -218,14 +218,16 @@ def _magnitude_threshold(parameters, keep, names):
 def spectra(model, grams=None):
     """Return the singular values of the linear layers but the classifier, as a DataFrame.
 
-    grams: {layer: [n, n]} of scores.grams, for the values of W S as in the SVD of `compress`; None
-        for those of W.
+    grams: {layer: [n, n]} of scores.grams, for the values of W S as in the SVD of
+        `factor.compress`; None for those of W.
 
     Returns a row for each layer and about 24 of its ranks, from 1 to the last:
         layer, block, role, m, n, rank,
         sigma: the singular value of that rank,
         energy: share of the squares up to it, in [0, 1]; 1 at the last rank,
-        break_even: rank below which two thin layers execute fewer MACs (layers.break_even_rank).
+        break_even: rank below which two thin layers execute fewer MACs (_layers.break_even_rank).
+    Raises TypeError for a model that vitlab cannot see into.
+    Raises ValueError for weights or grams with NaN or inf, and for a layer without its gram [n, n].
     """
     view = models.view(model)
     rows = []
@@ -307,7 +309,8 @@ def _attention_maps(model, x):
 
     It is the mean over heads, where 1 is what each token would get of equal shares.
     """
-    kind, maps = models.view(model).kind, {}
+    kind = models.view(model).kind
+    maps = {}
     for name, weights in _attention_weights(model, x).items():
         shares = weights.float().mean(1) * weights.shape[-1]  # [.., from, to]
         if kind == "vit":

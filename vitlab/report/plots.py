@@ -70,7 +70,7 @@ def _legend_of(ax, colors, markers):
 def training_curves(history):
     """Draw accuracy over the epochs: a panel for each method, a line for each target.
 
-    history: rows of history.csv with method, target, epoch and train_top1 (%); several seeds become
+    history: lines of history.csv with method, target, epoch and train_top1 (%); several seeds become
     mean and range.
     Returns a Figure.
     """
@@ -133,13 +133,13 @@ def tradeoff(results, x="macs", *, names=()):
     relative_latency, a column that the caller makes as 1 / speedup from results of several sessions.
     names: `series` of more results, so that each looks the same in several figures.
     Returns the Axes.
-    Raises ValueError for another column or where no row has it.
+    Raises ValueError for another column or where no result has it.
     """
     check("cost", x, tables.costs_of(results))
-    final = _final_rows(results.rename(columns={x: "cost"}))
+    final = _final_results(results.rename(columns={x: "cost"}))
     if final.empty:
         raise ValueError(
-            f"no fine-tuned, reconstructed or dense row has {x}; it is measured in 6_efficiency"
+            f"no fine-tuned, reconstructed or dense result has {x}; it is measured in 6_efficiency"
         )
     unit, factor = tables.AXES[x]
     points = _final_points(final, factor)
@@ -167,7 +167,7 @@ def tradeoff(results, x="macs", *, names=()):
     return ax
 
 
-def _final_rows(results):
+def _final_results(results):
     """Return the results of the last stage of each cut, and of dense models of the same seeds."""
     results = results.dropna(subset=["cost", "top1"])
     results = results[
@@ -401,7 +401,8 @@ def _accuracy_axis(ax, low, high):
     def to_value(place):
         return zero - np.exp(-place)
 
-    bottom, top = zero - 1.12 * (zero - low), high + 0.4
+    bottom = zero - 1.12 * (zero - low)
+    top = high + 0.4
     ax.set_yscale("function", functions=(to_place, to_value))
     ax.set(ylabel=TOP1, ylim=(bottom, top))
     # Ticks are at multiples of 10, then of 5, 2 and 1 where there is room between two of them.
@@ -427,12 +428,13 @@ def speedup_bars(table):
 
     A short line shows what the MACs promise.
 
-    table: columns model, speedup, speedup_q1, speedup_q3, promised, and runtime, precision and
-    batch where these vary, as roofline.bounds returns it; several rows of one model and way (seeds)
-    become their mean.
+    table: as roofline.bounds returns it, with columns model, speedup, speedup_q1, speedup_q3,
+    promised, and runtime, precision and batch where these vary. Several results of one model
+    and way (seeds) become their mean.
     Returns the Axes.
     """
-    names, ways = table.model.unique(), _ways(table)
+    names = table.model.unique()
+    ways = _ways(table)
     order = ways.unique()
     quartiles = ["speedup_q1", "speedup", "speedup_q3"]
     means = table.groupby([table.model, ways])[quartiles].mean()
@@ -467,7 +469,7 @@ def _ways(table):
 def roofline(table):
     """Draw the work done per second over the work per byte, under the machine's ceilings.
 
-    There is a point for each row and a line for each precision.
+    There is a point for each result and a line for each precision.
 
     table: as roofline.bounds returns it.
     Returns the Axes.
@@ -590,7 +592,8 @@ def prediction_audit(frame):
     _diagonal(ax, np.array([floor / 1.5, 1.8 * top]))
     for (criterion, kind), cuts in frame.groupby(["criterion", "kind"], sort=False):
         for is_below, part in cuts.groupby("is_below"):
-            fill, edge = colors[criterion], "white"
+            fill = colors[criterion]
+            edge = "white"
             if is_below:
                 fill, edge = edge, fill
             look = {"marker": markers[kind], "facecolor": fill, "edgecolor": edge}
@@ -636,7 +639,7 @@ def class_change(frame):
 
     Of more than 30 classes the 12 worst and the 12 best are drawn.
 
-    frame: columns class, images and change, as evaluate.compare gives them; several rows of a class
+    frame: columns class, images and change, as evaluate.compare gives them; several results of a class
     (seeds) become mean and range.
     Returns the Axes.
     Raises ValueError where no class is left.
@@ -750,30 +753,30 @@ def draw_each(
 
     tables: {name: frame}, of which the figures draw one.
     name: first part of the files' names, and of the table.
-    draw: a function from the rows of one figure to a Figure or Axes, such as one of this module.
-    results: rows of results.csv of all models and seeds.
+    draw: a function from the results of one figure to a Figure or Axes, such as one of this module.
+    results: results.csv of all models and seeds.
     folder: Path for the files.
     per: "model" or "target" (with its kind, target_kind).
     table: name of the table where it is another one.
-    note: last sentence of the caption, with {column} for a value of the first row.
-    controls: rows that are drawn before those of the same model, such as the dense model's.
+    note: last sentence of the caption, with {column} for a value of the first result.
+    controls: results that are drawn before those of the same model, such as the dense model's.
     options: handed on to draw.
     """
-    rows = tables.get(table or name)
-    if rows is None:
+    found = tables.get(table or name)
+    if found is None:
         # No notebook has left the table.
         return
-    keys = [column for column in _PER[per] if column in rows]
-    for key, group in rows.groupby(keys, sort=False, dropna=False):
+    keys = [column for column in _PER[per] if column in found]
+    for key, group in found.groupby(keys, sort=False, dropna=False):
         model, *target = key
         words = note.format(**group.iloc[0])
         if controls is not None:
             group = pd.concat([controls[controls.model == model], group])
-        # The caption says where the rows come from: rows of results.csv say it themselves, others
+        # The caption says where the results come from: those of results.csv say it themselves, others
         # have it from the results of the same models and seeds.
         source = [group] if "commit" in group else [results, group]
         # The file is called <name>-<model>, or <name>-<target_kind>-<target>-<model> as far as the
-        # rows have these.
+        # results have these.
         parts = [_file_part(part) for part in target if pd.notna(part)]
         path = folder / "-".join([name, *parts, model])
         text = f"{caption(*source)} {words}".rstrip()

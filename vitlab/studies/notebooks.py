@@ -222,7 +222,7 @@ def main(arguments):
                 f"{path.stem} measures one process or writes figures: run it without --processes"
             )
     except (ValueError, TypeError) as error:
-        print(f"vitlab run: {error}", file=sys.stderr)
+        print(f"python -m vitlab run: {error}", file=sys.stderr)
         return 2
     name = " ".join(map(str, [path.stem, *parameters.values()]))
     files.log(f"{name}: running")
@@ -231,7 +231,7 @@ def main(arguments):
         with mock.patch.dict(os.environ, log):
             out = _execute(path, parameters, out=options.out)
     except Exception as error:
-        print(f"vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
+        print(f"python -m vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
         return 1
     files.log(f"{name}: done in {time.perf_counter() - begun:.0f} s, {out}")
     return 0
@@ -277,7 +277,7 @@ def _parameters(options):
 def _together(processes, arguments):
     """Run this command line in several processes of this machine, which share its cores."""
     if processes < 1:
-        print(f"vitlab run: --processes is at least 1, got {processes}", file=sys.stderr)
+        print(f"python -m vitlab run: --processes is at least 1, got {processes}", file=sys.stderr)
         return 2
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ

@@ -27,8 +27,6 @@ from filelock import FileLock
 from vitlab import files, names, parallel
 from vitlab.studies import settings
 
-# -- runs: the folder of one model and seed, and what it writes
-
 _METER = "closed form (vitlab.cost)"  # of params, MACs and FLOPs; other meters have own columns
 LOG = "results.jsonl"  # of a run: every result that was ever saved
 IDENTITY = ["study", "model", "seed"]
@@ -49,11 +47,11 @@ _COLUMNS = [*IDENTITY, *_CUT, *_MEASURED.split()]
 def open_run(study_name, model=None, seed=0, override=None):
     """Return the Run of one model and seed of a study.
 
-    study_name, override: as in `study`. An overridden run has its own folder. Where the override
+    study_name, override: as in `settings.study`. An overridden run has its own folder. Where the override
     does not concern a notebook, the run reads what that notebook wrote for the study itself.
     model: one of the study's models; None for the study as a whole (data, report).
     seed: int >= 0.
-    Raises what `study` raises, and ValueError for an unknown model.
+    Raises what `settings.study` raises, and ValueError for an unknown model.
     Raises TypeError for another seed, PermissionError where the folder cannot be written.
     """
     values = settings.study(study_name, seed=seed if model else None, override=override)
@@ -227,7 +225,7 @@ class Run:
         return " ".join(words)
 
     def results(self, notebook, images, measure, save_model=None):
-        """Return a collector of the results and histories of a notebook. See `Results`."""
+        """Return a collector of the results and histories of a notebook. See `_Results`."""
         return _Results(self, notebook, images, measure, save_model)
 
     def save_results(self, notebook, results, *, data=None):
@@ -236,7 +234,7 @@ class Run:
         results: frame or list of dicts, one for each model that was measured. Each has at least
         `method` and `stage`, and a number as `target` where something was cut.
         data: str, what the images are called, such as "CIFAR-10 (JPEG)".
-        The frame has the columns of ROW in that order, then all others.
+        The frame has the columns of `_COLUMNS` in that order, then all others.
         Raises ValueError for results without method or stage, and a target that is no number.
         """
         sections = _sections_of(notebook)
@@ -274,13 +272,17 @@ class Run:
         """Write the histories of a notebook, and return them as one frame.
 
         history: the frame of train.fit, or a list of such frames, marked by method, target, ...
+        Raises ValueError for no histories, PermissionError where the folder cannot be written.
         """
         frame = pd.concat(history, ignore_index=True) if isinstance(history, list) else history
         frame = frame.assign(**self._identity())
         return self._save(f"history-{notebook}.csv", with_first_columns(frame, _HISTORY))
 
     def save_table(self, name, frame):
-        """Write any other frame as table-<name>.csv, marked with study, model and seed."""
+        """Write any other frame as table-<name>.csv, marked with study, model and seed.
+
+        Raises ValueError for a frame without results, PermissionError as `save_history` does.
+        """
         rest = frame.drop(columns=IDENTITY, errors="ignore")
         identity = pd.DataFrame(self._identity(), rest.index)
         return self._save(f"table-{name}.csv", pd.concat([identity, rest], axis=1))

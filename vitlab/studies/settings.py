@@ -28,8 +28,6 @@ from pydantic_core import PydanticCustomError
 
 from vitlab import files, names
 
-# -- settings: the values of a study
-
 _DENSE = ("data", "models", "train")
 _SCORED = (*_DENSE, "calibration")
 # The sections of a study that each notebook reads, itself or through the notebooks before it.
