@@ -35,7 +35,7 @@ def layers(frame):
     There is a picture for each method, target and layer.
 
     frame: columns method, layer, part, row and cells, as inside.layers returns them, and target (a
-    share) if there is one.
+        share) if there is one.
     Returns a Figure.
     Raises ValueError for a frame without rows.
     """
@@ -175,7 +175,7 @@ def weight_histograms(frame):
     as many.
 
     frame: as inside.weights returns it, with the columns method and target. All groups have the
-    same stages.
+        same stages.
     Returns a Figure.
     """
     stages = frame.stage.unique()
@@ -314,7 +314,7 @@ def spectra(frame):
     Dashed is the rank at which two thin layers have as many MACs as one.
 
     frame: as inside.spectra returns it. A column faster puts a small mark on each line: the rank up
-    to which factoring was measured to be faster, as bench.break_even returns it.
+        to which factoring was measured to be faster, as bench.break_even returns it.
     Returns a Figure.
     """
     largest = frame.groupby("layer").sigma.transform("max")
@@ -374,8 +374,8 @@ def attention_maps(frame, images=None):
 
     There is a column for each image, and for each block a row before and one after the cut.
 
-    frame: as inside.attention_maps returns it; a column label, if there is one, is written above each
-    image.
+    frame: as inside.attention_maps returns it; a column label, if there is one, is written above
+        each image.
     images: the data.Split that the places are of, whose pictures then stand on top.
     Returns a Figure.
     """
@@ -518,9 +518,9 @@ def changed_images(images, frame):
 
     images: the data.Split that was compared, shown as stored.
     frame: columns image (place in the split) and label, before, after (names of classes), as in
-    evaluate.compare's images.
+        evaluate.compare's images.
     Returns a Figure.
-    Raises ValueError for no rows and for places that the split does not have.
+    Raises ValueError for no images and for places that the split does not have.
     """
     tables.check_places(frame.image.tolist(), images)
     # A title has room for 18 letters in one line.

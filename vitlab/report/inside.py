@@ -314,15 +314,15 @@ def _attention_maps(model, x):
     for name, weights in _attention_weights(model, x).items():
         shares = weights.float().mean(1) * weights.shape[-1]  # [.., from, to]
         if kind == "vit":
-            # A ViT that reads its class token: from that token, not from the one for distillation.
-            # Other ViTs: from all tokens, in the mean.
+            # Of a ViT that reads its class token, take what that token attends to, not the token for
+            # distillation. Of other ViTs take the mean over all tokens.
             by_token = getattr(model, "global_pool", "") == "token" and model.cls_token is not None
             received = shares[:, 0] if by_token else shares.mean(1)
             patches = received[:, getattr(model, "num_prefix_tokens", 0) :]
             maps[name] = patches.unflatten(1, model.patch_embed.grid_size)
         else:
-            # Swin: from the tokens of the same window, with those that pad it, in the mean. Windows
-            # lie in the first dimension and are put back where they were in the image.
+            # Of a Swin take the mean over the tokens of a window, its padding included. Windows lie
+            # in the first dimension and are put back where they were in the image.
             maps[name] = _windows_in_place(shares.mean(1), model.get_submodule(name))
     return maps
 
@@ -332,10 +332,10 @@ def _attention_weights(model, x):
     """Return {block name: attention weights} of images x in evaluation mode; rows sum to 1.
 
     x: [B, 3, H, W]
-    Returns tensors [B, heads, tokens, tokens], from and to.
+    Returns tensors [B, heads, tokens that look, tokens that are looked at].
     """
-    # Of a Swin, tensors are [B * windows, heads, tokens of a window, tokens of a window]. The copy
-    # is changed, so that the model stays as it is.
+    # A Swin's tensors are [B * windows, heads, tokens of a window, tokens of a window]. The copy is
+    # changed, so that the model stays as it is.
     model = copy.deepcopy(model).eval()
     weights = {}
     for block in models.view(model).blocks:

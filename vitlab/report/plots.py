@@ -70,8 +70,8 @@ def _legend_of(ax, colors, markers):
 def training_curves(history):
     """Draw accuracy over the epochs: a panel for each method, a line for each target.
 
-    history: lines of history.csv with method, target, epoch and train_top1 (%); several seeds become
-    mean and range.
+    history: lines of history.csv with method, target, epoch and train_top1 (%); several seeds
+        become mean and range.
     Returns a Figure.
     """
     figure, panels = panels_beside(history.groupby("method", sort=False), 1, 3.4)
@@ -130,7 +130,8 @@ def tradeoff(results, x="macs", *, names=()):
 
     results: results.csv of one model. Masked models stand where their dense tensors put them.
     x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
-    relative_latency, a column that the caller makes as 1 / speedup from results of several sessions.
+        relative_latency, a column that the caller makes as 1 / speedup from results of several
+        sessions.
     names: `series` of more results, so that each looks the same in several figures.
     Returns the Axes.
     Raises ValueError for another column or where no result has it.
@@ -429,8 +430,8 @@ def speedup_bars(table):
     A short line shows what the MACs promise.
 
     table: as roofline.bounds returns it, with columns model, speedup, speedup_q1, speedup_q3,
-    promised, and runtime, precision and batch where these vary. Several results of one model
-    and way (seeds) become their mean.
+        promised, and runtime, precision and batch where these vary. Several results of one model
+        and way (seeds) become their mean.
     Returns the Axes.
     """
     names = table.model.unique()
@@ -639,8 +640,8 @@ def class_change(frame):
 
     Of more than 30 classes the 12 worst and the 12 best are drawn.
 
-    frame: columns class, images and change, as evaluate.compare gives them; several results of a class
-    (seeds) become mean and range.
+    frame: columns class, images and change, as evaluate.compare gives them; several results of a
+        class (seeds) become mean and range.
     Returns the Axes.
     Raises ValueError where no class is left.
     """

@@ -325,7 +325,7 @@ def save_table(frame, path, *, formats=(), kinds=("csv", "md", "tex")):
     frame: what is missing in it is left empty. A frame without results is not written.
     path: without ending.
     formats: {column: format such as "{:.1f}"}; other numbers have at most three digits after the
-    point.
+        point.
     kinds: the endings to write.
     Raises ValueError for an unknown column.
     """

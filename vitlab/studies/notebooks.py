@@ -95,8 +95,8 @@ def _execute(path, parameters, *, out=None):
     path: of the notebook.
     parameters: {name: value}; the others keep the notebook's values.
     out: where to keep the copy; by default in `notebooks/` in the folder of the run. It is there
-    only when the notebook has run to its end. Before, it is called <name>.running.ipynb, and after
-    an error <name>.failed.ipynb.
+        only when the notebook has run to its end. Before, it is called <name>.running.ipynb, and
+        after an error <name>.failed.ipynb.
     Of several processes (see `parallel`) each executes its own copy. At the end those of all but
     the first are deleted.
     Raises ValueError and TypeError for wrong parameters, before anything starts.

@@ -47,8 +47,9 @@ _COLUMNS = [*IDENTITY, *_CUT, *_MEASURED.split()]
 def open_run(study_name, model=None, seed=0, override=None):
     """Return the Run of one model and seed of a study.
 
-    study_name, override: as in `settings.study`. An overridden run has its own folder. Where the override
-    does not concern a notebook, the run reads what that notebook wrote for the study itself.
+    study_name, override: as in `settings.study`. An overridden run has its own folder. Where the
+        override does not concern a notebook, the run reads what that notebook wrote for the study
+        itself.
     model: one of the study's models; None for the study as a whole (data, report).
     seed: int >= 0.
     Raises what `settings.study` raises, and ValueError for an unknown model.
@@ -116,8 +117,8 @@ class Run:
 
         section: str; its epochs, lr, images and warmup_epochs replace those of `train`.
         stage: str, the name of the training. With it the result is {"recipe", "stage", "folder"}:
-        `train.fit(model, images.train, images.val, **lab.training("budget", stage=label))`.
-        Without it the result is the recipe alone, a flat dict, as checkpoints keep it.
+            `train.fit(model, images.train, images.val, **lab.training("budget", stage=label))`.
+            Without it the result is the recipe alone, a flat dict, as checkpoints keep it.
         """
         replacing = self.params[section]
         recipe = {
@@ -135,10 +136,10 @@ class Run:
 
         split: data.Split, of which a stratified part is taken.
         images: int, how many; None for as many as the study's `calibration` says. A smaller split
-        gives all it has.
-        augment: whether each image is augmented as in training, by a draw from the run's seed.
-        None leaves that to the study's `calibration`. False is for the images that are compared
-        with the calibration images, such as those of val.
+            gives all it has.
+        augment: whether each image is augmented as in training, by a draw from the run's seed. None
+            leaves that to the study's `calibration`. False is for the images that are compared with
+            the calibration images, such as those of val.
         device: where the batches lie.
         """
         values = self.params.calibration
@@ -232,7 +233,7 @@ class Run:
         """Write all results of a notebook, and return them as a frame with provenance.
 
         results: frame or list of dicts, one for each model that was measured. Each has at least
-        `method` and `stage`, and a number as `target` where something was cut.
+            `method` and `stage`, and a number as `target` where something was cut.
         data: str, what the images are called, such as "CIFAR-10 (JPEG)".
         The frame has the columns of `_COLUMNS` in that order, then all others.
         Raises ValueError for results without method or stage, and a target that is no number.
@@ -337,7 +338,7 @@ class _Results:
     images: data.Dataset, whose test split is measured.
     measure: function of (model, split) that returns {column: value}, such as evaluate.measure.
     save_model: function of (model, folder), and of masks, such as checkpoint.save. It saves each
-    model that is added with the name of a checkpoint. None saves no models.
+        model that is added with the name of a checkpoint. None saves no models.
     results, histories: lists of dicts and of frames, what was collected so far.
     """
 
@@ -377,11 +378,11 @@ class _Cut:
 
         stage: str, such as "cut", "finetuned", or "unreachable".
         model: the model to be measured on test; None for a result without a measurement, such as
-        `cut.add("unreachable", note=str(error))`.
+            `cut.add("unreachable", note=str(error))`.
         history: frame of train.fit. The result gets its epochs and seconds, and the frame is saved
-        with the columns of the cut. `history.assign(target=0.0)` gives it a column of its own.
+            with the columns of the cut. `history.assign(target=0.0)` gives it a column of its own.
         checkpoint: str, name of the folder of the run in which the model is saved, by the
-        collector's `save_model` if it has one.
+            collector's `save_model` if it has one.
         masks: {parameter name: bool tensor} that is saved with the model.
         columns: columns of this result alone, such as val_top1=91.5.
         """
@@ -443,8 +444,8 @@ def study_label(name, override):
     """Return the name of a study's folder, another one for each override.
 
     name: str, of the study.
-    override: {"section.value": new value}, or None. So an overridden study never replaces the
-    study itself.
+    override: {"section.value": new value}, or None. So an overridden study never replaces the study
+        itself.
     """
     if not override:
         return name

@@ -222,8 +222,8 @@ def study(name, *, seed=None, override=None):
     """Return all values of a study as nested Values; `name` among them is the study's name.
 
     name: a file of notebooks/params without its ending, or the path of a .yaml file of your own.
-    seed: int, the seed of the run; None stands for the study's first. The values that a study
-    gives under `other_seeds` hold for all seeds but the first.
+    seed: int, the seed of the run; None stands for the study's first. The values that a study gives
+        under `other_seeds` hold for all seeds but the first.
     override: {"section.value": new value}, such as {"train.epochs": 2}, as in `other_seeds`.
     Raises ValueError for an unknown study, section or value, with the nearest known name.
     Raises ValueError for a missing value, an empty list, and a value out of its range.
