@@ -628,7 +628,7 @@ def test_timings_of_other_methods_stay(run, published):
 
 
 def test_what_was_not_run_here_comes_from_the_figures(run, published):
-    """Rows of another notebook, seed or model stay; those measured anew, and unknown models and seeds, do not."""
+    """Results of another notebook, seed or model stay; those measured anew, and unknown models and seeds, do not."""
     publish(published, results.read("demo"))
     for name in ("history-3_global_pruning.csv", "results-3_global_pruning.csv", "table-heads.csv"):
         run.path(name).unlink()

@@ -109,10 +109,10 @@ def bounds(models, table):
         reached: the largest over the latency, 1 for a model as fast as the machine can be
         batch_macs, batch_bytes, operations: of one batch, run eagerly
         macs_per_s, bytes_per_s: the ceilings, measured once in a process
-        promised: MACs of an image of the first model over those of the result's
+        promised: MACs of an image of the first model over those of the result's model
         achieved: speedup / promised
-        achieved_here: speedup over the first model in the result's own runtime, precision
-            and batch, over promised; nan where the table has no such result
+        achieved_here: speedup over the first model in the result's own runtime, precision and
+            batch, over promised; nan where the table has no such result
         note: why no gain is expected, if so
     Raises TypeError as `cost.breakdown` does, KeyError for a model of the table that is not given.
     Raises IndexError for a table without results.

@@ -226,8 +226,8 @@ def weight_violins(frame):
     """Draw distributions of weights by role (a panel each) and block.
 
     At the left of each place stand the weights of the first stage, in grey. At its right stand the
-    survivors of the last one. All are equally wide. Dotted lines show where magnitude would have cut as
-    many.
+    survivors of the last one. All are equally wide. Dotted lines show where magnitude would have
+    cut as many.
 
     frame: as inside.weights(by="layer") returns it, of one cut.
     Returns a Figure.

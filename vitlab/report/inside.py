@@ -314,7 +314,7 @@ def _attention_maps(model, x):
     for name, weights in _attention_weights(model, x).items():
         shares = weights.float().mean(1) * weights.shape[-1]  # [.., from, to]
         if kind == "vit":
-            # Of a ViT that reads its class token, take what that token attends to, not the token for
+            # Of a ViT that reads its class token, take what that token attends to, not the one for
             # distillation. Of other ViTs take the mean over all tokens.
             by_token = getattr(model, "global_pool", "") == "token" and model.cls_token is not None
             received = shares[:, 0] if by_token else shares.mean(1)

@@ -130,7 +130,7 @@ def tradeoff(results, x="macs", *, names=()):
 
     results: results.csv of one model. Masked models stand where their dense tensors put them.
     x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
-        relative_latency, a column that the caller makes as 1 / speedup from results of several
+        relative_latency. The caller makes that column as 1 / speedup from results of several
         sessions.
     names: `series` of more results, so that each looks the same in several figures.
     Returns the Axes.
@@ -331,7 +331,8 @@ def ladder(results, *, names=()):
     Points are means over seeds, bars their range; hollow ones are of no training. Grey lines are
     the dense model's.
 
-    results: results.csv of one model and one budget (target_kind and target), and of the dense model.
+    results: results.csv of one model and one budget (target_kind and target), and of the dense
+        model.
     names: `series` of more results, so that each looks the same in several figures.
     Returns the Axes.
     Raises ValueError for results of several budgets, or of none.
@@ -460,7 +461,7 @@ def speedup_bars(table):
 
 
 def _ways(table):
-    """Return how each row was run, in words: runtime, precision and batch as far as these vary."""
+    """Return how each result was run, in words: runtime, precision and batch as far as these vary."""
     varied = table.columns[table.nunique() > 1]
     formats = {"runtime": "{}", "precision": "{}", "batch": "batch {}"}
     return tables.in_words(table[varied], formats, ", ")
@@ -773,8 +774,8 @@ def draw_each(
         words = note.format(**group.iloc[0])
         if controls is not None:
             group = pd.concat([controls[controls.model == model], group])
-        # The caption says where the results come from: those of results.csv say it themselves, others
-        # have it from the results of the same models and seeds.
+        # The caption says where the results come from. Those of results.csv say it themselves,
+        # others have it from the results of the same models and seeds.
         source = [group] if "commit" in group else [results, group]
         # The file is called <name>-<model>, or <name>-<target_kind>-<target>-<model> as far as the
         # results have these.

@@ -56,7 +56,7 @@ def is_random(name):
 
 
 def series(results):
-    """Name the line of each result: its method, with form and criterion where the method has several.
+    """Name the line of each result: its method, with form and criterion where there are several.
 
     results: a frame with the column method and, optionally, form and criterion.
     Returns a Series of strings.
@@ -94,8 +94,8 @@ def over_seeds(frame, keys):
     keys: list of columns.
     Returns a frame with the keys, the means of the other numbers and `seeds`, the number of seeds.
     """
-    # Where some results of a key lack values that others have, only those with most values count,
-    # so that all means of one key are over the same seeds.
+    # Where some results of a key lack values that others have, only those with most values count.
+    # So all means of one key are over the same seeds.
     values = frame.notna().sum(axis=1)
     most = values.groupby([frame[key] for key in keys], dropna=False).transform("max")
     groups = frame[values == most].groupby(keys, sort=False, dropna=False)

@@ -6,7 +6,8 @@ It keeps that copy in the folder of the run, also when the notebook fails.
 People, the Makefile and the Snakefile all come through this door.
 
 With --processes 2, or started by torchrun, several processes execute the notebook together and
-train data-parallel. From a notebook, `notebooks.main(["1_train", "--processes", "2", ...])` does so.
+train data-parallel. From a notebook, `notebooks.main(["1_train", "--processes", "2", ...])` does
+so.
 
 Public: main.
 """

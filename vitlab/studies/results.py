@@ -34,7 +34,7 @@ def read(name, *, override=None):
     """Return all that the runs of a study have saved, over models and seeds.
 
     name, override: as in `settings.study`.
-    Returns Values:
+    Returns Values of
         results, history: frames
         tables: frames by name
         from_figures: list of what was not saved here, as in a fresh clone, and comes from the
