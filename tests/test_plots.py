@@ -365,7 +365,7 @@ def test_tables_are_written_for_machines_and_for_people(tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / "v.csv")) == 2, (
         "nothing to write is no reason to lose what there is"
     )
-    assert capsys.readouterr().out == "v: no rows yet, not written\n"
+    assert capsys.readouterr().out == "v: no results yet, not written\n"
 
 
 def test_a_caption_says_where_numbers_come_from():
@@ -644,7 +644,7 @@ def test_of_fewer_seeds_stands_back(study):
 def test_what_best_under_cannot_answer_is_an_error(study):
     with pytest.raises(ValueError, match="unknown cost 'mac', did you mean 'macs'"):
         tables.best_under(study, "mac")
-    with pytest.raises(ValueError, match="no row of stage dense"):
+    with pytest.raises(ValueError, match="no result of stage dense"):
         tables.best_under(study[study.method != "dense"], "macs")
 
 

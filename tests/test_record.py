@@ -628,7 +628,7 @@ def test_timings_of_other_methods_stay(run, published):
 
 
 def test_what_was_not_run_here_comes_from_the_figures(run, published):
-    """Rows of another notebook, seed or model stay; those measured anew, and unknown models and seeds, do not."""
+    """Results of another notebook, seed or model stay; those measured anew, and unknown models and seeds, do not."""
     publish(published, results.read("demo"))
     for name in ("history-3_global_pruning.csv", "results-3_global_pruning.csv", "table-heads.csv"):
         run.path(name).unlink()
@@ -643,13 +643,13 @@ def test_what_was_not_run_here_comes_from_the_figures(run, published):
     notebooks = [f"swin seed 0 {name}" for name in ("1_train", "3_global_pruning")] + [
         "vit seed 0 3_global_pruning"
     ]
-    assert sorted(found.kept) == sorted(
+    assert sorted(found.from_figures) == sorted(
         [*notebooks, "vit seed 0 table-heads", "swin seed 0 table-heads"]
     )
     assert found.history.model.tolist() == ["swin", "vit"]
     assert found.tables.heads.model.tolist() == ["swin"] * 2 + ["vit"] * 2
     assert found.tables.data.split.tolist() == ["train"]
-    assert results.read("demo", override={}).kept == found.kept
+    assert results.read("demo", override={}).from_figures == found.from_figures
     with pytest.raises(FileNotFoundError):
         results.read("demo", override={"train.epochs": 1})
 

@@ -17,8 +17,6 @@ from tqdm.auto import tqdm
 
 from vitlab import parallel
 
-# -- ground: files, locks, progress
-
 _ELSEWHERE = "set VITLAB_DATA to a folder that can be written"
 _ROOM = (
     "make room, or set VITLAB_DATA to a folder elsewhere, and run the same again; "
@@ -122,7 +120,10 @@ def make_folder(folder):
 
 
 def headless():
-    """Return whether nobody watches a progress bar; `vitlab run` sets VITLAB_HEADLESS to say so."""
+    """Return whether nobody watches a progress bar.
+
+    `python -m vitlab run` sets VITLAB_HEADLESS to say so.
+    """
     return os.environ.get("VITLAB_HEADLESS", "0") not in ("", "0")
 
 

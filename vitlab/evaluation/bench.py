@@ -234,7 +234,8 @@ def layer_times(model, table, *, batch=8):
 @torch.inference_mode()
 def _module_times(model, images, name_by_module):
     """Return {name: milliseconds} of modules in one pass."""
-    started, times = {}, {}
+    started = {}
+    times = {}
 
     def start(module, inputs):
         if module in name_by_module:
@@ -345,11 +346,7 @@ def _rank_times(layer, x, repeats):
             "break_even": _layers.break_even_rank(m, n),
         }
     )
-    columns = [
-        "speedup",
-        "speedup_q1",
-        "speedup_q3",
-    ]
+    columns = ["speedup", "speedup_q1", "speedup_q3"]
     table[columns] = speed.loc[1:, columns].to_numpy()  # without the dense one
     table["promised"] = table.break_even / table["rank"]
     table["achieved"] = table.speedup / table.promised
@@ -372,12 +369,12 @@ def break_even(table):
     # budget.plan and ranks.allocate (most=…). The same share of every layer, or ranks without
     # limits, are baselines.
     limits = {}
-    for name, rows in table.groupby("layer", sort=False):
-        rows = rows.sort_values("rank")
+    for name, lines in table.groupby("layer", sort=False):
+        lines = lines.sort_values("rank")
         # Faster means that the lower quartile of the speed-ups is above 1. The first rank that is
         # not faster ends the search, whatever comes after it.
-        is_faster = (rows.speedup_q1 > 1).cummin()
-        limits[name] = int(rows["rank"].where(is_faster, 0).max())
+        is_faster = (lines.speedup_q1 > 1).cummin()
+        limits[name] = int(lines["rank"].where(is_faster, 0).max())
     return limits
 
 

@@ -184,7 +184,8 @@ def meters(model):
     for module in subject.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # torch's counter cannot see inside the kernel on a CPU
-    counts, reasons = {}, []
+    counts = {}
+    reasons = []
     for name, meter in (("torch", _torch), ("torchprofile", _torchprofile), ("thop", _thop)):
         try:
             with torch.no_grad(), warnings.catch_warnings(action="ignore"):
@@ -245,11 +246,12 @@ def bytes_disk(model, *, folder=None):
 
 
 def summary(model, *, folder=None):
-    """Return what a model costs: the cost columns of a results row, as a dict.
+    """Return what a model costs: the cost columns of a result, as a dict.
 
     folder: the model's checkpoint, if it has one
     Keys: params, nonzero; macs and macs_ideal in closed form, flops = 2 * macs; macs_torch,
     macs_torchprofile, macs_thop and meter_note (see `meters`); bytes_memory and bytes_disk.
+    Raises TypeError as `breakdown` does, and FileNotFoundError for a folder without a checkpoint.
     """
     columns = ["params", "nonzero", "macs", "macs_ideal"]
     counts = breakdown(model)[columns].sum().to_dict()

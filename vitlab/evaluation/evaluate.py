@@ -95,10 +95,12 @@ def accuracy(model, images, *, batch_size=512, precision="float32"):
 
 
 def measure(model, images):
-    """Return accuracy and cost of a model as the columns of a results row.
+    """Return accuracy and cost of a model as the columns of a result.
 
+    model: the model, on its own device
     images: the data.Split to report on, at the model's own image size
     Returns a dict of all that `accuracy` gives but per_class, and all of cost.summary.
+    Raises ValueError as `accuracy` does, and TypeError as `cost.breakdown` does.
     """
     columns = accuracy(model, images)._asdict()
     del columns["per_class"]
@@ -155,7 +157,7 @@ def compare(before, after, images, *, classes, most=24):
     """
     first, labels = _logits(before, images)
     second, _ = _logits(after, images)
-    # Both models and the names must agree on the number of classes, or rows would mean different
+    # Both models and the names must agree on the number of classes, or lines would mean different
     # things.
     counts = [first.shape[1], second.shape[1]]
     class_names = np.asarray(classes)
@@ -218,9 +220,11 @@ def _logits(model, images, batch_size=512, precision="float32"):
     if not len(images):
         raise ValueError("cannot evaluate on an empty split")
     # The model runs in eval mode, and its mode is restored afterwards.
-    was_training, device = model.training, device_of(model)
+    was_training = model.training
+    device = device_of(model)
     model.eval()
-    logits_by_batch, labels = {}, []
+    logits_by_batch = {}
+    labels = []
     with autocast(device, precision):
         for i, (x, y) in enumerate(images.batches(batch_size, device=device)):
             labels.append(y)

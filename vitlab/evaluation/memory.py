@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-# -- memory of this process
-
 
 def reset_peak_memory():
     """Forget the peaks of memory so far, so that `peak_memory_mb` tells only what follows."""

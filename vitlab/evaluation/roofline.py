@@ -15,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitlab.evaluation import bench, cost
 
-# -- roofline: what bounds a model
-
 _ZEROS = "unstructured zeros in dense tensors: no gain expected"
 _ROWS = "zeros of whole rows in dense tensors: no gain until removed"
 # operations that read and write nothing
@@ -54,10 +52,7 @@ def _ceilings(device, precision):
     precision: "float32" or "bf16"
     Returns a dict of macs_per_s, bytes_per_s {bytes read and written: rate} and launch_s.
     """
-    like = {
-        "device": torch.device(device),
-        "dtype": bench.PRECISIONS[precision],
-    }
+    like = {"device": torch.device(device), "dtype": bench.PRECISIONS[precision]}
     sides = (2048, 4096, 8192) if device == "cuda" else (512, 1024, 2048)
     return {
         # The rate of the fastest square matrix product of three sizes.
@@ -75,10 +70,7 @@ def _macs_per_s(side, **like):
     # 1 x 1 convolution is the same product by another library: on some processors twice as fast
     conv = nn.Conv2d(side, side, 1, **like).to(memory_format=torch.channels_last)
     image = x.view(1, side, 32, -1).contiguous(memory_format=torch.channels_last)
-    seconds = min(
-        _least_seconds(torch.matmul, x, y),
-        _least_seconds(conv, image),
-    )
+    seconds = min(_least_seconds(torch.matmul, x, y), _least_seconds(conv, image))
     return side**3 / seconds
 
 
@@ -106,10 +98,10 @@ def _least_seconds(function, x, *arguments, times=1, **options):
 
 
 def bounds(models, table):
-    """Add to a table of latencies what bounds each row on this machine: a roofline.
+    """Add to a table of latencies what bounds each result on this machine: a roofline.
 
     models: {name: model or Setting}
-    table: the frame that `latency` returned of the same models
+    table: the frame that `bench.latency` returned of the same models
 
     Returns table with these columns more:
         compute_ms, memory_ms, launch_ms: least time that each of these takes
@@ -117,14 +109,17 @@ def bounds(models, table):
         reached: the largest over the latency, 1 for a model as fast as the machine can be
         batch_macs, batch_bytes, operations: of one batch, run eagerly
         macs_per_s, bytes_per_s: the ceilings, measured once in a process
-        promised: MACs of an image of the first model over those of the row
+        promised: MACs of an image of the first model over those of the result's model
         achieved: speedup / promised
-        achieved_here: speedup over the first model in the row's own runtime, precision and batch,
-            over promised; nan where the table has no such row
+        achieved_here: speedup over the first model in the result's own runtime, precision and
+            batch, over promised; nan where the table has no such result
         note: why no gain is expected, if so
+    Raises TypeError as `cost.breakdown` does, KeyError for a model of the table that is not given.
+    Raises IndexError for a table without results.
     """
     settings = bench.as_settings(models)
-    macs_by_model, notes = {}, {}
+    macs_by_model = {}
+    notes = {}
     for name, setting in settings.items():
         breakdown = cost.breakdown(setting.model)
         macs_by_model[name] = breakdown.macs.sum()
@@ -156,9 +151,9 @@ def bounds(models, table):
 
 
 def _speedup_of_dense(settings, table):
-    """Return the speedup of the first model in each row's batch, runtime and precision.
+    """Return the speedup of the first model in each result's batch, runtime and precision.
 
-    Over it a row's speedup is what a cut brings there, apart from what the runtime does.
+    Over it a result's speedup is what a cut brings there, apart from what the runtime does.
     """
     dense = settings[table.model.iloc[0]].model
     is_dense = [settings[name].model is dense for name in table.model]
@@ -168,24 +163,25 @@ def _speedup_of_dense(settings, table):
 
 
 def _measured(settings, table):
-    """Return a frame of traffic and ceilings for each row of a table of latencies."""
-    traffics, rows = {}, []
-    for row in table.itertuples():
-        kind = "cpu" if row.device == "cpu" else "cuda"
-        # Rows of several runtimes share a run.
-        setting = bench.Setting(settings[row.model].model, precision=row.precision)
-        run = setting, row.batch
+    """Return a frame of traffic and ceilings for each line of a table of latencies."""
+    traffics = {}
+    measured = []
+    for result in table.itertuples():
+        kind = "cpu" if result.device == "cpu" else "cuda"
+        # Results of several runtimes share a run.
+        setting = bench.Setting(settings[result.model].model, precision=result.precision)
+        run = setting, result.batch
         if run not in traffics:
             # Conversion comes first: it is no traffic of the batch.
-            converted, images = bench.ready(setting, row.batch, torch.device(kind))
+            converted, images = bench.ready(setting, result.batch, torch.device(kind))
             with torch.no_grad(), _OpCounter() as traffics[run]:
                 converted(images)
         traffic = traffics[run]
         # The memory's rate is that at the size of the mean operation.
         mean_bytes = traffic.bytes / traffic.operations
         nearest = min(_SIZES, key=lambda size: abs(math.log(size / mean_bytes)))
-        best = _ceilings(kind, row.precision)
-        rows.append(
+        best = _ceilings(kind, result.precision)
+        measured.append(
             {
                 "batch_bytes": traffic.bytes,
                 "operations": traffic.operations,
@@ -193,7 +189,7 @@ def _measured(settings, table):
                 "bytes_per_s": best["bytes_per_s"][nearest],
             }
         )
-    return pd.DataFrame(rows, index=table.index)
+    return pd.DataFrame(measured, index=table.index)
 
 
 def _note(model):

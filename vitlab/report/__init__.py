@@ -1,1 +1,1 @@
-"""What the results say: tables, figures, pages and the explorer."""
+"""What the results say: tables, figures, and frames of the inside."""

@@ -12,8 +12,6 @@ import seaborn as sns
 
 from vitlab.report import tables
 
-# -- style
-
 HALF = (5.5, 3.4)  # inches: half a slide
 WIDE = (8.2, 3.6)  # inches: with a legend beside
 STYLE = {
@@ -103,7 +101,7 @@ def panels_beside(groups, margin, width, height=HALF[1]):
 
     groups: a grouped frame.
     margin, width, height: inches beside all panels, of each panel, and of the Figure.
-    Returns the Figure and a list of (Axes, name of the group, its rows).
+    Returns the Figure and a list of (Axes, name of the group, the group).
     """
     size = (margin + width * len(groups), height)
     figure, panels = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)

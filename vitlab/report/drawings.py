@@ -17,11 +17,7 @@ from vitlab.report import _style, tables
 
 # Weights that stay, by the letter of their size in the cells of inside.layers.
 _BLUES = dict(zip("abcdefghi", plt.get_cmap("Blues")(np.linspace(0.45, 1, 9)), strict=True))
-_REMOVED = {
-    "facecolor": "#fbe3d0",
-    "edgecolor": _style.COLORS[3],
-    "linewidth": 0,
-}
+_REMOVED = {"facecolor": "#fbe3d0", "edgecolor": _style.COLORS[3], "linewidth": 0}
 # The sign before a part that stands beside another: W = U × V + S.
 _SIGNS = {"V": "×", "S": "+"}
 _SMALL = {"fontsize": 8, "color": "0.35"}
@@ -39,7 +35,7 @@ def layers(frame):
     There is a picture for each method, target and layer.
 
     frame: columns method, layer, part, row and cells, as inside.layers returns them, and target (a
-    share) if there is one.
+        share) if there is one.
     Returns a Figure.
     Raises ValueError for a frame without rows.
     """
@@ -77,61 +73,36 @@ def _arrange(ax, pictures, high):
         widths.append(max((columns + gap).sum(), 1.05 * high) + 1.5 * gap)
     # One line takes about six square matrices, or the widest picture.
     line = max(6.5 * high, *widths)
-    x, y, tall = 0.0, 0.0, 0
+    x = y = 0.0
+    tall = 0
     for rows, width in zip(pictures, widths, strict=True):
         if x and x + width > line:
-            x, y, tall = 0.0, y + tall + 5.5 * gap, 0
+            x = 0.0
+            y = y + tall + 5.5 * gap
+            tall = 0
         _picture(ax, rows, x, y, gap)
         x += width
         tall = max(tall, rows.row.max() + 1)
-    width, height = min(line, sum(widths)), y + tall
-    ax.set(
-        xlim=(-gap / 2, width),
-        ylim=(height + 3 * gap, -3.4 * gap),
-        aspect="equal",
-    )
+    width = min(line, sum(widths))
+    height = y + tall
+    ax.set(xlim=(-gap / 2, width), ylim=(height + 3 * gap, -3.4 * gap), aspect="equal")
     cell = 10 / line  # inches
     ax.figure.set_size_inches(max(5.5, cell * width), cell * (height + 6.4 * gap) + 0.4)
 
 
 def _picture(ax, rows, x, y, gap):
     """Draw the matrices of one layer in a row, with signs between and their sizes below."""
-    ax.text(
-        x,
-        y - 1.6 * gap,
-        rows.title.iloc[0],
-        fontsize=10,
-        va="bottom",
-    )
-    ax.text(
-        x,
-        y - 0.5 * gap,
-        rows.layer.iloc[0],
-        va="bottom",
-        **_SMALL,
-    )
+    ax.text(x, y - 1.6 * gap, rows.title.iloc[0], fontsize=10, va="bottom")
+    ax.text(x, y - 0.5 * gap, rows.layer.iloc[0], va="bottom", **_SMALL)
     left = x
     for part, cells in rows.groupby("part", sort=False).cells:
         letters = np.array([*map(list, cells)])
         m, n = letters.shape
         if x > left:
             sign = _SIGNS.get(part, "")
-            ax.text(
-                x - gap / 2,
-                y + m / 2,
-                sign,
-                ha="center",
-                va="center",
-                fontsize=10,
-            )
+            ax.text(x - gap / 2, y + m / 2, sign, ha="center", va="center", fontsize=10)
         _matrix(ax, letters, x, y)
-        ax.text(
-            x,
-            y + m + 0.3 * gap,
-            f"{part}\n{m} × {n}",
-            va="top",
-            **_SMALL,
-        )
+        ax.text(x, y + m + 0.3 * gap, f"{part}\n{m} × {n}", va="top", **_SMALL)
         x += n + gap
 
 
@@ -143,17 +114,13 @@ def _matrix(ax, letters, x, y):
     for letter, color in _BLUES.items():
         colors[letters == letter] = color
     # Without "nearest" the renderer would blend neighbouring cells.
-    ax.imshow(
-        colors,
-        extent=(x, x + n, y + m, y),
-        interpolation="nearest",
-        zorder=1,
-    )
+    ax.imshow(colors, extent=(x, x + n, y + m, y), interpolation="nearest", zorder=1)
     # First whole rows that are removed, side by side in y (axis 1), then whole columns, in x.
     for axis in (1, 0):
         removed = (letters == "x").all(axis=axis)
         for run in np.ma.clump_masked(np.ma.masked_array(removed, removed)):
-            corner, size = [x, y], [n, m]
+            corner = [x, y]
+            size = [n, m]
             corner[axis] += run.start
             size[axis] = run.stop - run.start
             # In a thin strip, crosses would look like a thick line.
@@ -184,12 +151,7 @@ def widths(frame):
     figure, panels = _style.panels_beside(kinds, 1.6, 1.55, 1 + 0.3 * len(places))
     for ax, kind, widths in panels:
         ax.barh(widths.place, 1, 0.75, color="0.92")
-        ax.barh(
-            widths.place,
-            widths.kept / widths.whole,
-            0.75,
-            color=_style.COLORS[0],
-        )
+        ax.barh(widths.place, widths.kept / widths.whole, 0.75, color=_style.COLORS[0])
         for row in widths.itertuples():
             ax.text(1.04, row.place, f"{row.kept} of {row.whole}", fontsize=8, va="center")
         ax.set(xlim=(0, 1), xticks=[0, 0.5, 1])
@@ -213,7 +175,7 @@ def weight_histograms(frame):
     as many.
 
     frame: as inside.weights returns it, with the columns method and target. All groups have the
-    same stages.
+        same stages.
     Returns a Figure.
     """
     stages = frame.stage.unique()
@@ -244,20 +206,8 @@ def _histogram(ax, bins, limit):
     edges = [*bins.left, bins.right.iloc[-1]]
     # What the masks will let go is light, behind what they keep.
     if bins.survivors.sum() < bins["count"].sum():
-        ax.stairs(
-            bins["count"],
-            edges,
-            fill=True,
-            color="0.75",
-            label="will go",
-        )
-    ax.stairs(
-        bins.survivors,
-        edges,
-        fill=True,
-        color=_style.COLORS[0],
-        label="stay",
-    )
+        ax.stairs(bins["count"], edges, fill=True, color="0.75", label="will go")
+    ax.stairs(bins.survivors, edges, fill=True, color=_style.COLORS[0], label="stay")
     threshold = bins.threshold.iloc[0]
     label = "where magnitude\nwould cut as many"
     for place in (-threshold, threshold):
@@ -265,24 +215,9 @@ def _histogram(ax, bins, limit):
     # The zeros stand apart at the right, where they do not hide the rest.
     place = 1.7 * limit
     zeros = bins.zeros.iloc[0]
-    ax.bar(
-        place,
-        zeros,
-        0.3 * limit,
-        color="0.85",
-        edgecolor="0.2",
-        hatch="///",
-    )
+    ax.bar(place, zeros, 0.3 * limit, color="0.85", edgecolor="0.2", hatch="///")
     ax.set(yscale="log", xlim=(-1.1 * limit, 2.1 * limit))
-    ax.set_xticks(
-        [
-            -limit,
-            0,
-            limit,
-            place,
-        ],
-        [f"−{limit:.2g}", "0", f"{limit:.2g}", "zeros"],
-    )
+    ax.set_xticks([-limit, 0, limit, place], [f"−{limit:.2g}", "0", f"{limit:.2g}", "zeros"])
     ax.grid(False, axis="x")
 
 
@@ -291,8 +226,8 @@ def weight_violins(frame):
     """Draw distributions of weights by role (a panel each) and block.
 
     At the left of each place stand the weights of the first stage, in grey. At its right stand the
-    survivors of the last one. All are equally wide. Dotted lines show where magnitude would have cut as
-    many.
+    survivors of the last one. All are equally wide. Dotted lines show where magnitude would have
+    cut as many.
 
     frame: as inside.weights(by="layer") returns it, of one cut.
     Returns a Figure.
@@ -304,22 +239,10 @@ def weight_violins(frame):
     roles = frame.role.unique()
     first, last = frame.stage.unique()[[0, -1]]
     size = (1.6 + 0.9 * max(5, len(blocks)), 0.9 + 1.15 * len(roles))
-    figure, panels = plt.subplots(
-        len(roles),
-        1,
-        figsize=size,
-        sharex=True,
-        squeeze=False,
-    )
+    figure, panels = plt.subplots(len(roles), 1, figsize=size, sharex=True, squeeze=False)
     for ax, (role, bins) in zip(panels.flat, frame.groupby("role", sort=False), strict=True):
         after = bins[bins.stage == last]
-        _violins(
-            ax,
-            bins[bins.stage == first],
-            "count",
-            side="low",
-            color="0.7",
-        )
+        _violins(ax, bins[bins.stage == first], "count", side="low", color="0.7")
         _violins(ax, after, "survivors", side="high", color=_style.COLORS[0])
         _zeros(ax, after)
         _limits(ax, bins)
@@ -359,19 +282,8 @@ def _violins(ax, bins, column, *, side, color):
             "mean": 0,  # matplotlib asks for both, and draws neither
             "median": 0,
         }
-        violins = ax.violin(
-            [shape],
-            [place],
-            widths=0.85,
-            side=side,
-            showextrema=False,
-        )
-        violins["bodies"][0].set(
-            facecolor=color,
-            edgecolor="0.25",
-            linewidth=0.5,
-            alpha=1,
-        )
+        violins = ax.violin([shape], [place], widths=0.85, side=side, showextrema=False)
+        violins["bodies"][0].set(facecolor=color, edgecolor="0.25", linewidth=0.5, alpha=1)
 
 
 def _zeros(ax, bins):
@@ -402,17 +314,13 @@ def spectra(frame):
     Dashed is the rank at which two thin layers have as many MACs as one.
 
     frame: as inside.spectra returns it. A column faster puts a small mark on each line: the rank up
-    to which factoring was measured to be faster, as bench.break_even returns it.
+        to which factoring was measured to be faster, as bench.break_even returns it.
     Returns a Figure.
     """
     largest = frame.groupby("layer").sigma.transform("max")
     full = frame[["m", "n"]].min(axis=1)
     # Ranks are shares of the full one, so that stages of several widths compare.
-    frame = frame.assign(
-        full=full,
-        relative=frame.sigma / largest,
-        share=frame["rank"] / full,
-    )
+    frame = frame.assign(full=full, relative=frame.sigma / largest, share=frame["rank"] / full)
     groups = frame.groupby("role", sort=False)
     colors = _style.shades(frame.block.dropna().unique())
     size = (1.8 + 1.9 * len(groups), 4.4)
@@ -466,8 +374,8 @@ def attention_maps(frame, images=None):
 
     There is a column for each image, and for each block a row before and one after the cut.
 
-    frame: as inside.attention_maps returns it; a column label, if there is one, is written above each
-    image.
+    frame: as inside.attention_maps returns it; a column label, if there is one, is written above
+        each image.
     images: the data.Split that the places are of, whose pictures then stand on top.
     Returns a Figure.
     """
@@ -504,12 +412,7 @@ def _attention(figure, panels, block, maps):
         for ax, (_, of_image) in zip(axes, maps.groupby("image", sort=False), strict=True):
             table = of_image.pivot(index="row", columns="column", values=when)
             picture = ax.imshow(table, cmap="rocket", vmin=0, vmax=top)
-    bar = figure.colorbar(
-        picture,
-        ax=list(panels.flat),
-        shrink=0.9,
-        extend="max",
-    )
+    bar = figure.colorbar(picture, ax=list(panels.flat), shrink=0.9, extend="max")
     bar.ax.tick_params(labelsize=9)
     bar.set_label("attention received,\ntimes the equal share", fontsize=9)
 
@@ -524,12 +427,7 @@ def heads(frame, *, value="score", label="score of the head"):
     Returns the Axes.
     """
     table = _table(frame, "head", value)
-    ax = _heat(
-        table,
-        2.6 + 0.8 * table.shape[1],
-        label=label,
-        fmt=".2g",
-    )
+    ax = _heat(table, 2.6 + 0.8 * table.shape[1], label=label, fmt=".2g")
     if "kept" in frame:
         removed = frame[~frame.kept.astype(bool)]
         # The cross lies in the upper right corner of its cell, beside the number.
@@ -620,9 +518,9 @@ def changed_images(images, frame):
 
     images: the data.Split that was compared, shown as stored.
     frame: columns image (place in the split) and label, before, after (names of classes), as in
-    evaluate.compare's images.
+        evaluate.compare's images.
     Returns a Figure.
-    Raises ValueError for no rows and for places that the split does not have.
+    Raises ValueError for no images and for places that the split does not have.
     """
     tables.check_places(frame.image.tolist(), images)
     # A title has room for 18 letters in one line.
@@ -630,7 +528,8 @@ def changed_images(images, frame):
     titles = words.label + ":\n" + words.before + "\n→ " + words.after
     pictures = images.store[images.indices[frame.image]]
     figure = _grid(pictures, titles, 6, (1.7, 2.15))
-    was_right, is_right = frame.before == frame.label, frame.after == frame.label
+    was_right = frame.before == frame.label
+    is_right = frame.after == frame.label
     colors = np.select(
         [is_right & ~was_right, was_right & ~is_right],
         [_style.COLORS[2], _style.COLORS[3]],

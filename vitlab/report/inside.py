@@ -31,7 +31,7 @@ _STEPS = np.arange(1, 13) / 12  # ranks that spectra show, as shares and as expo
 def layers(module, *, keep=None, rows=None, columns=None):
     """Return what is left of a linear layer, to be drawn: one line for each row of each matrix.
 
-    module: an nn.Linear or one of `layers`
+    module: an nn.Linear or one of `_layers`
     keep: bool [m, n], False for what is drawn as zero; None: what is zero is
     rows, columns: (how many the layer once had, the indices of those that this one has); None: all
         that it has
@@ -58,15 +58,7 @@ def layers(module, *, keep=None, rows=None, columns=None):
         if columns is not None and part != "U":
             letters = _in_place(letters, *columns, axis=1)
         cells = letters.iloc[:_MOST, :_MOST].agg("".join, axis=1)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "part": part,
-                    "row": range(len(cells)),
-                    "cells": cells,
-                }
-            )
-        )
+        frames.append(pd.DataFrame({"part": part, "row": range(len(cells)), "cells": cells}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -156,19 +148,19 @@ def weights(stages, keep, *, by="role", bins=81):
     """Return how the weights are distributed at each stage, as a frame.
 
     stages: {name: model}, the unpruned one first, such as unpruned, pruned and finetuned.
-    keep: masks as for `apply`. The weights (no biases) that they name are counted.
+    keep: masks as for `prune.apply`. The weights (no biases) that they name are counted.
     by: "role" counts by the role of the layer and for "all"; "layer" counts by layer.
     bins: number of bins of equal width.
 
     Columns of the frame are
-      stage, role  name of the stage; role of the layer, or "all" with by="role"
-      layer, block with by="layer" only: names of both; block is None outside of blocks
-      left, right  edges of the bin, the same everywhere
-      count        weights in the bin that are not zero
-      survivors    those of them that keep says stay
-      zeros        exact zeros of that stage and role or layer
-      threshold    the |w| up to which magnitude, over all of these weights together, would cut as
-                   many of the first stage as keep does
+        stage, role: name of the stage; role of the layer, or "all" with by="role"
+        layer, block: with by="layer" only, names of both; block is None outside of blocks
+        left, right: edges of the bin, the same everywhere
+        count: weights in the bin that are not zero
+        survivors: those of them that keep says stay
+        zeros: exact zeros of that stage and role or layer
+        threshold: the |w| up to which magnitude, over all of these weights together, would cut as
+            many of the first stage as keep does
 
     Raises ValueError for another `by`.
     """
@@ -198,12 +190,7 @@ def weights(stages, keep, *, by="role", bins=81):
                 "block": getattr(view.block_of(layers), "name", None),
                 "left": edges[:-1],
                 "right": edges[1:],
-                "count": torch.histc(
-                    weight[alive],
-                    bins,
-                    -limit,
-                    limit,
-                ).long(),
+                "count": torch.histc(weight[alive], bins, -limit, limit).long(),
                 "survivors": torch.histc(survivors, bins, -limit, limit).long(),
                 "zeros": int((~alive).sum()),
             }
@@ -231,14 +218,16 @@ def _magnitude_threshold(parameters, keep, names):
 def spectra(model, grams=None):
     """Return the singular values of the linear layers but the classifier, as a DataFrame.
 
-    grams: {layer: [n, n]} of scores.grams, for the values of W S as in the SVD of `compress`; None
-        for those of W.
+    grams: {layer: [n, n]} of scores.grams, for the values of W S as in the SVD of
+        `factor.compress`; None for those of W.
 
     Returns a row for each layer and about 24 of its ranks, from 1 to the last:
         layer, block, role, m, n, rank,
         sigma: the singular value of that rank,
         energy: share of the squares up to it, in [0, 1]; 1 at the last rank,
-        break_even: rank below which two thin layers execute fewer MACs (layers.break_even_rank).
+        break_even: rank below which two thin layers execute fewer MACs (_layers.break_even_rank).
+    Raises TypeError for a model that vitlab cannot see into.
+    Raises ValueError for weights or grams with NaN or inf, and for a layer without its gram [n, n].
     """
     view = models.view(model)
     rows = []
@@ -246,15 +235,7 @@ def spectra(model, grams=None):
         weight = layers.weight.detach()
         m, n = weight.shape
         # A thousandth of the mean of the gram's diagonal is added to it, see lowrank.damped.
-        sigma = lowrank.spectrum(
-            weight,
-            _sweep.fitting_gram(
-                grams,
-                name,
-                n,
-                1e-3,
-            ),
-        )
+        sigma = lowrank.spectrum(weight, _sweep.fitting_gram(grams, name, n, 1e-3))
         energy = sigma.square().cumsum(0)
         energy = energy / energy[-1].clamp_min(lowrank.TINY)  # a layer of zeros has none
         for rank in _spread_ranks(min(m, n)):
@@ -316,12 +297,7 @@ def attention_maps(before, after, images, places):
     frames = []
     for name in list(last_blocks.values())[-2:]:
         image, row, column = np.indices(maps["before"][name].shape).reshape(3, -1)
-        frame = {
-            "image": np.take(places, image),
-            "block": name,
-            "row": row,
-            "column": column,
-        }
+        frame = {"image": np.take(places, image), "block": name, "row": row, "column": column}
         for when, map_by_block in maps.items():
             frame[when] = map_by_block[name].flatten().double().cpu().numpy().round(3)
         frames.append(pd.DataFrame(frame))
@@ -333,19 +309,20 @@ def _attention_maps(model, x):
 
     It is the mean over heads, where 1 is what each token would get of equal shares.
     """
-    kind, maps = models.view(model).kind, {}
+    kind = models.view(model).kind
+    maps = {}
     for name, weights in _attention_weights(model, x).items():
         shares = weights.float().mean(1) * weights.shape[-1]  # [.., from, to]
         if kind == "vit":
-            # A ViT that reads its class token: from that token, not from the one for distillation.
-            # Other ViTs: from all tokens, in the mean.
+            # Of a ViT that reads its class token, take what that token attends to, not the one for
+            # distillation. Of other ViTs take the mean over all tokens.
             by_token = getattr(model, "global_pool", "") == "token" and model.cls_token is not None
             received = shares[:, 0] if by_token else shares.mean(1)
             patches = received[:, getattr(model, "num_prefix_tokens", 0) :]
             maps[name] = patches.unflatten(1, model.patch_embed.grid_size)
         else:
-            # Swin: from the tokens of the same window, with those that pad it, in the mean. Windows
-            # lie in the first dimension and are put back where they were in the image.
+            # Of a Swin take the mean over the tokens of a window, its padding included. Windows lie
+            # in the first dimension and are put back where they were in the image.
             maps[name] = _windows_in_place(shares.mean(1), model.get_submodule(name))
     return maps
 
@@ -355,10 +332,10 @@ def _attention_weights(model, x):
     """Return {block name: attention weights} of images x in evaluation mode; rows sum to 1.
 
     x: [B, 3, H, W]
-    Returns tensors [B, heads, tokens, tokens], from and to.
+    Returns tensors [B, heads, tokens that look, tokens that are looked at].
     """
-    # Of a Swin, tensors are [B * windows, heads, tokens of a window, tokens of a window]. The copy
-    # is changed, so that the model stays as it is.
+    # A Swin's tensors are [B * windows, heads, tokens of a window, tokens of a window]. The copy is
+    # changed, so that the model stays as it is.
     model = copy.deepcopy(model).eval()
     weights = {}
     for block in models.view(model).blocks:
@@ -404,13 +381,4 @@ def units(scores, alive):
             raise ValueError(f"{key[1]} of {key[0]} are 0 to {len(tensor) - 1}; got {sorted(left)}")
         for unit, score in enumerate(tensor.tolist()):
             rows.append((*key, unit, score, unit in left))
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "block",
-            "kind",
-            "unit",
-            "score",
-            "kept",
-        ],
-    )
+    return pd.DataFrame(rows, columns=["block", "kind", "unit", "score", "kept"])

@@ -70,8 +70,8 @@ def _legend_of(ax, colors, markers):
 def training_curves(history):
     """Draw accuracy over the epochs: a panel for each method, a line for each target.
 
-    history: rows of history.csv with method, target, epoch and train_top1 (%); several seeds become
-    mean and range.
+    history: lines of history.csv with method, target, epoch and train_top1 (%); several seeds
+        become mean and range.
     Returns a Figure.
     """
     figure, panels = panels_beside(history.groupby("method", sort=False), 1, 3.4)
@@ -130,16 +130,17 @@ def tradeoff(results, x="macs", *, names=()):
 
     results: results.csv of one model. Masked models stand where their dense tensors put them.
     x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
-    relative_latency, a column that the caller makes as 1 / speedup from results of several sessions.
+        relative_latency. The caller makes that column as 1 / speedup from results of several
+        sessions.
     names: `series` of more results, so that each looks the same in several figures.
     Returns the Axes.
-    Raises ValueError for another column or where no row has it.
+    Raises ValueError for another column or where no result has it.
     """
     check("cost", x, tables.costs_of(results))
-    final = _final_rows(results.rename(columns={x: "cost"}))
+    final = _final_results(results.rename(columns={x: "cost"}))
     if final.empty:
         raise ValueError(
-            f"no fine-tuned, reconstructed or dense row has {x}; it is measured in 6_efficiency"
+            f"no fine-tuned, reconstructed or dense result has {x}; it is measured in 6_efficiency"
         )
     unit, factor = tables.AXES[x]
     points = _final_points(final, factor)
@@ -160,21 +161,14 @@ def tradeoff(results, x="macs", *, names=()):
         _line(ax, line, styles[name], name + marks[name])
     if (points.stage == "reconstructed").any():
         label = "hollow: reconstructed,\nnot trained"
-        ax.scatter(
-            [],
-            [],
-            s=40,
-            label=label,
-            facecolor="white",
-            edgecolor="0.35",
-        )
+        ax.scatter([], [], s=40, label=label, facecolor="white", edgecolor="0.35")
     ax.set(xlabel=unit)
     _accuracy_axis(ax, final.top1.min(), final.top1.max())
     legend_beside(ax)
     return ax
 
 
-def _final_rows(results):
+def _final_results(results):
     """Return the results of the last stage of each cut, and of dense models of the same seeds."""
     results = results.dropna(subset=["cost", "top1"])
     results = results[
@@ -222,25 +216,12 @@ def _front(ax, points):
     heights = [*best.top1_mean, best.top1_mean.iloc[-1]]
     look = {"linewidth": 1.2, "color": "0.25"}
     ax.plot(costs, heights, drawstyle="steps-post", zorder=1, **look)
-    ring = {
-        "s": 150,
-        "zorder": 5,
-        "facecolor": "none",
-        "edgecolor": "0.25",
-        "linewidth": 1.2,
-    }
+    ring = {"s": 150, "zorder": 5, "facecolor": "none", "edgecolor": "0.25", "linewidth": 1.2}
     ax.scatter(best.cost_mean, best.top1_mean, **ring)
     label = "best for its cost"
     if len(ranked) < len(points):
         label += f",\nof {most:g} seeds"
-    _legend_entry(
-        ax,
-        label,
-        color="0.25",
-        marker="o",
-        markersize=11,
-        markerfacecolor="none",
-    )
+    _legend_entry(ax, label, color="0.25", marker="o", markersize=11, markerfacecolor="none")
 
 
 def _line(ax, points, look, label):
@@ -269,14 +250,7 @@ def _points(ax, points, look, is_hollow):
     x = points[["cost_below", "cost_above"]].to_numpy().T
     y = points[["top1_below", "top1_above"]].to_numpy().T
     if x.any() or y.any():
-        ax.errorbar(
-            *places,
-            xerr=x,
-            yerr=y,
-            fmt="none",
-            ecolor=color,
-            zorder=2,
-        )
+        ax.errorbar(*places, xerr=x, yerr=y, fmt="none", ecolor=color, zorder=2)
 
 
 _FILLS = {  # colour and hatch of a stage's bars
@@ -357,7 +331,8 @@ def ladder(results, *, names=()):
     Points are means over seeds, bars their range; hollow ones are of no training. Grey lines are
     the dense model's.
 
-    results: results.csv of one model and one budget (target_kind and target), and of the dense model.
+    results: results.csv of one model and one budget (target_kind and target), and of the dense
+        model.
     names: `series` of more results, so that each looks the same in several figures.
     Returns the Axes.
     Raises ValueError for results of several budgets, or of none.
@@ -428,7 +403,8 @@ def _accuracy_axis(ax, low, high):
     def to_value(place):
         return zero - np.exp(-place)
 
-    bottom, top = zero - 1.12 * (zero - low), high + 0.4
+    bottom = zero - 1.12 * (zero - low)
+    top = high + 0.4
     ax.set_yscale("function", functions=(to_place, to_value))
     ax.set(ylabel=TOP1, ylim=(bottom, top))
     # Ticks are at multiples of 10, then of 5, 2 and 1 where there is room between two of them.
@@ -454,12 +430,13 @@ def speedup_bars(table):
 
     A short line shows what the MACs promise.
 
-    table: columns model, speedup, speedup_q1, speedup_q3, promised, and runtime, precision and
-    batch where these vary, as roofline.bounds returns it; several rows of one model and way (seeds)
-    become their mean.
+    table: as roofline.bounds returns it, with columns model, speedup, speedup_q1, speedup_q3,
+        promised, and runtime, precision and batch where these vary. Several results of one model
+        and way (seeds) become their mean.
     Returns the Axes.
     """
-    names, ways = table.model.unique(), _ways(table)
+    names = table.model.unique()
+    ways = _ways(table)
     order = ways.unique()
     quartiles = ["speedup_q1", "speedup", "speedup_q3"]
     means = table.groupby([table.model, ways])[quartiles].mean()
@@ -470,33 +447,13 @@ def speedup_bars(table):
     spreads = [means[side].unstack().loc[names] for side in ("below", "above")]
     # Each model has a group of bars with quartiles, a bar for each way of running it.
     ax = _bar_axes(names, 0.25 + 0.3 * len(order))
-    fills = zip(
-        cycle(COLORS),
-        cycle(
-            [
-                "",
-                "///",
-                "..",
-                "xx",
-                "\\\\",
-                "++",
-            ]
-        ),
-        strict=True,
-    )
+    fills = zip(cycle(COLORS), cycle(["", "///", "..", "xx", "\\\\", "++"]), strict=True)
     words = {"form": "{:.1f}", "fontsize": 8, "pad": 0.3}
     _bar_groups(ax, heights, fills, spreads=spreads, **words)
     promised = table.groupby("model").promised.mean()[names]
     places = np.arange(len(names))
     label = "promised by the MACs"
-    ax.hlines(
-        promised,
-        places - 0.45,
-        places + 0.45,
-        label=label,
-        color="0.1",
-        linewidth=1.2,
-    )
+    ax.hlines(promised, places - 0.45, places + 0.45, label=label, color="0.1", linewidth=1.2)
     ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
     ax.set(ylabel=f"times as fast as\n{names[0]}")
     legend_beside(ax)
@@ -504,7 +461,7 @@ def speedup_bars(table):
 
 
 def _ways(table):
-    """Return how each row was run, in words: runtime, precision and batch as far as these vary."""
+    """Return how each result was run, in words: runtime, precision and batch as far as these vary."""
     varied = table.columns[table.nunique() > 1]
     formats = {"runtime": "{}", "precision": "{}", "batch": "batch {}"}
     return tables.in_words(table[varied], formats, ", ")
@@ -514,7 +471,7 @@ def _ways(table):
 def roofline(table):
     """Draw the work done per second over the work per byte, under the machine's ceilings.
 
-    There is a point for each row and a line for each precision.
+    There is a point for each result and a line for each precision.
 
     table: as roofline.bounds returns it.
     Returns the Axes.
@@ -537,12 +494,7 @@ def roofline(table):
         ax.scatter(points.intensity, points.rate, edgecolor="white", **look)
     markers.pop("", None)  # where nothing varies there is no way to name
     _legend_of(ax, colors, markers)
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xlabel="MACs per byte moved",
-        ylabel="10⁹ MACs per second",
-    )
+    ax.set(xscale="log", yscale="log", xlabel="MACs per byte moved", ylabel="10⁹ MACs per second")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
@@ -586,14 +538,7 @@ def sensitivity_curves(frame):
     figure.axes[0].set(ylabel="rise of the loss (nats)")
     # No panel need have all blocks, so that the legend has handles of its own.
     handles = [
-        Line2D(
-            [],
-            [],
-            color=color,
-            marker=".",
-            label=block,
-        )
-        for block, color in colors.items()
+        Line2D([], [], color=color, marker=".", label=block) for block, color in colors.items()
     ]
     legend_beside(ax, handles=handles)
     return figure
@@ -611,21 +556,10 @@ def agreement(frame):
     width = max(HALF[0], 2.2 + 0.95 * frame.criterion.nunique())
     ax = new_axes(width, HALF[1])
     # Several seeds become a mean, with a bar from the lowest to the highest.
-    sns.barplot(
-        frame,
-        x="criterion",
-        y="spearman",
-        hue="kind",
-        errorbar=("pi", 100),
-        ax=ax,
-    )
+    sns.barplot(frame, x="criterion", y="spearman", hue="kind", errorbar=("pi", 100), ax=ax)
     ax.axhline(0, color="0.3", linewidth=0.8)
     bottom = min(0, frame.spearman.min() - 0.1)
-    ax.set(
-        xlabel="",
-        ylabel="rank correlation with\nmeasured rise of the loss",
-        ylim=(bottom, 1),
-    )
+    ax.set(xlabel="", ylabel="rank correlation with\nmeasured rise of the loss", ylim=(bottom, 1))
     legend_beside(ax)
     return ax
 
@@ -649,10 +583,7 @@ def prediction_audit(frame):
     # The lowest decade is the one of the smallest value above 0, but at most four under the top.
     lowest = max(values[values > 0].min(axis=None), top / 1e4)
     floor = 10 ** np.floor(np.log10(lowest))
-    frame = frame.assign(
-        is_below=(values < floor).any(axis=1),
-        **values.clip(floor),
-    )
+    frame = frame.assign(is_below=(values < floor).any(axis=1), **values.clip(floor))
     # A criterion has a colour, a kind a marker (KINDS has 13).
     styles = looks(frame.criterion)
     colors = {criterion: styles[criterion]["color"] for criterion in frame.criterion}
@@ -663,7 +594,8 @@ def prediction_audit(frame):
     _diagonal(ax, np.array([floor / 1.5, 1.8 * top]))
     for (criterion, kind), cuts in frame.groupby(["criterion", "kind"], sort=False):
         for is_below, part in cuts.groupby("is_below"):
-            fill, edge = colors[criterion], "white"
+            fill = colors[criterion]
+            edge = "white"
             if is_below:
                 fill, edge = edge, fill
             look = {"marker": markers[kind], "facecolor": fill, "edgecolor": edge}
@@ -688,14 +620,7 @@ def _diagonal(ax, reach):
     # On the diagonal the prediction is right, in the grey band within a factor of three.
     band = {"color": "0.93", "zorder": 0, "label": "within a factor of 3"}
     ax.fill_between(reach, reach / 3, reach * 3, **band)
-    ax.plot(
-        reach,
-        reach,
-        color="0.35",
-        linewidth=1,
-        zorder=1,
-        label="as predicted",
-    )
+    ax.plot(reach, reach, color="0.35", linewidth=1, zorder=1, label="as predicted")
     ax.set(
         xscale="log",
         yscale="log",
@@ -716,8 +641,8 @@ def class_change(frame):
 
     Of more than 30 classes the 12 worst and the 12 best are drawn.
 
-    frame: columns class, images and change, as evaluate.compare gives them; several rows of a class
-    (seeds) become mean and range.
+    frame: columns class, images and change, as evaluate.compare gives them; several results of a
+        class (seeds) become mean and range.
     Returns the Axes.
     Raises ValueError where no class is left.
     """
@@ -735,12 +660,7 @@ def class_change(frame):
         places = np.r_[:12, 13.5:25.5]
     ax = new_axes(6.4, 1 + 0.24 * (places[-1] + 1))
     means = changes["mean"]
-    bars = ax.barh(
-        places,
-        means,
-        0.75,
-        color=np.where(means < 0, COLORS[3], COLORS[0]),
-    )
+    bars = ax.barh(places, means, 0.75, color=np.where(means < 0, COLORS[3], COLORS[0]))
     lengths = error_bars(changes)
     if lengths is None:
         ax.bar_label(bars, fmt="{:+.1f}", fontsize=8, padding=3)
@@ -754,10 +674,7 @@ def class_change(frame):
     counts = frame.groupby("class").images.first()
     words = [f"{str(name)[:24]} ({counts[name]:g})" for name in changes.index]
     ax.set_yticks(places, words, fontsize=9)
-    ax.set(
-        xlabel="change of top-1 (percentage points)",
-        ylim=(places[-1] + 0.7, -0.7),
-    )
+    ax.set(xlabel="change of top-1 (percentage points)", ylim=(places[-1] + 0.7, -0.7))
     ax.margins(x=0.12)
     ax.grid(False, axis="y")
     return ax
@@ -792,11 +709,7 @@ def save(drawn, path, *, caption=None):
     """
     # svg goes into slides, pdf into papers, png into pages.
     figure = drawn.figure
-    for ending, date in (
-        ("svg", "Date"),
-        ("pdf", "CreationDate"),
-        ("png", "Software"),
-    ):
+    for ending, date in (("svg", "Date"), ("pdf", "CreationDate"), ("png", "Software")):
         # Without the date, or the version of matplotlib, the same drawing gives the same bytes.
         files.write_atomic(
             f"{path}.{ending}",
@@ -842,30 +755,30 @@ def draw_each(
 
     tables: {name: frame}, of which the figures draw one.
     name: first part of the files' names, and of the table.
-    draw: a function from the rows of one figure to a Figure or Axes, such as one of this module.
-    results: rows of results.csv of all models and seeds.
+    draw: a function from the results of one figure to a Figure or Axes, such as one of this module.
+    results: results.csv of all models and seeds.
     folder: Path for the files.
     per: "model" or "target" (with its kind, target_kind).
     table: name of the table where it is another one.
-    note: last sentence of the caption, with {column} for a value of the first row.
-    controls: rows that are drawn before those of the same model, such as the dense model's.
+    note: last sentence of the caption, with {column} for a value of the first result.
+    controls: results that are drawn before those of the same model, such as the dense model's.
     options: handed on to draw.
     """
-    rows = tables.get(table or name)
-    if rows is None:
+    found = tables.get(table or name)
+    if found is None:
         # No notebook has left the table.
         return
-    keys = [column for column in _PER[per] if column in rows]
-    for key, group in rows.groupby(keys, sort=False, dropna=False):
+    keys = [column for column in _PER[per] if column in found]
+    for key, group in found.groupby(keys, sort=False, dropna=False):
         model, *target = key
         words = note.format(**group.iloc[0])
         if controls is not None:
             group = pd.concat([controls[controls.model == model], group])
-        # The caption says where the rows come from: rows of results.csv say it themselves, others
-        # have it from the results of the same models and seeds.
+        # The caption says where the results come from. Those of results.csv say it themselves,
+        # others have it from the results of the same models and seeds.
         source = [group] if "commit" in group else [results, group]
         # The file is called <name>-<model>, or <name>-<target_kind>-<target>-<model> as far as the
-        # rows have these.
+        # results have these.
         parts = [_file_part(part) for part in target if pd.notna(part)]
         path = folder / "-".join([name, *parts, model])
         text = f"{caption(*source)} {words}".rstrip()

@@ -15,16 +15,8 @@ from vitlab import files, names
 
 # -- statistics: frames in, frames out
 
-# Rows of one cut have the same values in all of these columns.
-_CONDITION_COLUMNS = (
-    "model",
-    "method",
-    "criterion",
-    "form",
-    "target_kind",
-    "target",
-    "stage",
-)
+# Results of one cut have the same values in all of these columns.
+_CONDITION_COLUMNS = ("model", "method", "criterion", "form", "target_kind", "target", "stage")
 STAGES = {  # in the order in which a model goes through them
     "dense": "dense",
     "dense+epochs": "dense, same epochs",
@@ -64,7 +56,7 @@ def is_random(name):
 
 
 def series(results):
-    """Name the line of each row: its method, with form and criterion where the method has several.
+    """Name the line of each result: its method, with form and criterion where there are several.
 
     results: a frame with the column method and, optionally, form and criterion.
     Returns a Series of strings.
@@ -80,7 +72,7 @@ def series(results):
 
 
 def in_words(results, formats, between):
-    """Write the values of some columns of each row as one text.
+    """Write the values of some columns of each result as one text.
 
     results: a frame; columns that it lacks and values that are missing are left out.
     formats: {column: format such as "{:.0%}"}.
@@ -98,12 +90,12 @@ def in_words(results, formats, between):
 def over_seeds(frame, keys):
     """Average the results with equal keys over their seeds.
 
-    frame: one row for each seed and keys.
+    frame: one result for each seed and keys.
     keys: list of columns.
     Returns a frame with the keys, the means of the other numbers and `seeds`, the number of seeds.
     """
-    # Where some results of a key lack values that others have, only those with most values count,
-    # so that all means of one key are over the same seeds.
+    # Where some results of a key lack values that others have, only those with most values count.
+    # So all means of one key are over the same seeds.
     values = frame.notna().sum(axis=1)
     most = values.groupby([frame[key] for key in keys], dropna=False).transform("max")
     groups = frame[values == most].groupby(keys, sort=False, dropna=False)
@@ -112,7 +104,7 @@ def over_seeds(frame, keys):
 
 
 def beside_dense(results, *columns):
-    """Write the value of the dense model beside each row, as a column `dense_<column>`.
+    """Write the value of the dense model beside each result, as a column `dense_<column>`.
 
     results: a frame with dense results among the others.
     columns: names of numbers; of several dense results of one model and seed the mean is taken.
@@ -129,7 +121,7 @@ def seeds_of(results):
     Returns for example "0, 1, 2", or "0, 1, 2 (some cuts: 0)" where some cuts have fewer, or
     "unknown".
     """
-    # A row without seed or without its top1 (a budget out of reach) shows nothing.
+    # A result without seed or without its top1 (a budget out of reach) shows nothing.
     measured = results.dropna(subset=results.columns.intersection(["seed", "top1"]))
     if "seed" not in measured or measured.empty:
         return "unknown"
@@ -188,13 +180,7 @@ def ranges_of(groups):
     table = groups.agg(["mean", "min", "max"])
     # The computed mean of three equal numbers may lie an ulp beside them.
     mean = table["mean"].clip(table["min"], table["max"])
-    return pd.DataFrame(
-        {
-            "mean": mean,
-            "below": mean - table["min"],
-            "above": table["max"] - mean,
-        }
-    )
+    return pd.DataFrame({"mean": mean, "below": mean - table["min"], "above": table["max"] - mean})
 
 
 def pareto(cost, value):
@@ -205,7 +191,8 @@ def pareto(cost, value):
     """
     # The comparisons have points down and their rivals across. One point beats another by costing
     # at most as much and being worth more, or by costing less and being worth as much.
-    costs, values = cost.to_numpy()[:, None], value.to_numpy()[:, None]
+    costs = cost.to_numpy()[:, None]
+    values = value.to_numpy()[:, None]
     by_value = (costs >= costs.T) & (values < values.T)
     by_cost = (costs > costs.T) & (values <= values.T)
     return pd.Series(~(by_value | by_cost).any(axis=1), cost.index)
@@ -218,15 +205,18 @@ def best_under(results, cost):
 
     results: results.csv of any models and seeds, the dense ones among them.
     cost: a column, such as macs, params, bytes_disk, latency_ms or relative_latency.
-    Returns a frame of a row per model and limit: model, cost, limit, method, ..., stage, top1 (test,
-    percent), dense (its top-1), share and value of the cost, chosen_on ("val" or "test"), seeds.
-    A limit is a share of the cost of the dense model of the same model and seed. Where nothing
-    fits, method is "none" and the rest is missing.
+    Returns a frame of a line per model and limit:
+        model, cost, limit: the limit is a share of the dense model's cost, of the same seed
+        method, ..., stage: of the best cut; method is "none" where nothing fits, and the rest is
+            missing
+        top1, dense: test top-1 in percent of the cut and of the dense model
+        share, value: of the cost
+        chosen_on, seeds: "val" or "test"; the number of seeds
     Raises ValueError for another column, and for results without a dense model.
     """
     names.check("cost", cost, costs_of(results))
     if not (results.stage == "dense").any():
-        raise ValueError("no row of stage dense, so that no cost is known as a share")
+        raise ValueError("no result of stage dense, so that no cost is known as a share")
     results = beside_dense(results, cost, "top1").dropna(subset=[cost, "top1"])
     results = results.assign(
         share=results[cost] / results[f"dense_{cost}"],
@@ -246,15 +236,7 @@ def best_under(results, cost):
         # Budgets are met to within a hundredth, so a limit may be exceeded by that.
         fitting = cuts[cuts.share <= limit * (1 + _SLACK)]
         best.append({"model": model, "cost": cost, "limit": limit} | _best(fitting))
-    columns = [
-        *keys[1:],
-        "top1",
-        "dense",
-        "share",
-        "value",
-        "chosen_on",
-        "seeds",
-    ]
+    columns = [*keys[1:], "top1", "dense", "share", "value", "chosen_on", "seeds"]
     return pd.DataFrame(best, columns=["model", "cost", "limit", *columns])
 
 
@@ -312,17 +294,7 @@ def check_places(places, images):
 # -- words and files of tables
 
 # Columns of results.csv that a caption quotes.
-_SOURCES = [
-    "study",
-    "data",
-    "model",
-    "split_seed",
-    "device",
-    "threads",
-    "torch",
-    "timm",
-    "commit",
-]
+_SOURCES = ["study", "data", "model", "split_seed", "device", "threads", "torch", "timm", "commit"]
 
 
 def caption(results, drawn=None):
@@ -350,10 +322,10 @@ def caption(results, drawn=None):
 def save_table(frame, path, *, formats=(), kinds=("csv", "md", "tex")):
     """Write a frame as path + ".csv" (as it is) and, formatted for people, ".md" and ".tex".
 
-    frame: what is missing in it is left empty. A frame without rows is not written.
+    frame: what is missing in it is left empty. A frame without results is not written.
     path: without ending.
     formats: {column: format such as "{:.1f}"}; other numbers have at most three digits after the
-    point.
+        point.
     kinds: the endings to write.
     Raises ValueError for an unknown column.
     """
@@ -361,7 +333,7 @@ def save_table(frame, path, *, formats=(), kinds=("csv", "md", "tex")):
     names.known(formats, frame, "column")
     if frame.empty:
         # A study that was run in part has such frames, which must not replace whole ones.
-        files.log(f"{Path(path).name}: no rows yet, not written")
+        files.log(f"{Path(path).name}: no results yet, not written")
         return
     # As objects, integers stay integers beside missing values.
     cells = frame.astype(object)

@@ -6,7 +6,8 @@ It keeps that copy in the folder of the run, also when the notebook fails.
 People, the Makefile and the Snakefile all come through this door.
 
 With --processes 2, or started by torchrun, several processes execute the notebook together and
-train data-parallel. From a notebook, `notebooks.main(["1_train", "--processes", "2", ...])` does so.
+train data-parallel. From a notebook, `notebooks.main(["1_train", "--processes", "2", ...])` does
+so.
 
 Public: main.
 """
@@ -95,8 +96,8 @@ def _execute(path, parameters, *, out=None):
     path: of the notebook.
     parameters: {name: value}; the others keep the notebook's values.
     out: where to keep the copy; by default in `notebooks/` in the folder of the run. It is there
-    only when the notebook has run to its end. Before, it is called <name>.running.ipynb, and after
-    an error <name>.failed.ipynb.
+        only when the notebook has run to its end. Before, it is called <name>.running.ipynb, and
+        after an error <name>.failed.ipynb.
     Of several processes (see `parallel`) each executes its own copy. At the end those of all but
     the first are deleted.
     Raises ValueError and TypeError for wrong parameters, before anything starts.
@@ -222,7 +223,7 @@ def main(arguments):
                 f"{path.stem} measures one process or writes figures: run it without --processes"
             )
     except (ValueError, TypeError) as error:
-        print(f"vitlab run: {error}", file=sys.stderr)
+        print(f"python -m vitlab run: {error}", file=sys.stderr)
         return 2
     name = " ".join(map(str, [path.stem, *parameters.values()]))
     files.log(f"{name}: running")
@@ -231,7 +232,7 @@ def main(arguments):
         with mock.patch.dict(os.environ, log):
             out = _execute(path, parameters, out=options.out)
     except Exception as error:
-        print(f"vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
+        print(f"python -m vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
         return 1
     files.log(f"{name}: done in {time.perf_counter() - begun:.0f} s, {out}")
     return 0
@@ -277,7 +278,7 @@ def _parameters(options):
 def _together(processes, arguments):
     """Run this command line in several processes of this machine, which share its cores."""
     if processes < 1:
-        print(f"vitlab run: --processes is at least 1, got {processes}", file=sys.stderr)
+        print(f"python -m vitlab run: --processes is at least 1, got {processes}", file=sys.stderr)
         return 2
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ

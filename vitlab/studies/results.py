@@ -13,8 +13,6 @@ from vitlab import files
 from vitlab.studies import settings
 from vitlab.studies.runs import _COLUMNS, IDENTITY, LOG, study_label, with_first_columns
 
-# -- results: one table of all runs
-
 # What tells one result of a seed from another.
 _KEY = [
     "model",
@@ -35,10 +33,12 @@ _PLACE = ["model", "seed", "notebook"]
 def read(name, *, override=None):
     """Return all that the runs of a study have saved, over models and seeds.
 
-    name, override: as in `study`.
-    Returns Values with the frames `results` and `history`; `tables`, frames by name; and `kept`,
-    a list of what was not saved here and comes from the study's folder of figures, as in a fresh
-    clone.
+    name, override: as in `settings.study`.
+    Returns Values of
+        results, history: frames
+        tables: frames by name
+        from_figures: list of what was not saved here, as in a fresh clone, and comes from the
+            study's folder of figures
     Raises FileNotFoundError if there are no results yet.
     """
     values = settings.study(name, override=override)
@@ -50,7 +50,8 @@ def read(name, *, override=None):
     saved = {stem: _from_runs(runs, stem) for stem in stems}
     published = {stem: _from_figures(figures, stem, values) for stem in stems}
     changed = _changed_models(saved["results-*"], published["results-*"])
-    frames, names = {}, []
+    frames = {}
+    names = []
     for stem in stems:
         frame, names_of_published = _merged(stem, saved[stem], published[stem], changed)
         frames[stem.removeprefix("table-")] = frame
@@ -63,7 +64,7 @@ def read(name, *, override=None):
         results=_without_stale_timings(results),
         history=history,
         tables=settings.Values((name, frame) for name, frame in frames.items() if len(frame)),
-        kept=list(dict.fromkeys(names)),
+        from_figures=list(dict.fromkeys(names)),
     )
 
 
@@ -149,7 +150,7 @@ def _gather(name=None):
     Each run keeps a log. Every save of results adds them to it, with their notebook and all values
     of the study that the notebook uses. The last save of each notebook counts.
     name: str, a study; None for all.
-    Columns: folder, notebook, save, those of ROW, all others, and parameters (JSON).
+    Columns: folder, notebook, save, those of `_COLUMNS`, all others, and parameters (JSON).
     A line that was cut short, by a full disk for instance, is left out, and a message says so.
     Raises FileNotFoundError if there are no results.
     """
@@ -187,13 +188,14 @@ def _read_log(path):
 def _compare(again, kept):
     """Return results that were made again beside the published ones.
 
-    again, kept: results as `read` gives them, or those of figures/<study>/results.csv. Those
-    of 6_efficiency are left out, as timings belong to their machine.
-    Returns one line for each result of the models and seeds that both have. Its columns are seed,
-    KEY, top1 and macs, top1_kept and macs_kept (missing where only one table has such a result),
-    spread: points of top-1 that the seeds of the published result span, at least 1, and
-    agrees: both results are there, top-1 is within the spread, and MACs are within 1 %.
-    Budgets promise that 1 %.
+    again, kept: results as `read` gives them, or those of figures/<study>/results.csv. Those of
+        6_efficiency are left out, as timings belong to their machine.
+    Returns one line for each result of the models and seeds that both have. Its columns:
+        seed and those of `_KEY`
+        top1, macs, top1_kept, macs_kept: missing where only one table has such a result
+        spread: points of top-1 that the seeds of the published result span, at least 1
+        agrees: whether both results are there, top-1 within the spread and MACs within 1 %, which
+            budgets promise
     Raises ValueError where no result is in both.
     """
     key = ["seed", *(name for name in _KEY if name in again and name in kept)]
@@ -223,7 +225,7 @@ def _comparable(results, key):
 
 
 def main(arguments):
-    """Print results of `gather` as CSV, or whether a study's agree with the published ones.
+    """Print results of all runs as CSV, or whether a study's agree with the published ones.
 
     `python -m vitlab results [STUDY] [--compare]`
     Returns the exit status: 0, or 1 without results or where some do not agree.
@@ -242,7 +244,7 @@ def main(arguments):
             return _print_comparison(settings.study(options.study).name)
         print(_gather(options.study).to_csv(index=False), end="")
     except (FileNotFoundError, ValueError) as error:
-        print(f"vitlab results: {error}", file=sys.stderr)
+        print(f"python -m vitlab results: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -27,8 +27,6 @@ from filelock import FileLock
 from vitlab import files, names, parallel
 from vitlab.studies import settings
 
-# -- runs: the folder of one model and seed, and what it writes
-
 _METER = "closed form (vitlab.cost)"  # of params, MACs and FLOPs; other meters have own columns
 LOG = "results.jsonl"  # of a run: every result that was ever saved
 IDENTITY = ["study", "model", "seed"]
@@ -49,11 +47,12 @@ _COLUMNS = [*IDENTITY, *_CUT, *_MEASURED.split()]
 def open_run(study_name, model=None, seed=0, override=None):
     """Return the Run of one model and seed of a study.
 
-    study_name, override: as in `study`. An overridden run has its own folder. Where the override
-    does not concern a notebook, the run reads what that notebook wrote for the study itself.
+    study_name, override: as in `settings.study`. An overridden run has its own folder. Where the
+        override does not concern a notebook, the run reads what that notebook wrote for the study
+        itself.
     model: one of the study's models; None for the study as a whole (data, report).
     seed: int >= 0.
-    Raises what `study` raises, and ValueError for an unknown model.
+    Raises what `settings.study` raises, and ValueError for an unknown model.
     Raises TypeError for another seed, PermissionError where the folder cannot be written.
     """
     values = settings.study(study_name, seed=seed if model else None, override=override)
@@ -118,8 +117,8 @@ class Run:
 
         section: str; its epochs, lr, images and warmup_epochs replace those of `train`.
         stage: str, the name of the training. With it the result is {"recipe", "stage", "folder"}:
-        `train.fit(model, images.train, images.val, **lab.training("budget", stage=label))`.
-        Without it the result is the recipe alone, a flat dict, as checkpoints keep it.
+            `train.fit(model, images.train, images.val, **lab.training("budget", stage=label))`.
+            Without it the result is the recipe alone, a flat dict, as checkpoints keep it.
         """
         replacing = self.params[section]
         recipe = {
@@ -137,10 +136,10 @@ class Run:
 
         split: data.Split, of which a stratified part is taken.
         images: int, how many; None for as many as the study's `calibration` says. A smaller split
-        gives all it has.
-        augment: whether each image is augmented as in training, by a draw from the run's seed.
-        None leaves that to the study's `calibration`. False is for the images that are compared
-        with the calibration images, such as those of val.
+            gives all it has.
+        augment: whether each image is augmented as in training, by a draw from the run's seed. None
+            leaves that to the study's `calibration`. False is for the images that are compared with
+            the calibration images, such as those of val.
         device: where the batches lie.
         """
         values = self.params.calibration
@@ -227,16 +226,16 @@ class Run:
         return " ".join(words)
 
     def results(self, notebook, images, measure, save_model=None):
-        """Return a collector of the results and histories of a notebook. See `Results`."""
+        """Return a collector of the results and histories of a notebook. See `_Results`."""
         return _Results(self, notebook, images, measure, save_model)
 
     def save_results(self, notebook, results, *, data=None):
         """Write all results of a notebook, and return them as a frame with provenance.
 
         results: frame or list of dicts, one for each model that was measured. Each has at least
-        `method` and `stage`, and a number as `target` where something was cut.
+            `method` and `stage`, and a number as `target` where something was cut.
         data: str, what the images are called, such as "CIFAR-10 (JPEG)".
-        The frame has the columns of ROW in that order, then all others.
+        The frame has the columns of `_COLUMNS` in that order, then all others.
         Raises ValueError for results without method or stage, and a target that is no number.
         """
         sections = _sections_of(notebook)
@@ -274,13 +273,17 @@ class Run:
         """Write the histories of a notebook, and return them as one frame.
 
         history: the frame of train.fit, or a list of such frames, marked by method, target, ...
+        Raises ValueError for no histories, PermissionError where the folder cannot be written.
         """
         frame = pd.concat(history, ignore_index=True) if isinstance(history, list) else history
         frame = frame.assign(**self._identity())
         return self._save(f"history-{notebook}.csv", with_first_columns(frame, _HISTORY))
 
     def save_table(self, name, frame):
-        """Write any other frame as table-<name>.csv, marked with study, model and seed."""
+        """Write any other frame as table-<name>.csv, marked with study, model and seed.
+
+        Raises ValueError for a frame without results, PermissionError as `save_history` does.
+        """
         rest = frame.drop(columns=IDENTITY, errors="ignore")
         identity = pd.DataFrame(self._identity(), rest.index)
         return self._save(f"table-{name}.csv", pd.concat([identity, rest], axis=1))
@@ -335,7 +338,7 @@ class _Results:
     images: data.Dataset, whose test split is measured.
     measure: function of (model, split) that returns {column: value}, such as evaluate.measure.
     save_model: function of (model, folder), and of masks, such as checkpoint.save. It saves each
-    model that is added with the name of a checkpoint. None saves no models.
+        model that is added with the name of a checkpoint. None saves no models.
     results, histories: lists of dicts and of frames, what was collected so far.
     """
 
@@ -375,11 +378,11 @@ class _Cut:
 
         stage: str, such as "cut", "finetuned", or "unreachable".
         model: the model to be measured on test; None for a result without a measurement, such as
-        `cut.add("unreachable", note=str(error))`.
+            `cut.add("unreachable", note=str(error))`.
         history: frame of train.fit. The result gets its epochs and seconds, and the frame is saved
-        with the columns of the cut. `history.assign(target=0.0)` gives it a column of its own.
+            with the columns of the cut. `history.assign(target=0.0)` gives it a column of its own.
         checkpoint: str, name of the folder of the run in which the model is saved, by the
-        collector's `save_model` if it has one.
+            collector's `save_model` if it has one.
         masks: {parameter name: bool tensor} that is saved with the model.
         columns: columns of this result alone, such as val_top1=91.5.
         """
@@ -441,8 +444,8 @@ def study_label(name, override):
     """Return the name of a study's folder, another one for each override.
 
     name: str, of the study.
-    override: {"section.value": new value}, or None. So an overridden study never replaces the
-    study itself.
+    override: {"section.value": new value}, or None. So an overridden study never replaces the study
+        itself.
     """
     if not override:
         return name

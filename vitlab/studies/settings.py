@@ -28,8 +28,6 @@ from pydantic_core import PydanticCustomError
 
 from vitlab import files, names
 
-# -- settings: the values of a study
-
 _DENSE = ("data", "models", "train")
 _SCORED = (*_DENSE, "calibration")
 # The sections of a study that each notebook reads, itself or through the notebooks before it.
@@ -224,8 +222,8 @@ def study(name, *, seed=None, override=None):
     """Return all values of a study as nested Values; `name` among them is the study's name.
 
     name: a file of notebooks/params without its ending, or the path of a .yaml file of your own.
-    seed: int, the seed of the run; None stands for the study's first. The values that a study
-    gives under `other_seeds` hold for all seeds but the first.
+    seed: int, the seed of the run; None stands for the study's first. The values that a study gives
+        under `other_seeds` hold for all seeds but the first.
     override: {"section.value": new value}, such as {"train.epochs": 2}, as in `other_seeds`.
     Raises ValueError for an unknown study, section or value, with the nearest known name.
     Raises ValueError for a missing value, an empty list, and a value out of its range.
