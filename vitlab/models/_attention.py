@@ -27,13 +27,7 @@ class CutAttention(Attention):
                 "attention with dimensions cut takes no mask: mask the dimensions instead"
             )
         q, k, v = _split(self, self.qkv(x))
-        y = _attend(
-            self,
-            self.q_norm(q),
-            self.k_norm(k),
-            v,
-            scale=self.scale,
-        )
+        y = _attend(self, self.q_norm(q), self.k_norm(k), v, scale=self.scale)
         return self.proj_drop(self.proj(self.norm(y)))
 
 

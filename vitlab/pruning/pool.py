@@ -23,15 +23,7 @@ from vitlab.pruning import lowrank
 
 # At least so many units stay, whatever the target. Dimensions of queries, keys and values are
 # counted in each head. Of whole blocks one stays in the model; the search sees to that.
-FLOORS = {
-    "heads": 1,
-    "neurons": 8,
-    "width": 8,
-    "filters": 4,
-    "qk": 4,
-    "v": 4,
-    "block": 0,
-}
+FLOORS = {"heads": 1, "neurons": 8, "width": 8, "filters": 4, "qk": 4, "v": 4, "block": 0}
 # And at least this share of a place. What goes is predicted to lose the sum of its parts, but a
 # residual stream that is all but gone loses far more: LOG.md, 2026-11-26.
 _LEAST = {"width": 1 / 8}
@@ -360,14 +352,7 @@ class Search:
                 dropped = size - ranks[name]
                 rows.append((name, "ranks", size, dropped, thin.losses[option], less))
                 cost_left -= less
-        columns = [
-            "block",
-            "kind",
-            "units",
-            "dropped",
-            "predicted",
-            f"{what}_saved",
-        ]
+        columns = ["block", "kind", "units", "dropped", "predicted", f"{what}_saved"]
         table = pd.DataFrame(rows, columns=columns)
         return Plan(drop, ranks, table, cost_left / self.total)
 

@@ -20,15 +20,7 @@ from vitlab.pruning import factor, pool, scores
 # -- Ranks: which rank each layer keeps, where ranks are all that may go
 
 
-def allocate(
-    model,
-    grams,
-    gradients,
-    *,
-    macs,
-    multiple=8,
-    most=None,
-):
+def allocate(model, grams, gradients, *, macs, multiple=8, most=None):
     """Choose ranks with which the model keeps a share of its MACs at little predicted loss.
 
     Use it where ranks are all that may go. Method: docs/methods/ranks.md.

@@ -176,14 +176,7 @@ class Dataset:
 
 
 def load(
-    name,
-    *,
-    root=None,
-    image_size,
-    split_seed=0,
-    normalise="train",
-    images=None,
-    skip_broken=False,
+    name, *, root=None, image_size, split_seed=0, normalise="train", images=None, skip_broken=False
 ):
     """Return a Dataset of train / val / test, from its cache or decoded into it.
 
