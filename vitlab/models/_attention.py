@@ -13,7 +13,7 @@ from timm.models import swin_transformer, swin_transformer_v2
 
 # timm's attention takes queries, keys and values of one size. Here queries and keys have one size
 # and values another, and `scale` stays what it was. The layers qkv and proj are always called as
-# modules. So hooks see them, and any layer of `layers` can stand in their place.
+# modules. So hooks see them, and any layer of `_layers` can stand in their place.
 class CutAttention(Attention):
     """Compute a ViT's attention.
 

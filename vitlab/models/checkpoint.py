@@ -19,7 +19,7 @@ from vitlab import parallel
 from vitlab.models import _packed, _structure, build
 
 RECORD = "model.json"
-WEIGHTS = "model.safetensors"  # tensors with many zeros are stored without them, see `packed`
+WEIGHTS = "model.safetensors"  # tensors with many zeros are stored without them, see `_packed`
 _MASKS = "masks.safetensors"  # only where masks were given that the weights do not follow
 # The record holds a hash of each file and one of all that the record itself says. So what was
 # altered, cut short or mixed up after saving is refused. The hashes are no signature: who alters a

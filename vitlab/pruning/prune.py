@@ -58,7 +58,12 @@ def apply(model, keep):
 def sparsity(model, keep):
     """Return the share of zeros, in [0, 1], among all entries of the parameters that keep names.
 
-    keep: masks as for `apply`. Zeros are counted in the model, so the share is exact.
+    Zeros are counted in the model, so the share is exact.
+
+    model: masked or not.
+    keep: masks as for `apply`, of at least one parameter.
+
+    Raises ValueError for an unknown name and for a mask of another shape or dtype.
     """
     parameters = parameters_of(model, keep).values()
     total = sum(parameter.numel() for parameter in parameters)
@@ -70,7 +75,7 @@ class MaskHolder:
     """Hold dead weights at zero through training, with any optimizer, momentum and weight decay.
 
     Masking gradients is not enough: moments from before the cut move dead weights for many steps.
-    Creating a Holder zeroes the dead weights and their optimizer moments. Call `step` after each
+    Creating a MaskHolder zeroes the dead weights and their optimizer moments. Call `step` after each
     step of the optimizer and `check` at the end of an epoch.
 
     model: the model to train, on the device it trains on.
@@ -112,7 +117,7 @@ class MaskHolder:
                 if wrong:
                     raise RuntimeError(
                         f"{wrong} pruned weights of {name} are not zero: "
-                        "call Holder.step after every optimizer step"
+                        "call MaskHolder.step after every optimizer step"
                     )
 
 
@@ -139,9 +144,8 @@ def rows_to_masks(model, rows):
     """Return the parameter masks of whole rows (output features, filters), biases included.
 
     A masked fc1 row that kept its bias would still emit GELU(b). The same holds for a filter whose
-    batch norm kept its shift: where a batch norm follows a convolution inside the same
-        nn.Sequential,
-    its weight and bias are masked, too. In other places no batch norm is looked for.
+    batch norm kept its shift. Where a batch norm follows a convolution inside the same
+    nn.Sequential, its weight and bias are masked, too. In other places none is looked for.
 
     rows: {layer name: bool [rows], True stays} of linear layers and convolutions.
 

@@ -2,8 +2,9 @@
 
 A higher score means: keep it. In all functions batches is a list, or anything to iterate over, of
 (x [B, 3, H, W], y int64 [B]) on the model's device. The images are of the training split, with
-evaluation transforms. The model is used in eval mode and left as it was: modes, requires_grad, gradients and
-hooks. Where several processes train (see `parallel`), the first one computes for all.
+evaluation transforms. The model is a ViT or Swin. It is used in eval mode and left as it was:
+modes, requires_grad, gradients and hooks. Where several processes train (see `parallel`), the first
+one computes for all.
 
 Public: ROWS, UNITS, WEIGHTS, check_calibration, directions, gradient_grams, grams, loss, measure,
 rows, units, weights.
@@ -57,6 +58,7 @@ def measure(
 ):
     """Measure scores of weights, rows and units in one pass.
 
+    model, batches: as at the top of this file.
     weights, rows, units: criteria of the functions of these names, which say what they return.
     parameters, grams, damping: options of `weights`.
     layers: option of `rows`.
@@ -99,6 +101,7 @@ def measure(
 def weights(model, batches=None, *, criteria, **options):
     """Measure scores of single weights.
 
+    model, batches: as at the top of this file.
     criteria: one or several of WEIGHTS, where g is the gradient of the mean cross-entropy of one
         batch, E the mean over batches and H the gram of a layer's inputs
       random     uniform in [0, 1)
@@ -124,6 +127,7 @@ def weights(model, batches=None, *, criteria, **options):
 def rows(model, batches=None, *, criteria, **options):
     """Measure scores of whole rows (output features, filters).
 
+    model, batches: as at the top of this file.
     criteria: one or several of ROWS, where dL/dz is the gradient of one image's loss by a gate z on
         the row's output, and E the mean over images
       random     uniform in [0, 1)
@@ -146,6 +150,7 @@ def rows(model, batches=None, *, criteria, **options):
 def units(model, batches=None, *, criteria, **options):
     """Measure scores of heads, neurons, channels and blocks.
 
+    model, batches: as at the top of this file.
     criteria: one or several of UNITS, where dL/dz is the gradient of one image's loss by a gate z
         on the unit, and E the mean over images
       random     uniform in [0, 1)
@@ -168,6 +173,7 @@ def units(model, batches=None, *, criteria, **options):
 def grams(model, batches, *, layers=None, affine=False):
     """Measure the second moments X^T X / tokens of layer inputs, by forward passes only.
 
+    model, batches: as at the top of this file.
     layers: names of linear layers and convolutions. None means all linear layers but the
         classifier.
     affine: append a constant 1 to the inputs. The tensors are then [n+1, n+1], and their last row
@@ -192,7 +198,9 @@ def grams(model, batches, *, layers=None, affine=False):
 def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
     """Measure the second moments of the loss's gradients by layer outputs, in one pass.
 
-    layers: as for `grams`. labels, seed: as for `measure`.
+    model, batches: as at the top of this file.
+    layers: as for `grams`.
+    labels, seed: as for `measure`.
 
     Returns {layer name: float64 [m, m]}, the mean over images of the sum over positions of g g^T.
     Raises ValueError as `measure` and `grams` do.
@@ -215,6 +223,7 @@ def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
 def directions(model, batches, bases, *, labels="true", seed=0):
     """Predict what the loss rises by when a layer keeps only its first directions.
 
+    model, batches: as at the top of this file.
     bases: {layer name: (u [m, R], v [R, n])} of linear layers and convolutions, as from lowrank.svd.
         A weight (flatten(1), [m, n]) is the sum of its R parts u_i v_i, the most important first.
     labels, seed: as for `measure`.
@@ -254,6 +263,8 @@ def directions(model, batches, bases, *, labels="true", seed=0):
 @torch.no_grad()
 def loss(model, batches):
     """Return the mean cross-entropy over all images of batches, in eval mode.
+
+    model, batches: as at the top of this file.
 
     Raises ValueError for no batches.
     """

@@ -14,8 +14,6 @@ from vitlab import models, names
 from vitlab.models import _attention, _layers, _structure, anatomy
 from vitlab.pruning import compensate
 
-# ---- Removal of units ----
-
 
 @torch.no_grad()
 def remove(model, drop, *, means=None, grams=None, damping=1e-3):
@@ -24,6 +22,7 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     The copy computes what model computes with the same units masked to zero. A model that was cut
     before can be cut again.
 
+    model: a ViT or Swin; it stays as it is.
     drop: {(where, kind): indices}, numbered as in model; kinds of anatomy.View.units, and "rows":
         (block, "heads"), (block, "neurons"): all of them are allowed.
         (block, "qk"), (block, "v"): dimensions of heads, numbered head * size + dimension; the
