@@ -70,7 +70,7 @@ class _Block:
 
     @property
     def head_dim(self):
-        """Return the size of a head's values, and of its queries and keys if none of these were cut."""
+        """Return the size of a head's values, and of its queries and keys unless these were cut."""
         return self.attn.proj.in_features // self.num_heads if self.num_heads else 0
 
     @property

@@ -29,6 +29,8 @@ class ConvStem(nn.Module):
 
     img_size: side in pixels, a multiple of patch_size
     patch_size: a multiple of 4
+    in_chans: channels of an image
+    embed_dim: channels of a token
     widths: channels after the first and the second convolution
     output_fmt: "NHWC" (Swin) for tokens as a grid
     x: [B, in_chans, H, W] with H and W multiples of patch_size. Returns [B, H*W / patch_size**2,
@@ -118,6 +120,7 @@ SMALL = {
 def create(name, *, num_classes, image_size=None, pretrained=False, weights=None, **options):
     """Create a ViT or Swin by name: any of timm's, or `conv_vit` and `conv_swin` of the studies.
 
+    name: a name of timm's or of SMALL
     num_classes: size of the new head
     image_size: side in pixels; None: timm's own for the name
     pretrained: take timm's weights, downloaded by timm

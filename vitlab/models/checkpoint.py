@@ -32,6 +32,7 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     """Write model to folder, over an older checkpoint there, and return the record.
 
     model: as from `models.create`, cut or not
+    folder: is made if it is not there
     extra: JSON-able values of the caller's, such as test top1
     dtype: stores floating-point tensors so (torch.float16), whatever the model holds; they come
         back in the model's own dtype
@@ -215,6 +216,8 @@ def _record(folder):
 def load(folder, *, device="cpu"):
     """Build the model in folder again, from record and tensors alone.
 
+    folder: as `save` wrote it
+    device: a torch.device or its name
     Returns the model in eval mode on device.
     Raises what `read` raises, and ValueError for tensors that do not fit the recorded architecture.
     """

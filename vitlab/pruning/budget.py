@@ -199,6 +199,7 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None):
     """Make the smaller model that a plan describes.
 
     model: the model of the plan; it stays as it is.
+    plan: a Plan of `plan`.
     batches: a list of (x, y) of calibration images.
     grams: {layer: [n+1, n+1]} of model by scores.grams(layers=view.matrices, affine=True), if known
         already.

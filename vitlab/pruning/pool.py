@@ -57,7 +57,12 @@ class Plan:
 
 
 def checked_target(target):
-    """Return the name and the share of a target such as {"macs": 0.5}, or raise ValueError."""
+    """Return the name and the share of a target.
+
+    target: {name: share to keep}, such as {"macs": 0.5}.
+
+    Raises ValueError for several targets or none, an unknown one, and a share outside (0, 1).
+    """
     if len(target) != 1:
         listed = ", ".join(_TARGETS)
         raise ValueError(f"give one target of {listed}, such as macs=0.5; got {target or 'none'}")
@@ -72,6 +77,9 @@ def check_reachable(goes, what, share, floor):
     """Raise Unreachable unless the floor of a target is at most the share to keep.
 
     goes: what may go, in words.
+    what: the name of the target.
+    share: the share to keep, in (0, 1).
+    floor: the least share that can stay.
     """
     if floor > share:
         raise Unreachable(
@@ -481,8 +489,9 @@ def _block_terms(block, row, width):
 def spend(state, losses, costs, room):
     """Raise ranks while there is room.
 
-    state: {layer: number of its option}; it is changed. losses, costs: {layer: array} of each
-        option.
+    state: {layer: number of its option}; it is changed.
+    losses, costs: {layer: array} of each option.
+    room: cost that the raises may add.
     """
     # Take one step at a time, first the one that gains most loss per cost.
     while True:

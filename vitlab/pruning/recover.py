@@ -163,8 +163,8 @@ def _is_solved(model, name, rows):
     """Return whether a layer is there, varies, and has a form that can be solved for."""
     if not len(rows) or (rows < 0).any():
         return False
-    # These stay as they are: low rank plus sparse layers, convolutions of several groups, norms, and
-    # all else that is no linear layer of anatomy.View or convolution of the stem.
+    # These stay as they are: low rank plus sparse layers, convolutions of several groups, norms,
+    # and all else that is no linear layer of anatomy.View or convolution of the stem.
     first = _matrices(model.get_submodule(name))[0]
     if isinstance(first, nn.Conv2d):
         has_zero_padding = first.padding_mode == "zeros" and not isinstance(first.padding, str)

@@ -102,8 +102,8 @@ def weights(model, batches=None, *, criteria, **options):
     """Measure scores of single weights.
 
     model, batches: as at the top of this file.
-    criteria: one or several of WEIGHTS, where g is the gradient of the mean cross-entropy of one
-        batch, E the mean over batches and H the gram of a layer's inputs
+    criteria: one or several of WEIGHTS. There g is the gradient of the mean cross-entropy of one
+        batch, E the mean over batches, and H the gram of a layer's inputs:
       random     uniform in [0, 1)
       magnitude  |w|
       gradient   E|g|
@@ -128,8 +128,8 @@ def rows(model, batches=None, *, criteria, **options):
     """Measure scores of whole rows (output features, filters).
 
     model, batches: as at the top of this file.
-    criteria: one or several of ROWS, where dL/dz is the gradient of one image's loss by a gate z on
-        the row's output, and E the mean over images
+    criteria: one or several of ROWS. There dL/dz is the gradient of one image's loss by a gate z on
+        the row's output, and E the mean over images:
       random     uniform in [0, 1)
       magnitude  L2 norm of the row with its bias
       gradient   mean over the row's weights and bias of E|g|, as in `weights`
@@ -151,8 +151,8 @@ def units(model, batches=None, *, criteria, **options):
     """Measure scores of heads, neurons, channels and blocks.
 
     model, batches: as at the top of this file.
-    criteria: one or several of UNITS, where dL/dz is the gradient of one image's loss by a gate z
-        on the unit, and E the mean over images
+    criteria: one or several of UNITS. There dL/dz is the gradient of one image's loss by a gate z
+        on the unit, and E the mean over images:
       random     uniform in [0, 1)
       magnitude  L2 norm of all weights that would go; not for width, filters and block
       taylor     E|dL/dz|
@@ -224,7 +224,7 @@ def directions(model, batches, bases, *, labels="true", seed=0):
     """Predict what the loss rises by when a layer keeps only its first directions.
 
     model, batches: as at the top of this file.
-    bases: {layer name: (u [m, R], v [R, n])} of linear layers and convolutions, as from lowrank.svd.
+    bases: {layer name: (u [m, R], v [R, n])} of linear layers and convolutions, by lowrank.svd.
         A weight (flatten(1), [m, n]) is the sum of its R parts u_i v_i, the most important first.
     labels, seed: as for `measure`.
 
@@ -281,6 +281,7 @@ def loss(model, batches):
 def check_calibration(model, calibration, held_out):
     """Return the losses on calibration and held-out batches; warn of a model that fits the first.
 
+    model: as at the top of this file.
     calibration: batches that scores would be measured on.
     held_out: batches of images that the model was not trained on (val, never test).
 

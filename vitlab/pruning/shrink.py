@@ -218,8 +218,8 @@ def _remove_channels(model, stage, removed, fill):
     for thing, how in stream:
         name = name_of[thing]
         kept = merged if how == "merged" else keep
-        # A norm then looks at the channels that stay. The masked model that this equals is therefore
-        # one whose norms leave dead channels out.
+        # A norm then looks at the channels that stay. The masked model that this equals is
+        # therefore one whose norms leave dead channels out.
         if how == "last":  # a parameter of the model itself, such as a class token
             _structure.keep_entries(model, name, kept, axis=-1)
         elif how == "columns" or (how == "merged" and hasattr(thing, "in_features")):

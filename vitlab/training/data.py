@@ -191,6 +191,7 @@ def load(
         `train/` with or without `val/` and `test/`, or one tree of class folders
     root: folder of the images and of the cache; None for the data root, `files.root()`
     image_size: side of a batch in pixels, >= 1
+    split_seed: int from 0, by which splits that are not there are drawn
     normalise: "train" for mean and deviation of the train split, "imagenet" for those that
         pretrained weights expect, or (mean, std) of three numbers each
     images: at most so many of each split, stratified, for a trial run; None for all

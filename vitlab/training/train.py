@@ -199,7 +199,7 @@ def in_steps(
     masks = {}
     histories = []
     for step, share in enumerate(shares, 1):
-        # Every training starts its optimizer and its schedule of rates anew, and draws other images.
+        # Every training starts its optimizer and schedule of rates anew, and draws other images.
         recipe = replace(recipe, seed=first_seed + step - 1)
         if step == len(shares) and tail_epochs is not None:
             recipe = replace(recipe, epochs=tail_epochs)
@@ -229,7 +229,8 @@ def _check_grown(model, before, after):
         removed = shapes.get(name) != mask.shape  # for good
         if not removed and (name not in after or (after[name].to(mask.device) & ~mask).any()):
             raise ValueError(
-                f"the cut brings dead weights of {name} back; prune.keep_more_zero gives masks that do not"
+                f"the cut brings dead weights of {name} back; "
+                "prune.keep_more_zero gives masks that do not"
             )
 
 
