@@ -35,7 +35,17 @@ from vitlab.pruning._sweep import (
 from vitlab.pruning.lowrank import TINY
 
 # The criteria, the control first. What each one is stands in the tables of the plans below.
-WEIGHTS = ("random", "magnitude", "gradient", "taylor", "fisher", "obd", "snip", "wanda", "obs")
+WEIGHTS = (
+    "random",
+    "magnitude",
+    "gradient",
+    "taylor",
+    "fisher",
+    "obd",
+    "snip",
+    "wanda",
+    "obs",
+)
 ROWS = ("random", "magnitude", "gradient", "taylor", "michel", "fisher", "variance")
 UNITS = ("random", "magnitude", "taylor", "michel", "fisher", "variance")
 
