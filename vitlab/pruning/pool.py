@@ -256,7 +256,7 @@ class Search:
                 self.lines_of[member].append(row.layer)
 
     def left(self, state, keys):
-        """Return the product of the shares, in (0, 1], of units that are left of these keys.
+        """Return the product of the shares, in [0, 1], of units that are left of these keys.
 
         state: {candidate: number}.
         keys: [(where, kind)]; those that are not in units count as whole.
