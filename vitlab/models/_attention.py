@@ -13,7 +13,7 @@ from timm.models import swin_transformer, swin_transformer_v2
 
 # timm's attention takes queries, keys and values of one size. Here queries and keys have one size
 # and values another, and `scale` stays what it was. The layers qkv and proj are always called as
-# modules. So hooks see them, and any layer of `layers` can stand in their place.
+# modules. So hooks see them, and any layer of `_layers` can stand in their place.
 class CutAttention(Attention):
     """Compute a ViT's attention.
 
@@ -27,13 +27,7 @@ class CutAttention(Attention):
                 "attention with dimensions cut takes no mask: mask the dimensions instead"
             )
         q, k, v = _split(self, self.qkv(x))
-        y = _attend(
-            self,
-            self.q_norm(q),
-            self.k_norm(k),
-            v,
-            scale=self.scale,
-        )
+        y = _attend(self, self.q_norm(q), self.k_norm(k), v, scale=self.scale)
         return self.proj_drop(self.proj(self.norm(y)))
 
 

@@ -75,7 +75,7 @@ class FactoredLinear(_Layer):
 
     @property
     def factors(self):
-        """U [m, rank] and V [rank, n]."""
+        """Return U [m, rank] and V [rank, n]."""
         return self.second.weight, self.first.weight
 
     @property
@@ -190,7 +190,7 @@ class LowRankSparseLinear(_Layer):
 
     @property
     def factors(self):
-        """U [m, r] and V [r, n] of the low-rank part."""
+        """Return U [m, r] and V [r, n] of the low-rank part."""
         if self.rank:
             return self.second[:, : self.rank], self.first[: self.rank]
         like = next(self.parameters())
@@ -198,19 +198,21 @@ class LowRankSparseLinear(_Layer):
 
     @property
     def sparse_weight(self):
-        """S as a dense matrix [m, n]."""
+        """Return S as a dense matrix [m, n]."""
         if self.support == "entries":
             return self.sparse * self.mask
         if self.support == "rows":
-            axis, values = 0, self.first[self.rank :]
+            axis = 0
+            values = self.first[self.rank :]
         else:
-            axis, values = 1, self.second[:, self.rank :]
+            axis = 1
+            values = self.second[:, self.rank :]
         zeros = values.new_zeros(self.out_features, self.in_features)
         return zeros.index_copy(axis, self.index, values)
 
     @property
     def support_mask(self):
-        """True [m, n] where S may differ from zero."""
+        """Return bool [m, n], True where S may differ from zero."""
         if self.support == "entries":
             return self.mask
         mask = self.index.new_zeros(self.out_features, self.in_features, dtype=torch.bool)

@@ -26,7 +26,8 @@ def pack(tensors, masks=None):
     Returns ({name: tensor} to store, {name: shape} of the tensors that were packed).
     """
     masks = masks or {}
-    stored, shapes = {}, {}
+    stored = {}
+    shapes = {}
     for name, tensor in tensors.items():
         bits = tensor != 0
         # The bits say where the tensor is not zero. Where it is zero outside its mask they are the

@@ -14,8 +14,6 @@ from torch import nn
 from vitlab import names
 from vitlab.models import _attention, _layers, anatomy, build
 
-# ---- Structure: what a checkpoint says about the shapes of a model ----
-
 _EVERY_ROLE = (*anatomy.ROLES.values(), "head")
 
 

@@ -70,19 +70,19 @@ class _Block:
 
     @property
     def head_dim(self):
-        """Size of a head's values, and of its queries and keys if none of these were cut."""
+        """Return the size of a head's values, and of its queries and keys unless these were cut."""
         return self.attn.proj.in_features // self.num_heads if self.num_heads else 0
 
     @property
     def qk_dim(self):
-        """Size of a head's queries and keys."""
+        """Return the size of a head's queries and keys."""
         if not self.num_heads:
             return 0
         return (self.attn.qkv.out_features // self.num_heads - self.head_dim) // 2
 
     @property
     def normalises_queries(self):
-        """Whether a query's dimensions change each other before they meet the keys."""
+        """Return whether a query's dimensions change each other before they meet the keys."""
         if isinstance(self.attn, _attention.CutWindowAttentionV2):
             return True
         norm = getattr(self.attn, "q_norm", None)
@@ -94,8 +94,9 @@ class _Block:
 
     @property
     def writers(self):
-        """The layers that give the outputs of attention and MLP."""
-        attn, mlp = self.attn, self.mlp  # a Constant gives its own
+        """Return the layers that give the outputs of attention and MLP."""
+        attn = self.attn  # a Constant gives its own
+        mlp = self.mlp
         return [getattr(attn, "proj", attn), getattr(mlp, "fc2", mlp)]
 
 
@@ -122,11 +123,11 @@ class View:
         return _look_up(dict(self.model.named_parameters()), name, "parameter")
 
     def block(self, name):
-        """Return the Block called name. Raises ValueError with the nearest name for none."""
+        """Return the _Block called name. Raises ValueError with the nearest name for none."""
         return _look_up({block.name: block for block in self.blocks}, name, "block")
 
     def block_of(self, name):
-        """Return the Block of a module or parameter; None in stem, merging and classifier."""
+        """Return the _Block of a module or parameter; None in stem, merging and classifier."""
         return next((block for block in self.blocks if name.startswith(f"{block.name}.")), None)
 
     def role(self, name):
@@ -190,30 +191,33 @@ class View:
 
     @property
     def stages(self):
-        """Names of the stages: "stages.0" and so on. In each the residual stream has one width."""
+        """Return the names of the stages: "stages.0" and so on.
+
+        In each of them the residual stream has one width.
+        """
         count = len(self.model.layers) if self.kind == "swin" else 1
         return [f"stages.{number}" for number in range(count)]
 
     @property
     def stem(self):
-        """[(name, convolution)] of the patch embedding, in forward order."""
+        """Return [(name, convolution)] of the patch embedding, in forward order."""
         modules = self.model.patch_embed.named_modules(prefix="patch_embed")
         return [(name, module) for name, module in modules if isinstance(module, nn.Conv2d)]
 
     @property
     def _whole_stem(self):
-        """{name: convolution} of the patch embedding, without the parts of factored ones."""
+        """Return {name: convolution} of the patch embedding, without the parts of factored ones."""
         return {name: conv for name, conv in self.stem if not _is_factor(self.model, name)}
 
     @property
     def matrices(self):
-        """{name: module} of all that may become low rank."""
+        """Return {name: module} of all that may become low rank."""
         # The stem's convolutions that are not factored, and the linear layers but the classifier.
         return self._whole_stem | self.linears()
 
     @property
     def layers_along_stream(self):
-        """{module name: names of its layers, in forward order} along the residual stream.
+        """Return {module name: names of its layers, in forward order} along the residual stream.
 
         "" stands for the whole model and its classifier.
         """

@@ -29,6 +29,8 @@ class ConvStem(nn.Module):
 
     img_size: side in pixels, a multiple of patch_size
     patch_size: a multiple of 4
+    in_chans: channels of an image
+    embed_dim: channels of a token
     widths: channels after the first and the second convolution
     output_fmt: "NHWC" (Swin) for tokens as a grid
     x: [B, in_chans, H, W] with H and W multiples of patch_size. Returns [B, H*W / patch_size**2,
@@ -52,7 +54,8 @@ class ConvStem(nn.Module):
         super().__init__()
         self.img_size = to_2tuple(img_size)
         self.patch_size = to_2tuple(patch_size)
-        size, patch = self.img_size[0], self.patch_size[0]
+        size = self.img_size[0]
+        patch = self.patch_size[0]
         if patch % 4 or size % patch:
             raise ValueError(
                 f"patch_size must be a multiple of 4 that divides img_size; got {patch} and {size}"
@@ -75,10 +78,15 @@ class ConvStem(nn.Module):
         self.steps = nn.Sequential(*steps)
 
     def forward(self, x):
+        """Return the tokens of images x, as the class says."""
         x = self.steps(x).permute(0, 2, 3, 1)  # [B, H / patch, W / patch, embed_dim]
         return x if self.channels_last else x.flatten(1, 2)
 
     def dynamic_feat_size(self, img_size):
+        """Return the rows and columns of tokens of an image; timm calls it.
+
+        img_size: (height, width) in pixels
+        """
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
 
@@ -112,6 +120,7 @@ SMALL = {
 def create(name, *, num_classes, image_size=None, pretrained=False, weights=None, **options):
     """Create a ViT or Swin by name: any of timm's, or `conv_vit` and `conv_swin` of the studies.
 
+    name: a name of timm's or of SMALL
     num_classes: size of the new head
     image_size: side in pixels; None: timm's own for the name
     pretrained: take timm's weights, downloaded by timm
@@ -181,9 +190,9 @@ def _load_weights(model, path):
     state = _adapted(model, _stored_weights(path))
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     fitting = {name: t for name, t in state.items() if t.shape == expected.get(name)}
-    # Of a model without classes: the names that timm's files give to a head.
+    # For a model without classes take the names that timm's files give to a head.
     layers = anatomy.classifier_names(model) or ["head", "head.fc", "head_dist"]
-    heads = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    heads = {f"{layer}.weight" for layer in layers} | {f"{layer}.bias" for layer in layers}
     missing = sorted(expected.keys() - state.keys() - heads)
     wrong = sorted(state.keys() - fitting.keys() - heads)
     if missing or wrong:

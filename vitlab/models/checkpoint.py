@@ -19,7 +19,7 @@ from vitlab import parallel
 from vitlab.models import _packed, _structure, build
 
 RECORD = "model.json"
-WEIGHTS = "model.safetensors"  # tensors with many zeros are stored without them, see `packed`
+WEIGHTS = "model.safetensors"  # tensors with many zeros are stored without them, see `_packed`
 _MASKS = "masks.safetensors"  # only where masks were given that the weights do not follow
 # The record holds a hash of each file and one of all that the record itself says. So what was
 # altered, cut short or mixed up after saving is refused. The hashes are no signature: who alters a
@@ -32,6 +32,7 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     """Write model to folder, over an older checkpoint there, and return the record.
 
     model: as from `models.create`, cut or not
+    folder: is made if it is not there
     extra: JSON-able values of the caller's, such as test top1
     dtype: stores floating-point tensors so (torch.float16), whatever the model holds; they come
         back in the model's own dtype
@@ -215,6 +216,8 @@ def _record(folder):
 def load(folder, *, device="cpu"):
     """Build the model in folder again, from record and tensors alone.
 
+    folder: as `save` wrote it
+    device: a torch.device or its name
     Returns the model in eval mode on device.
     Raises what `read` raises, and ValueError for tensors that do not fit the recorded architecture.
     """

@@ -14,8 +14,6 @@ from vitlab import models, names
 from vitlab.evaluation import bench, cost
 from vitlab.pruning import factor, pool, recover, scores, shrink
 
-# -- Budget: from a model and a target to the smaller model
-
 _POOL = ("heads", "neurons", "filters", "width", "ranks")  # the kinds that do best together
 _MOST_CORRECTIONS = 12
 
@@ -87,8 +85,8 @@ def plan(
 ):
     """Plan the cut to a share of one cost that has the least predicted loss.
 
-    Call it as in `budget.plan(model, unit_scores, macs=0.5)`. pool.FLOORS and LEAST stay everywhere
-    (docs/methods/budget.md).
+    Call it as in `budget.plan(model, unit_scores, macs=0.5)`. pool.FLOORS stay everywhere, and so
+    does an eighth of the width (docs/methods/budget.md).
 
     model: its layers are plain. Remove units first and factorise afterwards, as `cut` does.
     unit_scores: {(where, kind): tensor} of one criterion, best in loss units ("fisher" of
@@ -201,6 +199,7 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None):
     """Make the smaller model that a plan describes.
 
     model: the model of the plan; it stays as it is.
+    plan: a Plan of `plan`.
     batches: a list of (x, y) of calibration images.
     grams: {layer: [n+1, n+1]} of model by scores.grams(layers=view.matrices, affine=True), if known
         already.
@@ -212,7 +211,8 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None):
     factor.factorise raise.
     """
     names.check("compensation", compensate, (None, "mean", "least squares"))
-    small, drops = model, []
+    small = model
+    drops = []
     if plan.drop:
         known = {}
         if compensate:

@@ -13,8 +13,6 @@ from vitlab import names
 from vitlab.models import _layers, _structure, anatomy
 from vitlab.pruning import _sweep, lowrank, prune
 
-# ---- Compensation in closed form ----
-
 # How the weights that stay are solved for. Least squares are the best end that an update can have
 # for a given mask. Optimal Brain Surgeon is one sweep over the columns, as SparseGPT updates the
 # weights that stay (Frantar and Alistarh 2023). It is never better for the layer's output on the
@@ -28,6 +26,7 @@ def refit(model, keep, grams, *, method="least squares", damping=1e-3):
 
     No labels and no training are needed. What has no gram (biases, norms) is only masked.
 
+    model: a ViT or Swin; it stays as it is.
     keep: {parameter: bool tensor}, True stays, as from masks.keep_largest.
     grams: {layer: [n, n]}, as from scores.grams.
     method: "least squares" (lowrank.refit) or, for comparison, "obs" (lowrank.obs_update).
@@ -70,7 +69,14 @@ class Fill:
     damping: float
 
     def narrow(self, model, name, keep):
-        """Let a linear layer or convolution read only these inputs, made up for the others."""
+        """Let a linear layer or convolution read only these inputs, made up for the others.
+
+        model: holds the layer; it is changed in place.
+        name: of the layer.
+        keep: int64 [kept], the inputs (channels of a convolution) that stay.
+
+        Raises ValueError for a gram or a mean of another shape.
+        """
         layer = model.get_submodule(name)
         weight = layer.weight
         # A filter sees a kernel of values in each channel, a linear layer one value.
@@ -99,7 +105,14 @@ class Fill:
             model.get_submodule(norm).running_mean.sub_(lost)
 
     def put_constant(self, model, name, reader):
-        """Replace attention or an MLP by what its last layer, the reader, gives without inputs."""
+        """Replace attention or an MLP by what its last layer, the reader, gives without inputs.
+
+        model: holds the module; it is changed in place.
+        name: of the attention or MLP.
+        reader: name of its last layer, which reads what is gone.
+
+        Raises ValueError for a gram or a mean of another shape.
+        """
         layer = model.get_submodule(reader)
         _, lost = self._solve(layer, reader, torch.arange(0))
         new = _layers.Constant(layer.out_features, bias=False)
@@ -111,8 +124,8 @@ class Fill:
     def _solve(self, layer, name, columns):
         """Return what makes up for the inputs of a layer that are not in columns.
 
-        Returns transfer [n, kept], float64, or None without a gram; and what each output loses on
-        average, [m], or None without a mean or a place for it.
+        Returns (transfer, lost). Transfer [n, kept] is float64, or None without a gram. Lost [m] is
+        what each output loses on average, or None without a mean or a place for it.
         """
         weight = layer.weight.flatten(1)
         n = weight.shape[1]

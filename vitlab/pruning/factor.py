@@ -15,8 +15,6 @@ from vitlab import models, names
 from vitlab.models import _layers, _structure
 from vitlab.pruning import _sweep, lowrank
 
-# ---- Low rank and sparse layers ----
-
 # "svd": two thin layers, of the largest rank whose MACs are the share (lowrank.rank_for).
 # "iht": a sparse matrix (lowrank.iht).
 # "svd+iht": low rank plus sparse (lowrank.low_rank_plus_sparse).
@@ -46,6 +44,7 @@ def compress(
     A layer [m, n] keeps 1 - ratio of its m n weights. A layer that was replaced before is
     compressed anew.
 
+    model: a ViT or Swin; it stays as it is.
     ratio: share of the weights that goes, above 0 and below 1.
     method: one of METHODS, how the weights of a layer are chosen.
     support: what the sparse part consists of: "entries", "rows", "columns" or a pattern such as
@@ -168,8 +167,10 @@ def _check_pattern(m, n, budget, method, support):
         )
     left = budget - _affordable(m, n, budget, support)
     # Without a rank nothing may be left, with a rank at least one direction.
-    if left != 0 if method == "iht" else left < m + n:
-        need = "exactly" if method == "iht" else "less than"
+    has_rank = method != "iht"
+    is_missed = left < m + n if has_rank else left != 0
+    if is_missed:
+        need = "less than" if has_rank else "exactly"
         raise ValueError(
             f"{support} keeps {few / of:g} of a [{m}, {n}] matrix: "
             f"give a ratio of {need} {1 - few / of:g}"
@@ -226,6 +227,7 @@ def _layer_of(fit, support, bias):
 def factorise(model, ranks, *, grams=None, damping=1e-3):
     """Return a copy of model with some layers as two thin ones each, by truncated SVD.
 
+    model: a ViT or Swin; it stays as it is.
     ranks: {layer: rank} of linear layers and of convolutions of the stem, as from ranks.allocate.
     grams: {layer: [n, n]} of this very model, as from scores.grams. A layer in it gets the
         activation-weighted SVD (lowrank.svd), the others the plain one.

@@ -33,7 +33,7 @@ _MOST_STEPS = 30  # of thresholding
 
 @dataclass(frozen=True)
 class Fit:
-    """A fit of W: it is about u v + sparse, with sparse zero outside mask.
+    """Hold a fit of W, which is about u v + sparse, with sparse zero outside mask.
 
     u: [m, r].
     v: [r, n].
@@ -171,6 +171,8 @@ def spectrum(weight, gram=None):
 
     weight: W [m, n].
     gram: S S^T [n, n]; None for the singular values of W.
+
+    Raises ValueError for wrong shapes and values that are not finite.
     """
     weight, gram = _checked(weight, gram)
     root, _ = _root(weight, gram)
@@ -184,6 +186,12 @@ def threshold_product(weight, rank, count):
 
     The result has no low rank any more and is no better a sparse matrix for it: dense cost, two
     losses.
+
+    weight: W [m, n].
+    rank: of the truncated SVD, in [1, min(m, n)].
+    count: how many entries stay, in [1, m n].
+
+    Raises ValueError for a rank or count out of range, wrong shapes and values that are not finite.
     """
     u, v = svd(weight, rank)
     return project(u @ v, count)
@@ -260,8 +268,8 @@ def neighbours(support):
 def _support_mask(score, count, support="entries"):
     """Return the mask of the count entries, rows or columns whose score, summed, is largest.
 
-    Of support "2:4", or other such numbers, it holds the 2 largest of each 4 neighbours along a
-    row. Count is then what that makes of all entries. The count is exact: among equals the first in
+    A support "2:4", or other such numbers, keeps the 2 largest of each 4 neighbours along a row.
+    Count is then what that makes of all entries. The count is exact: among equals the first in
     memory goes first.
 
     Raises ValueError for an unknown support and a count beyond what there is.

@@ -58,7 +58,8 @@ def keep_largest(scores, *, sparsity=None, count=None, per="global", floor=0, ti
 def n_of_m(score, n, m):
     """Return the mask that keeps the n largest of each m neighbours along the last dimension.
 
-    score: float tensor. For 2:4 sparsity n is 2 and m is 4.
+    score: float tensor.
+    n, m: ints with 0 < n < m; 2 and 4 for 2:4 sparsity.
 
     Returns a bool tensor of the shape of score.
     Raises ValueError unless 0 < n < m and m divides the last dimension.

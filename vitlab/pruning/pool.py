@@ -19,19 +19,9 @@ from torch import nn
 from vitlab import models, names
 from vitlab.pruning import lowrank
 
-# -- Pool: units and ranks that compete, what each costs, and the greedy search
-
 # At least so many units stay, whatever the target. Dimensions of queries, keys and values are
 # counted in each head. Of whole blocks one stays in the model; the search sees to that.
-FLOORS = {
-    "heads": 1,
-    "neurons": 8,
-    "width": 8,
-    "filters": 4,
-    "qk": 4,
-    "v": 4,
-    "block": 0,
-}
+FLOORS = {"heads": 1, "neurons": 8, "width": 8, "filters": 4, "qk": 4, "v": 4, "block": 0}
 # And at least this share of a place. What goes is predicted to lose the sum of its parts, but a
 # residual stream that is all but gone loses far more: LOG.md, 2026-11-26.
 _LEAST = {"width": 1 / 8}
@@ -40,12 +30,12 @@ _RANK_MULTIPLE = 4  # ranks of a plan are multiples of it
 
 
 class Unreachable(ValueError):
-    """A target below what the kinds that may go can reach; the message names their floor."""
+    """Say that a target lies below what the kinds that may go can reach, and name their floor."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would go, before any weight is touched.
+    """Hold what would go, before any weight is touched.
 
     drop: {(where, kind): indices}, for shrink.remove.
     ranks: {layer: rank}, for factor.factorise after it.
@@ -67,7 +57,12 @@ class Plan:
 
 
 def checked_target(target):
-    """Return the name and the share of a target such as {"macs": 0.5}, or raise ValueError."""
+    """Return the name and the share of a target.
+
+    target: {name: share to keep}, such as {"macs": 0.5}.
+
+    Raises ValueError for several targets or none, an unknown one, and a share outside (0, 1).
+    """
     if len(target) != 1:
         listed = ", ".join(_TARGETS)
         raise ValueError(f"give one target of {listed}, such as macs=0.5; got {target or 'none'}")
@@ -82,6 +77,9 @@ def check_reachable(goes, what, share, floor):
     """Raise Unreachable unless the floor of a target is at most the share to keep.
 
     goes: what may go, in words.
+    what: the name of the target.
+    share: the share to keep, in (0, 1).
+    floor: the least share that can stay.
     """
     if floor > share:
         raise Unreachable(
@@ -91,7 +89,17 @@ def check_reachable(goes, what, share, floor):
 
 
 def candidates(model, unit_scores, directions, kinds, multiple, most):
-    """Return all that competes: units {(where, kind): _Units} and thin {layer: _Thin}."""
+    """Return all that competes: units {(where, kind): _Units} and thin {layer: _Thin}.
+
+    model: its layers are plain.
+    unit_scores, directions: as for budget.plan; {} where no kind needs them.
+    kinds: what may go.
+    multiple: neurons, channels and filters go in groups of so many.
+    most: {layer: highest rank}; layers that are not in it may have any that saves MACs.
+
+    Raises ValueError for factored layers, an unknown kind, scores that are not one for each unit,
+    missing directions, and directions of another model.
+    """
     view = models.view(model)
     units = _scored_units(view, unit_scores, kinds, multiple)
     for name, layer in view.linears().items():
@@ -172,13 +180,27 @@ class _Thin(NamedTuple):
 
 
 def basis(layer, gram):
-    """Return all directions u [m, R], v [R, n] of the activation-weighted SVD of a layer."""
+    """Return all directions u [m, R], v [R, n] of the activation-weighted SVD of a layer.
+
+    layer: linear or convolution, of weight.flatten(1) [m, n]; R = min(m, n).
+    gram: [n, n] of its inputs; lowrank.damped is applied to it here.
+
+    Raises ValueError for a gram of another shape and for values that are not finite.
+    """
     weight = layer.weight.detach().flatten(1)
     return lowrank.svd(weight, min(weight.shape), gram=lowrank.damped(gram))
 
 
 def thin_layers(model, directions, multiple, most):
-    """Return {layer: _Thin} of the layers that may have any rank, or raise ValueError."""
+    """Return {layer: _Thin} of the layers that may have any rank.
+
+    model: holds the layers, which are plain.
+    directions: {layer: [R+1]}, what is lost without all directions from each on.
+    multiple: ranks are multiples of it; a layer whose highest rank is lower takes any rank.
+    most: {layer: highest rank}; layers that are not in it may have any that saves MACs.
+
+    Raises ValueError for a wrong number of directions.
+    """
     thin = {}
     for name, lost in directions.items():
         m, n = model.get_submodule(name).weight.flatten(1).shape
@@ -193,7 +215,7 @@ def thin_layers(model, directions, multiple, most):
         step = multiple if top >= multiple else 1
         options = np.arange(step, min(top, most.get(name, top)) + 1, step)
         if len(options):
-            # Some of the directions never lose more than all of them: the highest loss from each
+            # A lower rank may not look better than a higher one: take the highest loss from each
             # rank on.
             highest = lost.double().flip(0).cummax(0).values
             losses = highest.flip(0).cpu().numpy()[options]
@@ -202,8 +224,11 @@ def thin_layers(model, directions, multiple, most):
 
 
 class Search:
-    """One greedy search of `plan`: what has the least predicted loss per cost saved goes first.
+    """Search greedily: what has the least predicted loss per cost saved goes first.
 
+    In all methods a state is {candidate: number}, as explained below at `state`.
+
+    view: anatomy.View of the model.
     table: cost.breakdown with a column cost.
     units, thin: those of `candidates`.
     """
@@ -231,11 +256,20 @@ class Search:
                 self.lines_of[member].append(row.layer)
 
     def left(self, state, keys):
-        """Return the product of the shares of units that are left of these keys."""
+        """Return the product of the shares, in [0, 1], of units that are left of these keys.
+
+        state: {candidate: number}.
+        keys: [(where, kind)]; those that are not in units count as whole.
+        """
         return math.prod(self.units[key].shares[state[key]] for key in keys if key in self.units)
 
     def line_cost(self, state, name, option):
-        """Return the cost of a line at an option of its rank (a slice: at several)."""
+        """Return the cost of a line at an option of its rank.
+
+        state: {candidate: number}.
+        name: of the line.
+        option: number of an option; a slice or list gives an array of the costs at several.
+        """
         cost, inputs, outputs = self.lines[name]
         # A neuron costs less once the stream is narrower: a line falls with what is left of its
         # inputs and, part by part, of its outputs.
@@ -251,7 +285,11 @@ class Search:
         return np.minimum(whole, self.thin[name].options[option] * per_rank)
 
     def cost(self, state, key=None):
-        """Return the cost of the lines that depend on a key, or of all."""
+        """Return the cost of the lines that depend on a key.
+
+        state: {candidate: number}.
+        key: (where, kind) or a layer's name; None: all lines.
+        """
         lines = self.lines if key is None else self.lines_of[key]
         return sum(self.line_cost(state, name, state[name]) for name in lines)
 
@@ -265,7 +303,10 @@ class Search:
         return min(self.cost(Counter(lowest | block)) for block in stays) / self.total
 
     def run(self, share):
-        """Cut until a share of the cost is left, give back what was too much, and return self."""
+        """Cut until a share of the cost is left, give back what was too much, and return self.
+
+        share: of the whole model's cost, in (0, 1]; where it cannot be reached all goes that may.
+        """
         goal = share * self.total
         goal *= 1 + 1e-12  # rounding alone misses no goal
         prices = {}  # {candidate: (loss per cost saved, its number after that)}, if still right
@@ -295,7 +336,10 @@ class Search:
         return self
 
     def unit_price(self, key):
-        """Return the loss per cost saved by the next group (inf: none may go), and its number."""
+        """Return the loss per cost saved by the next group (inf: none may go), and its number.
+
+        key: (where, kind) of units.
+        """
         units = self.units[key]
         number = self.state[key]
         blocks_left = [block for block in self.blocks if not self.state[block]]
@@ -308,7 +352,10 @@ class Search:
         return units.losses[number] / saved if saved > 0 else math.inf, number + 1
 
     def rank_price(self, name):
-        """Return the least loss per cost saved by a lower rank of a layer, and its number."""
+        """Return the least loss per cost saved by a lower rank of a layer, and its number.
+
+        name: a layer of thin.
+        """
         _, options, losses = self.thin[name]
         costs = self.line_cost(self.state, name, slice(None))
         now = self.state[name]
@@ -320,7 +367,10 @@ class Search:
         return prices.min(), prices.argmin()
 
     def give_back(self, goal):
-        """Give back the groups that the goal is met without, the dearest first."""
+        """Give back the groups that the goal is met without, the dearest first.
+
+        goal: the cost that may be left.
+        """
         # Not the last one: the goal was missed without it.
         for key in reversed(self.taken[:-1]):
             with_it = self.state - Counter([key])
@@ -328,16 +378,24 @@ class Search:
                 self.state = with_it
 
     def options(self, names):
-        """Return the losses and the costs, {layer: array}, of all options of these layers."""
+        """Return the losses and the costs, {layer: array}, of all options of these layers.
+
+        names: layers of thin.
+        """
         losses = {name: self.thin[name].losses for name in names}
         costs = {name: self.line_cost(self.state, name, slice(None)) for name in names}
         return losses, costs
 
     def as_plan(self, what):
-        """Return the Plan of what was taken; what: the name of its target."""
+        """Return the Plan of what was taken.
+
+        what: the name of its target, such as "macs".
+        """
         # What several kinds save together counts for the one that went first, ranks last.
         saved, cost_left = self.saved_by_units()
-        drop, ranks, rows = {}, {}, []
+        drop = {}
+        ranks = {}
+        rows = []
         # Whole blocks come last: they take over what their units saved before.
         for key in sorted(self.units, key=lambda key: key[1] == "block"):
             where, kind = key
@@ -351,7 +409,8 @@ class Search:
                 drop[key] = indices
             rows.append((*key, size, len(indices), sum(losses[:count]), saved[key]))
         for name in filter(self.state.get, self.lines):
-            thin, option = self.thin[name], self.state[name]
+            thin = self.thin[name]
+            option = self.state[name]
             whole, now = self.line_cost(self.state, name, [0, option])
             less = whole - now
             if less > 0:  # else two thin layers are no cheaper than what is left of the whole
@@ -360,20 +419,14 @@ class Search:
                 dropped = size - ranks[name]
                 rows.append((name, "ranks", size, dropped, thin.losses[option], less))
                 cost_left -= less
-        columns = [
-            "block",
-            "kind",
-            "units",
-            "dropped",
-            "predicted",
-            f"{what}_saved",
-        ]
+        columns = ["block", "kind", "units", "dropped", "predicted", f"{what}_saved"]
         table = pd.DataFrame(rows, columns=columns)
         return Plan(drop, ranks, table, cost_left / self.total)
 
     def saved_by_units(self):
         """Return {key: cost saved}, in the order of the search, and the cost left by units."""
-        saved, state = Counter(), Counter()
+        saved = Counter()
+        state = Counter()
         before = float(self.total)
         # Go through the search once more, without what was given back.
         for key in self.taken:
@@ -436,10 +489,11 @@ def _block_terms(block, row, width):
 def spend(state, losses, costs, room):
     """Raise ranks while there is room.
 
-    state: {layer: number of its option}; it is changed. losses, costs: {layer: array} of each
-        option.
+    state: {layer: number of its option}; it is changed.
+    losses, costs: {layer: array} of each option.
+    room: cost that the raises may add.
     """
-    # Step by step, where most loss is gained per cost first.
+    # Take one step at a time, first the one that gains most loss per cost.
     while True:
         best = 0, 0, None, None
         for name in losses:

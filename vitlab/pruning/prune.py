@@ -37,6 +37,7 @@ def masked(model, keep):
 def apply(model, keep):
     """Zero the weights of the model where keep is False, in place.
 
+    model: the model to cut.
     keep: {parameter name: bool tensor of the parameter's shape}, True stays.
 
     Raises ValueError for an unknown name, a wrong shape, and for masks that drop nothing or
@@ -58,7 +59,12 @@ def apply(model, keep):
 def sparsity(model, keep):
     """Return the share of zeros, in [0, 1], among all entries of the parameters that keep names.
 
-    keep: masks as for `apply`. Zeros are counted in the model, so the share is exact.
+    Zeros are counted in the model, so the share is exact.
+
+    model: masked or not.
+    keep: masks as for `apply`, of at least one parameter.
+
+    Raises ValueError for an unknown name and for a mask of another shape or dtype.
     """
     parameters = parameters_of(model, keep).values()
     total = sum(parameter.numel() for parameter in parameters)
@@ -70,8 +76,8 @@ class MaskHolder:
     """Hold dead weights at zero through training, with any optimizer, momentum and weight decay.
 
     Masking gradients is not enough: moments from before the cut move dead weights for many steps.
-    Creating a Holder zeroes the dead weights and their optimizer moments. Call `step` after each
-    step of the optimizer and `check` at the end of an epoch.
+    Creating a MaskHolder zeroes the dead weights and their optimizer moments. Call `step` after
+    each step of the optimizer and `check` at the end of an epoch.
 
     model: the model to train, on the device it trains on.
     keep: masks as for `apply`.
@@ -112,13 +118,14 @@ class MaskHolder:
                 if wrong:
                     raise RuntimeError(
                         f"{wrong} pruned weights of {name} are not zero: "
-                        "call Holder.step after every optimizer step"
+                        "call MaskHolder.step after every optimizer step"
                     )
 
 
 def parameters_of(model, keep):
     """Return {name: parameter} of the model for the names in keep.
 
+    model: any model.
     keep: {parameter name: bool tensor of the parameter's shape}.
 
     Raises ValueError naming what is unknown or does not fit.
@@ -139,10 +146,10 @@ def rows_to_masks(model, rows):
     """Return the parameter masks of whole rows (output features, filters), biases included.
 
     A masked fc1 row that kept its bias would still emit GELU(b). The same holds for a filter whose
-    batch norm kept its shift: where a batch norm follows a convolution inside the same
-        nn.Sequential,
-    its weight and bias are masked, too. In other places no batch norm is looked for.
+    batch norm kept its shift. Where a batch norm follows a convolution inside the same
+    nn.Sequential, its weight and bias are masked, too. In other places none is looked for.
 
+    model: a model, which stays as it is.
     rows: {layer name: bool [rows], True stays} of linear layers and convolutions.
 
     Returns {parameter name: bool tensor}.
@@ -169,6 +176,7 @@ def rows_to_masks(model, rows):
 def units_to_masks(model, drop):
     """Return the parameter masks of dropped units: the masked model equals the one without them.
 
+    model: a ViT or Swin, which stays as it is.
     drop: {(block name, kind): indices} or {(layer name, "rows"): indices}. Kinds are
       heads    a head's rows and biases of q, k and v, and its columns of proj
       neurons  a neuron's row and bias of fc1, and its column of fc2
@@ -282,6 +290,7 @@ def shares(kind, steps, *, final, initial=0.0):
 def keep_more_zero(model, scores, *, sparsity, per="global", floor=0):
     """Return masks in which the zeros of the model go first: dead weights stay dead.
 
+    model: a model that was cut before by masks, or not; it stays as it is.
     scores: {parameter name: float tensor of its shape}, such as new scores of a model that was cut
         before.
     sparsity, per, floor: as for masks.keep_largest. The weights that are dead already count.

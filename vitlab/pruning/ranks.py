@@ -17,22 +17,13 @@ from vitlab.evaluation import cost
 from vitlab.models import _layers
 from vitlab.pruning import factor, pool, scores
 
-# -- Ranks: which rank each layer keeps, where ranks are all that may go
 
-
-def allocate(
-    model,
-    grams,
-    gradients,
-    *,
-    macs,
-    multiple=8,
-    most=None,
-):
+def allocate(model, grams, gradients, *, macs, multiple=8, most=None):
     """Choose ranks with which the model keeps a share of its MACs at little predicted loss.
 
     Use it where ranks are all that may go. Method: docs/methods/ranks.md.
 
+    model: a ViT or Swin; it stays as it is.
     grams: {layer: [n, n]} of scores.grams.
     gradients: {layer: [m, m]} of scores.gradient_grams. Plain layers in both may be factored.
     macs: share to keep, in (0, 1), of the whole model's.
@@ -134,6 +125,7 @@ def _priced(losses, costs, room):
 def uniform(model, batches, *, macs, grams=None):
     """Choose ranks with which each layer keeps the same share: the baseline of `allocate`.
 
+    model: a ViT or Swin; it stays as it is.
     batches: a list of (x, y) of calibration images.
     macs: the share that the model keeps at most, in (0, 1), of the whole model's.
     grams: as for factor.factorise, which gets the ranks with the same grams. None: plain SVD.
@@ -149,10 +141,11 @@ def uniform(model, batches, *, macs, grams=None):
         even[name] = _layers.break_even_rank(*layer.weight.flatten(1).shape)
     even = pd.Series(even, dtype=float)
     # What shares the cut: the linear layers alone, or with the stem's convolutions, or with all of
-    # these but the first, which sees three channels. That of them is taken which leaves the lowest
-    # loss on batches, by their labels.
+    # these but the first, which sees three channels. The variant with the lowest loss on batches,
+    # by their labels, is taken.
     stem = tuple(name for name, _ in models.view(model).stem)
-    floors, ranks_by_loss = [], {}
+    floors = []
+    ranks_by_loss = {}
     for whole in dict.fromkeys([stem, (), stem[:1]]):
         factored = even.drop(list(whole), errors="ignore")
         floor, ranks = _equal_share(table, factored, macs)

@@ -1,8 +1,8 @@
 """Recover accuracy without training: solve a cut model's layers anew against the dense model.
 
-`shrink.remove` and `compensate.refit` compensate each layer for itself, in the same call as the cut, by
-activations of the model before the cut. `reconstruct` comes after all cuts, and looks at what the
-smaller model really computes.
+`shrink.remove` and `compensate.refit` compensate each layer for itself, in the same call as the
+cut, by activations of the model before the cut. `reconstruct` comes after all cuts, and looks at
+what the smaller model really computes.
 
 Public: reconstruct.
 """
@@ -27,9 +27,9 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
     """Return a copy of model whose layers come as near as they can to what dense computes.
 
     Layers are solved for one after the other, first to last, without labels. Weight and bias of a
-    layer become the least-squares map from its own inputs to the outputs of the layer of the same
-    name in dense. Its inputs are as the layers solved before have left them. Errors of earlier
-    layers are thus seen and made up for, which activations of the dense model alone cannot do.
+    layer become the least-squares map from its inputs to the outputs of its namesake in dense. Its
+    inputs are as the layers solved before have left them. Errors of earlier layers are thus seen
+    and made up for, which activations of the dense model alone cannot do.
 
     fc2 is solved for all that its block should leave in the residual stream, except where a norm
     follows it or LayerScale is below 0.01. The classifier is solved for the logits of dense. A
@@ -39,13 +39,13 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
         dense.
     dense: the model before the cuts, of plain layers.
     batches: a list of (x, y), as for `scores`.
-    drops: what shrink.remove took from dense: one dictionary, or one for each call in their order,
-        so that each output finds the one it stands for.
+    drops: what shrink.remove took from dense: one dictionary, or one for each call in their order.
+        By it each output finds the one that it stands for.
     keep: {parameter: bool tensor}, the masks of model.
     tokens: number of positions that an image gives a layer, drawn for each batch; the classifier
         sees one. All together should be many more than a layer has inputs.
-    damping: ridge towards the weights that are there, as a share of the inputs' mean variance, or
-        without a bias of their mean square; see lowrank.damped.
+    damping: ridge towards the weights that are there, see lowrank.damped. It is a share of the
+        inputs' mean variance, or without a bias of their mean square.
 
     On the positions seen, no layer is further from its target than before its turn, up to the
     ridge. The cost is about two forward passes of dense, four of model, and the products. For all
@@ -163,8 +163,8 @@ def _is_solved(model, name, rows):
     """Return whether a layer is there, varies, and has a form that can be solved for."""
     if not len(rows) or (rows < 0).any():
         return False
-    # These stay as they are: low rank plus sparse layers, convolutions of several groups, norms, and
-    # all else that is no linear layer of anatomy.View or convolution of the stem.
+    # These stay as they are: low rank plus sparse layers, convolutions of several groups, norms,
+    # and all else that is no linear layer of anatomy.View or convolution of the stem.
     first = _matrices(model.get_submodule(name))[0]
     if isinstance(first, nn.Conv2d):
         has_zero_padding = first.padding_mode == "zeros" and not isinstance(first.padding, str)

@@ -2,8 +2,9 @@
 
 A higher score means: keep it. In all functions batches is a list, or anything to iterate over, of
 (x [B, 3, H, W], y int64 [B]) on the model's device. The images are of the training split, with
-evaluation transforms. The model is used in eval mode and left as it was: modes, requires_grad, gradients and
-hooks. Where several processes train (see `parallel`), the first one computes for all.
+evaluation transforms. The model is a ViT or Swin. It is used in eval mode and left as it was:
+modes, requires_grad, gradients and hooks. Where several processes train (see `parallel`), the first
+one computes for all.
 
 Public: ROWS, UNITS, WEIGHTS, check_calibration, directions, gradient_grams, grams, loss, measure,
 rows, units, weights.
@@ -67,6 +68,7 @@ def measure(
 ):
     """Measure scores of weights, rows and units in one pass.
 
+    model, batches: as at the top of this file.
     weights, rows, units: criteria of the functions of these names, which say what they return.
     parameters, grams, damping: options of `weights`.
     layers: option of `rows`.
@@ -109,8 +111,9 @@ def measure(
 def weights(model, batches=None, *, criteria, **options):
     """Measure scores of single weights.
 
-    criteria: one or several of WEIGHTS, where g is the gradient of the mean cross-entropy of one
-        batch, E the mean over batches and H the gram of a layer's inputs
+    model, batches: as at the top of this file.
+    criteria: one or several of WEIGHTS. There g is the gradient of the mean cross-entropy of one
+        batch, E the mean over batches, and H the gram of a layer's inputs:
       random     uniform in [0, 1)
       magnitude  |w|
       gradient   E|g|
@@ -134,8 +137,9 @@ def weights(model, batches=None, *, criteria, **options):
 def rows(model, batches=None, *, criteria, **options):
     """Measure scores of whole rows (output features, filters).
 
-    criteria: one or several of ROWS, where dL/dz is the gradient of one image's loss by a gate z on
-        the row's output, and E the mean over images
+    model, batches: as at the top of this file.
+    criteria: one or several of ROWS. There dL/dz is the gradient of one image's loss by a gate z on
+        the row's output, and E the mean over images:
       random     uniform in [0, 1)
       magnitude  L2 norm of the row with its bias
       gradient   mean over the row's weights and bias of E|g|, as in `weights`
@@ -156,8 +160,9 @@ def rows(model, batches=None, *, criteria, **options):
 def units(model, batches=None, *, criteria, **options):
     """Measure scores of heads, neurons, channels and blocks.
 
-    criteria: one or several of UNITS, where dL/dz is the gradient of one image's loss by a gate z
-        on the unit, and E the mean over images
+    model, batches: as at the top of this file.
+    criteria: one or several of UNITS. There dL/dz is the gradient of one image's loss by a gate z
+        on the unit, and E the mean over images:
       random     uniform in [0, 1)
       magnitude  L2 norm of all weights that would go; not for width, filters and block
       taylor     E|dL/dz|
@@ -178,6 +183,7 @@ def units(model, batches=None, *, criteria, **options):
 def grams(model, batches, *, layers=None, affine=False):
     """Measure the second moments X^T X / tokens of layer inputs, by forward passes only.
 
+    model, batches: as at the top of this file.
     layers: names of linear layers and convolutions. None means all linear layers but the
         classifier.
     affine: append a constant 1 to the inputs. The tensors are then [n+1, n+1], and their last row
@@ -202,7 +208,9 @@ def grams(model, batches, *, layers=None, affine=False):
 def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
     """Measure the second moments of the loss's gradients by layer outputs, in one pass.
 
-    layers: as for `grams`. labels, seed: as for `measure`.
+    model, batches: as at the top of this file.
+    layers: as for `grams`.
+    labels, seed: as for `measure`.
 
     Returns {layer name: float64 [m, m]}, the mean over images of the sum over positions of g g^T.
     Raises ValueError as `measure` and `grams` do.
@@ -225,7 +233,8 @@ def gradient_grams(model, batches, *, layers=None, labels="true", seed=0):
 def directions(model, batches, bases, *, labels="true", seed=0):
     """Predict what the loss rises by when a layer keeps only its first directions.
 
-    bases: {layer name: (u [m, R], v [R, n])} of linear layers and convolutions, as from lowrank.svd.
+    model, batches: as at the top of this file.
+    bases: {layer name: (u [m, R], v [R, n])} of linear layers and convolutions, by lowrank.svd.
         A weight (flatten(1), [m, n]) is the sum of its R parts u_i v_i, the most important first.
     labels, seed: as for `measure`.
 
@@ -265,6 +274,8 @@ def directions(model, batches, bases, *, labels="true", seed=0):
 def loss(model, batches):
     """Return the mean cross-entropy over all images of batches, in eval mode.
 
+    model, batches: as at the top of this file.
+
     Raises ValueError for no batches.
     """
     total = images = 0
@@ -280,6 +291,7 @@ def loss(model, batches):
 def check_calibration(model, calibration, held_out):
     """Return the losses on calibration and held-out batches; warn of a model that fits the first.
 
+    model: as at the top of this file.
     calibration: batches that scores would be measured on.
     held_out: batches of images that the model was not trained on (val, never test).
 

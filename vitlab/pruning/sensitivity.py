@@ -20,6 +20,7 @@ def curves(model, saliency, batches, *, ratios, per="layer"):
 
     Each cut is made in a copy, so that the model stays as it is.
 
+    model: a ViT or Swin, cut or not.
     saliency: {parameter name: tensor}, as scores.weights returns for one criterion; its keys are
         the layers.
     batches: the fixed (x, y) to measure on.
@@ -61,11 +62,13 @@ def _cut(saliency, parameters, ratio):
 def ablations(model, batches, *, per_block=16, seed=0):
     """Return how the loss increases when one unit alone goes.
 
+    model: a ViT or Swin, cut or not; each unit is masked in a copy.
     batches: the fixed (x, y) to measure on.
     per_block: largest number of neurons of each block; all heads are measured.
     seed: draws the neurons.
 
     Returns a DataFrame of block, kind, unit and increase, in nats.
+    Raises ValueError for no batches, and for the only head or neuron of a block.
     """
     view = models.view(model)
     generator = torch.Generator().manual_seed(seed)

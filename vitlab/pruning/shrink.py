@@ -14,8 +14,6 @@ from vitlab import models, names
 from vitlab.models import _attention, _layers, _structure, anatomy
 from vitlab.pruning import compensate
 
-# ---- Removal of units ----
-
 
 @torch.no_grad()
 def remove(model, drop, *, means=None, grams=None, damping=1e-3):
@@ -24,6 +22,7 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     The copy computes what model computes with the same units masked to zero. A model that was cut
     before can be cut again.
 
+    model: a ViT or Swin; it stays as it is.
     drop: {(where, kind): indices}, numbered as in model; kinds of anatomy.View.units, and "rows":
         (block, "heads"), (block, "neurons"): all of them are allowed.
         (block, "qk"), (block, "v"): dimensions of heads, numbered head * size + dimension; the
@@ -219,8 +218,8 @@ def _remove_channels(model, stage, removed, fill):
     for thing, how in stream:
         name = name_of[thing]
         kept = merged if how == "merged" else keep
-        # A norm then looks at the channels that stay. The masked model that this equals is therefore
-        # one whose norms leave dead channels out.
+        # A norm then looks at the channels that stay. The masked model that this equals is
+        # therefore one whose norms leave dead channels out.
         if how == "last":  # a parameter of the model itself, such as a class token
             _structure.keep_entries(model, name, kept, axis=-1)
         elif how == "columns" or (how == "merged" and hasattr(thing, "in_features")):

@@ -25,12 +25,7 @@ def augmentation(augment, side, window):
         return None
     chosen = {} if augment is True else augment
     crop = window // 8 if side == window else 0
-    options = {
-        "crop": crop,
-        "flip": True,
-        "scale": None,
-        "erase": 0.0,
-    }
+    options = {"crop": crop, "flip": True, "scale": None, "erase": 0.0}
     names.known(chosen, options, "augmentation")
     options |= chosen
     scale = options["scale"] or [1, 1]
@@ -68,12 +63,7 @@ def prepare(raw, split, options, rng):
     if options["scale"]:
         x = _resized_crops(x, size, options, rng)
     elif window != size:
-        x = F.interpolate(
-            x,
-            size,
-            mode="bilinear",
-            antialias=window > size,
-        )
+        x = F.interpolate(x, size, mode="bilinear", antialias=window > size)
     if options["erase"]:
         erased = _rectangles(len(x), size, options["erase"], rng)
         x = x.masked_fill(erased.to(x.device), 0)  # 0 is the mean
@@ -87,12 +77,7 @@ def _shifted(raw, window, options, rng):
     """
     count, side = raw.shape[:2]
     border = options["crop"]
-    offsets = rng.integers(
-        -border,
-        side - window + border,
-        size=(2, count, 1),
-        endpoint=True,
-    )
+    offsets = rng.integers(-border, side - window + border, size=(2, count, 1), endpoint=True)
     mirrored = options["flip"] & (rng.random((count, 1)) < 0.5)
     # Pixels beyond a border are those as far before it.
     places = np.abs(offsets + np.arange(window))
@@ -148,17 +133,8 @@ def _resized_crops(x, size, options, rng):
     theta = np.hstack([width, nothing, right, nothing, height, down])
     theta = torch.from_numpy(theta)
     theta = theta.float().view(count, 2, 3)
-    grid = F.affine_grid(
-        theta.to(x.device),
-        [count, 3, size, size],
-        align_corners=False,
-    )
-    return F.grid_sample(
-        x,
-        grid,
-        padding_mode="border",
-        align_corners=False,
-    )
+    grid = F.affine_grid(theta.to(x.device), [count, 3, size, size], align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def _rectangles(count, size, share, rng):

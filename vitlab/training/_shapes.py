@@ -67,14 +67,7 @@ def _draw_figures(name, count, size, rng):
     # see.
     ground = canvas.mean(axis=(1, 2))
     colour = ground + rng.uniform(0.1, 0.6, (count, 3))
-    u, v, radius = _frame(
-        count,
-        size,
-        rng,
-        radius=(0.45, 0.75),
-        spread=0.25,
-        turn=0.6,
-    )
+    u, v, radius = _frame(count, size, rng, radius=(0.45, 0.75), spread=0.25, turn=0.6)
     frequency = np.pi * rng.uniform(2.0, 2.8, (count, 1, 1))
     distance = _distance(name, u, v, frequency)
     canvas = _paint(canvas, distance * radius, colour)

@@ -39,7 +39,7 @@ _MARGIN = 1.15  # those squares are this much larger than the crop
 
 @dataclass
 class _Source:
-    """What lies on disk, before anything is decoded."""
+    """Hold what lies on disk, before anything is decoded."""
 
     name: str
     description: str

@@ -23,7 +23,7 @@ from vitlab.training._augment import augmentation, prepare
 
 @dataclass(frozen=True)
 class Split:
-    """Some images of a cache with their labels.
+    """Hold some images of a cache with their labels.
 
     store: uint8 [all, H, H, 3] memory map that the splits share
     indices: int64 array [N], rows of store
@@ -65,6 +65,7 @@ class Split:
         """Return a Split of n images with the classes in the proportions of this one.
 
         n: 1 .. len(self); the images of a larger n contain those of a smaller one
+        seed: int from 0, by which the images are drawn
 
         Raises ValueError unless n lies in 1 .. len(self).
         """
@@ -98,6 +99,7 @@ class Split:
         They are a function of (seed, epoch) alone, the same on every device. torch's and numpy's
         own random states are neither read nor moved.
 
+        batch_size: images of a batch, at least 1
         device: where the batches are made
         augment: False; True for crop and flip; or a dict with any of
           crop   int, pixels of reflected border (of stored pixels) that a random crop may reach
@@ -108,6 +110,7 @@ class Split:
                  an aspect ratio of 3/4 to 4/3
           erase  share of the images, in [0, 1], that lose a rectangle of 2 to 33 % of their area
         shuffle: whether the images come in a random order
+        seed, epoch: ints from 0, by which order and augmentation are drawn
         drop_last: whether a last batch of fewer images is left out
 
         Yields x, float32 [B, 3, S, S], normalised, in channels_last memory, and y, int64 [B].
@@ -139,7 +142,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Train, val and test of one set of images.
+    """Hold train, val and test of one set of images.
 
     classes: names, in the order of the labels
     image_size: side of a batch, in pixels
@@ -176,14 +179,7 @@ class Dataset:
 
 
 def load(
-    name,
-    *,
-    root=None,
-    image_size,
-    split_seed=0,
-    normalise="train",
-    images=None,
-    skip_broken=False,
+    name, *, root=None, image_size, split_seed=0, normalise="train", images=None, skip_broken=False
 ):
     """Return a Dataset of train / val / test, from its cache or decoded into it.
 
@@ -195,6 +191,7 @@ def load(
         `train/` with or without `val/` and `test/`, or one tree of class folders
     root: folder of the images and of the cache; None for the data root, `files.root()`
     image_size: side of a batch in pixels, >= 1
+    split_seed: int from 0, by which splits that are not there are drawn
     normalise: "train" for mean and deviation of the train split, "imagenet" for those that
         pretrained weights expect, or (mean, std) of three numbers each
     images: at most so many of each split, stratified, for a trial run; None for all

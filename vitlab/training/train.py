@@ -117,6 +117,7 @@ def fit(
 
     The optimizer is AdamW, with linear warm-up and cosine decay of the rate to 0.
 
+    model: with the classes of train; its weights are changed
     train, val: data.Split
     recipe: Recipe, or a mapping of its fields
     masks: {parameter: bool}, held through every step, see docs/methods/schedules.md
@@ -169,6 +170,7 @@ def in_steps(
 
     The idea is of Zhu & Gupta 2017.
 
+    model: the model before the first cut
     cut: function of (model, share), called before each training with the model as it is by then. It
         takes new scores and returns (model, masks) or a smaller (model, None). Masks have that
         sparsity and keep dead weights dead, as prune.keep_more_zero does; shrink.remove makes
@@ -183,7 +185,8 @@ def in_steps(
     Returns a history as `fit` does, with epochs counted through, and the columns step (1, 2, ...),
     share and params (of the model).
     Raises ValueError for shares that do not rise, for a first cut that changes nothing, and for
-    masks that bring dead weights back; else what `fit` raises.
+    masks that bring dead weights back.
+    Raises what `fit` raises.
     """
     shares = list(shares)
     if not shares or any(low >= high for low, high in pairwise([0, *shares, 1])):
@@ -193,9 +196,10 @@ def in_steps(
     recipe = _recipe(recipe)
     first_seed = len(shares) * recipe.seed
     params = cost.params(model)
-    masks, histories = {}, []
+    masks = {}
+    histories = []
     for step, share in enumerate(shares, 1):
-        # Every training starts its optimizer and its schedule of rates anew, and draws other images.
+        # Every training starts its optimizer and schedule of rates anew, and draws other images.
         recipe = replace(recipe, seed=first_seed + step - 1)
         if step == len(shares) and tail_epochs is not None:
             recipe = replace(recipe, epochs=tail_epochs)
@@ -225,7 +229,8 @@ def _check_grown(model, before, after):
         removed = shapes.get(name) != mask.shape  # for good
         if not removed and (name not in after or (after[name].to(mask.device) & ~mask).any()):
             raise ValueError(
-                f"the cut brings dead weights of {name} back; prune.keep_more_zero gives masks that do not"
+                f"the cut brings dead weights of {name} back; "
+                "prune.keep_more_zero gives masks that do not"
             )
 
 
@@ -269,7 +274,9 @@ class _Training:
 
         Raises RuntimeError if the processes differ in the key of this training or in the state.
         """
-        model, recipe, device = self.model, self.recipe, self.accelerator.device
+        model = self.model
+        recipe = self.recipe
+        device = self.accelerator.device
         model.to(device)
         parallel.broadcast_weights(model)
         # The teacher answers in evaluation mode and learns nothing.
@@ -341,7 +348,7 @@ class _Training:
             "stage": self.stage,
             "epoch": epoch + 1,
             "train_loss": loss / self.steps,  # mean over the batches
-            # In percent, on augmented batches, in passing; of mixed images for the label of the
+            # In percent, on augmented batches, in passing. A mixed image counts by the label of its
             # larger share.
             "train_top1": 100 * right * parallel.world_size() / images,
             "val_loss": None,  # `validate` fills all that is None, and sparsity
@@ -350,14 +357,13 @@ class _Training:
             "seconds": seconds,  # without validation
             "precision": evaluate.precision_on(device, self.recipe.precision),  # bf16 or float32
             "images_per_s": images / seconds,
-            # Share of the seconds spent waiting for batches; on a GPU that still computes also for
-            # it.
+            # Share of the seconds spent waiting for batches, on a GPU also for its computing.
             "data_share": waited / seconds,
             # Peaks of the epoch in MB of 10**6 bytes. The first is of the whole process, with all
             # that it loaded before.
             "resident_mb": None,
             "device_mb": device_mb,  # that torch held on the GPU
-            # By how much training needed more on its device than was held when it began, model
+            # Memory that training needed on its device beyond what was held at its start, model
             # included: gradients, moments, activations, batches (memory.own_memory_mb). This one
             # compares trainings.
             "training_mb": training_mb,
@@ -370,7 +376,9 @@ class _Training:
         Returns the sums [loss, right answers] over this process' batches, the seconds that it
         waited for batches, and the last rate.
         """
-        recipe, device, steps = self.recipe, self.accelerator.device, self.steps
+        recipe = self.recipe
+        device = self.accelerator.device
+        steps = self.steps
         # Drop-path and drop-out depend on seed, epoch and process alone: a resumed training draws
         # the same.
         torch.manual_seed(1_000_003 * recipe.seed + epoch + 1_000_000_007 * parallel.rank())
