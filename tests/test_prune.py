@@ -118,7 +118,7 @@ def test_holder_keeps_zeros_through_training(model, batch, make):
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_masked_gradients_alone_lose_the_sparsity(vit, batch, make):
-    """Why Holder zeroes weights after each step: moments from before the cut revive dead weights."""
+    """Why MaskHolder zeroes weights after each step: moments from before the cut revive dead weights."""
     optimizer = make(vit.parameters())
     train(vit, optimizer, batch, steps=2)
     keep = masks.keep_largest(magnitudes(vit), sparsity=0.5)
