@@ -43,14 +43,14 @@ THREADS = {step: max(PROCESSES, (workflow.cores or 1) // (len(MODELS) * len(SEED
 
 
 def code(notebook):
-    """Hash of a notebook's code, which outputs saved by JupyterLab leave as it is."""
+    """Return the hash of a notebook's code, which outputs saved by JupyterLab leave as it is."""
     cells = json.loads(Path("notebooks", f"{notebook}.ipynb").read_text())["cells"]
     source = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 
 def values(notebook, model=None, seed=None):
-    """The values of the study that a notebook uses, of the models only its own."""
+    """Return the values of the study that a notebook uses, of the models only its own."""
     study = settings.study(config["study"], seed=seed)
     used = {section: settings.without_defaults(section, study[section]) for section in settings.USES[notebook]}
     return json.dumps(used | ({"models": study.models[model]} if model else {}), sort_keys=True)

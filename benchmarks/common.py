@@ -52,7 +52,7 @@ def interleaved(calls, rounds):
     return pd.DataFrame(lines[1:], columns=list(calls))
 
 
-def told(case, seconds, against):
+def rows_of_ratios(case, seconds, against):
     """Rows of medians, and of ratios to the call named against, within rounds."""
     ratios = seconds.div(seconds[against], axis=0).quantile([0.25, 0.5, 0.75])
     columns = ["ratio_q1", "ratio", "ratio_q3"]

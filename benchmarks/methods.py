@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
-from common import images_of, interleaved, model_of, publish, told
+from common import images_of, interleaved, model_of, publish, rows_of_ratios
 from torch.nn.utils import prune as torch_prune
 
 from vitlab import models
@@ -69,7 +69,7 @@ def passes(rounds):
                 t, m, b, drops=d
             ),
         }
-        rows += told(
+        rows += rows_of_ratios(
             f"passes, {name}, {images} images", interleaved(calls, rounds), "forward and backward"
         )
     publish("passes", rows)
@@ -98,7 +98,7 @@ def svd(rounds):
             yield lowrank.svd(weight, rank)
 
     calls = {"torch.linalg.svd": lambda: list(optimum()), "lowrank.svd": lambda: list(ours())}
-    rows = told(
+    rows = rows_of_ratios(
         "factorise Swin-T, half the weights", interleaved(calls, rounds), "torch.linalg.svd"
     )
     triples = zip(weights, ours(), optimum(), strict=True)
@@ -133,8 +133,8 @@ def files(rounds):
         size = [sum(p.stat().st_size for p in Path(folder, name).iterdir()) for name in both]
     case = "checkpoints of ViT-B, 90 % of linear weights zero"
     rows = (
-        told(case, seconds, "read dense")
-        + told(case, seconds[["read masked", "load masked"]], "read masked")[1:]
+        rows_of_ratios(case, seconds, "read dense")
+        + rows_of_ratios(case, seconds[["read masked", "load masked"]], "read masked")[1:]
     )
     rows[1]["note"] = (
         f"{size[1] / 1e6:.1f} of {size[0] / 1e6:.1f} MB, a share of {size[1] / size[0]:.3f}"
@@ -228,7 +228,9 @@ def training(rounds):
             ),
             "train.fit": lambda m=model, s=split, b=batch: fitted(m, s, b),
         }
-        rows += told(f"training, {name}, {images} images", interleaved(calls, rounds), "bare loop")
+        rows += rows_of_ratios(
+            f"training, {name}, {images} images", interleaved(calls, rounds), "bare loop"
+        )
     publish("training", rows)
 
 
@@ -309,7 +311,7 @@ def moves(rounds):
         slowest = seconds.max()
         rows += [
             row | {"slowest": slowest[row["what"]]}
-            for row in told(case, seconds, "forward, 64 images")
+            for row in rows_of_ratios(case, seconds, "forward, 64 images")
         ]
     publish("moves", rows)
 

@@ -13,7 +13,7 @@ import warnings
 
 import torch
 import torch_pruning
-from common import LARGE, images_of, interleaved, model_of, publish, told
+from common import LARGE, images_of, interleaved, model_of, publish, rows_of_ratios
 from speed import COLUMNS, cut_in_half, factored_in_half
 from timm.models.swin_transformer import PatchMerging
 from torch.nn.utils import prune as torch_prune
@@ -243,7 +243,9 @@ def removal(rounds):
         timed = {name: call for name, call in calls.items() if "macs_share" in found[name]}
         times = {
             row["what"]: row
-            for row in told(f"remove half of {case}", interleaved(timed, rounds), "vitlab")
+            for row in rows_of_ratios(
+                f"remove half of {case}", interleaved(timed, rounds), "vitlab"
+            )
         }
         for name, result in found.items():
             line = times.get(name, {"case": f"remove half of {case}", "what": name})

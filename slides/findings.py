@@ -78,7 +78,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Slide:
-    """One slide.
+    """Hold one slide.
 
     title: one sentence. table: a frame of strings.
     picture: path of a .png, perhaps with an .svg beside it. shows: what is on the picture.
@@ -202,7 +202,7 @@ def best_first(lines, column):
 
 
 def title_slide(study):
-    """What the study is."""
+    """Show what the study is."""
     dense = [
         f"{model_name(model)} {number(top1)} % top-1" for model, top1 in study.dense.top1.items()
     ]
@@ -216,7 +216,7 @@ def title_slide(study):
 
 
 def dense_models(study):
-    """How good the dense models are."""
+    """Show how good the dense models are."""
     lines = tables.beside_dense(study.read("dense"), "top1")
     change = (lines.top1 - lines.dense_top1).where(lines.stage != "dense")
     lines = published.mean_over_seeds(
@@ -231,7 +231,7 @@ def dense_models(study):
 
 
 def sensitivity(study, model):
-    """Which layers the loss depends on."""
+    """Show which layers the loss depends on."""
     lines = published.mean_over_seeds(study.read("table-curves", model), ["ratio", "layer"])
     lines = lines[lines.ratio == lines.ratio.max()].sort_values("increase", ascending=False)
     worst = lines.iloc[0]
@@ -245,7 +245,7 @@ def sensitivity(study, model):
 
 
 def agreement(study, model):
-    """Which scores rank units as brute force does."""
+    """Show which scores rank units as brute force does."""
     lines = published.mean_over_seeds(study.read("table-agreement", model), ["criterion", "kind"])
     lines = present(lines.dropna(subset="spearman"))
     best = lines.loc[lines.spearman.idxmax()]
@@ -259,7 +259,7 @@ def agreement(study, model):
 
 
 def criteria(study, model):
-    """What each score keeps, before any training."""
+    """Show what each score keeps, before any training."""
     keys = ["criterion", "method", "target"]
     lines = published.mean_over_seeds(study.read("table-criteria", model), keys).replace(
         {"method": WHAT}
@@ -276,7 +276,7 @@ def criteria(study, model):
 
 
 def global_pruning(study, model):
-    """Weights and rows, after fine-tuning."""
+    """Show what cuts of weights and rows cost, after fine-tuning."""
     lines = summary(study, model, ["sparsity"])
     lines = present(lines[lines.method.isin(WHAT) & lines.finetuned.notna()])
     change = lines.finetuned - lines.dense
@@ -294,7 +294,7 @@ def global_pruning(study, model):
 
 
 def training(study, model):
-    """Accuracy over the epochs of fine-tuning."""
+    """Show accuracy over the epochs of fine-tuning."""
     keys = ["method", "target", "epoch"]
     lines = published.mean_over_seeds(study.read("training", model), keys)
     lines = present(lines[lines.method.isin(WHAT)].tail(MOST))
@@ -308,7 +308,7 @@ def training(study, model):
 
 
 def weights(study, model):
-    """What fine-tuning does to the zeros and to the weights that stay."""
+    """Show what fine-tuning does to the zeros and to the weights that stay."""
     keys = ["method", "target", "stage"]
     bins = study.read("table-distributions", model)
     bins = bins[bins.role == "all"]
@@ -335,7 +335,7 @@ def weights(study, model):
 
 
 def heads_svd_iht(study, model):
-    """Heads, SVD and iterative hard thresholding."""
+    """Show what heads, SVD and iterative hard thresholding cost."""
     lines = summary(study, model, ["ratio"])
     lines = present(lines[lines.trained.notna() & (lines.target == lines.target.max())])
     lines = lines.sort_values("seeds", ascending=False, kind="stable").head(MOST)
@@ -352,7 +352,7 @@ def heads_svd_iht(study, model):
 
 
 def budget(study, model, kind, target):
-    """One budget: what is left without training and with it."""
+    """Show what one budget leaves, without training and with it."""
     lines = summary(study, model, [kind])
     lines = present(lines[lines.target.eq(target)].dropna(subset="untrained"))
     count = len(lines)
@@ -370,7 +370,7 @@ def budget(study, model, kind, target):
 
 
 def recovered(study):
-    """What is won back without training."""
+    """Show what is won back without training."""
     lines = summary(study, None, [*published.BUDGETS])
     solved = lines[SOLVED].max(axis=1)
     is_cut = lines.cut.notna() & solved.notna() & (lines.target < 1)
@@ -389,7 +389,7 @@ def recovered(study):
 
 
 def audit(study, model):
-    """Whether scores foretell the loss."""
+    """Show whether scores foretell the loss."""
     lines = published.mean_over_seeds(study.read("audit-spearman", model), ["criterion", "kind"])
     lines = lines.rename(columns={"ratio": "times"}).dropna(subset="times")
     lines = present(lines[lines.times > 0])
@@ -406,7 +406,7 @@ def audit(study, model):
 
 
 def classes(study, model, kind, target):
-    """Which classes a cut forgets."""
+    """Show which classes a cut forgets."""
     lines = study.read("table-classes", model)
     lines = lines[lines.target_kind.eq(kind) & lines.target.eq(target)].dropna(subset="change")
     lines = present(lines).astype({"class": str})
@@ -439,7 +439,7 @@ def _ends(lines):
 
 
 def trade_off(study, model, cost):
-    """The models that no other beats in accuracy and cost."""
+    """Show the models that no other beats in accuracy and cost."""
     whole = [*tables.DENSE_POINTS]
     results = study.untimed[study.untimed.model == model]
     results = results.assign(series=tables.series(results))
@@ -474,7 +474,7 @@ def trade_off(study, model, cost):
 
 
 def best_under_a_limit(study, model):
-    """The best model under each limit of cost, chosen on validation images."""
+    """Show the best model under each limit of cost, chosen on validation images."""
     lines = study.read("best", model)
     lowest = sorted(set(lines.limit))[:2]
     lines = lines[lines.limit.isin(lowest)].head(MOST)
@@ -492,7 +492,7 @@ def best_under_a_limit(study, model):
 
 
 def speed(study, model):
-    """How much of what the MACs promise arrives."""
+    """Show how much of what the MACs promise arrives."""
     lines = best_first(timed(study, model), "speedup")
     best = comparable(lines).iloc[0]
     return Slide(
@@ -506,7 +506,7 @@ def speed(study, model):
 
 
 def zeros(study):
-    """What masked weights do not save."""
+    """Show what masked weights do not save."""
     lines = timed(study)
     lines = lines[(lines.form == "masked") & (lines.target_kind == "sparsity")]
     lines = present(best_first(lines.assign(zeros=1 - lines.nonzero / lines.params), "ideal"))
@@ -519,7 +519,7 @@ def zeros(study):
 
 
 def runtimes(study, model):
-    """Speed in several runtimes."""
+    """Show the speed in several runtimes."""
     keys = ["checkpoint", "runtime", "precision", "batch"]
     lines = published.mean_over_seeds(study.read("table-runtimes", model), keys)
     lines = lines[lines.batch == lines.batch.max()]
@@ -538,7 +538,7 @@ def runtimes(study, model):
 
 
 def meters(study):
-    """Whether other counters agree with the closed form."""
+    """Show whether other counters agree with the closed form."""
     lines = study.read("meters")
     columns = [column for column in lines if column.endswith(" / macs")]
     lines = lines.melt(["model"], columns, "meter", "ratio").dropna()
@@ -554,7 +554,7 @@ def meters(study):
 
 
 def method(study):
-    """How the numbers came about."""
+    """Show how the numbers came about."""
     results = study.results
     splits = study.read("table-data").drop_duplicates("split").set_index("split").images
     top1 = study.dense.top1.max() / 100

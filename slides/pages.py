@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,22 @@ FRONT = [  # cuts and stages of the front page
     "pool+ranks factored reconstructed",
     "pool factored reconstructed",
 ]
-# Sentences above a table. In braces: method, form and target of a cut, and which of its numbers, of every model.
-FRONT_CLAIMS = [
+# Sentences above a table. In braces: the name of the model, or method, form and target of a cut and one of its numbers.
+FRONT_CLAIMS = [  # of the first model
+    "**Half of the MACs**, cut from one pool of units and ranks: without training, "
+    "the {model}'s top-1 changes by {pool factored 0.5 reconstructed} points.",
+    "**A quarter of the MACs**, cut likewise: "
+    "the {model}'s top-1 changes by {pool factored 0.25 reconstructed} points.",
+    "**Nine tenths of the weights zeroed** by sensitivity: "
+    "nothing is trained, and the {model} keeps {unstructured masked 0.9 top1} top-1.",
+    "**Nine tenths zeroed by magnitude**, for comparison: "
+    "the {model} keeps {unstructured, magnitude masked 0.9 top1}.",
+    "**Zeros save no time**: with nine tenths of its weights zeroed, "
+    "the {model} is at most {unstructured masked 0.9 speedup, most} times as fast as dense.",
+    "**Removed rows save some**: without nine tenths of its rows, "
+    "the {model} is at least {structured removed 0.9 speedup, least} times as fast as dense.",
+]
+CLAIMS = [  # of every model
     "**Half of the MACs**, nothing trained: {pool factored 0.5 reconstructed} points of top-1, "
     "when units and ranks leave from one pool.",
     "**A quarter of the MACs**, nothing trained: {pool factored 0.25 reconstructed} points.",
@@ -72,8 +87,6 @@ FRONT_CLAIMS = [
     "**90\u00a0% by magnitude**, for comparison: {unstructured, magnitude masked 0.9 top1}.",
     "**Zeros save no time**: {unstructured masked 0.9 speedup} times as fast as dense.",
     "**90\u00a0% of the rows removed** save some: {structured removed 0.9 speedup} times as fast.",
-]
-MORE_CLAIMS = [
     "**A quarter by random units**, for comparison: {random removed 0.25 reconstructed} points.",
     "**40\u00a0% of heads and of each layer's weights** by SVD + IHT, fine-tuned: "
     "{heads+svd+iht entries masked 0.4 finetuned} points.",
@@ -111,31 +124,45 @@ MARKS = re.compile(r"(<!-- results(?: of ([\w-]+))? -->\n).*?(<!-- /results -->)
 
 
 def _claims(study, front):
-    """Return the claims as lines of Markdown, with the numbers of all models; those of cuts not run are left out."""
+    """Return the claims as lines of Markdown; those of cuts that were not run are left out.
+
+    front: whether they have the first model's numbers only. Else they have those of all models.
+    """
+    models = sorted(study.models, reverse=True)
+    write = partial(_of_first_model if front else _of_all_models, study, models)
     lines = []
-    for sentence in FRONT_CLAIMS if front else FRONT_CLAIMS + MORE_CLAIMS:
+    for sentence in FRONT_CLAIMS if front else CLAIMS:
         with contextlib.suppress(published.Absent):
-            filled = re.sub(r"\{(.+?)\}", lambda place: _of_all_models(study, place[1]), sentence)
+            filled = re.sub(r"\{(.+?)\}", lambda place: write(place[1]), sentence)
             lines.append(f"- {filled}")
     return lines
 
 
-def _of_all_models(study, place):
+def _of_first_model(study, models, place):
+    """Return what stands for a place in braces: the first model's name, or one of its numbers."""
+    if place == "model":
+        return _family(models[0])
+    return _value(study, models[0], *_parts(place))
+
+
+def _of_all_models(study, models, place):
     """Return one number of each model with its name, such as "ViT −1.8, Swin −2.7"."""
+    return ", ".join(f"{_family(model)} {_value(study, model, *_parts(place))}" for model in models)
+
+
+def _parts(place):
+    """Return method, form, target and quantity of a place in braces."""
     method, form, target, quantity = re.fullmatch(r"(.+) (\w+) ([\d.]+) (.+)", place).groups()
-    parts = []
-    for model in sorted(study.models, reverse=True):
-        value = _value(study, model, method, form, float(target), quantity)
-        parts.append(f"{_family(model)} {value}")
-    return ", ".join(parts)
+    return method, form, float(target), quantity
 
 
 def _value(study, model, method, form, target, quantity):
     """Return one number of a cut of one model as it is written; means over the seeds of the cut.
 
     quantity: "top1", "top1, STAGE", "macs", "bytes_disk", "speedup", "rise" or a stage.
+        A speedup is the range over seeds, "speedup, least" and "speedup, most" are its ends.
         A stage gives the change of top-1, in points against dense models of the same seeds.
-        MACs and bytes are shares of the dense model's, a speedup is the range over seeds.
+        MACs and bytes are shares of the dense model's.
         The rise is of the loss in the audit, in nats.
     Raises Absent where the cut was not run.
     """
@@ -157,7 +184,10 @@ def _value(study, model, method, form, target, quantity):
         return published.share(round(left, 2))
     values = _present(cuts, (stage or "cut") if quantity == "top1" else quantity, model, method)
     # Speeds of several seeds are of different machines: their range, not their mean.
-    ends = dict.fromkeys(map(published.number, (values.min(), values.max())))
+    least, most = map(published.number, (values.min(), values.max()))
+    if quantity == "speedup" and stage:
+        return {"least": least, "most": most}[stage]
+    ends = dict.fromkeys([least, most])
     return " to ".join(ends) + ("\u00a0%" if quantity == "top1" else "")
 
 
@@ -180,7 +210,8 @@ def _family(model):
 def _lines(study, front):
     """Return the results that a table shows, in its order, with `words` for each line: one a model, seed and line.
 
-    Of weights, rows and layers the largest share cut; of budgets all. front: those of FRONT, budgets up to a half.
+    Weights, rows and layers show their largest share cut, budgets all.
+    front: whether only FRONT and budgets up to a half are shown.
     """
     results = study.untimed[study.untimed.model.isin(study.models) & study.untimed.top1.notna()]
     is_budget = results.target_kind.isin([*published.BUDGETS])
@@ -219,7 +250,8 @@ def _words(result):
 def _columns(results, front):
     """Return {model: its name in a table}, ViT first: the family where it has one model, else the full name.
 
-    front: of each family one model, that with the most lines; of equally many, that which starts from given weights.
+    front: whether each family shows one model only. That is the one with the most lines;
+        among equals, the one that starts from given weights.
     """
     models = sorted(set(results.model), reverse=True)
     if front:

@@ -21,7 +21,7 @@ TRAINED = ["finetuned", "distilled"]
 
 
 class Absent(Exception):
-    """Something cannot be shown; the message says what is missing."""
+    """Say that something cannot be shown; the message names what is missing."""
 
 
 def model_name(model):
@@ -91,7 +91,7 @@ def mean_over_seeds(frame, keys):
 
 
 class Published:
-    """The tables and pictures of one study, a folder such as figures/cifar10-small.
+    """Read the tables and pictures of one study, a folder such as figures/cifar10-small.
 
     results: every published result. untimed: those without a latency, one for each model measured.
     models: names of the models that were cut. dense: the dense models' results, means over seeds, by model.
