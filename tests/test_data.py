@@ -4,12 +4,14 @@ import types
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
 
-from vitlab import files
+from vitlab import files, models
+from vitlab.models import checkpoint
 from vitlab.training import _shapes, _sources, data
 
 COUNTS = {"cat": 20, "dog": 30, "owl": 41}
@@ -358,8 +360,28 @@ def test_normalise(one_tree):
     assert load(one_tree, normalise="imagenet").val.mean == (0.485, 0.456, 0.406)
     half = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     assert load(one_tree, normalise=half).test.std == half[1]
-    with pytest.raises(ValueError, match="'train', 'imagenet' or"):
-        load(one_tree, normalise="image-net")
+    for unknown in ("image-net", "vit_smal_patch16_224", 0.5):
+        with pytest.raises(ValueError, match="'train', 'imagenet', the name of a timm model"):
+            load(one_tree, normalise=unknown)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_images_are_normalised_as_weights_of_timm_expect(one_tree, name, capsys):
+    config = timm.get_pretrained_cfg(name)
+    images = load(one_tree, normalise=name).test
+    assert (images.mean, images.std) == (config.mean, config.std)
+    assert "0.9 of the side, bicubic; here it is 0.87, bilinear" in capsys.readouterr().out
+
+
+def test_images_are_normalised_as_a_checkpoint_says(one_tree, tmp_path):
+    model = models.create("conv_vit", num_classes=2, image_size=16, embed_dim=16, depth=1)
+    checkpoint.save(model, tmp_path / "new")
+    with pytest.raises(ValueError, match="a checkpoint folder that says its own"):
+        load(one_tree, normalise=tmp_path / "new")
+    model.normalise = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    checkpoint.save(model, tmp_path / "trained")
+    images = load(one_tree, normalise=str(tmp_path / "trained")).val
+    assert (images.mean, images.std) == model.normalise
 
 
 # Named datasets

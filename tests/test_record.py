@@ -85,7 +85,7 @@ def test_an_override_changes_its_value_and_no_other(dotted, value):
         ({"train.epochs": None}, TypeError, "got NoneType"),
         ({"global_pruning.images": "all"}, TypeError, "integer of at least 1, or null, got str"),
         ({"data.skip_broken": 1}, TypeError, "data.skip_broken should be true, false or null"),
-        ({"data.normalise": 1}, TypeError, "should be train, imagenet, or"),
+        ({"data.normalise": "image"}, ValueError, "should be train, imagenet, weights, or"),
         ({"global_pruning.sparsities": 0.5}, TypeError, "should be a valid list"),
         ({"global_pruning.sparsities": [0, "0.5"]}, TypeError, "sparsities.1 is a share .*got str"),
         ({"seeds": [0, True]}, TypeError, "seeds.1 should be a valid integer, got bool"),

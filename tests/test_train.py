@@ -31,6 +31,7 @@ class Blobs:
         )
 
     identity = "blobs"
+    mean, std = (0.0,) * 3, (1.0,) * 3
 
     def __len__(self):
         return len(self.labels)

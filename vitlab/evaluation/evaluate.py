@@ -2,7 +2,7 @@
 
 A split is a `data.Split`: images with labels. Rates are in percent, losses and divergences in nats.
 
-Public: accuracy, autocast, compare, device_of, measure, precision_on.
+Public: accuracy, autocast, check_normalised, compare, device_of, measure, precision_on.
 """
 
 import math
@@ -54,6 +54,25 @@ def autocast(device, precision="auto"):
     is_mixed = precision_on(device, precision) == "bf16"
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=is_mixed)
+
+
+def check_normalised(model, images):
+    """Refuse images that are normalised otherwise than a model's weights expect.
+
+    model: its `normalise` is (mean, std), as models.create and train.fit leave it, or None
+    images: a data.Split
+    Raises ValueError that names both.
+    """
+    expected = getattr(model, "normalise", None)
+    if expected and not np.allclose(expected, (images.mean, images.std), atol=1e-3):
+        mean, std = np.round(expected, 3).tolist()
+        raise ValueError(
+            f"the model's weights expect images normalised by mean {mean} and deviation {std}, "
+            f"and these are by {np.round(images.mean, 3).tolist()} and "
+            f"{np.round(images.std, 3).tolist()}: load them with data.load(normalise=...) of the "
+            "model's name or checkpoint folder, in a study with data.normalise: weights; or say "
+            "that it is meant so, by models.create(normalise=...)"
+        )
 
 
 _Result = namedtuple("Result", "correct total top1 top5 mean_per_class loss ece per_class")
@@ -217,6 +236,7 @@ def _logits(model, images, batch_size=512, precision="float32"):
     """Return logits, float32 [N, classes], and labels [N] of a split on the model's device."""
     if not len(images):
         raise ValueError("cannot evaluate on an empty split")
+    check_normalised(model, images)
     # The model runs in eval mode, and its mode is restored afterwards.
     was_training, device = model.training, device_of(model)
     model.eval()

@@ -8,6 +8,7 @@ Public: semi_structured, session, to_onnx.
 
 import copy
 import functools
+import json
 import warnings
 from contextlib import suppress
 from importlib.util import find_spec
@@ -47,6 +48,8 @@ def to_onnx(model, path):
     model: a model, whole or cut
     path: the file; one that is already there is replaced only by one that passes the check
 
+    The file's metadata has mean and std, as JSON, by which the model expects images normalised.
+
     Returns the error of its logits, a share of the largest one.
     Raises ValueError for an error above 1e-4, and ModuleNotFoundError, which says what to install,
     without the packages.
@@ -61,7 +64,13 @@ def to_onnx(model, path):
             output_names=["logits"],
             verbose=False,
         )
-    content = onnx.model_proto.SerializeToString()
+    written = onnx.model_proto
+    # Whoever runs the file reads there how to normalise images.
+    for name, moments in zip(
+        ("mean", "std"), getattr(model, "normalise", None) or (), strict=False
+    ):
+        written.metadata_props.add(key=name, value=json.dumps(moments))
+    content = written.SerializeToString()
     # The error is the largest difference between onnxruntime's and torch's logits over the largest
     # logit, for batches of 1, 2 and 5 random images.
     error = _error(model, session(content))

@@ -1,6 +1,6 @@
 """Create any ViT or Swin of timm by its name, with given weights or without.
 
-Public: ConvStem, SMALL, create.
+Public: ConvStem, SMALL, create, moments.
 """
 
 import inspect
@@ -109,16 +109,28 @@ SMALL = {
 }
 
 
-def create(name, *, num_classes, image_size=None, pretrained=False, weights=None, **options):
+def create(
+    name,
+    *,
+    num_classes,
+    image_size=None,
+    pretrained=False,
+    weights=None,
+    normalise=None,
+    **options,
+):
     """Create a ViT or Swin by name: any of timm's, or `conv_vit` and `conv_swin` of the studies.
 
     num_classes: size of the new head
     image_size: side in pixels; None: timm's own for the name
     pretrained: take timm's weights, downloaded by timm
     weights: a local file (.safetensors, or .pth opened with weights_only) or a checkpoint folder
+    normalise: any word of data.load, to train and measure on images normalised otherwise than the
+        weights expect; None compares the images with `moments` of the weights
     options: timm's own arguments of the class (embed_dim, depth, patch_size, window_size,
         drop_path_rate, ...)
-    Returns the model in train mode, with `model.recipe` holding what is needed to build it again.
+    Returns the model in train mode. `model.recipe` holds what is needed to build it again, and
+    `model.normalise` what its weights expect of the images, as `moments` gives it.
     Raises ValueError for an unknown name, with the nearest known one, and for weights of another
     architecture. So it does for options that the model cannot be built with.
     Raises FileNotFoundError for missing weights.
@@ -148,7 +160,26 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
     }
     if weights:
         _load_weights(model, Path(weights))
+    model.normalise = None
+    if (pretrained or weights) and normalise is None:
+        model.normalise = moments(name, weights)
     return model
+
+
+def moments(name, weights=None):
+    """Return the (mean, std) of the images that weights were trained on, three numbers each.
+
+    name: str, of a model of timm, which knows the moments of its pretrained weights
+    weights: a local file, of which the same is taken to hold, or a checkpoint folder, whose record
+        says its own
+    Returns None where nobody knows: of the small models, and of checkpoints from before they said.
+    """
+    record = Path(weights or "", "model.json")
+    if weights and record.is_file():
+        found = json.loads(record.read_text()).get("normalise")
+        return found and tuple(map(tuple, found))
+    config = None if name in SMALL else timm.get_pretrained_cfg(name)
+    return config and (tuple(config.mean), tuple(config.std))
 
 
 def _build(name, pretrained, num_classes, options):

@@ -55,6 +55,7 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
         "recipe": model.recipe,
         "structure": cut,
         "packed": shapes,
+        "normalise": getattr(model, "normalise", None),
         "masks": {name: list(mask.shape) for name, mask in masks.items()},
         "extra": extra or {},
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
@@ -156,7 +157,7 @@ def read(folder):
     """Return the record of the checkpoint in folder, after checking it and its files.
 
     Returns a dict of format, vitlab (version), recipe, structure, packed and masks ({parameter:
-    shape}), extra, sha256.
+    shape}), normalise (mean and std of its images, or None), extra, sha256.
     Raises FileNotFoundError for a missing folder or file. Raises ValueError for a record that is
     broken, altered or of another format, and for files that were altered or cut short after saving.
     """
@@ -232,6 +233,8 @@ def load(folder, *, device="cpu"):
             dtype = empty.get(name, tensor).dtype
             tensors[name] = tensor.to(dtype, copy=True)
         model.load_state_dict(tensors, assign=True)
+        moments = record.get("normalise")
+        model.normalise = moments and tuple(map(tuple, moments))
     return model.to(device).eval()
 
 

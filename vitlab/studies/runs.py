@@ -111,7 +111,20 @@ class Run:
         inside = files.repository() / options["name"]
         if "/" in options["name"] and inside.is_dir():
             options["name"] = str(inside)
+        options["normalise"] = self._normalise(options["normalise"])
         return options
+
+    def _normalise(self, of_study):
+        """Return the word of data.load for what this run's images are normalised by."""
+        values = self.params.models.get(self.model_name, {})
+        word = values.get("normalise") or of_study
+        if word != "weights":
+            return word
+        # A checkpoint says itself what its weights expect, of others timm knows it by their name.
+        weights = values.get("weights") and self.model["weights"]
+        if weights and Path(weights, "model.json").is_file():
+            return weights
+        return values["name"] if weights or values.get("pretrained") else "train"
 
     def training(self, section="train", *, stage=None):
         """Return the recipe of a training, or all arguments of train.fit that a study knows.
@@ -214,7 +227,8 @@ class Run:
     @property
     def origin(self):
         """Return the values of data and model, on which a dense checkpoint depends, too."""
-        data = {name: value for name, value in self.data.items() if value is not None}
+        data = self.data | {"normalise": self.params.data.normalise}
+        data = {name: value for name, value in data.items() if value is not None}
         return json.loads(json.dumps({"data": data, "model": self.params.models[self.model_name]}))
 
     def command(self, notebook):

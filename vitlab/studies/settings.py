@@ -64,7 +64,8 @@ _PositiveShare = Annotated[float, Field(gt=0, lt=1)]
 _PositiveShare = _worded(_PositiveShare, "is a share in (0, 1), not a percentage")
 _CountOrNull = _worded(PositiveInt | None, "should be an integer of at least 1, or null")
 _BoolOrNull = _worded(bool | None, "should be true, false or null")
-_Moments = _worded(str | list, "should be train, imagenet, or [means, deviations]")
+_Moments = Literal["train", "imagenet", "weights"] | list[list[float]]
+_Moments = _worded(_Moments, "should be train, imagenet, weights, or [means, deviations]")
 _Precision = Literal["auto", "bf16", "float32"]  # auto: bf16 where the device gains from it
 _ABSENT = None  # of a value that may be missing: data.load or models.create then choose it
 
@@ -92,7 +93,7 @@ class _Data(_Section):
     image_size: PositiveInt  # pixels, side of what the model sees
     split_seed: int  # of train, val and test; results of two splits cannot be compared
     images: _CountOrNull  # of each split, for a trial; null: all
-    normalise: _Moments  # by mean and deviation of train, of imagenet, or by these
+    normalise: _Moments  # by mean and deviation of train, of imagenet, by these, or as weights want
     skip_broken: _BoolOrNull = None  # true: leave out image files that cannot be decoded
     augment: _Augment
 
@@ -103,6 +104,7 @@ class _Model(_Section, extra="allow"):
     name: str  # conv_vit, conv_swin, or a model of timm
     pretrained: bool = _ABSENT  # whether timm downloads weights
     weights: str | None = _ABSENT  # folder of a checkpoint to start from; null: none
+    normalise: _Moments = _ABSENT  # instead of the study's, whatever the weights expect
 
 
 class _Train(_Section):

@@ -3,7 +3,7 @@
 Every image is decoded into a memory-mapped uint8 array under `<data root>/cache`, which is keyed by
 content.
 
-Public: SPLITS, cached, find, read_json.
+Public: MARGIN, SPLITS, cached, find, read_json.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _WHOLE = {"cifar10": 60_000, "caltech101": 8_677}  # images, whatever the layout
 _NATIVE_SIDE = (
     96  # equal squares up to this many pixels are stored as they are, all else as squares
 )
-_MARGIN = 1.15  # those squares are this much larger than the crop
+MARGIN = 1.15  # those squares are this much larger than the crop
 
 
 @dataclass
@@ -200,7 +200,7 @@ def cached(source, folder, image_size):
     """
     files.make_folder(folder)
     key, source.side = _identify(source, folder / "keys.json")
-    side = source.side or round(image_size * _MARGIN)
+    side = source.side or round(image_size * MARGIN)
     target = folder / f"{source.name}-{key[:12]}-{side}"
     shape = (len(source.labels), side, side, 3)
     try:

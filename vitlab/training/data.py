@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitlab import files
+from vitlab.models import build
 from vitlab.training import _sources
 from vitlab.training._augment import augmentation, prepare
 
@@ -195,8 +197,9 @@ def load(
         `train/` with or without `val/` and `test/`, or one tree of class folders
     root: folder of the images and of the cache; None for the data root, `files.root()`
     image_size: side of a batch in pixels, >= 1
-    normalise: "train" for mean and deviation of the train split, "imagenet" for those that
-        pretrained weights expect, or (mean, std) of three numbers each
+    normalise: "train" for mean and deviation of the train split; the name of a timm model, such as
+        "vit_small_patch16_224", for those that its pretrained weights expect; a checkpoint folder
+        for those of its record; "imagenet"; or (mean, std) of three numbers each
     images: at most so many of each split, stratified, for a trial run; None for all
     skip_broken: leave out files that cannot be decoded and list them in `skipped`
 
@@ -271,18 +274,37 @@ def _moments(store, rows, normalise, memory):
 
     memory: file that keeps those of train
     """
-    if normalise == "imagenet":
+    given = normalise
+    if given == "imagenet":
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    if normalise == "train":
+    if given == "train":
         normalise = _sources.read_json(memory)
         if not normalise:
             normalise = _measured(store, rows)
             files.write_atomic(memory, json.dumps(normalise))
-    elif np.shape(normalise) != (2, 3):
+    elif isinstance(given, str | Path):
+        normalise = _expected(given)
+    if np.shape(normalise) != (2, 3):
         raise ValueError(
-            f"normalise is 'train', 'imagenet' or (mean, std) of three; got {normalise!r}"
+            "normalise is 'train', 'imagenet', the name of a timm model, a checkpoint folder that "
+            f"says its own, or (mean, std) of three; got {given!r}"
         )
     return tuple(map(tuple, normalise))
+
+
+def _expected(weights):
+    """Return the moments that the weights of a timm model or of a checkpoint folder expect."""
+    if Path(weights).is_dir():
+        return build.moments("", weights)
+    if not timm.is_model(weights):
+        return None
+    config = timm.get_pretrained_cfg(weights)
+    # Only the moments follow timm.
+    files.log(
+        f"{weights}: mean and deviation as timm's weights expect. timm shows them {config.crop_pct} "
+        f"of the side, {config.interpolation}; here it is {1 / _sources.MARGIN:.2f}, bilinear."
+    )
+    return build.moments(weights)
 
 
 def _measured(store, rows):

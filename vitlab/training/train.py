@@ -131,6 +131,8 @@ def fit(
     Raises RuntimeError when another process trains the same stage in the same folder.
     """
     recipe = _recipe(recipe)
+    for part in (train, val):
+        evaluate.check_normalised(model, part)
     # Under torchrun (see `parallel`), each process takes its part of each batch. The result is then
     # that of one process, up to rounding and to what drop-out and drop-path draw.
     batch_size = min(recipe.batch_size, len(train))
@@ -154,6 +156,8 @@ def fit(
         for tracker in accelerator.trackers:
             tracker.finish()
     model.load_state_dict(training.state["best"]["model"])
+    # From now on its weights expect such images.
+    model.normalise = train.mean, train.std
     model.eval()
     return pd.DataFrame(history)
 
