@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from vitlab import files
-from vitlab.studies import notebooks, settings
+from vitlab.studies import notebooks, runs, settings
 
 PARAMETERS = 'study = "demo"  # a file of notebooks/params\nmodel = "vit"\nseed = 0\noverride = {}'
 OPEN = "from vitlab import runs\nlab = runs.open_run(study, model, seed, override)"
@@ -85,6 +85,26 @@ def test_right_parameters_pass_and_the_others_keep_their_values(tmp_path):
     given = {"model": "swin", "override": {"train.lr": 1}}
     values = notebooks._check(notebook(tmp_path / "a.ipynb"), given)
     assert values == {"study": "demo", "seed": 0, **given}
+
+
+def test_a_tuple_for_a_list_reaches_the_notebook_as_the_list_that_was_checked(
+    tmp_path, monkeypatch
+):
+    override = {"budget.shares": (0.5, 0.25), "data.normalise": ((0.5, 0.5, 0.5), [0.2, 0.2, 0.2])}
+    moments = [[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]]
+    given = {}
+
+    def execute(path, running, parameters, **options):
+        given.update(parameters)
+        running.touch()
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    path = notebook(tmp_path / "a.ipynb")
+    notebooks._execute(path, {"override": override}, out=tmp_path / "out.ipynb")
+    wanted = {"budget.shares": [0.5, 0.25], "data.normalise": moments}
+    assert given == {"override": wanted} == {"override": settings.as_lists(override)}
+    lab = runs.open_run("demo", "vit", 0, override)
+    assert lab.override == wanted and lab.params.data.normalise == moments
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def open_run(study_name, model=None, seed=0, override=None):
         names.check(f"model of study {values.name}:", model, values.models)
     if settings.checked("seed", 0, seed) < 0:
         raise TypeError(f"seed should be an integer of at least 0, got {seed}")
-    return Run(study_name, values, model, seed, dict(override or {}))
+    return Run(study_name, values, model, seed, settings.as_lists(override or {}))
 
 
 @dataclass
