@@ -454,13 +454,13 @@ def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkey
     settings, folder = lab.training(), tmp_path / "checkpoints" / "demo" / "vit"
     other = runs.open_run("demo", "vit", 7)
     monkeypatch.setattr(files, "repository", lambda: tmp_path)
-    images = SimpleNamespace(description="drawn shapes")
+    images = SimpleNamespace(identity={}, description="drawn shapes")
     assert lab.shipped(settings, images) is None
     kept = {"settings": settings, "values": lab.origin, "data": "drawn shapes"}
     files.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
     assert lab.shipped(settings, images) == folder
     assert lab.shipped(settings | {"epochs": 1}, images) is None
-    assert lab.shipped(settings, SimpleNamespace(description="other shapes")) is None
+    assert lab.shipped(settings, SimpleNamespace(identity={}, description="other shapes")) is None
     del kept["settings"]["mixup"]  # of a checkpoint from before there was any
     files.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
     assert lab.shipped(lab.training(), images) == folder
@@ -486,7 +486,7 @@ def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkey
 def test_the_checkpoints_that_the_repository_ships_are_those_of_its_studies(folder):
     one = runs.open_run(*runs.checkpoint_id(folder))
     images = SimpleNamespace(
-        description=json.loads((folder / "model.json").read_text())["extra"]["data"]
+        identity={}, description=json.loads((folder / "model.json").read_text())["extra"]["data"]
     )
     assert one.shipped(one.training(), images) == folder
     other = runs.open_run(*runs.checkpoint_id(folder), override={"train.mixup": 0.2})
@@ -602,7 +602,7 @@ def test_a_target_is_a_number(lab):
 
 
 def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(lab):
-    images = SimpleNamespace(description="drawn shapes", test=[1, 0, 1, 1])
+    images = SimpleNamespace(identity={}, description="drawn shapes", test=[1, 0, 1, 1])
     history = pd.DataFrame({"epoch": [1, 2], "val_top1": [50.0, 60.0], "seconds": [3.0, 4.5]})
 
     def measure(model, split):
@@ -643,7 +643,7 @@ def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(l
 
 
 def test_results_keep_the_models_that_are_added_with_the_name_of_a_checkpoint(lab):
-    images = SimpleNamespace(description="drawn shapes", test=[1, 0, 1, 1])
+    images = SimpleNamespace(identity={}, description="drawn shapes", test=[1, 0, 1, 1])
     saved = []
 
     def save_model(model, folder, **options):

@@ -325,6 +325,10 @@ def snakemake(tmp_path, monkeypatch):
         shutil.copy(files.repository() / name, tree)
     for name in [*settings.USES, "7_report"]:
         notebook(tree / "notebooks" / f"{name}.ipynb", "x = 1")
+    study = tree / "notebooks" / "params" / "demo.yaml"
+    study.write_text(study.read_text().replace("name: shapes", "name: pictures"))
+    (tree / "pictures" / "a").mkdir(parents=True)
+    (tree / "pictures" / "a" / "1.png").write_text("")
     stub = "import sys\nopen(sys.argv[sys.argv.index('--out') + 1], 'w').close()"  # instead of executing it
     (tree / "vitlab" / "__main__.py").write_text(stub)
     monkeypatch.delenv("VITLAB_DATA")
@@ -346,8 +350,9 @@ def snakemake(tmp_path, monkeypatch):
     return tree, steps
 
 
-def test_a_changed_value_or_code_reruns_what_depends_on_it_and_nothing_else(snakemake):
+def test_a_changed_value_code_or_image_reruns_what_depends_on_it_and_nothing_else(snakemake):
     tree, steps = snakemake
+    (tree / "pictures" / ".2.png").write_text("hidden")
     assert steps("-n") == set()
     study = tree / "notebooks" / "params" / "demo.yaml"
     before = study.read_text()
@@ -362,6 +367,8 @@ def test_a_changed_value_or_code_reruns_what_depends_on_it_and_nothing_else(snak
         content["cells"][-1] |= {"execution_count": 3} | cell  # as JupyterLab saves it
         path.write_text(json.dumps(content))
     assert steps("-n") == {"budget", "efficiency", "report"}
+    (tree / "pictures" / "a" / "2.png").write_text("")
+    assert steps("-n") == {name.partition("_")[2] for name in [*settings.USES, "7_report"]}
 
 
 def test_a_changed_report_reruns_itself_alone_and_a_failure_keeps_the_others_going(snakemake):

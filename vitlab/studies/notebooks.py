@@ -110,7 +110,7 @@ def _execute(path, parameters, *, out=None):
     values = _check(path, parameters)
     parameters = {name: values[name] for name in parameters}
     if str(values["study"]).endswith((".yaml", ".yml")):  # the kernel works in another folder
-        parameters = {**parameters, "study": str(Path(values["study"]).resolve())}
+        parameters = {**parameters, "study": str(Path(values["study"]).absolute())}
     if out is None:
         seed = values.get("seed", 0)
         run = runs.open_run(values["study"], values.get("model"), seed, values["override"])

@@ -3,11 +3,12 @@
 A study is one YAML file in notebooks/params that holds all its values. Each value is declared here
 in one line: its type, its bounds, its unit and its meaning.
 
-Public: SETTINGS, USES, Values, as_lists, checked, study, without_defaults.
+Public: DATASETS, SETTINGS, USES, Values, as_lists, checked, find, study, without_defaults.
 """
 
 import copy
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -32,6 +33,7 @@ from vitlab import files, names
 
 # -- settings: the values of a study
 
+DATASETS = ("cifar10", "caltech101", "shapes")  # what data.load knows by name, else by path
 _DENSE = ("data", "models", "train")
 _SCORED = (*_DENSE, "calibration")
 # The sections of a study that each notebook reads, itself or through the notebooks before it.
@@ -287,8 +289,7 @@ def study(name, *, seed=None, override=None):
     Raises TypeError for a value of another type than `_Settings` declares.
     """
     folder = files.repository() / "notebooks" / "params"
-    is_path = str(name).endswith((".yaml", ".yml"))
-    path = Path(name) if is_path else folder / f"{name}.yaml"
+    path = Path(name) if _is_path(name) else folder / f"{name}.yaml"
     if not path.is_file():
         words = names.unknown("study", name, sorted(file.stem for file in folder.glob("*.yaml")))
         raise ValueError(f"{words} Your own is given by the path of its .yaml file.")
@@ -306,6 +307,28 @@ def study(name, *, seed=None, override=None):
     if seed not in (None, values.seeds[0]):
         values = values_of_others
     return Values(_replaced(values, override or {}, "override"), name=path.stem)
+
+
+def _is_path(study):
+    return str(study).endswith((".yaml", ".yml"))
+
+
+def find(study, name):
+    """Return the absolute path of a file or folder that a study names.
+
+    study: its name, or the path of its file.
+    name: a path. A relative one begins at the study's own file, or else at the repository.
+    Raises FileNotFoundError that says which places were searched.
+    """
+    folders = [files.repository()]
+    if _is_path(study):
+        folders.insert(0, Path(study).parent)
+    places = [os.path.abspath(folder / Path(name).expanduser()) for folder in folders]
+    for place in places:
+        if os.path.exists(place):
+            return Path(place)
+    searched = " or ".join(dict.fromkeys(places))
+    raise FileNotFoundError(f"{name}: there is no {searched}")
 
 
 def _later(section):
