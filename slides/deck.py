@@ -13,11 +13,11 @@ import re
 import zipfile
 from pathlib import Path
 
-import findings
 import pandas as pd
 from matplotlib import font_manager
 from PIL import Image, ImageFont
 
+import findings
 from vitlab import files
 
 WIDTH, HEIGHT = 13.333, 7.5  # inches of a slide

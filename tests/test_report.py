@@ -3,7 +3,6 @@
 import json
 import re
 
-import findings
 import matplotlib
 import numpy as np
 import pages
@@ -11,6 +10,7 @@ import pandas as pd
 import published
 import pytest
 
+import findings
 from vitlab import files
 from vitlab.report import plots
 from vitlab.studies import runs

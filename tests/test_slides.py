@@ -10,7 +10,6 @@ import time
 import zipfile
 
 import deck
-import findings
 import numpy as np
 import pandas as pd
 import published
@@ -18,6 +17,7 @@ import pytest
 from invented import ALONE, COMMITTED, invent
 from PIL import Image
 
+import findings
 from vitlab import files
 
 pptx = pytest.importorskip("pptx")

@@ -158,6 +158,22 @@ class Dataset:
     description: str
     skipped: list = field(default_factory=list)
 
+    @property
+    def identity(self):
+        """Return what tells these images and their splits from others, whatever their size.
+
+        Returns a dict of classes (how many), content (of the image files), and train, val and test:
+        how many images, and a hash of which they are and of their labels.
+        """
+        cache = Path(getattr(self.train.store, "filename", "")).parent.name
+        known = {"classes": len(self.classes), "content": cache.rpartition("-")[0]}
+        for name in _sources.SPLITS:
+            split = getattr(self, name)
+            digest = hashlib.sha256(split.indices.tobytes() + split.labels.numpy().tobytes())
+            digest.update(repr(self.classes).encode())
+            known[name] = f"{len(split)} images, {digest.hexdigest()[:12]}"
+        return known
+
     def summary(self):
         """Return a row for each split: images, classes, images of smallest and largest class."""
         counts = {}
