@@ -56,6 +56,7 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
         "structure": cut,
         "packed": shapes,
         "masks": {name: list(mask.shape) for name, mask in masks.items()},
+        "classes": getattr(model, "class_names", None),
         "extra": extra or {},
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
@@ -156,7 +157,7 @@ def read(folder):
     """Return the record of the checkpoint in folder, after checking it and its files.
 
     Returns a dict of format, vitlab (version), recipe, structure, packed and masks ({parameter:
-    shape}), extra, sha256.
+    shape}), classes (names, or None), extra, sha256.
     Raises FileNotFoundError for a missing folder or file. Raises ValueError for a record that is
     broken, altered or of another format, and for files that were altered or cut short after saving.
     """
@@ -232,6 +233,8 @@ def load(folder, *, device="cpu"):
             dtype = empty.get(name, tensor).dtype
             tensors[name] = tensor.to(dtype, copy=True)
         model.load_state_dict(tensors, assign=True)
+        if record.get("classes"):
+            model.class_names = [str(name) for name in record["classes"]]
     return model.to(device).eval()
 
 

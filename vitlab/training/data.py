@@ -31,6 +31,7 @@ class Split:
     image_size: side S of a batch, in pixels
     window: side in stored pixels of what a batch shows; it is enlarged to S where it is smaller
     mean, std: of the three channels, in [0, 1]
+    classes: names in the order of the labels; () where nobody says them
     """
 
     store: np.ndarray
@@ -40,6 +41,7 @@ class Split:
     window: int
     mean: tuple
     std: tuple
+    classes: tuple = ()
 
     def __len__(self):
         return len(self.indices)
@@ -221,10 +223,11 @@ def load(
     memory = cache / f"moments-{split_seed}.json"
     mean, std = _moments(store, parts["train"], normalise, memory)
     window = store.shape[1] if source.side else image_size
+    classes = tuple(source.classes)
     splits = {}
     for part, rows in parts.items():
         labels = torch.from_numpy(source.labels[rows])
-        splits[part] = Split(store, rows, labels, image_size, window, mean, std)
+        splits[part] = Split(store, rows, labels, image_size, window, mean, std, classes)
         if images is not None:
             splits[part] = splits[part].subset(min(images, len(rows)))
     return Dataset(

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from vitlab import files, parallel
 from vitlab.evaluation import cost, evaluate, memory
+from vitlab.models import anatomy
 from vitlab.pruning import prune
 from vitlab.training import _resume
 
@@ -126,11 +127,15 @@ def fit(
     log: folder for TensorBoard, which gets the numbers of each epoch
 
     Returns a frame with one row an epoch; `_Training.epoch` says what its columns mean.
-    Raises ValueError for settings out of range.
+    Raises ValueError for settings out of range, and for a model, teacher or val of other classes.
     Raises FloatingPointError when the loss is no longer finite.
     Raises RuntimeError when another process trains the same stage in the same folder.
     """
     recipe = _recipe(recipe)
+    anatomy.check_classes(model, train)
+    anatomy.check_classes(model, val)
+    if distil:
+        anatomy.check_classes(distil.teacher, train)
     # Under torchrun (see `parallel`), each process takes its part of each batch. The result is then
     # that of one process, up to rounding and to what drop-out and drop-path draw.
     batch_size = min(recipe.batch_size, len(train))
@@ -154,6 +159,8 @@ def fit(
         for tracker in accelerator.trackers:
             tracker.finish()
     model.load_state_dict(training.state["best"]["model"])
+    if hasattr(train, "classes"):  # checkpoints keep them
+        model.class_names = list(train.classes)
     model.eval()
     return pd.DataFrame(history)
 
