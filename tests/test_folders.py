@@ -222,17 +222,34 @@ def test_the_column_of_classes_is_the_one_that_says_so(tmp_path, source):
 
 def test_splits_may_have_a_table_each_or_share_one(tmp_path, source):
     expected = tmp_path / "folders"
-    for part in ("train", "val"):
-        shutil.copytree(source, expected / part)
+    other = tree(tmp_path / "other", seed=1)
+    for path in other.rglob("*.png"):
+        path.rename(path.with_stem(f"{path.stem}x"))
+    sources = {"train": source, "val": other}
+    for part in sources:
+        shutil.copytree(sources[part], expected / part)
     for way in ("inside", "beside", "shared"):
         mine = tmp_path / way
-        tables = {part: flatten(source, mine / part) for part in ("train", "val")}
+        tables = {part: flatten(sources[part], mine / part) for part in sources}
+        if way == "shared":
+            tables = {"": pd.concat(tables.values())}
         for part, rows in tables.items():
             name = f"{part}/labels.csv" if way == "inside" else f"{part}_labels.csv"
             name = "labels.csv" if way == "shared" else name
             rows.to_csv(mine / name, index=False)
         images = load(mine)
         assert content(images) == content(load(expected))
+
+
+def test_a_table_of_train_is_not_taken_for_images_of_test_that_are_called_alike(tmp_path, source):
+    mine = tmp_path / "mine"
+    flatten(source, mine / "test")
+    flatten(source, mine / "train").to_csv(mine / "labels.csv", index=False)
+    with pytest.raises(ValueError, match=r"labels.csv names images of two splits alike.*\.png"):
+        load(mine)
+    (mine / "labels.csv").rename(mine / "train_labels.csv")
+    images = load(mine)
+    assert len(images.test) == 7 and "test/ is left out" in images.layout
 
 
 def test_tiny_imagenet_is_read_as_it_is_unzipped(tmp_path, source):

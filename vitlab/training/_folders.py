@@ -210,9 +210,16 @@ def _find_labels(layout, root, split, places):
     if not found:
         return None, None
     [(table, rows)] = found.items()
-    strays = set(rows.name[rows.image.isna()])
-    layout.strays[table] = layout.strays.get(table, strays) & strays
-    rows = rows.dropna().drop_duplicates(["image", "label"])
+    rest = layout.strays.get(table, set(rows.name))
+    rows = rows.dropna()
+    # A table of train alone would also fit a test whose images are numbered from 1 again.
+    if twice := sorted(set(rows.name) - rest):
+        raise ValueError(
+            f"{table} names images of two splits alike, the first is {twice[0]}: call it "
+            "train_labels if it is of train alone, or give each split a table"
+        )
+    layout.strays[table] = rest - set(rows.name)
+    rows = rows.drop_duplicates(["image", "label"])
     if twice := sorted(rows.image[rows.image.duplicated()]):
         raise ValueError(f"{table} gives {len(twice)} images two classes, the first is {twice[0]}")
     labels = dict(zip(rows.image, rows.label, strict=True))
