@@ -59,8 +59,9 @@ def source(tmp_path_factory):
 # Splits
 
 
-@pytest.mark.parametrize("train", ["Train", "training", "training_set", "TRAIN"])
-@pytest.mark.parametrize("test", ["Test", "testing", "test_set"])
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "TEST"), ("training", "testing"), ("training_set", "test_set")]
+)
 def test_splits_by_other_names_are_splits(tmp_path, train, test):
     for names in (("train", "val", "test"), (train, "Valid", test)):
         for seed, name in enumerate(names):
@@ -172,7 +173,7 @@ def test_a_class_without_images_says_what_it_holds(tmp_path, source):
 # Tables of labels
 
 
-@pytest.mark.parametrize("place", ["images", "photos", "."])
+@pytest.mark.parametrize(("place", "ending"), [("images", True), ("photos", False), (".", True)])
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -182,7 +183,6 @@ def test_a_class_without_images_says_what_it_holds(tmp_path, source):
         ("labels.txt", {"header": False, "sep": " "}),
     ],
 )
-@pytest.mark.parametrize("ending", [True, False])
 def test_a_table_of_labels_is_as_good_as_class_folders(
     tmp_path, source, place, name, options, ending
 ):

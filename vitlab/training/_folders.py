@@ -332,4 +332,5 @@ def _ending(path):
 
 def _counted(counts):
     """Return "3 .heic, 1 .txt", the most first."""
-    return ", ".join(f"{count} {name or 'without ending'}" for name, count in counts.most_common())
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {name or 'without ending'}" for name, count in ordered)
