@@ -163,6 +163,26 @@ def test_sparse_parts_are_trained_on_their_support(vit, support, rank, ema):
             assert not found[name].sparse[~mask].any()
 
 
+@pytest.mark.parametrize("ema", [0.2, 0.9999])
+def test_averages_warm_up_so_that_a_short_training_forgets_its_start(vit, monkeypatch, ema):
+    steps = []
+    update = train.AveragedModel.update_parameters
+
+    def recorded(self, model):
+        steps.append(copy.deepcopy(model.state_dict()))
+        update(self, model)
+
+    monkeypatch.setattr(train.AveragedModel, "update_parameters", recorded)
+    recipe = dict(epochs=6, ema=ema, keep_best=False, **RECIPE)
+    history = train.fit(vit, Blobs(), Blobs(seed=1), recipe)
+    assert history.val_top1.iloc[-1] > 90  # without the warm-up the model of the first step stays
+    name = "head.weight"
+    expected = steps[0][name]
+    for n, weights in enumerate(steps[1:], 1):  # timm's own words: min(decay, (1 + n) / (10 + n))
+        expected = expected.lerp(weights[name], 1 - min(ema, (1 + n) / (10 + n)))
+    assert torch.equal(vit.state_dict()[name], expected)
+
+
 def test_averaging_leaves_whole_numbers_alone(swin):
     """Swin's windows look up their position bias by index, which 0.9 * i + 0.1 * i would round down."""
     history = train.fit(

@@ -16,6 +16,7 @@ from torch.special import entr
 
 from vitlab import names, parallel
 from vitlab.evaluation import cost
+from vitlab.models import anatomy
 
 
 def device_of(model):
@@ -92,9 +93,11 @@ def accuracy(model, images, *, batch_size=512, precision="float32"):
         loss: mean cross entropy in nats
         ece: expected calibration error, a share in [0, 1]
         per_class: top-1 in percent of each class in their order; nan for one that does not occur
-    Raises ValueError for an empty split, or logits that are not finite.
+    Raises ValueError for an empty split, for other classes than the model's, and for logits that
+    are not finite.
     """
     logits, labels = _logits(model, images, batch_size, precision)
+    anatomy.check_classes(model, images, logits.shape[1])  # of a model that says no num_classes
     # Top-1 and top-5 are the shares of images with the label first, or among the first five.
     is_first = logits.argmax(1) == labels
     first_five = logits.topk(min(5, logits.shape[1])).indices
@@ -237,6 +240,7 @@ def _logits(model, images, batch_size=512, precision="float32"):
     if not len(images):
         raise ValueError("cannot evaluate on an empty split")
     check_normalised(model, images)
+    anatomy.check_classes(model, images)
     # The model runs in eval mode, and its mode is restored afterwards.
     was_training, device = model.training, device_of(model)
     model.eval()

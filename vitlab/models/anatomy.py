@@ -2,7 +2,7 @@
 
 In this package only the folder `models` knows timm's classes.
 
-Public: FAMILIES, ROLES, UNITS, View, classifier_names, family_of, norm_after, view.
+Public: FAMILIES, ROLES, UNITS, View, check_classes, classifier_names, family_of, norm_after, view.
 """
 
 import re
@@ -285,6 +285,41 @@ class View:
 
 
 _CONVOLUTIONS = (nn.Conv2d, _layers.FactoredConv2d)
+
+
+def check_classes(model, images, outputs=None):
+    """Raise ValueError, with both sides, unless a model answers with the classes of the images.
+
+    model: a model with `num_classes`, and with `class_names` where `train.fit` has trained it
+    images: data.Split or data.Dataset; the labels of a batch, which only say how many at least
+    outputs: how many answers the model gave; None for its num_classes
+    """
+    if outputs is None:
+        outputs = getattr(model, "num_classes", None)
+    class_names = list(getattr(images, "classes", ()))
+    count = len(class_names)
+    words = str(count)
+    if not class_names:
+        labels = getattr(images, "labels", images)
+        count = 1 + max(labels.tolist(), default=-1)
+        words = f"at least {count}"
+    if outputs is not None and (outputs < count or class_names and outputs != count):
+        raise ValueError(
+            f"the model has {outputs} classes, the images {words}: take images of the model's "
+            "classes, or a model that models.create(..., num_classes=...) made for these images"
+        )
+    # As many as the outputs, unless the head is another by now.
+    learnt = getattr(model, "class_names", [])
+    if len(learnt) == len(class_names) and learnt != class_names:
+        same = (
+            "the same names in another order" if set(learnt) == set(class_names) else "other names"
+        )
+        label = [own == name for own, name in zip(learnt, class_names, strict=True)].index(False)
+        raise ValueError(
+            f"the model was trained on classes of {same}: label {label} is {learnt[label]!r} for "
+            f"the model and {class_names[label]!r} for the images. Name the classes as they were "
+            "then, or del model.class_names if the head is a new one"
+        )
 
 
 def _chain_behind(model, layer):

@@ -57,6 +57,7 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
         "packed": shapes,
         "normalise": getattr(model, "normalise", None),
         "masks": {name: list(mask.shape) for name, mask in masks.items()},
+        "classes": getattr(model, "class_names", None),
         "extra": extra or {},
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
@@ -157,7 +158,8 @@ def read(folder):
     """Return the record of the checkpoint in folder, after checking it and its files.
 
     Returns a dict of format, vitlab (version), recipe, structure, packed and masks ({parameter:
-    shape}), normalise (mean and std of its images, or None), extra, sha256.
+    shape}), normalise (mean and std of its images, or None), classes (names, or None), extra,
+    sha256.
     Raises FileNotFoundError for a missing folder or file. Raises ValueError for a record that is
     broken, altered or of another format, and for files that were altered or cut short after saving.
     """
@@ -235,6 +237,8 @@ def load(folder, *, device="cpu"):
         model.load_state_dict(tensors, assign=True)
         moments = record.get("normalise")
         model.normalise = moments and tuple(map(tuple, moments))
+        if record.get("classes"):
+            model.class_names = [str(name) for name in record["classes"]]
     return model.to(device).eval()
 
 

@@ -26,6 +26,7 @@ from vitlab.pruning._sweep import (
     Grams,
     Moments,
     Sweep,
+    cross_entropy,
     fitting_gram,
     layer_inputs,
     wide,
@@ -265,12 +266,12 @@ def directions(model, batches, bases, *, labels="true", seed=0):
 def loss(model, batches):
     """Return the mean cross-entropy over all images of batches, in eval mode.
 
-    Raises ValueError for no batches.
+    Raises ValueError for no batches, and for labels that the model lacks.
     """
     total = images = 0
     with Sweep(model):
         for x, y in batches:
-            total += functional.cross_entropy(model(x), y, reduction="sum").item()
+            total += cross_entropy(model, model(x), y).item()
             images += len(x)
     if not images:
         raise ValueError(NO_BATCHES)
