@@ -292,7 +292,11 @@ def test_original_releases(tmp_path):
     [
         ("vit", {"image_size": 64}, r"pos_embed resampled from \[1, 17, 48\] to \[1, 65, 48\]"),
         ("vit", {"image_size": 16, "patch_size": 4}, "patch_embed.proj.weight resampled from"),
-        ("swin", {"window_size": 8}, r"bias_table resampled from \[49, 2\].*\(3 in all\)"),
+        (
+            "swin",
+            {"window_size": 8},
+            r"bias_table resampled from \[49, 2\] to \[225, 2\] and 2 more",
+        ),
         ("swinv2", {"window_size": 8}, "windows are 8 wide, 4 in the file"),
     ],
 )
@@ -324,7 +328,9 @@ OTHER = {
 def test_another_architecture_is_refused_with_options_that_fit(kind, options, said, tmp_path):
     file = tmp_path / "a.safetensors"
     save_file(create(kind, **options).state_dict(), file)
-    with pytest.raises(ValueError, match=rf"a.safetensors holds another .*timm's.*{said}"):
+    with pytest.raises(
+        ValueError, match=rf"a.safetensors holds another .*of timm, such as .*{said}"
+    ):
         create(kind, file)
     create(kind, file, **options)  # the cure
 
@@ -377,7 +383,10 @@ def test_a_pickled_model_is_refused_with_the_cure_and_without_unsafe_advice(new,
         ({}, "holds no tensors by name"),
         (torch.ones(3), "holds no tensors by name"),
         ({"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "tensors are missing"),
-        ({"features.0.0.weight": torch.ones(3, 3, 3, 3)}, "tensors are missing"),
+        (
+            {"features.0.0.weight": torch.ones(3, 3, 3, 3)},
+            "no library known here, such as features.0",
+        ),
     ],
 )
 def test_files_without_such_a_model(content, said, tmp_path):

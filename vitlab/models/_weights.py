@@ -6,9 +6,10 @@ Public: create.
 import argparse
 import inspect
 import json
-import pickle
+import math
 import re
 import warnings
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ def _content(file):
             why = "it only points to the file: fetch that by `git lfs pull`"
         elif file.suffix in (".npz", ".npy", ".h5", ".msgpack", ".onnx"):
             why = f"{file.suffix} is not read: give the same weights as .safetensors or .pth"
-        elif isinstance(error, pickle.UnpicklingError) and start[:2] in (b"PK", b"\x80\x02"):
+        elif zipfile.is_zipfile(file) or start.startswith(b"\x80"):  # whole, and no plain dict
             why = (
                 f"beside tensors it holds objects ({_objects(file)}), which may run code when "
                 "opened: where it was made, save the tensors alone by "
@@ -149,8 +150,8 @@ def _objects(file):
     """Return the names of the classes that a pickled file needs, as far as torch can tell."""
     try:
         return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # older than zip files
-        return "a whole model, for example"
+    except Exception:  # of programs and of files older than zip it cannot
+        return "a whole model or program, for example"
 
 
 # Wrappers that put their name before a part of the model: torch.compile, FSDP, checkpointing.
@@ -233,11 +234,12 @@ def _backbones(tensors):
         for name in tensors:
             if match := re.match(rf"((?:.*?\.)?){anchor}", name):
                 found[match[1]] = whose
-    return found or {"": "timm"}  # timm's filter knows some others
+    return found or {"": "no library known here"}  # timm's filter knows some others
 
 
 def _renamed(name, whose):
-    for pattern, replacement in _LAYOUTS[whose][1]:
+    _, rules = _LAYOUTS.get(whose, ("", []))
+    for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -282,7 +284,8 @@ def _fill(model, path, tensors, says):
     if chosen.problem:
         raise ValueError(
             f"{path} holds another architecture than {type(model).__name__} {model.recipe}. "
-            f"Names are {chosen.whose}'s{_behind(chosen.prefix)}. {chosen.problem}"
+            f"Names are of {chosen.whose}{_behind(chosen.prefix)}, such as {next(iter(tensors))}. "
+            f"{chosen.problem}"
         )
     model.load_state_dict(chosen.fitting, strict=False)
     facts = [f"names of {chosen.whose}{_behind(chosen.prefix)}"]
@@ -358,11 +361,12 @@ def _read(model, tensors, prefix, whose, says):
             wrong.append(name)
         else:
             left_out.add(name.split(".")[0])
-    if differences or missing or wrong:
-        reading.problem = (
-            f"{differences}{len(missing)} tensors are missing (first {missing[:1]}), "
-            f"{len(wrong)} do not fit (first {sorted(wrong)[:1]})"
-        )
+    problems = [differences] if differences else []
+    for names, what in ((missing, "missing"), (wrong, "others than the model's")):
+        if names and not differences:
+            problems.append(f"{len(names)} tensors are {what}, such as {names[0]}.")
+    if problems:
+        reading.problem = " ".join(problems)
         return reading
     reading.changes = [*_resampled(state, fitted), *_other_windows(model, state, says)]
     if left_out:
@@ -428,7 +432,7 @@ def _differences(model, state, says):
     fit = [f"{name}={file[name]!r}" for name in file if name in asked]
     if "embed_dim" in differing and "num_heads" not in file:
         fit.append("num_heads=... (no tensor tells it)")
-    return f"The file has {', '.join(said)}; what fits it is {', '.join(fit)}. "
+    return f"The file has {', '.join(said)}; what fits it is {', '.join(fit)}."
 
 
 def _num_heads(model):
@@ -451,8 +455,10 @@ def _architecture(state):
     says = {"family": "ViT", "embed_dim": width}
     if width and "mlp.fc1.weight" in sizes:
         says["mlp_ratio"] = sizes["mlp.fc1.weight"][0] / width
-    if kernel := sizes.get("patch_embed.proj.weight"):
+    if len(kernel := sizes.get("patch_embed.proj.weight", [])) == 4:
         says |= {"in_chans": kernel[1], "patch_size": kernel[-1]}
+    stem = {name.split(".")[1] for name in sizes if name.startswith("patch_embed.")}
+    says["patch embedding"] = ", ".join(sorted(stem))
     says["qkv_bias"] = "attn.qkv.bias" in sizes or "attn.q_bias" in sizes
     depths = Counter(blocks.values())
     if "" not in depths:
@@ -462,19 +468,29 @@ def _architecture(state):
         says["depths"] = tuple(depths[stage] for stage in sorted(depths))
         says["num_heads"] = tuple(len(t) if t.ndim == 3 else t.shape[1] for t in tables)
         return says
-    tokens = {name: size[1] for name, size in sizes.items() if name.endswith(("_token", "_tokens"))}
-    tokens.pop("mask_token", None)
+    known = ("cls_token", "dist_token", "reg_token", "register_tokens")
+    tokens = {name: sizes[name][1] for name in known if name in sizes}
     says |= {
         "depth": len(blocks),
         "tokens before the patches": sum(tokens.values()),
         "class_token": "cls_token" in tokens,
         "reg_tokens": sum(tokens.values()) - tokens.get("cls_token", 0),
-        "no_embed_class": True if "register_tokens" in tokens else None,
+        "no_embed_class": _starts_at_patches(sizes.get("pos_embed", [0, 0])[1], tokens),
         "global_pool": "avg" if "fc_norm.weight" in sizes else "token",
         "init_values": 1e-5 if {"ls1.gamma", "gamma_1"} & sizes.keys() else 0,
         "pre_norm": "norm_pre.weight" in sizes,
     }
     return says
+
+
+def _starts_at_patches(positions, tokens):
+    """Return whether a table has no positions for tokens before the patches; None if unclear."""
+    grids = [
+        math.isqrt(count) ** 2 == count for count in (positions, positions - sum(tokens.values()))
+    ]
+    if "register_tokens" in tokens:  # timm's filter moves the class token's out of the table
+        return True
+    return grids[0] if sum(grids) == 1 else None
 
 
 def _resampled(state, fitted):
@@ -490,7 +506,8 @@ def _resampled(state, fitted):
                 if not torch.equal(same, new):
                     resampled.append(f"{list(old.shape)} to {list(new.shape)}")
         if resampled:
-            sentences.append(f"{part} resampled from {resampled[0]} ({len(resampled)} in all)")
+            more = f" and {len(resampled) - 1} more" if resampled[1:] else ""
+            sentences.append(f"{part} resampled from {resampled[0]}{more}")
     return sentences
 
 
