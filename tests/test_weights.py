@@ -298,9 +298,10 @@ def test_original_releases(tmp_path):
             r"bias_table resampled from \[49, 2\] to \[225, 2\] and 2 more",
         ),
         ("swinv2", {"window_size": 8}, "windows are 8 wide, 4 in the file"),
+        ("swin", {"image_size": 20}, "outputs are not torchvision's: timm shifts, then pads"),
     ],
 )
-def test_what_is_resampled_is_said(kind, options, said, tmp_path):
+def test_what_is_resampled_or_else_is_not_as_it_was_is_said(kind, options, said, tmp_path):
     torch.save(torchvision_model(kind).state_dict(), tmp_path / "a.pth")
     with pytest.warns(UserWarning, match=said) as warned:
         create(kind, tmp_path / "a.pth", **options)

@@ -368,7 +368,7 @@ def _read(model, tensors, prefix, whose, says):
     if problems:
         reading.problem = " ".join(problems)
         return reading
-    reading.changes = [*_resampled(state, fitted), *_other_windows(model, state, says)]
+    reading.changes = [*_resampled(state, fitted), *_windows(model, state, says, whose)]
     if left_out:
         reading.changes.append(f"left out: {', '.join(sorted(left_out))}")
     if optional - reading.fitting.keys() or (not optional and head_change == _NEW_HEAD):
@@ -511,19 +511,23 @@ def _resampled(state, fitted):
     return sentences
 
 
-def _other_windows(model, state, says):
-    """Return a sentence where SwinV2's windows are of another size than those of the file."""
-    if not isinstance(model, SwinTransformerV2) or "pretrained_window_sizes" in str(model.recipe):
-        return []
+def _windows(model, state, says, whose):
+    """Return sentences about windows by which outputs are not those of the file's own library."""
+    sentences = []
+    blocks = [block for block in model.modules() if hasattr(block, "shift_size")]
+    partly_filled = [block for block in blocks if block.input_resolution[0] % block.window_size[0]]
+    if partly_filled and whose != "timm":
+        sentences.append(f"at this image size outputs are not {whose}'s: timm shifts, then pads")
     tables = [(t.shape[1] + 1) // 2 for name, t in state.items() if name.endswith("coords_table")]
     file = max(tables, default=says.get("window_size"))
-    own = max(getattr(module, "window_size", (0,))[0] for module in model.modules())
-    if file in (None, own):
-        return []
-    return [
-        f"windows are {own} wide, {file} in the file: distances count in shares of a window, or "
-        f"as in the file by pretrained_window_sizes={(file,) * len(model.layers)}"
-    ]
+    own = max((block.window_size[0] for block in blocks), default=0)
+    is_known = "pretrained_window_sizes" in model.recipe["options"]
+    if isinstance(model, SwinTransformerV2) and file not in (None, own) and not is_known:
+        sentences.append(
+            f"windows are {own} wide, {file} in the file: distances count in shares of a window, "
+            f"or as in the file by pretrained_window_sizes={(file,) * len(model.layers)}"
+        )
+    return sentences
 
 
 # ---- Checkpoints of cut models ----
