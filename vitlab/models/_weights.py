@@ -223,7 +223,8 @@ _HEAD = r"(?:heads?|fc|linear|head\.fc|heads\.head|classifier|cls_classifier)\.(
 _DISTILLED_HEAD = r"(?:head_dist|distillation_classifier)\.(weight|bias)"
 # What else belongs to a backbone. Whatever a file has beside these may be left out.
 _BACKBONE = re.compile(
-    r"(blocks|layers|patch_embed|norm|norm_pre|fc_norm|attn_pool)\.|.*pos_embed|(cls|reg|dist)_token"
+    r"(blocks|layers|patch_embed|norm|norm_pre|fc_norm|attn_pool)\.|(absolute_)?pos_embed$|"
+    r"(cls|reg|dist)_token$"
 )
 
 
@@ -251,7 +252,8 @@ def _join_qkv(state):
         parts = [state.pop(f"{ahead}{letter}.{part}", None) for letter in "qkv"]
         if parts[1] is None and part == "bias":  # SwinV2's keys have none
             parts[1] = torch.zeros_like(parts[0])
-        state[f"{ahead}qkv.{part}"] = torch.cat(parts)
+        if all(torch.is_tensor(tensor) for tensor in parts):
+            state[f"{ahead}qkv.{part}"] = torch.cat(parts)
     for name in [name for name in state if name.endswith("logit_scale")]:
         attn = name.removesuffix("logit_scale")
         if (bias := state.pop(f"{attn}qkv.bias", None)) is not None:
@@ -279,12 +281,20 @@ def _fill(model, path, tensors, says):
     Returns (sentences about where tensors came from, sentences about what was not taken as it is).
     """
     backbones = _backbones(tensors)
-    readings = [_read(model, tensors, prefix, backbones[prefix], says) for prefix in backbones]
+    readings = []
+    for prefix, whose in backbones.items():
+        try:
+            reading = _read(model, tensors, prefix, whose, says)
+        except Exception as error:  # whatever tensors of odd shapes do to timm, torch and this file
+            problem = f"No such model has its shapes: {type(error).__name__}: {error}."
+            reading = _Reading(prefix, whose, {}, [], problem)
+        readings.append(reading)
     chosen = _choose(path, readings)
     if chosen.problem:
+        example = next(name for name in tensors if name.startswith(chosen.prefix))
         raise ValueError(
             f"{path} holds another architecture than {type(model).__name__} {model.recipe}. "
-            f"Names are of {chosen.whose}{_behind(chosen.prefix)}, such as {next(iter(tensors))}. "
+            f"Names are of {chosen.whose}{_behind(chosen.prefix)}, such as {example}. "
             f"{chosen.problem}"
         )
     model.load_state_dict(chosen.fitting, strict=False)
@@ -302,7 +312,9 @@ def _behind(prefix):
 
 def _choose(path, readings):
     """Return the reading that is meant. Raises ValueError where several may be."""
-    fitting = [reading for reading in readings if not reading.problem] or readings
+    fitting = [reading for reading in readings if not reading.problem]
+    if not fitting:
+        return readings[0]
     # Averaged weights are what timm takes first and what DINO evaluates: its teacher is an average
     # of the student.
     averaged = [
@@ -339,18 +351,14 @@ def _read(model, tensors, prefix, whose, says):
     reading = _Reading(prefix, whose, {}, [])
     optional = _parameters_of_classifiers(model)
     heads, head_change = _heads(model, expected, state, beside)
-    differences = _differences(model, state, says)
-    fitted = state
-    if not differences:
-        try:
-            family = anatomy.family_of(model) or VisionTransformer
-            # DeiT-III has its own names for its layer scale.
-            own = {"adapt_layer_scale": True} if family is VisionTransformer else {}
-            with warnings.catch_warnings(action="ignore"):  # torch's, about its own speed
-                fitted = inspect.getmodule(family).checkpoint_filter_fn(dict(state), model, **own)
-        except Exception as error:
-            reading.problem = f"timm cannot fit them: {type(error).__name__}: {error}"
-            return reading
+    if differences := _differences(model, state, says):
+        reading.problem = differences
+        return reading
+    family = anatomy.family_of(model) or VisionTransformer
+    # DeiT-III has its own names for its layer scale.
+    own = {"adapt_layer_scale": True} if family is VisionTransformer else {}
+    with warnings.catch_warnings(action="ignore"):  # torch's, about its own speed
+        fitted = inspect.getmodule(family).checkpoint_filter_fn(dict(state), model, **own)
     fitted = fitted | heads
     missing = sorted(expected.keys() - fitted.keys() - optional)
     wrong, left_out = [], set()
@@ -361,12 +369,10 @@ def _read(model, tensors, prefix, whose, says):
             wrong.append(name)
         else:
             left_out.add(name.split(".")[0])
-    problems = [differences] if differences else []
     for names, what in ((missing, "missing"), (wrong, "others than the model's")):
-        if names and not differences:
-            problems.append(f"{len(names)} tensors are {what}, such as {names[0]}.")
-    if problems:
-        reading.problem = " ".join(problems)
+        if names:
+            reading.problem += f"{len(names)} tensors are {what}, such as {names[0]}. "
+    if reading.problem:
         return reading
     reading.changes = [*_resampled(state, fitted), *_windows(model, state, says, whose)]
     if left_out:
@@ -485,12 +491,11 @@ def _architecture(state):
 
 def _starts_at_patches(positions, tokens):
     """Return whether a table has no positions for tokens before the patches; None if unclear."""
-    grids = [
-        math.isqrt(count) ** 2 == count for count in (positions, positions - sum(tokens.values()))
-    ]
     if "register_tokens" in tokens:  # timm's filter moves the class token's out of the table
         return True
-    return grids[0] if sum(grids) == 1 else None
+    patches = positions - sum(tokens.values())
+    grids = [math.isqrt(max(count, 0)) ** 2 == count for count in (positions, patches)]
+    return grids[0] if sum(grids) == 1 and positions else None
 
 
 def _resampled(state, fitted):
