@@ -127,9 +127,10 @@ class Run:
         word = values.get("normalise") or of_study
         if word != "weights":
             return word
-        # A checkpoint says itself what its weights expect, of others timm knows it by their name.
+        # A folder of vitlab's or Hugging Face's says itself what its weights expect. Of others timm
+        # knows it by the model's name.
         weights = values.get("weights") and self.model["weights"]
-        if weights and Path(weights, "model.json").is_file():
+        if weights and Path(weights).is_dir():
             return weights
         return values["name"] if weights or values.get("pretrained") else "train"
 
