@@ -6,7 +6,6 @@ MAC is one multiply-accumulate, two FLOPs. All counts are for one forward pass o
 Public: breakdown, bytes_disk, bytes_memory, input_shape, macs, meters, params, summary.
 """
 
-import copy
 import math
 import warnings
 from collections import namedtuple
@@ -180,7 +179,7 @@ def meters(model):
     gives None, and meter_note, otherwise "", says why.
     """
     x = torch.zeros(1, *input_shape(model))
-    subject = copy.deepcopy(model).cpu().float().eval()  # the meters leave traces in a model
+    subject = anatomy.copied(model).cpu().float().eval()  # the meters leave traces in a model
     for module in subject.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # torch's counter cannot see inside the kernel on a CPU
@@ -237,6 +236,7 @@ def bytes_disk(model, *, folder=None):
     """
     if folder is not None:
         return (Path(folder) / "model.safetensors").stat().st_size
+    anatomy.check_weights(model)  # as checkpoint.save does
     tensors = model.state_dict()
     for name in tensors:
         tensors[name] = tensors[name].cpu().contiguous()

@@ -6,7 +6,6 @@ semi-structured tensors, which newer GPUs multiply faster.
 Public: semi_structured, session, to_onnx.
 """
 
-import copy
 import functools
 import warnings
 from contextlib import suppress
@@ -17,7 +16,7 @@ from torch import nn
 
 from vitlab import files
 from vitlab.evaluation import cost, evaluate
-from vitlab.models import _layers
+from vitlab.models import _layers, anatomy
 
 _TOLERANCE = 1e-4  # for the error of a file's logits
 _SPARSE = [(nn.Linear, "weight"), (_layers.LowRankSparseLinear, "sparse")]  # may be 2:4
@@ -161,7 +160,7 @@ def semi_structured(model):
             f"the model is on {device}: there its masked layers run as dense ones"
         )
     # Autograd and checkpoint.save do not know such tensors.
-    converted = copy.deepcopy(model).bfloat16().eval()  # a precision that these kernels want
+    converted = anatomy.copied(model).bfloat16().eval()  # a precision that these kernels want
     return _semi_structured(converted, names)
 
 
@@ -185,7 +184,7 @@ def _need(*packages):
 
 
 def _on_cpu(model):
-    return copy.deepcopy(model).cpu().float().eval()
+    return anatomy.copied(model).cpu().float().eval()
 
 
 def _random_images(model, count):

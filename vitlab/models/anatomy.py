@@ -2,9 +2,11 @@
 
 In this package only the folder `models` knows timm's classes.
 
-Public: FAMILIES, ROLES, UNITS, View, classifier_names, family_of, norm_after, view.
+Public: FAMILIES, ROLES, UNITS, View, check_weights, classifier_names, copied, family_of,
+norm_after, view.
 """
 
+import copy
 import re
 from dataclasses import dataclass
 
@@ -14,6 +16,10 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from vitlab import names
 from vitlab.models import _attention, _layers
@@ -352,11 +358,55 @@ def _block_stream(block, inside):
     return readers + writers + _parts(inside, ["norm1", "norm2", "ls1", "ls2"], "channels")
 
 
+# {what torch hangs on a layer to compute a weight before each pass: what takes it off again}
+_CURES = {
+    BasePruningMethod: "torch.nn.utils.prune.remove(layer, name)",
+    WeightNorm: "torch.nn.utils.remove_weight_norm(layer, name)",
+    SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer, name)",
+    ParametrizationList: "torch.nn.utils.parametrize.remove_parametrizations(layer, name)",
+}
+
+
+def check_weights(model):
+    """Raise ValueError for weights that are no parameters of one layer, with what to call first.
+
+    They are those that torch computes before each pass, and those that two layers share.
+    """
+    for name, module in model.named_modules():
+        parts = (
+            *module._forward_pre_hooks.values(),
+            *getattr(module, "parametrizations", {}).values(),
+        )
+        for part in parts:
+            for kind, cure in _CURES.items():
+                if isinstance(part, kind):
+                    raise ValueError(
+                        f"a weight of {name} is computed anew before each pass, by torch's "
+                        f"{type(part).__name__}, and cannot be counted, cut or stored as it is: "
+                        f"call {cure} first"
+                    )
+    first = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            raise ValueError(
+                f"{first[id(parameter)]} and {name} are one tensor, and cannot be counted, cut or "
+                "stored as two: give the second layer a copy.deepcopy of the first"
+            )
+
+
+def copied(model):
+    """Return a deep copy of a model. Raises what `check_weights` raises."""
+    check_weights(model)
+    return copy.deepcopy(model)
+
+
 def view(model):
     """Return the View of a timm ViT/DeiT, Swin or SwinV2.
 
-    Raises TypeError for a model that vitlab cannot see into.
+    Raises TypeError for a model that vitlab cannot see into, and ValueError for weights that are
+    no parameters of one layer.
     """
+    check_weights(model)
     blocks = []
     if family := family_of(model):
         kind, pattern = FAMILIES[family]

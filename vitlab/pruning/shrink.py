@@ -5,7 +5,6 @@ Every call returns a new model and leaves the one that it was given untouched.
 Public: remove.
 """
 
-import copy
 from collections import defaultdict
 
 import torch
@@ -43,7 +42,7 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     drop that removes nothing, or all of something: rows, filters, channels or blocks.
     """
     removed = _checked_drop(models.view(model), drop)
-    model = copy.deepcopy(model)
+    model = anatomy.copied(model)
     # With means or grams, the layers that read removed heads, v dimensions, neurons, channels or
     # filters make up for them in closed form, if means or grams has the layer.
     fill = compensate.Fill(means or {}, grams or {}, damping)

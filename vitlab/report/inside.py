@@ -5,7 +5,6 @@ Functions stand in the order of the drawings that take their frames.
 Public: attention_maps, layers, spectra, units, weights, widths.
 """
 
-import copy
 from functools import partial
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import nn
 
 from vitlab import models
 from vitlab.evaluation import evaluate
-from vitlab.models import _layers
+from vitlab.models import _layers, anatomy
 from vitlab.names import check
 from vitlab.pruning import _sweep, lowrank, prune
 from vitlab.report import tables
@@ -359,7 +358,7 @@ def _attention_weights(model, x):
     """
     # Of a Swin, tensors are [B * windows, heads, tokens of a window, tokens of a window]. The copy
     # is changed, so that the model stays as it is.
-    model = copy.deepcopy(model).eval()
+    model = anatomy.copied(model).eval()
     weights = {}
     for block in models.view(model).blocks:
         if block.num_heads:  # a cut may have left none
