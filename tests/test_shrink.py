@@ -934,3 +934,17 @@ def test_errors_of_rebuilding(vit):
         _structure.rebuild(vit, {"heads": {}, "layers": {"block.0.mlp.fc1": config}})
     with pytest.raises(ValueError, match="no block 'blocks.7'"):
         _structure.rebuild(vit, {"heads": {"blocks.7": 1}, "layers": {}})
+
+
+@pytest.mark.parametrize("part, kind", [("attn", "heads"), ("mlp", "neurons")])
+def test_the_norm_goes_that_nothing_reads_any_more(any_model, part, kind, batch):
+    view = models.view(any_model)
+    block = view.blocks[-1]
+    size = view.units([kind])[block.name, kind]
+    norm = f"{block.name}.norm{1 if kind == 'heads' else 2}."
+    small = shrink.remove(any_model, {(block.name, kind): range(size)})
+    inside = any_model.get_submodule(block.name)
+    comes_last = inside.norm1 in view.residual_writers(block)  # it works on the last bias
+    assert any(name.startswith(norm) for name, _ in small.named_parameters()) == comes_last
+    small.train()(batch[0]).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())

@@ -326,7 +326,7 @@ class Constant(nn.Module):
 
 
 class Skip(nn.Identity):
-    """Stand for a whole block that is gone: pass the residual stream on."""
+    """Stand for a whole block that is gone, or a norm that nothing reads: pass tokens on."""
 
     def forward(self, x, *_, **__):
         return x

@@ -27,7 +27,7 @@ def structure(model):
     both of its first two entries are empty and the others are absent:
         "heads": {block: number of heads}
         "layers": {layer: config}
-        "skipped": blocks that are gone
+        "skipped": blocks that are gone, and norms before attention or an MLP without units
         "constant": {attention or MLP without units: config}
         "convolutions": {factored convolution: rank}
         "opened": attention with dimensions cut
