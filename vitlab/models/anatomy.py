@@ -3,13 +3,14 @@
 In this package only the folder `models` knows timm's classes.
 
 Public: FAMILIES, ROLES, UNITS, View, check_weights, classifier_names, copied, family_of,
-norm_after, view.
+norm_after, pooling, view.
 """
 
 import copy
 import re
 from dataclasses import dataclass
 
+import timm
 from timm.layers import Attention, Mlp
 from timm.models import swin_transformer, swin_transformer_v2, vision_transformer
 from timm.models.swin_transformer import SwinTransformer
@@ -59,6 +60,11 @@ def classifier_names(model):
         heads = [heads]
     heads = [head for head in heads if not isinstance(head, nn.Identity)]
     return [name for name, module in model.named_modules() if module in heads]
+
+
+def pooling(model):
+    """Return timm's word for how a model pools its tokens before the classifier, "" for not."""
+    return timm.models.get_model_args(model)["global_pool"]
 
 
 @dataclass(frozen=True)
