@@ -320,6 +320,9 @@ def test_models_without_a_closed_form():
     model.patch_embed.steps.append(nn.MaxPool2d(2))
     with pytest.raises(TypeError, match="no closed form for the stem ConvStem"):
         cost.macs(model)
+    model = models.create("vit_small_r26_s32_224", num_classes=3, image_size=64, depth=1)
+    with pytest.raises(TypeError, match="no closed form for the stem HybridEmbed"):
+        cost.macs(model)
 
 
 def test_peak_memory_is_of_what_came_since_the_reset():

@@ -948,3 +948,26 @@ def test_the_norm_goes_that_nothing_reads_any_more(any_model, part, kind, batch)
     assert any(name.startswith(norm) for name, _ in small.named_parameters()) == comes_last
     small.train()(batch[0]).sum().backward()
     assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "filters"),
+    [
+        ("vit_tiny_r_s16_p8_224", []),  # standardised weights, which no filter leaves alone
+        ("vit_small_resnet26d_224", ["conv1.0", "conv1.3"]),
+    ],
+)
+@torch.no_grad()
+def test_filters_of_hybrid_stems_are_offered_where_they_can_go(name, filters):
+    options = {"patch_size": 1} if "r_s16" in name else {}
+    model = models.create(name, num_classes=3, image_size=32, depth=1, **options).eval()
+    units = models.view(model).units(["filters"])
+    keys = [(f"patch_embed.backbone.{name}", "filters") for name in filters]
+    assert list(units) == keys
+    x = torch.randn(2, 3, 32, 32)
+    for key in keys:
+        dead, norm = copy.deepcopy(model), anatomy.norm_after(model, key[0])
+        for part in (f"{key[0]}.weight", f"{norm}.weight", f"{norm}.bias"):
+            dead.get_parameter(part)[:5] = 0
+        torch.testing.assert_close(shrink.remove(model, {key: range(5)})(x), dead(x))
+    shrink.remove(model, {("blocks.0", "heads"): [0]})(x)

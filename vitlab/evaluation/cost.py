@@ -140,21 +140,26 @@ def _tokens(model, block, grid):
 
 
 def _stem(embed, size):
-    """Yield (name, layer, [height, width] after it) of the patch embedding, in forward order.
+    """Return (name, layer, [height, width] after it) of the patch embedding, in forward order.
 
     embed: the patch embedding, a chain of convolutions and max pooling
     size: [height, width] of the image
     Raises TypeError where the sizes do not end at that of the model's tokens.
     """
     image = size
-    for name, layer in embed.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
-            size = _output_size(layer, size)
-            yield name, layer, size
+    found = []
+    try:
+        for name, layer in embed.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
+                size = _output_size(layer, size)
+                found.append((name, layer, size))
+    except RuntimeError:  # nothing of the image is left
+        size = ()
     if tuple(size) != tuple(embed.dynamic_feat_size(image)):
         raise TypeError(
             f"no closed form for the stem {type(embed).__name__}: it is no chain of convolutions"
         )
+    return found
 
 
 def _output_size(layer, size):

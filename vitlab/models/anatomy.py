@@ -195,8 +195,7 @@ class View:
             for name, conv in self.stem:
                 if _is_factor(self.model, name):  # its last part says how many filters there are
                     name = name.rpartition(".")[0]
-                followers = [module for _, module in _chain_behind(self.model, name)]
-                if any(isinstance(module, _CONVOLUTIONS) for module in followers):
+                if _feeds_convolution(self.model, name):
                     counts[name, "filters"] = conv.out_channels
         return {key: count for key, count in counts.items() if count}
 
@@ -210,7 +209,8 @@ class View:
     def stem(self):
         """[(name, convolution)] of the patch embedding, in forward order."""
         modules = self.model.patch_embed.named_modules(prefix="patch_embed")
-        return [(name, module) for name, module in modules if isinstance(module, nn.Conv2d)]
+        # Subclasses of timm's compute otherwise, such as by standardised weights.
+        return [(name, module) for name, module in modules if type(module) is nn.Conv2d]
 
     @property
     def _whole_stem(self):
@@ -296,17 +296,28 @@ class View:
         return parts + [(model.get_submodule(name), "columns") for name in self.classifiers]
 
 
-_CONVOLUTIONS = (nn.Conv2d, _layers.FactoredConv2d)
-
-
 def _chain_behind(model, layer):
     """Return [(name, module)] behind a layer in its nn.Sequential; [] for a layer in no such."""
-    parent, _, number = layer.rpartition(".")
+    parent, _, own_name = layer.rpartition(".")
     chain = model.get_submodule(parent)
     if not isinstance(chain, nn.Sequential):
         return []
-    children = list(chain.named_children())[int(number) + 1 :]
-    return [(f"{parent}.{name}", module) for name, module in children]
+    children = list(chain.named_children())
+    place = [name for name, _ in children].index(own_name)
+    return [(f"{parent}.{name}", module) for name, module in children[place + 1 :]]
+
+
+def _feeds_convolution(model, layer):
+    """Return whether another convolution of one nn.Sequential reads the filters of this one."""
+    # What lies between must leave channels alone. Only a batch norm that `norm_after` finds can
+    # lose some of its own.
+    norm = norm_after(model, layer)
+    for name, module in _chain_behind(model, layer):
+        if isinstance(module, _layers.FactoredConv2d) or type(module) is nn.Conv2d:
+            return getattr(module, "groups", 1) == 1
+        if name != norm and list(module.parameters()):
+            return False
+    return False
 
 
 def norm_after(model, layer):
