@@ -59,6 +59,22 @@ def test_macs_equal_torchs_own_counter(name, image_size, options):
     assert cost.macs(model) == macs_by_torch(model, image_size)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of timm's resampling
+@torch.no_grad()
+def test_two_ways_to_another_image_size_of_a_swin():
+    name = "swin_tiny_patch4_window7_224"
+    padded = models.create(name, num_classes=1000, image_size=256)
+    scaled = models.create(name, num_classes=1000, image_size=256, window_size=8).eval()
+    timms = models.create(name, num_classes=1000).eval()
+    timms.set_input_size((256, 256))
+    assert cost.macs(padded) == 7_345_441_536
+    assert cost.macs(scaled) == cost.macs(timms) == 5_921_028_096
+    assert cost.input_shape(timms) == (3, 256, 256)
+    scaled.load_state_dict(timms.state_dict())
+    x = torch.randn(1, 3, 256, 256)
+    assert torch.equal(scaled(x), timms(x))
+
+
 KINDS = [
     {"type": "FactoredLinear", "rank": 3},
     {"type": "LowRankSparseLinear", "rank": 2, "support": "entries", "count": 40},

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.utils.prune  # torch itself does not import it
+import torchvision
 from safetensors.torch import save_file
 
 from vitlab import models
@@ -91,6 +92,14 @@ def test_a_model_it_cannot_see_into_is_refused(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(TypeError, match="cannot see into .*supported are timm's VisionTransformer"):
+        models.view(model)
+
+
+def test_a_model_of_another_library_is_named_with_its_module():
+    with torch.device("meta"):
+        model = torchvision.models.vit_b_16()
+    words = r"torchvision\.models\.vision_transformer\.VisionTransformer.*models\.create as weights"
+    with pytest.raises(TypeError, match=words):
         models.view(model)
 
 

@@ -43,7 +43,8 @@ def _program(model):
 def to_onnx(model, path):
     """Write a model in float32 as one ONNX file, with input "images" and output "logits".
 
-    model: a model, whole or cut
+    model: a model, whole or cut. Zeros of a masked one are stored, so that its file is as large as
+        a dense one's; checkpoint.save leaves them out.
     path: the file; one that is already there is replaced only by one that passes the check
 
     Returns the error of its logits, a share of the largest one.

@@ -440,8 +440,10 @@ def view(model):
     )
     if not blocks or not is_plain:
         raise TypeError(
-            f"cannot see into {type(model).__name__}: supported are timm's VisionTransformer "
-            "family (ViT, DeiT), SwinTransformer and (made by models.create) SwinTransformerV2, "
-            "with fused qkv and a two-layer MLP; not EVA, SwiGLU, MaxViT or ConvNets"
+            f"cannot see into {type(model).__module__}.{type(model).__name__}: supported are timm's "
+            "VisionTransformer family (ViT, DeiT), SwinTransformer and (made by models.create) "
+            "SwinTransformerV2, with fused qkv and a two-layer MLP; not EVA, SwiGLU, MaxViT or "
+            "ConvNets. Of a model of another library, save the state dict and give the file to "
+            "models.create as weights"
         )
     return View(model, kind, blocks)
