@@ -971,3 +971,14 @@ def test_filters_of_hybrid_stems_are_offered_where_they_can_go(name, filters):
             dead.get_parameter(part)[:5] = 0
         torch.testing.assert_close(shrink.remove(model, {key: range(5)})(x), dead(x))
     shrink.remove(model, {("blocks.0", "heads"): [0]})(x)
+
+
+@pytest.mark.parametrize("kind", ["qk", "v"])
+def test_the_fused_kernel_of_cpus_takes_dimensions_that_were_cut_alone(vit, batch, kind):
+    halves = [head * 8 + number for head in range(4) for number in range(4)]
+    small = shrink.remove(vit, {(block.name, kind): halves for block in models.view(vit).blocks})
+    expected = fuse(small, False)(batch[0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.testing.assert_close(fuse(small, True)(batch[0]), expected)
+    calls = {event.key for event in profile.key_averages()}
+    assert any("flash_attention_for_cpu" in call for call in calls), calls
