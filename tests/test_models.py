@@ -264,10 +264,14 @@ def test_weights_that_torch_computes_are_refused_with_what_to_call(
         assert cost.macs(vit) == before
 
 
-def test_weights_that_two_layers_share_are_refused(vit, swin):
-    vit.blocks[1].mlp.fc1.weight = vit.blocks[0].mlp.fc1.weight
-    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1\.weight and blocks\.1\.mlp\.fc1\."):
-        cost.macs(vit)
+def test_a_layer_in_two_places_is_refused_and_a_shared_weight_is_counted_once(vit, swin):
     swin.layers[0].blocks[1] = swin.layers[0].blocks[0]
-    with pytest.raises(ValueError, match="are one tensor"):
-        models.view(swin)
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.blocks\.0.* and layers\.0\.blocks\.1.* are one"
+    ):
+        cost.macs(swin)
+    macs, params = cost.macs(vit), cost.breakdown(vit)[["params", "nonzero"]].sum()
+    vit.blocks[1].mlp.fc1.weight = vit.blocks[0].mlp.fc1.weight
+    assert cost.macs(vit) == macs == cost.meters(vit)["macs_torch"]
+    shared = cost.breakdown(vit)[["params", "nonzero"]].sum()
+    assert (params - shared).tolist() == [32 * 64, 32 * 64]

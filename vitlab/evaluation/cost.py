@@ -86,7 +86,8 @@ def breakdown(model):
         products = 2 * pairs**2 * model.embed_dim
         rows.append(_Row("attn_pool", None, "rest", products, products))
     _refuse_unknown(model, rows)
-    # The last row has the parameters without MACs: norms, position tables, tokens.
+    # The last row has the parameters without MACs: norms, position tables, tokens. What layers share
+    # is taken off there, so that the sum counts it once.
     rest_params = params(model) - sum(row.params for row in rows)
     rest_nonzero = _nonzero(model.parameters()) - sum(row.nonzero for row in rows)
     rows.append(_Row("rest", None, "rest", params=rest_params, nonzero=rest_nonzero))

@@ -387,7 +387,7 @@ _CURES = {
 def check_weights(model):
     """Raise ValueError for weights that are no parameters of one layer, with what to call first.
 
-    They are those that torch computes before each pass, and those that two layers share.
+    They are those that torch computes before each pass, and those of a layer in two places.
     """
     for name, module in model.named_modules():
         parts = (
@@ -403,11 +403,11 @@ def check_weights(model):
                         f"call {cure} first"
                     )
     first = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module._parameters and first.setdefault(id(module), name) != name:
             raise ValueError(
-                f"{first[id(parameter)]} and {name} are one tensor, and cannot be counted, cut or "
-                "stored as two: give the second layer a copy.deepcopy of the first"
+                f"{first[id(module)]} and {name} are one module, and cannot be counted, cut or "
+                "stored as two: put a copy.deepcopy of it in the second place"
             )
 
 
