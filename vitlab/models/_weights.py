@@ -36,7 +36,9 @@ def create(
     """Create a ViT or Swin by name: any of timm's, or `conv_vit` and `conv_swin` of the studies.
 
     num_classes: size of the new head
-    image_size: side in pixels; None: timm's own for the name
+    image_size: side in pixels; None: timm's own for the name. A Swin keeps its windows at another
+        size and pads its grids to them. Give window_size=8, say, for 256 px where 7 is for 224; or
+        call timm's model.set_input_size((256, 256)) afterwards, which scales windows with the grid.
     pretrained: take timm's weights, downloaded by timm
     weights: a local file (.safetensors, or another one opened with weights_only) or a folder of
         Hugging Face's or of `checkpoint.save`. Names may be timm's, torchvision's, Hugging Face's

@@ -28,21 +28,24 @@ _FORMAT = 3
 _READABLE = (1, 2, 3)  # 1: nothing packed; 1 and 2: only recipe and structure of the record hashed
 
 
-def save(model, folder, *, extra=None, dtype=None, masks=None):
+def save(model, folder, *, extra=None, dtype=None, masks=None, name=None, options=None):
     """Write model to folder, over an older checkpoint there, and return the record.
 
-    model: as from `models.create`, cut or not
+    model: as from `models.create` or timm.create_model, cut or not
     extra: JSON-able values of the caller's, such as test top1
     dtype: stores floating-point tensors so (torch.float16), whatever the model holds; they come
         back in the model's own dtype
     masks: {parameter: bool tensor}, stored as bits for `load_masks`
-    Raises ValueError for a model that `models.create` did not make, and for values beyond dtype's
-    range.
+    name: timm's name of a model that was made by neither of the two; None: read from the model
+    options: the arguments that timm.create_model makes that model with before any cut, as a dict
+    Raises ValueError for a model that these would not build again, naming what a checkpoint cannot
+    hold, such as hooks. So it does for values beyond dtype's range.
     Raises OSError for a folder that cannot be written.
     """
     folder = Path(folder)
     masks = masks or {}
-    cut = _structure.structure(model)  # refuses a model that has no recipe
+    # This refuses a model that recipe and structure do not rebuild.
+    recipe, cut = _structure.described(model, name, options)
     # Weights come back as they are, whether masks were applied or not. Where they were, the stored
     # bits serve both: at 90 % zeros a float32 file has 13 % of its size.
     tensors, shapes = _packed.pack(_tensors(model, dtype), masks)
@@ -52,7 +55,7 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     record = {
         "format": _FORMAT,
         "vitlab": version("vitlab"),
-        "recipe": model.recipe,
+        "recipe": recipe,
         "structure": cut,
         "packed": shapes,
         "normalise": getattr(model, "normalise", None),
@@ -260,9 +263,18 @@ def _check_sizes(recipe, tensors):
     bounds = {"depth": len(tensors), "depths": len(tensors), "image_size": 8192, "img_size": 8192}
     for name, value in (recipe | recipe["options"]).items():
         bound = bounds.get(name, 1_000_000)
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not abs(number) <= bound:
+        for number in _numbers(value):
+            if not abs(number) <= bound:
                 raise ValueError(f"{name} is {number} in its recipe, beyond {bound}")
+
+
+def _numbers(value):
+    """Yield the numbers in a value of JSON, from lists in lists, too."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _numbers(part)
 
 
 def _built(record):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vitlab import models, names
+from vitlab.evaluation import cost
 from vitlab.pruning import lowrank
 
 # -- Pool: units and ranks that compete, what each costs, and the greedy search
@@ -66,8 +67,11 @@ class Plan:
         return self.table.predicted.sum()
 
 
-def checked_target(target):
-    """Return the name and the share of a target such as {"macs": 0.5}, or raise ValueError."""
+def checked_target(target, model):
+    """Return the name and the share of a target such as {"macs": 0.5}, or raise ValueError.
+
+    The MACs of the model's forward pass must be those that can be planned, see cost.check_forward.
+    """
     if len(target) != 1:
         listed = ", ".join(_TARGETS)
         raise ValueError(f"give one target of {listed}, such as macs=0.5; got {target or 'none'}")
@@ -75,6 +79,8 @@ def checked_target(target):
     names.check("target", what, _TARGETS)
     if not 0 < share < 1:
         raise ValueError(f"{what} is the share to keep, in (0, 1); got {share}")
+    if what == "macs":
+        cost.check_forward(model)
     return what, share
 
 
