@@ -203,7 +203,7 @@ LONG = [
 ]  # of ViT-B and Swin-T
 
 
-@pytest.mark.parametrize("case", ["alone", *LONG])
+@pytest.mark.parametrize("case", [pytest.param("alone", marks=pytest.mark.long), *LONG])
 def test_a_case_writes_its_table_with_where_it_comes_from(case, tmp_path):
     done = run("--only", case, "--rounds", "1", "--threads", "2", "--out", tmp_path)
     assert done.returncode == 0, done.stderr

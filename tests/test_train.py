@@ -195,6 +195,7 @@ train.fit(model, Blobs(320), Blobs(seed=1), recipe, masks=half_of(model), folder
 """
 
 
+@pytest.mark.long
 def test_a_run_killed_for_real_three_times_goes_on_to_the_same_result(tmp_path):
     from conftest import toy
 
