@@ -5,8 +5,10 @@
 #   snakemake -n --config study=demo           what would be run, and why
 #   snakemake --config study=demo processes=2  train data-parallel, each notebook in two processes (docs/clusters.md)
 #
-# A notebook is done when its executed copy is there. It runs again when its code changes, or a value of the
-# study that it uses, or when one before it has run again; not when vitlab's own code changes (--forcerun train).
+# A notebook is done when its executed copy is there. It runs again when its code changes, a value of the study that
+# it uses, a file of the study's own images or weights, or when one before it has run again; not when vitlab's own
+# code changes (--forcerun train).
+import functools
 import hashlib
 import json
 import shutil
@@ -49,11 +51,25 @@ def code(notebook):
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 
+@functools.cache  # once for all notebooks
+def fingerprint(path):
+    """Hash of the file, or of the names, sizes and times in the folder, that the study names."""
+    return files.fingerprint(settings.find(config["study"], path))
+
+
 def values(notebook, model=None, seed=None):
-    """Return the values of the study that a notebook uses, of the models only its own."""
+    """Return the values of the study that a notebook uses, of the models only its own.
+
+    What lies at the paths among them is named by its fingerprint.
+    """
     study = settings.study(config["study"], seed=seed)
     used = {section: settings.without_defaults(section, study[section]) for section in settings.USES[notebook]}
-    return json.dumps(used | ({"models": study.models[model]} if model else {}), sort_keys=True)
+    paths = {study.data.name} - {*settings.DATASETS}
+    if model:
+        used["models"] = study.models[model]
+        paths |= {study.models[model].get("weights")} - {None, ""}
+    used |= {path: fingerprint(path) for path in paths}
+    return json.dumps(used, sort_keys=True)
 
 
 rule all:

@@ -126,7 +126,9 @@ class _Subject:
     @cached_property
     def images(self):
         """Return the data.Dataset of the run."""
-        return data.load(**self.lab.data)
+        images = data.load(**self.lab.data)
+        models.check_classes(self.model, images)
+        return images
 
     def calibration(self):
         """Return batches of the calibration images."""

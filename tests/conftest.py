@@ -17,7 +17,7 @@ for folder in (
     sys.path.insert(0, str(files.repository() / folder))
 os.environ["VITLAB_HEADLESS"] = "1"
 torch.set_num_threads(1)
-set_fused_attn(False)  # on a CPU torch's counter cannot see inside the fused kernel
+set_fused_attn(False)  # as `train.fit` computes on CPUs
 
 
 def toy(name, **options):

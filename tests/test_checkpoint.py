@@ -1,14 +1,17 @@
 """Checkpoints come back as saved; broken ones are refused; a killed save loses nothing."""
 
+import copy
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 
 from vitlab import files, models
@@ -497,6 +500,114 @@ def test_tensors_of_another_architecture(vit, swin, tmp_path):
 def test_a_model_of_unknown_making(tmp_path):
     with pytest.raises(ValueError, match="has no recipe"):
         checkpoint.save(torch.nn.Linear(2, 2), tmp_path)
+
+
+# --- what is in neither recipe nor structure
+
+
+def small(name="vit_tiny_patch16_224", **options):
+    """Return one of timm's models, made small, in eval mode: 3 classes, 32 px."""
+    torch.manual_seed(0)
+    sizes = dict(depth=3, num_heads=3)
+    if name.startswith("swin"):
+        sizes = dict(depths=(1, 2), num_heads=(3, 6), window_size=5)
+    options = dict(patch_size=2, embed_dim=24, img_size=32) | sizes | options
+    return timm.create_model(name, num_classes=3, **options).eval()
+
+
+def made(name="vit_tiny_patch16_224", change=None, **options):
+    """Return a small model that models.create made, and that `change` has changed."""
+    sizes = {} if "_r26" in name else small(name)._model_args
+    sizes = {key: value for key, value in sizes.items() if key not in ("num_classes", "img_size")}
+    model = models.create(name, num_classes=3, image_size=32, **sizes | options).eval()
+    if change:
+        change(model)
+    return model
+
+
+CHANGED = {  # {what timm's own calls changed: (the model, its images' size)}
+    "pooling": lambda: (made(change=lambda m: m.reset_classifier(5, "avg")), 32),
+    "no classes": lambda: (made(change=lambda m: m.reset_classifier(0)), 32),
+    "pooling of a Swin": lambda: (
+        made("swin_tiny_patch4_window7_224", lambda m: m.reset_classifier(5, "max")),
+        32,
+    ),
+    "image size": lambda: (made(change=lambda m: m.set_input_size((48, 32))), (48, 32)),
+    "windows": lambda: (
+        made("swin_tiny_patch4_window7_224", lambda m: m.set_input_size((64, 64), window_size=4)),
+        64,
+    ),
+    "stem": lambda: (made("vit_tiny_r_s16_p8_224", patch_size=1), 32),
+    "timm's own": lambda: (small(drop_path_rate=0.2), 32),
+    "timm's own, cut": lambda: (shrink.remove(small(), {("blocks.1", "heads"): [0]}), 32),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of timm's resampling
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_timm_itself_records_comes_back(case, tmp_path):
+    model, size = CHANGED[case]()
+    checkpoint.save(model, tmp_path)
+    x = torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)))
+    back = checkpoint.load(tmp_path)
+    assert torch.equal(model(x), back(x)) and back.num_classes == model.num_classes
+    assert str(model) == str(back)  # drop-path, too
+    checkpoint.save(back, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
+
+
+def other_attention(model):
+    model.blocks[0].__class__ = type("Fewer", (type(model.blocks[0]),), {})
+
+
+LOST = {  # {words of the refusal: what was done to the model}
+    "blocks.2 is missing": lambda m: m.prune_intermediate_layers([0, 1]),
+    "blocks.2.attn is missing": lambda m: setattr(m, "blocks", m.blocks[:2]),
+    "blocks.3 was added": lambda m: m.blocks.append(copy.deepcopy(m.blocks[0])),
+    "blocks.0 has forward hooks": lambda m: m.blocks[0].register_forward_hook(lambda *_: None),
+    "blocks.1 has forward hooks": lambda m: m.blocks[1].register_forward_pre_hook(lambda *_: None),
+    "norm has a forward pass of its own": lambda m: setattr(m.norm, "forward", torch.relu),
+    "blocks.0 is a Fewer instead of a Block": other_attention,
+    "blocks.0.mlp.act is a ReLU instead of a GELU": lambda m: setattr(
+        m.blocks[0].mlp, "act", torch.nn.ReLU()
+    ),
+    "norm has eps 0.1 instead of 1e-06": lambda m: setattr(m.norm, "eps", 0.1),
+    "pos_embed is missing instead of [1, 257, 24]": lambda m: setattr(m, "pos_embed", None),
+    "head is a Sequential instead of a Linear": lambda m: setattr(
+        m, "head", torch.nn.Sequential(m.head)
+    ),
+    "norm.table is in no state dict": lambda m: m.norm.register_buffer(
+        "table", torch.ones(2), persistent=False
+    ),
+}
+
+
+@pytest.mark.parametrize("words", LOST)
+def test_what_no_checkpoint_holds_is_refused_at_save(words, tmp_path):
+    with pytest.raises(ValueError, match="cannot hold this model.*" + re.escape(words)):
+        checkpoint.save(made(change=LOST[words]), tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_model_that_does_not_know_its_arguments_is_given_them(tmp_path):
+    sizes = dict(img_size=32, patch_size=2, embed_dim=24, depth=3, num_heads=3)
+    model = timm.models.VisionTransformer(num_classes=3, **sizes).eval()
+    model = shrink.remove(model, {("blocks.1", "neurons"): range(9)})
+    with pytest.raises(ValueError, match="has no recipe .* checkpoint.save the name and options"):
+        checkpoint.save(model, tmp_path)
+    with pytest.raises(ValueError, match="cannot hold this model: .*blocks.3 is missing"):
+        checkpoint.save(model, tmp_path, name="vit_tiny_patch16_224", options=sizes | {"depth": 4})
+    checkpoint.save(model, tmp_path, name="vit_tiny_patch16_224", options=sizes)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(checkpoint.load(tmp_path)(x), model(x))
+
+
+def test_arguments_that_are_no_plain_values_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="argument that a checkpoint cannot hold .*type"):
+        checkpoint.save(small(norm_layer=torch.nn.LayerNorm), tmp_path)
+    checkpoint.save(small(norm_layer="layernorm"), tmp_path)
 
 
 # --- saves that do not end

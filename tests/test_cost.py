@@ -5,17 +5,18 @@ import sys
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab import files, models
 from vitlab.evaluation import cost, memory
 from vitlab.models import _layers, checkpoint
-from vitlab.pruning import factor, shrink
+from vitlab.pruning import budget, factor, ranks, scores, shrink
 
 
 def macs_by_torch(model, image_size):
-    """Count MACs by torch; attention is not fused (see conftest.py)."""
+    """Count MACs by torch."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, 3, image_size, image_size))
     return counter.get_total_flops() // 2
@@ -47,11 +48,31 @@ def test_macs_of_the_reference_models(name, classes, expected):
         ("vit_tiny_patch16_224", 48, {"depth": 2, "reg_tokens": 3}),
         ("deit_tiny_distilled_patch16_224", 32, {"depth": 1}),  # two more tokens, two heads
         ("swin_tiny_patch4_window7_224", 64, {"depths": (1, 2, 1, 1), "always_partition": True}),
+        ("vit_tiny_patch16_224", 64, {"depth": 1, "global_pool": "prr"}),
+        ("conv_vit", 32, {"depth": 1, "global_pool": "prr"}),
+        ("conv_vit", 32, {"depth": 1, "global_pool": "", "class_token": True}),
+        ("conv_swin", 20, {"window_size": 2, "global_pool": ""}),
     ],
 )
 def test_macs_equal_torchs_own_counter(name, image_size, options):
     model = models.create(name, num_classes=10, image_size=image_size, **options)
     assert cost.macs(model) == macs_by_torch(model, image_size)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of timm's resampling
+@torch.no_grad()
+def test_two_ways_to_another_image_size_of_a_swin():
+    name = "swin_tiny_patch4_window7_224"
+    padded = models.create(name, num_classes=1000, image_size=256)
+    scaled = models.create(name, num_classes=1000, image_size=256, window_size=8).eval()
+    timms = models.create(name, num_classes=1000).eval()
+    timms.set_input_size((256, 256))
+    assert cost.macs(padded) == 7_345_441_536
+    assert cost.macs(scaled) == cost.macs(timms) == 5_921_028_096
+    assert cost.input_shape(timms) == (3, 256, 256)
+    scaled.load_state_dict(timms.state_dict())
+    x = torch.randn(1, 3, 256, 256)
+    assert torch.equal(scaled(x), timms(x))
 
 
 KINDS = [
@@ -246,6 +267,65 @@ def test_bytes_in_memory_by_hand():
     assert cost.bytes_memory(module.half()) == 4 * 5 * 2 + 8
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_torchs_counter_sees_fused_attention(fused):
+    model = models.create("vit_tiny_patch16_224", num_classes=10, image_size=64)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    assert macs_by_torch(model, 64) == cost.macs(model)
+
+
+class Fewer(Block):
+    """As token merging does: 8 tokens less from each block on."""
+
+    def forward(self, x, **options):
+        x = super().forward(x, **options)
+        return torch.cat([x[:, :-16], (x[:, -16:-8] + x[:, -8:]) / 2], 1)
+
+
+def merging(model):
+    for block in model.blocks:
+        block.__class__ = Fewer
+
+
+def hooked(model):
+    model.blocks[1].register_forward_hook(lambda block, x, y: y[:, :-8])
+
+
+def patched(model):
+    whole = model.blocks[1].forward
+    model.blocks[1].forward = lambda x, **_: whole(x[:, :-8])
+
+
+def early(model):
+    model.blocks[3].forward = lambda x, **_: x
+
+
+@pytest.mark.parametrize("change", [merging, hooked, patched, early])
+def test_a_forward_pass_of_its_own_is_said_and_no_budget_is_planned(change):
+    sizes = dict(patch_size=4, embed_dim=48, depth=4, num_heads=3)
+    model = models.create("vit_tiny_patch16_224", num_classes=10, image_size=32, **sizes).eval()
+    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))]
+    grams = scores.grams(model, batches, layers=["blocks.0.mlp.fc1"])
+    change(model)
+    row = cost.summary(model)
+    measured = macs_by_torch(model, 32)
+    assert row["macs_torch"] == measured < row["macs"]
+    assert (
+        f"torch counts {measured:,} MACs and the closed form {row['macs']:,}" in row["meter_note"]
+    )
+    for refused in (
+        lambda: budget.plan(model, {}, kinds=["heads"], macs=0.5),
+        lambda: budget.reach(model, batches, macs=0.5),
+        lambda: ranks.allocate(model, grams, grams, macs=0.5),
+        lambda: ranks.uniform(model, batches, macs=0.5),
+    ):
+        with pytest.raises(ValueError, match="torch counts .* a share of MACs cannot be planned"):
+            refused()
+    if change is merging:
+        assert (row["macs"], measured) == (8_958_816, 7_118_688)
+
+
 def test_models_without_a_closed_form():
     model = models.create(
         "vit_tiny_patch16_224", num_classes=3, image_size=32, depth=1, global_pool="map"
@@ -255,6 +335,9 @@ def test_models_without_a_closed_form():
     model = models.create("conv_vit", num_classes=3, depth=1)
     model.patch_embed.steps.append(nn.MaxPool2d(2))
     with pytest.raises(TypeError, match="no closed form for the stem ConvStem"):
+        cost.macs(model)
+    model = models.create("vit_small_r26_s32_224", num_classes=3, image_size=64, depth=1)
+    with pytest.raises(TypeError, match="no closed form for the stem HybridEmbed"):
         cost.macs(model)
 
 

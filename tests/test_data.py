@@ -4,13 +4,15 @@ import types
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
 
-from vitlab import files
-from vitlab.training import _shapes, _sources, data
+from vitlab import files, models
+from vitlab.models import checkpoint
+from vitlab.training import _folders, _shapes, _sources, data
 
 COUNTS = {"cat": 20, "dog": 30, "owl": 41}
 
@@ -58,7 +60,7 @@ def test_one_tree_is_split_70_10_20_disjoint_and_per_class(one_tree, split_seed)
     assert counts_of(images.test) == [4, 6, 8]
     again = load(one_tree, split_seed=split_seed)
     assert all(
-        (a == getattr(again, p).indices).all() for a, p in zip(rows, _sources.SPLITS, strict=True)
+        (a == getattr(again, p).indices).all() for a, p in zip(rows, _folders.SPLITS, strict=True)
     )
 
 
@@ -68,7 +70,7 @@ def test_another_split_seed_is_another_split(one_tree):
 
 def test_images_and_labels_stay_together(one_tree):
     images = load(one_tree)
-    for part in _sources.SPLITS:
+    for part in _folders.SPLITS:
         split = getattr(images, part)
         assert split.images.shape == (len(split), 16, 16, 3) and split.images.dtype == np.uint8
         for name, count in COUNTS.items():
@@ -85,14 +87,14 @@ def test_images_and_labels_stay_together(one_tree):
         (("train",), {"train": [14, 21, 29], "val": [2, 3, 4], "test": [4, 6, 8]}),
         (("train", "test"), {"train": [18, 27, 37], "val": [2, 3, 4], "test": [20, 30, 41]}),
         (("train", "val"), {"train": [16, 24, 33], "val": [20, 30, 41], "test": [4, 6, 8]}),
-        (("train", "val", "test"), {part: [20, 30, 41] for part in _sources.SPLITS}),
+        (("train", "val", "test"), {part: [20, 30, 41] for part in _folders.SPLITS}),
     ],
 )
 def test_given_splits_are_used_and_missing_ones_are_taken_from_train(tmp_path, given, sizes):
     for seed, part in enumerate(given):
         write_classes(tmp_path / "tree" / part, size=(8, 8), seed=seed)
     images = load(tmp_path / "tree")
-    assert {part: counts_of(getattr(images, part)) for part in _sources.SPLITS} == sizes
+    assert {part: counts_of(getattr(images, part)) for part in _folders.SPLITS} == sizes
     assert not set(images.train.indices) & (set(images.val.indices) | set(images.test.indices))
 
 
@@ -358,8 +360,28 @@ def test_normalise(one_tree):
     assert load(one_tree, normalise="imagenet").val.mean == (0.485, 0.456, 0.406)
     half = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     assert load(one_tree, normalise=half).test.std == half[1]
-    with pytest.raises(ValueError, match="'train', 'imagenet' or"):
-        load(one_tree, normalise="image-net")
+    for unknown in ("image-net", "vit_smal_patch16_224", 0.5):
+        with pytest.raises(ValueError, match="'train', 'imagenet', the name of a timm model"):
+            load(one_tree, normalise=unknown)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_images_are_normalised_as_weights_of_timm_expect(one_tree, name, capsys):
+    config = timm.get_pretrained_cfg(name)
+    images = load(one_tree, normalise=name).test
+    assert (images.mean, images.std) == (config.mean, config.std)
+    assert "0.9 of the side, bicubic; here it is 0.87, bilinear" in capsys.readouterr().out
+
+
+def test_images_are_normalised_as_a_checkpoint_says(one_tree, tmp_path):
+    model = models.create("conv_vit", num_classes=2, image_size=16, embed_dim=16, depth=1)
+    checkpoint.save(model, tmp_path / "new")
+    with pytest.raises(ValueError, match="a checkpoint folder that says its own"):
+        load(one_tree, normalise=tmp_path / "new")
+    model.normalise = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    checkpoint.save(model, tmp_path / "trained")
+    images = load(one_tree, normalise=str(tmp_path / "trained")).val
+    assert (images.mean, images.std) == model.normalise
 
 
 # Named datasets
@@ -427,7 +449,7 @@ def test_caltech101_is_read_as_torchvision_does(tmp_path, monkeypatch):
     images = data.load("caltech101", root=tmp_path, image_size=20)
     theirs = datasets.Caltech101(tmp_path)
     assert images.classes == theirs.categories == ["cat", "dog", "gray", "owl"]
-    total = sum(np.array(counts_of(getattr(images, part))) for part in _sources.SPLITS)
+    total = sum(np.array(counts_of(getattr(images, part))) for part in _folders.SPLITS)
     assert total.tolist() == np.bincount(theirs.y).tolist() == [20, 30, 10, 41]
     assert images.train.store.shape == (101, 23, 23, 3)
 
@@ -488,7 +510,7 @@ def test_a_broken_file_is_named_and_skipped_only_if_asked(tmp_path, fault, size)
             load(folder)
         images = load(folder, skip_broken=True)
         assert images.skipped == ["dog/image_0003.jpg"]
-        rows = np.concatenate([getattr(images, part).indices for part in _sources.SPLITS])
+        rows = np.concatenate([getattr(images, part).indices for part in _folders.SPLITS])
         assert sorted(rows) == [i for i in range(91) if i != 23]
 
 
@@ -505,8 +527,8 @@ def test_splits_with_other_classes_or_names_are_errors(tmp_path):
     write_classes(tmp_path / "tree" / "test", {"cat": 2, "dog": 2, "emu": 2})
     with pytest.raises(ValueError, match=r"differ from train/ in \['emu', 'owl'\]"):
         load(tmp_path / "tree")
-    shutil.move(tmp_path / "tree" / "test", tmp_path / "tree" / "testing")
-    with pytest.raises(ValueError, match=r"found \['testing'\]"):
+    shutil.move(tmp_path / "tree" / "test", tmp_path / "tree" / "holdout")
+    with pytest.raises(ValueError, match=r"found \['holdout'\]"):
         load(tmp_path / "tree")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import toy
 from timm.models.swin_transformer import window_partition
+from torch.nn.functional import pad
 
 from vitlab import models
 from vitlab.evaluation import bench
@@ -321,18 +322,36 @@ def test_attention_maps_lie_on_the_image(any_model, batch):
             torch.testing.assert_close(seen.mean((1, 2)), torch.ones(len(x)))
 
 
-def test_windows_are_put_back_where_they_were(monkeypatch):
+@pytest.mark.parametrize("side", [4, 5])  # of its own size, and of another, padded to windows
+def test_windows_are_put_back_where_they_were(monkeypatch, side):
     swin = toy("conv_swin", embed_dim=24, depths=(2,), num_heads=(3,), window_size=2)
     name = "layers.0.blocks.1"
     (h, w), shift = swin.get_submodule(name).window_size, swin.get_submodule(name).shift_size
     assert any(shift)
-    known = torch.rand(5, 4, 4)
-    parts = window_partition(known.roll([-s for s in shift], (1, 2))[..., None], (h, w)).view(
-        -1, 1, 1, h * w
-    )
+    known = torch.rand(5, side, side)
+    shifted = pad(known.roll([-s for s in shift], (1, 2)), (0, -side % w, 0, -side % h))
+    parts = window_partition(shifted[..., None], (h, w)).view(-1, 1, 1, h * w)
     weights = (parts / (h * w)).expand(-1, 3, h * w, -1)  # all tokens look so
     monkeypatch.setattr(inside, "_attention_weights", lambda model, x: {name: weights})
-    torch.testing.assert_close(inside._attention_maps(swin, torch.zeros(5, 3, 16, 16))[name], known)
+    x = torch.zeros(5, 3, 4 * side, 4 * side)
+    torch.testing.assert_close(inside._attention_maps(swin, x)[name], known)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "grids"),
+    [
+        (
+            "vit_tiny_patch16_224",
+            {"depth": 2, "num_heads": 3, "patch_size": 4, "dynamic_img_size": True},
+            [[5, 5], [5, 5]],
+        ),
+        ("conv_swin", {"depths": (1, 1), "num_heads": (3, 6), "window_size": 2}, [[5, 5], [3, 3]]),
+    ],
+)
+def test_attention_maps_at_another_size(name, options, grids):
+    model = toy(name, embed_dim=24, **options)
+    seen = inside._attention_maps(model, torch.randn(2, 3, 20, 20))
+    assert [list(each.shape[1:]) for each in seen.values()] == grids
 
 
 def test_a_class_token_is_asked_where_it_looks(batch):

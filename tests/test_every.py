@@ -184,6 +184,7 @@ def test_every_method_on_every_architecture(architecture, name, batch, request, 
     for _ in range(2):
         optimizer.zero_grad()
         cross_entropy(new.train()(batch[0]), batch[1]).backward()
+        assert all(parameter.grad is not None for parameter in new.parameters())
         optimizer.step()
         if holder:
             holder.step()

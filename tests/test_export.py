@@ -1,9 +1,11 @@
 """Tests of export: other runtimes compute what torch computes, and no bad file is ever left."""
 
 import copy
+import json
 import subprocess
 import sys
 
+import onnx
 import pytest
 import torch
 
@@ -62,11 +64,17 @@ def sparse(model, support):
 
 
 def check(model, tmp_path):
+    model.normalise = ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     error = export.to_onnx(model, tmp_path / "model.onnx")
     assert error < 1e-5 and [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     session, images = export.session(tmp_path / "model.onnx"), torch.randn(3, 3, 16, 16)
     with torch.inference_mode():
         torch.testing.assert_close(session(images), model(images), rtol=1e-4, atol=1e-4)
+    properties = onnx.load(tmp_path / "model.onnx").metadata_props
+    said = {
+        entry.key: json.loads(entry.value) for entry in properties if entry.key in ("mean", "std")
+    }
+    assert said == {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
 
 
 @pytest.mark.parametrize("change", ["units", "ranks", "stem"])

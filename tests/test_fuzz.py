@@ -22,7 +22,7 @@ from vitlab import files
 from vitlab.models import checkpoint
 from vitlab.pruning import prune
 from vitlab.studies import settings
-from vitlab.training import _sources, data
+from vitlab.training import _folders, data
 
 FEW, MANY = 50, 600  # cases of each of four kinds
 COUNTS = [FEW, pytest.param(MANY, marks=pytest.mark.long)]
@@ -285,7 +285,7 @@ def test_a_damaged_image_is_named_or_read(tmp_path, count):
             assert str(path) in str(error), f"case {case}: {error!r}"
             refused += 1
         else:
-            assert sum(len(getattr(images, part)) for part in _sources.SPLITS) == 9
+            assert sum(len(getattr(images, part)) for part in _folders.SPLITS) == 9
         path.unlink()
     assert refused > 0.2 * count
 

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune  # torch itself does not import it
+import torchvision
 from safetensors.torch import save_file
 
 from vitlab import models
+from vitlab.evaluation import cost, export
 from vitlab.models import anatomy, checkpoint
+from vitlab.pruning import factor, prune, scores, shrink
 
 
 @pytest.mark.parametrize(
@@ -88,6 +92,14 @@ def test_a_model_it_cannot_see_into_is_refused(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(TypeError, match="cannot see into .*supported are timm's VisionTransformer"):
+        models.view(model)
+
+
+def test_a_model_of_another_library_is_named_with_its_module():
+    with torch.device("meta"):
+        model = torchvision.models.vit_b_16()
+    words = r"torchvision\.models\.vision_transformer\.VisionTransformer.*models\.create as weights"
+    with pytest.raises(TypeError, match=words):
         models.view(model)
 
 
@@ -200,3 +212,66 @@ def test_wrong_weights_are_refused(tmp_path):
         models.create("conv_vit", num_classes=3, weights=tmp_path, pretrained=True)
     with pytest.raises(ValueError, match="patch_size must be a multiple of 4"):
         models.create("conv_vit", num_classes=3, image_size=30)
+
+
+# --- weights that are not parameters of one layer
+
+
+def pruned(layer):
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=0.9)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        (pruned, "prune.remove"),
+        (torch.nn.utils.weight_norm, "remove_weight_norm"),
+        (torch.nn.utils.spectral_norm, "remove_spectral_norm"),
+        (torch.nn.utils.parametrizations.weight_norm, "remove_parametrizations"),
+        (torch.nn.utils.parametrizations.orthogonal, "remove_parametrizations"),
+    ],
+)
+def test_weights_that_torch_computes_are_refused_with_what_to_call(
+    vit, batch, change, cure, tmp_path
+):
+    calls = {
+        "view": models.view,
+        "breakdown": cost.breakdown,
+        "macs": cost.macs,
+        "summary": cost.summary,
+        "meters": cost.meters,
+        "bytes": cost.bytes_disk,
+        "save": lambda m: checkpoint.save(m, tmp_path / "here"),
+        "scores": lambda m: scores.weights(m, criteria=["magnitude"]),
+        "remove": lambda m: shrink.remove(m, {("blocks.0", "neurons"): [0]}),
+        "compress": lambda m: factor.compress(m, ratio=0.5, method="svd"),
+        "mask": lambda m: prune.masked(m, {"head.weight": torch.zeros(3, 32, dtype=torch.bool)}),
+        "export": lambda m: export._program(m),
+    }
+    before = cost.macs(vit)
+    change(vit.blocks[1].mlp.fc2)
+    vit(batch[0])
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"blocks\.1\.mlp\.fc2 is computed anew.*{cure}"):
+            call(vit)
+            pytest.fail(name)
+    assert not (tmp_path / "here").exists()
+    if change is pruned:  # and what the message says helps
+        torch.nn.utils.prune.remove(vit.blocks[1].mlp.fc2, "weight")
+        fc2 = cost.breakdown(vit).set_index("layer").loc["blocks.1.mlp.fc2"]
+        assert fc2.nonzero - 32 == fc2.macs_ideal / 16 == round(0.1 * 32 * 64)
+        assert cost.macs(vit) == before
+
+
+def test_a_layer_in_two_places_is_refused_and_a_shared_weight_is_counted_once(vit, swin):
+    swin.layers[0].blocks[1] = swin.layers[0].blocks[0]
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.blocks\.0.* and layers\.0\.blocks\.1.* are one"
+    ):
+        cost.macs(swin)
+    macs, params = cost.macs(vit), cost.breakdown(vit)[["params", "nonzero"]].sum()
+    vit.blocks[1].mlp.fc1.weight = vit.blocks[0].mlp.fc1.weight
+    assert cost.macs(vit) == macs == cost.meters(vit)["macs_torch"]
+    shared = cost.breakdown(vit)[["params", "nonzero"]].sum()
+    assert (params - shared).tolist() == [32 * 64, 32 * 64]

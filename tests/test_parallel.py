@@ -32,7 +32,9 @@ torch.save(work(Path({folder!r})), Path({folder!r}, f"rank{{parallel.rank()}}.pt
 MODELS = {
     "vit": dict(name="conv_vit", embed_dim=32, depth=2, num_heads=4),
     "swin": dict(name="conv_swin", embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=2),
+    "cut": dict(name="conv_vit", embed_dim=32, depth=2, num_heads=4),
 }
+GONE = {("blocks.0", "heads"): range(4), ("blocks.1", "neurons"): range(64)}  # of "cut"
 
 
 class Wide(Blobs):
@@ -48,6 +50,8 @@ def work(folder):
     found = {}
     for name, options in MODELS.items():
         model, teacher = toy(**options).double(), toy(**options).double()
+        if name == "cut":
+            model = shrink.remove(model, GONE)
         recipe = dict(epochs=2, ema=0.5, mixup=0.4, **RECIPE)
         options = dict(
             distil=train.Distillation(teacher), masks=half_of(model), stage=name, folder=folder
@@ -144,6 +148,8 @@ def test_every_image_is_counted_once_and_the_first_alone_writes_and_speaks(runs)
     assert runs[0]["accuracy"][2] == pytest.approx(runs["one"]["accuracy"][2])
     states = sorted(path.name for path in runs["folder"].glob("*.state*"))
     assert states == [
+        "cut.state.before.pt",
+        "cut.state.pt",
         "swin.state.before.pt",
         "swin.state.pt",
         "vit.state.before.pt",

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 import yaml
 
 from vitlab import files
+from vitlab.evaluation import bench
+from vitlab.models import _layers, anatomy
+from vitlab.pruning import factor, pool, prune, scores
 from vitlab.studies import results, runs, settings
 from vitlab.training import data
 
@@ -27,6 +31,7 @@ def lab():
     return runs.open_run("demo", "vit", 0, {})
 
 
+CRITERIA = ["random", "magnitude", "gradient", "taylor", "fisher"]
 ROW = {"method": "dense", "stage": "dense", "top1": 90.0, "extra": "x"}
 
 
@@ -67,6 +72,114 @@ def test_an_override_changes_its_value_and_no_other(dotted, value):
     assert changed == plain
 
 
+WORDS = {  # value of a study: the words that the code which takes them knows
+    "data.normalise": ["train", "imagenet", "weights"],
+    "train.precision": ["auto", *bench.PRECISIONS],
+    "calibration.labels": ["true", "model"],
+    "global_pruning.criterion": [*CRITERIA],
+    "global_pruning.row_criterion": [*CRITERIA],
+    "global_pruning.schedules": ["one-shot", "cubic", "iterative"],
+    "heads_svd_iht.head_criterion": [*scores.UNITS],
+    "budget.target": [*pool._TARGETS],
+    "budget.distilled": ["pool", "units", "heads+neurons", "random", "svd", "ranks"],
+    "efficiency.precision": [*bench.PRECISIONS],
+}
+
+
+@pytest.fixture(scope="module")
+def accepts():
+    """A function that says whether a study may have this value, in a list where it has a list."""
+    values = settings.study("demo")
+    del values["name"]
+
+    def accepts(dotted, value):
+        section, name = dotted.split(".")
+        value = [value] if isinstance(values[section][name], list) else value
+        try:
+            settings._replaced(values, {dotted: value}, "override")
+        except ValueError as error:
+            assert dotted in str(error)
+            return False
+        return True
+
+    return accepts
+
+
+@pytest.mark.parametrize("dotted", WORDS)
+def test_a_study_knows_the_words_that_the_code_knows_and_no_others(accepts, dotted):
+    everywhere = {*sum(WORDS.values(), []), *scores.WEIGHTS, *scores.ROWS, *factor.METHODS}
+    assert {word for word in everywhere if accepts(dotted, word)} == set(WORDS[dotted])
+
+
+def test_words_of_notebooks_3_and_5_are_those_that_a_study_may_choose():
+    """Where a notebook itself spells out what there is."""
+    third, fifth = (
+        (files.repository() / "notebooks" / name).read_text()
+        for name in ("3_global_pruning.ipynb", "5_budget.ipynb")
+    )
+    assert f"criteria = {json.dumps(CRITERIA)}"[1:-1].replace('"', '\\"') in third
+    for method in WORDS["budget.distilled"]:
+        assert f'\\"{method}\\"' in fifth
+    for schedule in WORDS["global_pruning.schedules"]:
+        assert prune.shares(schedule, 2, final=0.5)[-1] == 0.5
+
+
+def test_kinds_of_a_budget_are_all_units_and_ranks_with_heads_and_neurons_among_them():
+    kinds = [*anatomy.UNITS, "ranks"]
+    assert settings.study("demo", override={"budget.kinds": kinds}).budget.kinds == kinds
+    for wrong, words in [
+        (["heads", "neuron"], "budget.kinds.1 .*got str 'neuron', did you mean 'neurons'"),
+        (["ranks"], "budget.kinds needs heads and neurons, which notebook 5 compares"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            settings.study("demo", override={"budget.kinds": wrong})
+
+
+def test_forms_are_methods_with_a_support_that_compress_takes(accepts):
+    supports = ["", *_layers.SUPPORTS, "2:4"]
+    for method, support in product([*factor.METHODS, "svd-iht"], supports):
+        try:
+            factor._check_request(0.5, method, support or "entries", 0.3, {})
+            taken = True
+        except ValueError:
+            taken = False
+        if support == "entries" and "iht" not in method:
+            taken = False  # said twice
+        assert accepts("heads_svd_iht.forms", f"{method} {support}".strip()) == taken
+
+
+def test_runtimes_are_those_in_which_a_model_can_be_timed(accepts):
+    for runtime, precision in product([*bench._RUNTIMES, "egaer"], [*bench.PRECISIONS, "fp16"]):
+        try:
+            taken = bool(bench.Setting(None, runtime, precision))
+        except ValueError:
+            taken = False
+        assert accepts("efficiency.runtimes", f"{runtime} {precision}") == taken
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ({"global_pruning.criterion": "tayler"}, "criterion .*'tayler', did you mean 'taylor'"),
+        ({"global_pruning.schedules": ["cubic", "onceshot"]}, "schedules.1 .*mean 'one-shot'"),
+        ({"heads_svd_iht.forms": ["svd-iht"]}, r"forms.0 .*did you mean 'svd\+iht'"),
+        ({"data.normalise": "imagnet"}, "did you mean 'imagenet'"),
+        ({"global_pruning.criterion": "wanda"}, "compare inside one row alone"),
+        ({"global_pruning.row_criterion": "obs"}, "compare inside one layer alone"),
+        ({"efficiency.precision": "auto"}, "of two precisions"),
+        ({"budget.distilled": ["svd"], "budget.target": "params"}, "for the target macs alone"),
+        ({"train.lr": float("inf")}, "train.lr should be a finite number"),
+        ({"data.normalise": [[0.5], [0.5]]}, r"or \[means, deviations\], got list"),
+        ({"budget.epochs": 0}, "budget.epochs should be greater than 0, got int 0"),
+    ],
+)
+def test_a_misspelt_word_and_one_that_cannot_work_there_are_refused_with_the_reason(
+    override, words
+):
+    with pytest.raises(ValueError, match=words):
+        settings.study("demo", override=override)
+
+
 @pytest.mark.parametrize(
     "override, error, words",
     [
@@ -85,7 +198,7 @@ def test_an_override_changes_its_value_and_no_other(dotted, value):
         ({"train.epochs": None}, TypeError, "got NoneType"),
         ({"global_pruning.images": "all"}, TypeError, "integer of at least 1, or null, got str"),
         ({"data.skip_broken": 1}, TypeError, "data.skip_broken should be true, false or null"),
-        ({"data.normalise": 1}, TypeError, "should be train, imagenet, or"),
+        ({"data.normalise": "image"}, ValueError, "should be train, imagenet, weights, or"),
         ({"global_pruning.sparsities": 0.5}, TypeError, "should be a valid list"),
         ({"global_pruning.sparsities": [0, "0.5"]}, TypeError, "sparsities.1 is a share .*got str"),
         ({"seeds": [0, True]}, TypeError, "seeds.1 should be a valid integer, got bool"),
@@ -189,6 +302,7 @@ def demo_with(tmp_path):
         ({"seeds": 0}, TypeError, "seeds should be a valid list"),
         ({"seeds": []}, ValueError, "seeds should have at least 1 item"),
         ({"global_pruning.images": "all"}, TypeError, "integer of at least 1, or null"),
+        ({"data.augment.erase": 30}, ValueError, "erase should be less than or equal to 1"),
         ({"models": {}}, ValueError, "models should have at least 1 item"),
         ({"models": ["vit"]}, TypeError, "models should be a valid dictionary"),
         ({"models.vit": "conv_vit"}, TypeError, "models.vit should be a valid dictionary"),
@@ -340,13 +454,13 @@ def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkey
     settings, folder = lab.training(), tmp_path / "checkpoints" / "demo" / "vit"
     other = runs.open_run("demo", "vit", 7)
     monkeypatch.setattr(files, "repository", lambda: tmp_path)
-    images = SimpleNamespace(description="drawn shapes")
+    images = SimpleNamespace(identity={}, description="drawn shapes")
     assert lab.shipped(settings, images) is None
     kept = {"settings": settings, "values": lab.origin, "data": "drawn shapes"}
     files.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
     assert lab.shipped(settings, images) == folder
     assert lab.shipped(settings | {"epochs": 1}, images) is None
-    assert lab.shipped(settings, SimpleNamespace(description="other shapes")) is None
+    assert lab.shipped(settings, SimpleNamespace(identity={}, description="other shapes")) is None
     del kept["settings"]["mixup"]  # of a checkpoint from before there was any
     files.write_atomic(folder / "model.json", json.dumps({"extra": kept}))
     assert lab.shipped(lab.training(), images) == folder
@@ -372,7 +486,7 @@ def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkey
 def test_the_checkpoints_that_the_repository_ships_are_those_of_its_studies(folder):
     one = runs.open_run(*runs.checkpoint_id(folder))
     images = SimpleNamespace(
-        description=json.loads((folder / "model.json").read_text())["extra"]["data"]
+        identity={}, description=json.loads((folder / "model.json").read_text())["extra"]["data"]
     )
     assert one.shipped(one.training(), images) == folder
     other = runs.open_run(*runs.checkpoint_id(folder), override={"train.mixup": 0.2})
@@ -488,7 +602,7 @@ def test_a_target_is_a_number(lab):
 
 
 def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(lab):
-    images = SimpleNamespace(description="drawn shapes", test=[1, 0, 1, 1])
+    images = SimpleNamespace(identity={}, description="drawn shapes", test=[1, 0, 1, 1])
     history = pd.DataFrame({"epoch": [1, 2], "val_top1": [50.0, 60.0], "seconds": [3.0, 4.5]})
 
     def measure(model, split):
@@ -529,7 +643,7 @@ def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(l
 
 
 def test_results_keep_the_models_that_are_added_with_the_name_of_a_checkpoint(lab):
-    images = SimpleNamespace(description="drawn shapes", test=[1, 0, 1, 1])
+    images = SimpleNamespace(identity={}, description="drawn shapes", test=[1, 0, 1, 1])
     saved = []
 
     def save_model(model, folder, **options):

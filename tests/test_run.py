@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from vitlab import files
-from vitlab.studies import notebooks, settings
+from vitlab.studies import notebooks, runs, settings
 
 PARAMETERS = 'study = "demo"  # a file of notebooks/params\nmodel = "vit"\nseed = 0\noverride = {}'
 OPEN = "from vitlab import runs\nlab = runs.open_run(study, model, seed, override)"
@@ -85,6 +85,26 @@ def test_right_parameters_pass_and_the_others_keep_their_values(tmp_path):
     given = {"model": "swin", "override": {"train.lr": 1}}
     values = notebooks._check(notebook(tmp_path / "a.ipynb"), given)
     assert values == {"study": "demo", "seed": 0, **given}
+
+
+def test_a_tuple_for_a_list_reaches_the_notebook_as_the_list_that_was_checked(
+    tmp_path, monkeypatch
+):
+    override = {"budget.shares": (0.5, 0.25), "data.normalise": ((0.5, 0.5, 0.5), [0.2, 0.2, 0.2])}
+    moments = [[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]]
+    given = {}
+
+    def execute(path, running, parameters, **options):
+        given.update(parameters)
+        running.touch()
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    path = notebook(tmp_path / "a.ipynb")
+    notebooks._execute(path, {"override": override}, out=tmp_path / "out.ipynb")
+    wanted = {"budget.shares": [0.5, 0.25], "data.normalise": moments}
+    assert given == {"override": wanted} == {"override": settings.as_lists(override)}
+    lab = runs.open_run("demo", "vit", 0, override)
+    assert lab.override == wanted and lab.params.data.normalise == moments
 
 
 @pytest.mark.parametrize(
@@ -305,6 +325,10 @@ def snakemake(tmp_path, monkeypatch):
         shutil.copy(files.repository() / name, tree)
     for name in [*settings.USES, "7_report"]:
         notebook(tree / "notebooks" / f"{name}.ipynb", "x = 1")
+    study = tree / "notebooks" / "params" / "demo.yaml"
+    study.write_text(study.read_text().replace("name: shapes", "name: pictures"))
+    (tree / "pictures" / "a").mkdir(parents=True)
+    (tree / "pictures" / "a" / "1.png").write_text("")
     stub = "import sys\nopen(sys.argv[sys.argv.index('--out') + 1], 'w').close()"  # instead of executing it
     (tree / "vitlab" / "__main__.py").write_text(stub)
     monkeypatch.delenv("VITLAB_DATA")
@@ -326,8 +350,9 @@ def snakemake(tmp_path, monkeypatch):
     return tree, steps
 
 
-def test_a_changed_value_or_code_reruns_what_depends_on_it_and_nothing_else(snakemake):
+def test_a_changed_value_code_or_image_reruns_what_depends_on_it_and_nothing_else(snakemake):
     tree, steps = snakemake
+    (tree / "pictures" / ".2.png").write_text("hidden")
     assert steps("-n") == set()
     study = tree / "notebooks" / "params" / "demo.yaml"
     before = study.read_text()
@@ -342,6 +367,8 @@ def test_a_changed_value_or_code_reruns_what_depends_on_it_and_nothing_else(snak
         content["cells"][-1] |= {"execution_count": 3} | cell  # as JupyterLab saves it
         path.write_text(json.dumps(content))
     assert steps("-n") == {"budget", "efficiency", "report"}
+    (tree / "pictures" / "a" / "2.png").write_text("")
+    assert steps("-n") == {name.partition("_")[2] for name in [*settings.USES, "7_report"]}
 
 
 def test_a_changed_report_reruns_itself_alone_and_a_failure_keeps_the_others_going(snakemake):

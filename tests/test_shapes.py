@@ -1,6 +1,6 @@
 import pytest
 
-from vitlab.training import _shapes, _sources, data
+from vitlab.training import _folders, _shapes, data
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def test_shapes_are_drawn_at_first_use(tmp_path, monkeypatch):
     monkeypatch.setattr(_shapes, "make", lambda folder: draw(folder, per_class=(4, 2, 3)))
     images = data.load("shapes", root=tmp_path, image_size=32)
     assert images.name == "shapes" and len(images.classes) == 10
-    assert [len(getattr(images, part)) for part in _sources.SPLITS] == [40, 20, 30]
+    assert [len(getattr(images, part)) for part in _folders.SPLITS] == [40, 20, 30]
     assert not (tmp_path / "building").exists()  # nothing half-written
     monkeypatch.setattr(_shapes, "make", None)
     assert (

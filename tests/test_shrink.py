@@ -934,3 +934,51 @@ def test_errors_of_rebuilding(vit):
         _structure.rebuild(vit, {"heads": {}, "layers": {"block.0.mlp.fc1": config}})
     with pytest.raises(ValueError, match="no block 'blocks.7'"):
         _structure.rebuild(vit, {"heads": {"blocks.7": 1}, "layers": {}})
+
+
+@pytest.mark.parametrize("part, kind", [("attn", "heads"), ("mlp", "neurons")])
+def test_the_norm_goes_that_nothing_reads_any_more(any_model, part, kind, batch):
+    view = models.view(any_model)
+    block = view.blocks[-1]
+    size = view.units([kind])[block.name, kind]
+    norm = f"{block.name}.norm{1 if kind == 'heads' else 2}."
+    small = shrink.remove(any_model, {(block.name, kind): range(size)})
+    inside = any_model.get_submodule(block.name)
+    comes_last = inside.norm1 in view.residual_writers(block)  # it works on the last bias
+    assert any(name.startswith(norm) for name, _ in small.named_parameters()) == comes_last
+    small.train()(batch[0]).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "filters"),
+    [
+        ("vit_tiny_r_s16_p8_224", []),  # standardised weights, which no filter leaves alone
+        ("vit_small_resnet26d_224", ["conv1.0", "conv1.3"]),
+    ],
+)
+@torch.no_grad()
+def test_filters_of_hybrid_stems_are_offered_where_they_can_go(name, filters):
+    options = {"patch_size": 1} if "r_s16" in name else {}
+    model = models.create(name, num_classes=3, image_size=32, depth=1, **options).eval()
+    units = models.view(model).units(["filters"])
+    keys = [(f"patch_embed.backbone.{name}", "filters") for name in filters]
+    assert list(units) == keys
+    x = torch.randn(2, 3, 32, 32)
+    for key in keys:
+        dead, norm = copy.deepcopy(model), anatomy.norm_after(model, key[0])
+        for part in (f"{key[0]}.weight", f"{norm}.weight", f"{norm}.bias"):
+            dead.get_parameter(part)[:5] = 0
+        torch.testing.assert_close(shrink.remove(model, {key: range(5)})(x), dead(x))
+    shrink.remove(model, {("blocks.0", "heads"): [0]})(x)
+
+
+@pytest.mark.parametrize("kind", ["qk", "v"])
+def test_the_fused_kernel_of_cpus_takes_dimensions_that_were_cut_alone(vit, batch, kind):
+    halves = [head * 8 + number for head in range(4) for number in range(4)]
+    small = shrink.remove(vit, {(block.name, kind): halves for block in models.view(vit).blocks})
+    expected = fuse(small, False)(batch[0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.testing.assert_close(fuse(small, True)(batch[0]), expected)
+    calls = {event.key for event in profile.key_averages()}
+    assert any("flash_attention_for_cpu" in call for call in calls), calls

@@ -31,6 +31,7 @@ class Blobs:
         )
 
     identity = "blobs"
+    mean, std = (0.0,) * 3, (1.0,) * 3
 
     def __len__(self):
         return len(self.labels)
@@ -160,6 +161,26 @@ def test_sparse_parts_are_trained_on_their_support(vit, support, rank, ema):
         assert (found[name].sparse_weight != values)[mask].float().mean() > 0.9  # it was trained
         if support == "entries":  # what is stored, too: it is counted as non-zero
             assert not found[name].sparse[~mask].any()
+
+
+@pytest.mark.parametrize("ema", [0.2, 0.9999])
+def test_averages_warm_up_so_that_a_short_training_forgets_its_start(vit, monkeypatch, ema):
+    steps = []
+    update = train.AveragedModel.update_parameters
+
+    def recorded(self, model):
+        steps.append(copy.deepcopy(model.state_dict()))
+        update(self, model)
+
+    monkeypatch.setattr(train.AveragedModel, "update_parameters", recorded)
+    recipe = dict(epochs=6, ema=ema, keep_best=False, **RECIPE)
+    history = train.fit(vit, Blobs(), Blobs(seed=1), recipe)
+    assert history.val_top1.iloc[-1] > 90  # without the warm-up the model of the first step stays
+    name = "head.weight"
+    expected = steps[0][name]
+    for n, weights in enumerate(steps[1:], 1):  # timm's own words: min(decay, (1 + n) / (10 + n))
+        expected = expected.lerp(weights[name], 1 - min(ema, (1 + n) / (10 + n)))
+    assert torch.equal(vit.state_dict()[name], expected)
 
 
 def test_averaging_leaves_whole_numbers_alone(swin):

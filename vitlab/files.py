@@ -1,10 +1,11 @@
 """Find the folders of the project, and write files whole or not at all.
 
-Public: headless, lock, log, make_folder, repository, root, write_atomic.
+Public: fingerprint, headless, lock, log, make_folder, repository, root, write_atomic.
 """
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import sys
@@ -34,6 +35,29 @@ def root():
     """Return the data root: the environment's VITLAB_DATA, else the repository's folder `data`."""
     chosen = os.environ.get("VITLAB_DATA")
     return Path(chosen).expanduser().absolute() if chosen else repository() / "data"
+
+
+def fingerprint(path):
+    """Return a hash of a file's content, or of the names, sizes and times of a folder's files.
+
+    What is hidden in the folder, at any depth, does not count.
+    """
+    if not os.path.isdir(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    found = []
+    folders = [str(path)]
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.path)
+            else:
+                stat = entry.stat()
+                name = os.path.relpath(entry.path, path)
+                found.append((name, stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
 def write_atomic(path, content, *, keep=None):

@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from vitlab import models, names, parallel
 from vitlab.evaluation import cost, evaluate, export, memory
-from vitlab.models import _layers, checkpoint
+from vitlab.models import _layers, anatomy, checkpoint
 
 # -- latency
 
@@ -135,7 +135,7 @@ def _runnable(setting, device):
 
 def _converted(setting, device):
     """Return a copy of the model in eval mode, on a device in its precision."""
-    model = copy.deepcopy(setting.model)  # the model itself stays as it is
+    model = anatomy.copied(setting.model)  # the model itself stays as it is
     return model.to(device, PRECISIONS[setting.precision]).eval()
 
 

@@ -3,10 +3,10 @@
 Other people's counters of multiply-accumulates stand beside the closed form, with their names. One
 MAC is one multiply-accumulate, two FLOPs. All counts are for one forward pass of one image.
 
-Public: breakdown, bytes_disk, bytes_memory, input_shape, macs, meters, params, summary.
+Public: breakdown, bytes_disk, bytes_memory, check_forward, input_shape, macs, meters, params,
+summary.
 """
 
-import copy
 import math
 import warnings
 from collections import namedtuple
@@ -64,6 +64,7 @@ def breakdown(model):
     """
     view = models.view(model)
     _, *image = input_shape(model)
+    pooling = anatomy.pooling(model)
     rows = []
     # The sides of the grid of tokens are those after the last layer of the stem.
     for name, layer, grid in _stem(model.patch_embed, image):
@@ -75,12 +76,18 @@ def breakdown(model):
         if role == "merge":
             grid = [math.ceil(side / 2) for side in grid]
         tokens, padded, keys = _tokens(model, block, grid)
-        positions = {"head": 1, "qkv": padded, "proj": padded}.get(role, tokens)
+        pooled = 1 if pooling else tokens  # a classifier without pooling sees every token
+        positions = {"head": pooled, "qkv": padded, "proj": padded}.get(role, tokens)
         rows.append(_row(name, layer, block, role, positions))
         if role == "qkv":
             rows += _attention_rows(block, layer, padded * keys)
+    if pooling == "prr":  # attention without weights, from every token to every other
+        pairs, _, _ = _tokens(model, None, grid)
+        products = 2 * pairs**2 * model.embed_dim
+        rows.append(_Row("attn_pool", None, "rest", products, products))
     _refuse_unknown(model, rows)
-    # The last row has the parameters without MACs: norms, position tables, tokens.
+    # The last row has the parameters without MACs: norms, position tables, tokens. What layers share
+    # is taken off there, so that the sum counts it once.
     rest_params = params(model) - sum(row.params for row in rows)
     rest_nonzero = _nonzero(model.parameters()) - sum(row.nonzero for row in rows)
     rows.append(_Row("rest", None, "rest", params=rest_params, nonzero=rest_nonzero))
@@ -134,21 +141,26 @@ def _tokens(model, block, grid):
 
 
 def _stem(embed, size):
-    """Yield (name, layer, [height, width] after it) of the patch embedding, in forward order.
+    """Return (name, layer, [height, width] after it) of the patch embedding, in forward order.
 
     embed: the patch embedding, a chain of convolutions and max pooling
     size: [height, width] of the image
     Raises TypeError where the sizes do not end at that of the model's tokens.
     """
     image = size
-    for name, layer in embed.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
-            size = _output_size(layer, size)
-            yield name, layer, size
+    found = []
+    try:
+        for name, layer in embed.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
+                size = _output_size(layer, size)
+                found.append((name, layer, size))
+    except RuntimeError:  # nothing of the image is left
+        size = ()
     if tuple(size) != tuple(embed.dynamic_feat_size(image)):
         raise TypeError(
             f"no closed form for the stem {type(embed).__name__}: it is no chain of convolutions"
         )
+    return found
 
 
 def _output_size(layer, size):
@@ -179,11 +191,7 @@ def meters(model):
     Returns a dict of macs_torch, macs_torchprofile, macs_thop and meter_note. A meter that fails
     gives None, and meter_note, otherwise "", says why.
     """
-    x = torch.zeros(1, *input_shape(model))
-    subject = copy.deepcopy(model).cpu().float().eval()  # the meters leave traces in a model
-    for module in subject.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # torch's counter cannot see inside the kernel on a CPU
+    subject, x = _metered(model)
     counts = {}
     reasons = []
     for name, meter in (("torch", _torch), ("torchprofile", _torchprofile), ("thop", _thop)):
@@ -196,6 +204,37 @@ def meters(model):
     return counts | {"meter_note": "; ".join(reasons)}
 
 
+def _metered(model):
+    """Return a copy of a model for the meters, which leave traces in it, and one image."""
+    subject = anatomy.copied(model).cpu().float().eval()
+    for module in subject.modules():
+        if hasattr(module, "fused_attn"):
+            # torch's counter gives the same for the fused kernel. The other two leave out what it
+            # does beside the two products.
+            module.fused_attn = False
+    return subject, torch.zeros(1, *input_shape(model))
+
+
+def check_forward(model):
+    """Raise ValueError unless torch counts the MACs of the closed form in one forward pass."""
+    if note := _difference(macs(model), _torch(*_metered(model))):
+        raise ValueError(
+            f"{note}, and a share of MACs cannot be planned. Take off what merges or drops tokens, "
+            "leaves early or hooks in, cut, and put it on again; or plan for latency"
+        )
+
+
+def _difference(closed, counted):
+    """Return in words that two counts of a model's MACs differ, "" where they do not."""
+    if counted in (None, closed):
+        return ""
+    return (
+        f"torch counts {counted:,} MACs and the closed form {closed:,}: "
+        "the forward pass is not that of timm's layers"
+    )
+
+
+@torch.no_grad()
 def _torch(model, x):
     # torch's own counter counts convolutions and matrix products, as the closed form does, but in
     # FLOPs.
@@ -238,6 +277,7 @@ def bytes_disk(model, *, folder=None):
     """
     if folder is not None:
         return (Path(folder) / "model.safetensors").stat().st_size
+    anatomy.check_weights(model)  # as checkpoint.save does
     tensors = model.state_dict()
     for name in tensors:
         tensors[name] = tensors[name].cpu().contiguous()
@@ -250,15 +290,18 @@ def summary(model, *, folder=None):
 
     folder: the model's checkpoint, if it has one
     Keys: params, nonzero; macs and macs_ideal in closed form, flops = 2 * macs; macs_torch,
-    macs_torchprofile, macs_thop and meter_note (see `meters`); bytes_memory and bytes_disk.
+    macs_torchprofile, macs_thop and meter_note (see `meters`), which also says where torch's count
+    is not the closed form's; bytes_memory and bytes_disk.
     Raises TypeError as `breakdown` does, and FileNotFoundError for a folder without a checkpoint.
     """
     columns = ["params", "nonzero", "macs", "macs_ideal"]
     counts = breakdown(model)[columns].sum().to_dict()
     counts["flops"] = 2 * counts["macs"]
+    counts |= meters(model)
+    notes = [counts["meter_note"], _difference(counts["macs"], counts["macs_torch"])]
+    counts["meter_note"] = "; ".join(filter(None, notes))
     return {
         **counts,
-        **meters(model),
         "bytes_memory": bytes_memory(model),
         "bytes_disk": bytes_disk(model, folder=folder),
     }

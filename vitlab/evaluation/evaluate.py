@@ -2,7 +2,7 @@
 
 A split is a `data.Split`: images with labels. Rates are in percent, losses and divergences in nats.
 
-Public: accuracy, autocast, compare, device_of, measure, precision_on.
+Public: accuracy, autocast, check_normalised, compare, device_of, measure, precision_on.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch.special import entr
 
 from vitlab import names, parallel
 from vitlab.evaluation import cost
+from vitlab.models import anatomy
 
 
 def device_of(model):
@@ -56,6 +57,25 @@ def autocast(device, precision="auto"):
     return torch.autocast(kind, torch.bfloat16, enabled=is_mixed)
 
 
+def check_normalised(model, images):
+    """Refuse images that are normalised otherwise than a model's weights expect.
+
+    model: its `normalise` is (mean, std), as models.create and train.fit leave it, or None
+    images: a data.Split
+    Raises ValueError that names both.
+    """
+    expected = getattr(model, "normalise", None)
+    if expected and not np.allclose(expected, (images.mean, images.std), atol=1e-3):
+        mean, std = np.round(expected, 3).tolist()
+        raise ValueError(
+            f"the model's weights expect images normalised by mean {mean} and deviation {std}, "
+            f"and these are by {np.round(images.mean, 3).tolist()} and "
+            f"{np.round(images.std, 3).tolist()}: load them with data.load(normalise=...) of the "
+            "model's name or checkpoint folder, in a study with data.normalise: weights; or say "
+            "that it is meant so, by models.create(normalise=...)"
+        )
+
+
 _Result = namedtuple("Result", "correct total top1 top5 mean_per_class loss ece per_class")
 
 
@@ -73,9 +93,11 @@ def accuracy(model, images, *, batch_size=512, precision="float32"):
         loss: mean cross entropy in nats
         ece: expected calibration error, a share in [0, 1]
         per_class: top-1 in percent of each class in their order; nan for one that does not occur
-    Raises ValueError for an empty split, or logits that are not finite.
+    Raises ValueError for an empty split, for other classes than the model's, and for logits that
+    are not finite.
     """
     logits, labels = _logits(model, images, batch_size, precision)
+    anatomy.check_classes(model, images, logits.shape[1])  # of a model that says no num_classes
     # Top-1 and top-5 are the shares of images with the label first, or among the first five.
     is_first = logits.argmax(1) == labels
     first_five = logits.topk(min(5, logits.shape[1])).indices
@@ -219,6 +241,8 @@ def _logits(model, images, batch_size=512, precision="float32"):
     """Return logits, float32 [N, classes], and labels [N] of a split on the model's device."""
     if not len(images):
         raise ValueError("cannot evaluate on an empty split")
+    check_normalised(model, images)
+    anatomy.check_classes(model, images)
     # The model runs in eval mode, and its mode is restored afterwards.
     was_training = model.training
     device = device_of(model)

@@ -6,8 +6,8 @@ semi-structured tensors, which newer GPUs multiply faster.
 Public: semi_structured, session, to_onnx.
 """
 
-import copy
 import functools
+import json
 import warnings
 from contextlib import suppress
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from torch import nn
 
 from vitlab import files
 from vitlab.evaluation import cost, evaluate
-from vitlab.models import _layers
+from vitlab.models import _layers, anatomy
 
 _TOLERANCE = 1e-4  # for the error of a file's logits
 _SPARSE = [(nn.Linear, "weight"), (_layers.LowRankSparseLinear, "sparse")]  # may be 2:4
@@ -44,8 +44,11 @@ def _program(model):
 def to_onnx(model, path):
     """Write a model in float32 as one ONNX file, with input "images" and output "logits".
 
-    model: a model, whole or cut
+    model: a model, whole or cut. Zeros of a masked one are stored, so that its file is as large as
+        a dense one's; checkpoint.save leaves them out.
     path: the file; one that is already there is replaced only by one that passes the check
+
+    The file's metadata has mean and std, as JSON, by which the model expects images normalised.
 
     Returns the error of its logits, a share of the largest one.
     Raises ValueError for an error above 1e-4, and ModuleNotFoundError, which says what to install,
@@ -61,7 +64,13 @@ def to_onnx(model, path):
             output_names=["logits"],
             verbose=False,
         )
-    content = onnx.model_proto.SerializeToString()
+    written = onnx.model_proto
+    # Whoever runs the file reads there how to normalise images.
+    for name, moments in zip(
+        ("mean", "std"), getattr(model, "normalise", None) or (), strict=False
+    ):
+        written.metadata_props.add(key=name, value=json.dumps(moments))
+    content = written.SerializeToString()
     # The error is the largest difference between onnxruntime's and torch's logits over the largest
     # logit, for batches of 1, 2 and 5 random images.
     error = _error(model, session(content))
@@ -161,7 +170,7 @@ def semi_structured(model):
             f"the model is on {device}: there its masked layers run as dense ones"
         )
     # Autograd and checkpoint.save do not know such tensors.
-    converted = copy.deepcopy(model).bfloat16().eval()  # a precision that these kernels want
+    converted = anatomy.copied(model).bfloat16().eval()  # a precision that these kernels want
     return _semi_structured(converted, names)
 
 
@@ -185,7 +194,7 @@ def _need(*packages):
 
 
 def _on_cpu(model):
-    return copy.deepcopy(model).cpu().float().eval()
+    return anatomy.copied(model).cpu().float().eval()
 
 
 def _random_images(model, count):

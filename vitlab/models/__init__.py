@@ -10,7 +10,7 @@ except RuntimeError as error:  # "operator torchvision::nms does not exist"
         "same place, with the pair of versions that constraints.txt names."
     ) from error
 
-from vitlab.models.anatomy import view
-from vitlab.models.build import create
+from vitlab.models._weights import create
+from vitlab.models.anatomy import check_classes, view
 
-__all__ = ["create", "view"]
+__all__ = ["check_classes", "create", "view"]

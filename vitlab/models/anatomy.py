@@ -2,18 +2,25 @@
 
 In this package only the folder `models` knows timm's classes.
 
-Public: FAMILIES, ROLES, UNITS, View, classifier_names, family_of, norm_after, view.
+Public: FAMILIES, ROLES, UNITS, View, check_classes, check_weights, classifier_names, copied,
+family_of, norm_after, pooling, view.
 """
 
+import copy
 import re
 from dataclasses import dataclass
 
+import timm
 from timm.layers import Attention, Mlp
 from timm.models import swin_transformer, swin_transformer_v2, vision_transformer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from vitlab import names
 from vitlab.models import _attention, _layers
@@ -53,6 +60,11 @@ def classifier_names(model):
         heads = [heads]
     heads = [head for head in heads if not isinstance(head, nn.Identity)]
     return [name for name, module in model.named_modules() if module in heads]
+
+
+def pooling(model):
+    """Return timm's word for how a model pools its tokens before the classifier, "" for not."""
+    return timm.models.get_model_args(model)["global_pool"]
 
 
 @dataclass(frozen=True)
@@ -184,8 +196,7 @@ class View:
             for name, conv in self.stem:
                 if _is_factor(self.model, name):  # its last part says how many filters there are
                     name = name.rpartition(".")[0]
-                followers = [module for _, module in _chain_behind(self.model, name)]
-                if any(isinstance(module, _CONVOLUTIONS) for module in followers):
+                if _feeds_convolution(self.model, name):
                     counts[name, "filters"] = conv.out_channels
         return {key: count for key, count in counts.items() if count}
 
@@ -202,7 +213,8 @@ class View:
     def stem(self):
         """Return [(name, convolution)] of the patch embedding, in forward order."""
         modules = self.model.patch_embed.named_modules(prefix="patch_embed")
-        return [(name, module) for name, module in modules if isinstance(module, nn.Conv2d)]
+        # Subclasses of timm's compute otherwise, such as by standardised weights.
+        return [(name, module) for name, module in modules if type(module) is nn.Conv2d]
 
     @property
     def _whole_stem(self):
@@ -288,17 +300,63 @@ class View:
         return parts + [(model.get_submodule(name), "columns") for name in self.classifiers]
 
 
-_CONVOLUTIONS = (nn.Conv2d, _layers.FactoredConv2d)
+def check_classes(model, images, outputs=None):
+    """Raise ValueError, with both sides, unless a model answers with the classes of the images.
+
+    model: a model with `num_classes`, and with `class_names` where `train.fit` has trained it
+    images: data.Split or data.Dataset; the labels of a batch, which only say how many at least
+    outputs: how many answers the model gave; None for its num_classes
+    """
+    if outputs is None:
+        outputs = getattr(model, "num_classes", None)
+    class_names = list(getattr(images, "classes", ()))
+    count = len(class_names)
+    words = str(count)
+    if not class_names:
+        labels = getattr(images, "labels", images)
+        count = 1 + max(labels.tolist(), default=-1)
+        words = f"at least {count}"
+    if outputs is not None and (outputs < count or class_names and outputs != count):
+        raise ValueError(
+            f"the model has {outputs} classes, the images {words}: take images of the model's "
+            "classes, or a model that models.create(..., num_classes=...) made for these images"
+        )
+    # As many as the outputs, unless the head is another by now.
+    learnt = getattr(model, "class_names", [])
+    if len(learnt) == len(class_names) and learnt != class_names:
+        same = (
+            "the same names in another order" if set(learnt) == set(class_names) else "other names"
+        )
+        label = [own == name for own, name in zip(learnt, class_names, strict=True)].index(False)
+        raise ValueError(
+            f"the model was trained on classes of {same}: label {label} is {learnt[label]!r} for "
+            f"the model and {class_names[label]!r} for the images. Name the classes as they were "
+            "then, or del model.class_names if the head is a new one"
+        )
 
 
 def _chain_behind(model, layer):
     """Return [(name, module)] behind a layer in its nn.Sequential; [] for a layer in no such."""
-    parent, _, number = layer.rpartition(".")
+    parent, _, own_name = layer.rpartition(".")
     chain = model.get_submodule(parent)
     if not isinstance(chain, nn.Sequential):
         return []
-    children = list(chain.named_children())[int(number) + 1 :]
-    return [(f"{parent}.{name}", module) for name, module in children]
+    children = list(chain.named_children())
+    place = [name for name, _ in children].index(own_name)
+    return [(f"{parent}.{name}", module) for name, module in children[place + 1 :]]
+
+
+def _feeds_convolution(model, layer):
+    """Return whether another convolution of one nn.Sequential reads the filters of this one."""
+    # What lies between must leave channels alone. Only a batch norm that `norm_after` finds can
+    # lose some of its own.
+    norm = norm_after(model, layer)
+    for name, module in _chain_behind(model, layer):
+        if isinstance(module, _layers.FactoredConv2d) or type(module) is nn.Conv2d:
+            return getattr(module, "groups", 1) == 1
+        if name != norm and list(module.parameters()):
+            return False
+    return False
 
 
 def norm_after(model, layer):
@@ -356,11 +414,55 @@ def _block_stream(block, inside):
     return readers + writers + _parts(inside, ["norm1", "norm2", "ls1", "ls2"], "channels")
 
 
+# {what torch hangs on a layer to compute a weight before each pass: what takes it off again}
+_CURES = {
+    BasePruningMethod: "torch.nn.utils.prune.remove(layer, name)",
+    WeightNorm: "torch.nn.utils.remove_weight_norm(layer, name)",
+    SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer, name)",
+    ParametrizationList: "torch.nn.utils.parametrize.remove_parametrizations(layer, name)",
+}
+
+
+def check_weights(model):
+    """Raise ValueError for weights that are no parameters of one layer, with what to call first.
+
+    They are those that torch computes before each pass, and those of a layer in two places.
+    """
+    for name, module in model.named_modules():
+        parts = (
+            *module._forward_pre_hooks.values(),
+            *getattr(module, "parametrizations", {}).values(),
+        )
+        for part in parts:
+            for kind, cure in _CURES.items():
+                if isinstance(part, kind):
+                    raise ValueError(
+                        f"a weight of {name} is computed anew before each pass, by torch's "
+                        f"{type(part).__name__}, and cannot be counted, cut or stored as it is: "
+                        f"call {cure} first"
+                    )
+    first = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module._parameters and first.setdefault(id(module), name) != name:
+            raise ValueError(
+                f"{first[id(module)]} and {name} are one module, and cannot be counted, cut or "
+                "stored as two: put a copy.deepcopy of it in the second place"
+            )
+
+
+def copied(model):
+    """Return a deep copy of a model. Raises what `check_weights` raises."""
+    check_weights(model)
+    return copy.deepcopy(model)
+
+
 def view(model):
     """Return the View of a timm ViT/DeiT, Swin or SwinV2.
 
-    Raises TypeError for a model that vitlab cannot see into.
+    Raises TypeError for a model that vitlab cannot see into, and ValueError for weights that are
+    no parameters of one layer.
     """
+    check_weights(model)
     blocks = []
     if family := family_of(model):
         kind, pattern = FAMILIES[family]
@@ -377,8 +479,10 @@ def view(model):
     )
     if not blocks or not is_plain:
         raise TypeError(
-            f"cannot see into {type(model).__name__}: supported are timm's VisionTransformer "
-            "family (ViT, DeiT), SwinTransformer and (made by models.create) SwinTransformerV2, "
-            "with fused qkv and a two-layer MLP; not EVA, SwiGLU, MaxViT or ConvNets"
+            f"cannot see into {type(model).__module__}.{type(model).__name__}: supported are timm's "
+            "VisionTransformer family (ViT, DeiT), SwinTransformer and (made by models.create) "
+            "SwinTransformerV2, with fused qkv and a two-layer MLP; not EVA, SwiGLU, MaxViT or "
+            "ConvNets. Of a model of another library, save the state dict and give the file to "
+            "models.create as weights"
         )
     return View(model, kind, blocks)

@@ -1,12 +1,11 @@
-"""Create any ViT or Swin of timm by its name, with given weights or without.
+"""Create any ViT or Swin of timm by its name; `models.create` adds the weights of local files.
 
-Public: ConvStem, SMALL, create.
+Public: ConvStem, SMALL, create, moments.
 """
 
 import inspect
 import json
 import re
-import warnings
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitlab import names
-from vitlab.models import _attention, _packed, anatomy
+from vitlab.models import _attention, anatomy
 
 
 class ConvStem(nn.Module):
@@ -117,31 +116,20 @@ SMALL = {
 }
 
 
-def create(name, *, num_classes, image_size=None, pretrained=False, weights=None, **options):
-    """Create a ViT or Swin by name: any of timm's, or `conv_vit` and `conv_swin` of the studies.
+def create(name, *, num_classes, image_size=None, pretrained=False, **options):
+    """Create a model as `models.create` does without a local file of weights.
 
-    name: a name of timm's or of SMALL
-    num_classes: size of the new head
-    image_size: side in pixels; None: timm's own for the name
-    pretrained: take timm's weights, downloaded by timm
-    weights: a local file (.safetensors, or .pth opened with weights_only) or a checkpoint folder
-    options: timm's own arguments of the class (embed_dim, depth, patch_size, window_size,
-        drop_path_rate, ...)
-    Returns the model in train mode, with `model.recipe` holding what is needed to build it again.
-    Raises ValueError for an unknown name, with the nearest known one, and for weights of another
-    architecture. So it does for options that the model cannot be built with.
-    Raises FileNotFoundError for missing weights.
+    Arguments, result and errors are those of `models.create`.
     """
-    if pretrained and (weights or name in SMALL):
-        raise ValueError(
-            "give either pretrained=True (timm's weights) or weights=... (a local file), not both; "
-            f"{' and '.join(SMALL)} have no weights to download"
-        )
+    if pretrained and name in SMALL:
+        raise ValueError(f"pretrained=True: {' and '.join(SMALL)} have no weights to download")
     if not timm.is_model(name):
         names.check("model", name, [*SMALL, *timm.list_models()])
     sized = {} if image_size is None else {"img_size": image_size}
+    built_with = options | sized
+    eps = built_with.pop("norm_eps", None)  # no option of timm's
     try:
-        model = _build(name, pretrained, num_classes, options | sized)
+        model = _build(name, pretrained, num_classes, built_with)
     except (TypeError, AssertionError) as error:
         _check_option(str(error))
         # timm's own words do not say which model or value they are about.
@@ -149,15 +137,36 @@ def create(name, *, num_classes, image_size=None, pretrained=False, weights=None
     if isinstance(model, SwinTransformerV2):  # timm's reads the weight of qkv past its module
         for module in model.modules():
             _attention.allow_cuts(module)
+    for module in model.modules():
+        if eps is not None and isinstance(module, nn.LayerNorm):
+            module.eps = eps
     model.recipe = {
         "name": name,
         "num_classes": num_classes,
         "image_size": image_size,
         "options": options,
     }
-    if weights:
-        _load_weights(model, Path(weights))
     return model
+
+
+def moments(name, weights=None):
+    """Return the (mean, std) of the images that weights were trained on, three numbers each.
+
+    name: str, of a model of timm, which knows the moments of its pretrained weights
+    weights: a local file, of which the same is taken to hold, or a folder that says its own: a
+        checkpoint's in its record, Hugging Face's in preprocessor_config.json
+    Returns None where nobody knows: of the small models, and of checkpoints from before they said.
+    Source: timm's pretrained_cfg.
+    """
+    own = {"model.json": ["normalise"], "preprocessor_config.json": ["image_mean", "image_std"]}
+    for file, keys in own.items():
+        path = Path(weights or "", file)
+        if weights and path.is_file():
+            said = json.loads(path.read_text())
+            found = said.get(keys[0]) if len(keys) == 1 else [said[key] for key in keys]
+            return found and tuple(map(tuple, found))
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return config and (tuple(config.mean), tuple(config.std))
 
 
 def _build(name, pretrained, num_classes, options):
@@ -176,57 +185,5 @@ def _check_option(reason):
     for family in anatomy.FAMILIES:
         if match and match[1] == family.__name__:
             parameters = inspect.signature(family).parameters
-            names.check("option", match[2], [*parameters, "pretrained", "weights", "stem_widths"])
-
-
-def _load_weights(model, path):
-    """Fill model from a local weights file or checkpoint folder, as `create` says."""
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights at {path}; give a .safetensors or .pth file or a checkpoint folder"
-        )
-    state = _adapted(model, _stored_weights(path))
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    fitting = {name: t for name, t in state.items() if t.shape == expected.get(name)}
-    # For a model without classes take the names that timm's files give to a head.
-    layers = anatomy.classifier_names(model) or ["head", "head.fc", "head_dist"]
-    heads = {f"{layer}.weight" for layer in layers} | {f"{layer}.bias" for layer in layers}
-    missing = sorted(expected.keys() - state.keys() - heads)
-    wrong = sorted(state.keys() - fitting.keys() - heads)
-    if missing or wrong:
-        raise ValueError(
-            f"{path} holds another architecture than {type(model).__name__} {model.recipe}: "
-            f"{len(missing)} tensors are missing (first {missing[:1]}), "
-            f"{len(wrong)} do not fit (first {wrong[:1]})"
-        )
-    # A head of another size is left out; position tables were resampled by timm.
-    if heads - fitting.keys():
-        warnings.warn(
-            f"{path.name}: the head is left out and starts new with {model.num_classes} classes",
-            stacklevel=3,
-        )
-    model.load_state_dict(fitting, strict=False)
-
-
-def _stored_weights(path):
-    """Return {name: tensor} of a file of weights, with the zeros of packed ones."""
-    state = timm.models.load_state_dict(str(path), weights_only=True)
-    if not any(name.endswith(_packed.BITS) for name in state):
-        return state
-    record = path.with_name("model.json")
-    if not record.is_file():
-        raise FileNotFoundError(
-            f"{path} is stored without its zeros and can be read only beside its {record.name}"
-        )
-    return _packed.unpack(state, json.loads(record.read_text())["packed"])
-
-
-def _adapted(model, state):
-    """Return state, {name: tensor}, with the names and sizes that timm's class of model has."""
-    family = anatomy.family_of(model) or VisionTransformer
-    options = {}
-    if family is VisionTransformer:  # DeiT-III has its own names for its layer scale
-        options["adapt_layer_scale"] = True
-    return inspect.getmodule(family).checkpoint_filter_fn(state, model, **options)
+            known = [*parameters, "pretrained", "weights", "stem_widths", "norm_eps"]
+            names.check("option", match[2], known)

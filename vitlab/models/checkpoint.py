@@ -28,22 +28,25 @@ _FORMAT = 3
 _READABLE = (1, 2, 3)  # 1: nothing packed; 1 and 2: only recipe and structure of the record hashed
 
 
-def save(model, folder, *, extra=None, dtype=None, masks=None):
+def save(model, folder, *, extra=None, dtype=None, masks=None, name=None, options=None):
     """Write model to folder, over an older checkpoint there, and return the record.
 
-    model: as from `models.create`, cut or not
+    model: as from `models.create` or timm.create_model, cut or not
     folder: is made if it is not there
     extra: JSON-able values of the caller's, such as test top1
     dtype: stores floating-point tensors so (torch.float16), whatever the model holds; they come
         back in the model's own dtype
     masks: {parameter: bool tensor}, stored as bits for `load_masks`
-    Raises ValueError for a model that `models.create` did not make, and for values beyond dtype's
-    range.
+    name: timm's name of a model that was made by neither of the two; None: read from the model
+    options: the arguments that timm.create_model makes that model with before any cut, as a dict
+    Raises ValueError for a model that these would not build again, naming what a checkpoint cannot
+    hold, such as hooks. So it does for values beyond dtype's range.
     Raises OSError for a folder that cannot be written.
     """
     folder = Path(folder)
     masks = masks or {}
-    cut = _structure.structure(model)  # refuses a model that has no recipe
+    # This refuses a model that recipe and structure do not rebuild.
+    recipe, cut = _structure.described(model, name, options)
     # Weights come back as they are, whether masks were applied or not. Where they were, the stored
     # bits serve both: at 90 % zeros a float32 file has 13 % of its size.
     tensors, shapes = _packed.pack(_tensors(model, dtype), masks)
@@ -53,10 +56,12 @@ def save(model, folder, *, extra=None, dtype=None, masks=None):
     record = {
         "format": _FORMAT,
         "vitlab": version("vitlab"),
-        "recipe": model.recipe,
+        "recipe": recipe,
         "structure": cut,
         "packed": shapes,
+        "normalise": getattr(model, "normalise", None),
         "masks": {name: list(mask.shape) for name, mask in masks.items()},
+        "classes": getattr(model, "class_names", None),
         "extra": extra or {},
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
@@ -157,7 +162,8 @@ def read(folder):
     """Return the record of the checkpoint in folder, after checking it and its files.
 
     Returns a dict of format, vitlab (version), recipe, structure, packed and masks ({parameter:
-    shape}), extra, sha256.
+    shape}), normalise (mean and std of its images, or None), classes (names, or None), extra,
+    sha256.
     Raises FileNotFoundError for a missing folder or file. Raises ValueError for a record that is
     broken, altered or of another format, and for files that were altered or cut short after saving.
     """
@@ -235,6 +241,10 @@ def load(folder, *, device="cpu"):
             dtype = empty.get(name, tensor).dtype
             tensors[name] = tensor.to(dtype, copy=True)
         model.load_state_dict(tensors, assign=True)
+        moments = record.get("normalise")
+        model.normalise = moments and tuple(map(tuple, moments))
+        if record.get("classes"):
+            model.class_names = [str(name) for name in record["classes"]]
     return model.to(device).eval()
 
 
@@ -256,9 +266,18 @@ def _check_sizes(recipe, tensors):
     bounds = {"depth": len(tensors), "depths": len(tensors), "image_size": 8192, "img_size": 8192}
     for name, value in (recipe | recipe["options"]).items():
         bound = bounds.get(name, 1_000_000)
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not abs(number) <= bound:
+        for number in _numbers(value):
+            if not abs(number) <= bound:
                 raise ValueError(f"{name} is {number} in its recipe, beyond {bound}")
+
+
+def _numbers(value):
+    """Yield the numbers in a value of JSON, from lists in lists, too."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _numbers(part)
 
 
 def _built(record):

@@ -1,7 +1,7 @@
 """Collect values and gradients of layers in one pass over batches.
 
-Public: Grams, Moments, NO_BATCHES, Sweep, channels_last, fitting_gram, layer_inputs,
-patches, wide, zeros.
+Public: Grams, Moments, NO_BATCHES, Sweep, channels_last, cross_entropy, fitting_gram,
+layer_inputs, patches, wide, zeros.
 """
 
 from collections import defaultdict
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from vitlab import names
+from vitlab.models import anatomy
 from vitlab.pruning import lowrank
 
 NO_BATCHES = "no batches: give a list of (x, y); a generator is empty after its first use"
@@ -126,7 +127,8 @@ class Sweep(ExitStack):
         labels: "true" for y, or "model" for labels drawn from the model's own prediction.
         seed: of these draws.
 
-        Raises ValueError for no batches, other labels, and a loss that is not finite.
+        Raises ValueError for no batches, for labels that the model lacks or of another kind, and
+        for a loss that is not finite.
         """
         names.check("kind of labels", labels, ("true", "model"))
         with torch.set_grad_enabled(self.backward):
@@ -139,7 +141,7 @@ class Sweep(ExitStack):
                     y = chances.multinomial(1, generator=generator)[:, 0]
                 if self.backward:
                     # The sum, not the mean: dL_b/dz is then image b's own.
-                    total = functional.cross_entropy(logits, y, reduction="sum")
+                    total = cross_entropy(self.model, logits, y)
                     if not total.isfinite():
                         raise ValueError(
                             f"the loss of calibration batch {self.batches} is {total.item()}: look "
@@ -150,6 +152,12 @@ class Sweep(ExitStack):
                 self.batches += 1
         if not self.batches:
             raise ValueError(NO_BATCHES)
+
+
+def cross_entropy(model, logits, y):
+    """Return the sum of a batch's losses. Raises ValueError for labels that the model lacks."""
+    anatomy.check_classes(model, y, logits.shape[1])  # on a GPU torch would end the process
+    return functional.cross_entropy(logits, y, reduction="sum")
 
 
 class Moments:

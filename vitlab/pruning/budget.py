@@ -32,7 +32,7 @@ def reach(model, batches, **target):
     Returns the smaller model and its Plan.
     Raises what the four calls raise, such as Unreachable.
     """
-    pool.checked_target(target)
+    pool.checked_target(target, model)
     view = models.view(model)
     # A stem of one convolution, for instance, has no filters that may go.
     kinds = [kind for kind in _POOL if kind == "ranks" or view.units([kind])]
@@ -107,7 +107,7 @@ def plan(
     Raises Unreachable (a ValueError) for a target below what these kinds can reach; it names the
     floor.
     """
-    what, share = pool.checked_target(target)
+    what, share = pool.checked_target(target, model)
     # All kinds compete in one currency, predicted loss per cost saved, and the smallest goes first.
     # Scores in loss units need no normalisation, only a cost. A layer is factored where two thin
     # ones save more for what they lose than units do, and stays whole where they are not cheaper.

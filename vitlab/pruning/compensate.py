@@ -3,7 +3,6 @@
 Public: Fill, refit.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +35,7 @@ def refit(model, keep, grams, *, method="least squares", damping=1e-3):
     fit. At least one weight in keep must have a gram.
     """
     names.check("method", method, _REFITS)
-    model = copy.deepcopy(model)
+    model = anatomy.copied(model)
     parameters = prune.parameters_of(model, keep)
     if not {name.removesuffix(".weight") for name in keep} & grams.keys():
         raise ValueError("grams has none of the layers in keep: give scores.grams of them")

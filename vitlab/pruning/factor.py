@@ -5,14 +5,12 @@ Every call returns a new model and leaves the one that it was given untouched.
 Public: METHODS, compress, factorise.
 """
 
-import copy
-
 import pandas as pd
 import torch
 from torch import nn
 
 from vitlab import models, names
-from vitlab.models import _layers, _structure
+from vitlab.models import _layers, _structure, anatomy
 from vitlab.pruning import _sweep, lowrank
 
 # "svd": two thin layers, of the largest rank whose MACs are the share (lowrank.rank_for).
@@ -69,7 +67,7 @@ def compress(
     So it does for unknown words, and for grams that are missing or of another model.
     """
     _check_request(ratio, method, support, kappa, grams)
-    model = copy.deepcopy(model)
+    model = anatomy.copied(model)
     view = models.view(model)
     generator = torch.Generator().manual_seed(seed)
     report = []
@@ -238,7 +236,7 @@ def factorise(model, ranks, *, grams=None, damping=1e-3):
     """
     if not ranks:
         raise ValueError("ranks is empty: give {layer: rank} of at least one layer")
-    model = copy.deepcopy(model)
+    model = anatomy.copied(model)
     view = models.view(model)
     matrices = view.matrices | view.linears(["head"])
     for name, rank in ranks.items():

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vitlab import models, names
+from vitlab.evaluation import cost
 from vitlab.pruning import lowrank
 
 # At least so many units stay, whatever the target. Dimensions of queries, keys and values are
@@ -56,12 +57,14 @@ class Plan:
         return self.table.predicted.sum()
 
 
-def checked_target(target):
+def checked_target(target, model):
     """Return the name and the share of a target.
 
-    target: {name: share to keep}, such as {"macs": 0.5}.
+    target: {name: share to keep}, such as {"macs": 0.5}
+    model: the one to cut
 
-    Raises ValueError for several targets or none, an unknown one, and a share outside (0, 1).
+    Raises ValueError for several targets or none, an unknown one, a share outside (0, 1), and a
+    forward pass whose MACs cannot be planned, as `cost.check_forward` does.
     """
     if len(target) != 1:
         listed = ", ".join(_TARGETS)
@@ -70,6 +73,8 @@ def checked_target(target):
     names.check("target", what, _TARGETS)
     if not 0 < share < 1:
         raise ValueError(f"{what} is the share to keep, in (0, 1); got {share}")
+    if what == "macs":
+        cost.check_forward(model)
     return what, share
 
 

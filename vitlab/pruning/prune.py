@@ -8,8 +8,6 @@ Public: MaskHolder, apply, keep_fewer_rows, keep_more_zero, masked, parameters_o
 shares, sparsity, units_to_masks.
 """
 
-import copy
-
 import torch
 
 from vitlab import models, names
@@ -28,7 +26,7 @@ def masked(model, keep):
     Raises ValueError for an unknown name, a wrong shape, and for masks that drop nothing or
     everything.
     """
-    model = copy.deepcopy(model)
+    model = anatomy.copied(model)
     apply(model, keep)
     return model
 
@@ -130,6 +128,7 @@ def parameters_of(model, keep):
 
     Raises ValueError naming what is unknown or does not fit.
     """
+    anatomy.check_weights(model)
     parameters = dict(model.named_parameters())
     for name, mask in keep.items():
         names.check("parameter", name, parameters)

@@ -37,7 +37,7 @@ def allocate(model, grams, gradients, *, macs, multiple=8, most=None):
     """
     # These losses order ranks better than those of scores.directions, but are not in loss units
     # (LOG.md). So they cannot compete with units in `plan`, and are searched on their own.
-    pool.checked_target({"macs": macs})
+    pool.checked_target({"macs": macs}, model)
     table = cost.breakdown(model)
     directions = {}
     for name, layer in _plain_layers(model).items():
@@ -134,7 +134,7 @@ def uniform(model, batches, *, macs, grams=None):
     Raises ValueError for a share outside (0, 1).
     Raises Unreachable for a share below what rank 1 leaves everywhere; it names the floor.
     """
-    pool.checked_target({"macs": macs})
+    pool.checked_target({"macs": macs}, model)
     table = cost.breakdown(model).set_index("layer").macs
     even = {}
     for name, layer in _plain_layers(model).items():

@@ -7,7 +7,6 @@ what the smaller model really computes.
 Public: reconstruct.
 """
 
-import copy
 import dataclasses
 from contextlib import ExitStack, suppress
 from itertools import chain
@@ -59,7 +58,7 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
     images = [x for x, _ in batches or ()]
     if not images:
         raise ValueError(_sweep.NO_BATCHES)
-    model = copy.deepcopy(model)
+    model = anatomy.copied(model)
     rows_by_layer = _rows(dense, drops)
     _check_same(model, rows_by_layer)
     masks = _checked_masks(model, keep or {})
@@ -102,7 +101,7 @@ def _rows(dense, drops):
     kinds = (*_layers.COMPRESSED_LAYERS, _layers.FactoredConv2d)
     if cut := list(_structure.modules_of(dense, kinds)):
         raise ValueError(f"dense must be the model before the cuts; its {cut[0]} was cut already")
-    marked = copy.deepcopy(dense).double()
+    marked = anatomy.copied(dense).double()
     rows_by_layer = {}
     for name in chain(*models.view(dense).layers_along_stream.values()):
         layer = marked.get_submodule(name)

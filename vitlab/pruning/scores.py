@@ -27,6 +27,7 @@ from vitlab.pruning._sweep import (
     Grams,
     Moments,
     Sweep,
+    cross_entropy,
     fitting_gram,
     layer_inputs,
     wide,
@@ -276,12 +277,12 @@ def loss(model, batches):
 
     model, batches: as at the top of this file.
 
-    Raises ValueError for no batches.
+    Raises ValueError for no batches, and for labels that the model lacks.
     """
     total = images = 0
     with Sweep(model):
         for x, y in batches:
-            total += functional.cross_entropy(model(x), y, reduction="sum").item()
+            total += cross_entropy(model, model(x), y).item()
             images += len(x)
     if not images:
         raise ValueError(NO_BATCHES)

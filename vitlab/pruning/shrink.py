@@ -5,7 +5,6 @@ Every call returns a new model and leaves the one that it was given untouched.
 Public: remove.
 """
 
-import copy
 from collections import defaultdict
 
 import torch
@@ -42,7 +41,7 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
     drop that removes nothing, or all of something: rows, filters, channels or blocks.
     """
     removed = _checked_drop(models.view(model), drop)
-    model = copy.deepcopy(model)
+    model = anatomy.copied(model)
     # With means or grams, the layers that read removed heads, v dimensions, neurons, channels or
     # filters make up for them in closed form, if means or grams has the layer.
     fill = compensate.Fill(means or {}, grams or {}, damping)
@@ -144,7 +143,7 @@ def _remove_from_attention(model, name, removed, fill):
     heads = _complement(removed["heads"], block.num_heads)
     # Without heads attention gives its last bias at every token.
     if not len(heads):
-        return fill.put_constant(model, f"{name}.attn", reader)
+        return _put_constant(model, block, "attn", fill)
     queries = _kept_dimensions(block, heads, removed, "qk", block.qk_dim)
     values = _kept_dimensions(block, heads, removed, "v", block.head_dim)
     if removed["qk"] or removed["v"]:
@@ -184,9 +183,21 @@ def _remove_neurons(model, name, removed, fill):
     keep = _complement(removed["neurons"], block.neurons)
     # Without neurons the MLP gives its last bias at every token.
     if not len(keep):
-        return fill.put_constant(model, f"{name}.mlp", reader)
+        return _put_constant(model, block, "mlp", fill)
     _keep_outputs(model, f"{name}.mlp.fc1", keep)
     fill.narrow(model, reader, keep)
+
+
+def _put_constant(model, block, part, fill):
+    """Replace a block's "attn" or "mlp", of which nothing is left, by its last bias."""
+    inside = model.get_submodule(block.name)
+    norm, reader = {"attn": ("norm1", "proj"), "mlp": ("norm2", "fc2")}[part]
+    writers = models.view(model).residual_writers(block)
+    # Nothing reads a norm before it any more, and several processes cannot train parameters
+    # without gradients. A norm behind it still works on the bias.
+    if inside.get_submodule(norm) not in writers:
+        _structure.put(model, f"{block.name}.{norm}", _layers.Skip())
+    fill.put_constant(model, f"{block.name}.{part}", f"{block.name}.{part}.{reader}")
 
 
 def _remove_filters(model, name, removed, fill):

@@ -5,7 +5,6 @@ Functions stand in the order of the drawings that take their frames.
 Public: attention_maps, layers, spectra, units, weights, widths.
 """
 
-import copy
 from functools import partial
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import nn
 
 from vitlab import models
 from vitlab.evaluation import evaluate
-from vitlab.models import _layers
+from vitlab.models import _layers, anatomy
 from vitlab.names import check
 from vitlab.pruning import _sweep, lowrank, prune
 from vitlab.report import tables
@@ -309,21 +308,24 @@ def _attention_maps(model, x):
 
     It is the mean over heads, where 1 is what each token would get of equal shares.
     """
-    kind = models.view(model).kind
+    view = models.view(model)
+    grid = model.patch_embed.dynamic_feat_size(x.shape[-2:])  # also at another size than its own
     maps = {}
     for name, weights in _attention_weights(model, x).items():
         shares = weights.float().mean(1) * weights.shape[-1]  # [.., from, to]
-        if kind == "vit":
+        if view.kind == "vit":
             # Of a ViT that reads its class token, take what that token attends to, not the one for
             # distillation. Of other ViTs take the mean over all tokens.
             by_token = getattr(model, "global_pool", "") == "token" and model.cls_token is not None
             received = shares[:, 0] if by_token else shares.mean(1)
             patches = received[:, getattr(model, "num_prefix_tokens", 0) :]
-            maps[name] = patches.unflatten(1, model.patch_embed.grid_size)
+            maps[name] = patches.unflatten(1, grid)
         else:
             # Of a Swin take the mean over the tokens of a window, its padding included. Windows lie
             # in the first dimension and are put back where they were in the image.
-            maps[name] = _windows_in_place(shares.mean(1), model.get_submodule(name))
+            # Merging has halved the grid once a stage, rounded up.
+            sides = [-(-side // 2 ** view.block(name).stage) for side in grid]
+            maps[name] = _windows_in_place(shares.mean(1), model.get_submodule(name), *sides)
     return maps
 
 
@@ -336,7 +338,7 @@ def _attention_weights(model, x):
     """
     # A Swin's tensors are [B * windows, heads, tokens of a window, tokens of a window]. The copy is
     # changed, so that the model stays as it is.
-    model = copy.deepcopy(model).eval()
+    model = anatomy.copied(model).eval()
     weights = {}
     for block in models.view(model).blocks:
         if block.num_heads:  # a cut may have left none
@@ -350,9 +352,8 @@ def _keep_output(outputs, name, module, inputs, output):
     outputs[name] = output
 
 
-def _windows_in_place(received, block):
+def _windows_in_place(received, block, height, width):
     """Return values [B * windows, tokens of a window] of a Swin block as images [B, H, W]."""
-    height, width = block.input_resolution
     rows, columns = block.window_size
     # Windows at the right and lower edge are filled up with padding, which is cut off again.
     padded = height + -height % rows, width + -width % columns

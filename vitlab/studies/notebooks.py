@@ -73,12 +73,13 @@ def _parameters_of(path):
 
 
 def _check(path, parameters):
-    """Return all parameters of a notebook: the given ones, and the defaults of the others.
+    """Return all parameters of a notebook: the given ones, as literals, and the other defaults.
 
     Raises ValueError for an unknown parameter, study, model or overridden value.
     Raises TypeError for a value of another type than the notebook's.
     """
     defaults = _parameters_of(path)
+    parameters = settings.as_lists(parameters)
     for name, value in parameters.items():
         names.check(f"parameter of {Path(path).name}:", name, defaults)
         if name != "override":  # settings.study checks what a study overrides
@@ -108,8 +109,9 @@ def _execute(path, parameters, *, out=None):
     from nbclient.exceptions import DeadKernelError
 
     values = _check(path, parameters)
+    parameters = {name: values[name] for name in parameters}
     if str(values["study"]).endswith((".yaml", ".yml")):  # the kernel works in another folder
-        parameters = {**parameters, "study": str(Path(values["study"]).resolve())}
+        parameters = {**parameters, "study": str(Path(values["study"]).absolute())}
     if out is None:
         seed = values.get("seed", 0)
         run = runs.open_run(values["study"], values.get("model"), seed, values["override"])

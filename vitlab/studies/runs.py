@@ -60,7 +60,7 @@ def open_run(study_name, model=None, seed=0, override=None):
         names.check(f"model of study {values.name}:", model, values.models)
     if settings.checked("seed", 0, seed) < 0:
         raise TypeError(f"seed should be an integer of at least 0, got {seed}")
-    return Run(study_name, values, model, seed, dict(override or {}))
+    return Run(study_name, values, model, seed, settings.as_lists(override or {}))
 
 
 @dataclass
@@ -96,21 +96,42 @@ class Run:
         """Return the arguments of models.create.
 
         `models.create(**lab.model, num_classes=..., image_size=...)`
+        Raises FileNotFoundError, with all places that were searched, for missing weights.
         """
         options = dict(self.params.models[self.model_name])
         if options.get("weights"):
-            options["weights"] = str(files.repository() / options["weights"])
+            options["weights"] = str(settings.find(self.given, options["weights"]))
         return options
 
     @property
     def data(self):
-        """Return the arguments of data.load: `data.load(**lab.data)`."""
+        """Return the arguments of data.load: `data.load(**lab.data)`.
+
+        Raises FileNotFoundError, with all places that were searched, for missing images.
+        """
         options = {name: value for name, value in self.params.data.items() if name != "augment"}
-        # A relative path is meant from the repository, as that of `weights` is.
-        inside = files.repository() / options["name"]
-        if "/" in options["name"] and inside.is_dir():
-            options["name"] = str(inside)
+        options["normalise"] = self._normalise(options["normalise"])
+        name = options["name"]
+        if name not in settings.DATASETS:
+            try:
+                options["name"] = str(settings.find(self.given, name))
+            except FileNotFoundError as error:
+                words = names.unknown("dataset", name, settings.DATASETS)
+                raise FileNotFoundError(f"{words} As a path, {error}") from None
         return options
+
+    def _normalise(self, of_study):
+        """Return the word of data.load for what this run's images are normalised by."""
+        values = self.params.models.get(self.model_name, {})
+        word = values.get("normalise") or of_study
+        if word != "weights":
+            return word
+        # A folder of vitlab's or Hugging Face's says itself what its weights expect. Of others timm
+        # knows it by the model's name.
+        weights = values.get("weights") and self.model["weights"]
+        if weights and Path(weights).is_dir():
+            return weights
+        return values["name"] if weights or values.get("pretrained") else "train"
 
     def training(self, section="train", *, stage=None):
         """Return the recipe of a training, or all arguments of train.fit that a study knows.
@@ -170,11 +191,13 @@ class Run:
         """Return where this run writes the file or folder of a name."""
         return self.folder / name
 
-    def need(self, name, notebook):
+    def need(self, name, notebook, images=None):
         """Return the path of what an earlier notebook wrote.
 
         An overridden run takes the study's own where that notebook does not use what changed.
+        images: data.Dataset of this notebook, to be compared with what a dense model was trained on.
         Raises FileNotFoundError that says which notebook to run first.
+        Raises ValueError for a dense model of another study, images or weights than those of now.
         """
         sections = _sections_of(notebook)
         folders = [self.folder, self._base]
@@ -182,11 +205,53 @@ class Run:
             folders = [self.folder]
         for folder in folders:
             if (folder / name).exists():
+                kept = _kept_by(folder / name)
+                if "values" in kept:
+                    now = self.record(self.training(), images)
+                    self._refuse_changes(kept, now, folder / name, notebook)
                 return folder / name
         raise FileNotFoundError(
-            f"{self.path(name)} is missing: run notebooks/{notebook}.ipynb first, in JupyterLab "
-            f"or with\n  {self.command(notebook)}"
+            f"{self.path(name)} is missing: run notebooks/{notebook}.ipynb first, "
+            f"{self._how_to_run(notebook)}"
         )
+
+    def _refuse_changes(self, then, now, path, notebook):
+        if changes := _changes(then, now):
+            raise ValueError(
+                f"{path} is of another study, or of other images, than those of now:\n"
+                f"{changes}\nRun notebooks/{notebook}.ipynb again, {self._how_to_run(notebook)}"
+            )
+
+    def _how_to_run(self, notebook):
+        return f"in JupyterLab or with\n  {self.command(notebook)}"
+
+    def record(self, recipe, images=None):
+        """Return what a dense checkpoint depends on, which it keeps as `extra`.
+
+        recipe: that of `training`, a flat dict.
+        images: data.Dataset; None leaves the images out.
+        Returns a dict of settings, values, data, images and weights, None for what is not known.
+        Raises ValueError for weights of a model that was trained on another split of the images.
+        """
+        record = {"settings": recipe, "values": self.origin}
+        weights = self._weights()
+        if images:
+            record |= {"data": images.description, "images": images.identity}
+            before = _kept_by(weights.parent) if weights else {}
+            changes = _changes(_split_of(before), _split_of(record))
+            if before.get("data") == images.description and changes:
+                raise ValueError(
+                    f"the model of {weights} has seen another split of these images, and perhaps "
+                    f"val and test images of this one:\n{changes}\nTake that split or other weights"
+                )
+        return record | {"weights": weights and files.fingerprint(weights)}
+
+    def _weights(self):
+        """Return the file of the weights that training starts from, None where there is none."""
+        name = self.params.models[self.model_name].get("weights")
+        with contextlib.suppress(FileNotFoundError):  # perhaps moved since: the model is trained
+            path = name and settings.find(self.given, name)
+            return path / "model.safetensors" if path and path.is_dir() else path
 
     def shipped(self, recipe, images):
         """Return the folder of the dense checkpoint that the repository ships for this run.
@@ -198,22 +263,17 @@ class Run:
         """
         name = f"{self.model_name}-seed{self.seed}" if self.seed else str(self.model_name)
         folder = files.repository() / "checkpoints" / self.study / name
-        if not (folder / "model.json").is_file():
+        kept = _kept_by(folder)
+        if not {"settings", "values", "data"} <= kept.keys():
             return None
-        extra = json.loads((folder / "model.json").read_text())["extra"]
-        extra["settings"] = settings.without_defaults("train", extra.get("settings", {}))
-        wanted = {
-            "settings": settings.without_defaults("train", recipe),
-            "values": self.origin,
-            "data": images.description,  # CIFAR-10 is not CIFAR-10 (JPEG)
-        }
-        same = wanted.items() <= extra.items()
-        return folder if same else None
+        return None if _changes(kept, self.record(recipe, images)) else folder
 
     @property
     def origin(self):
         """Return the values of data and model, on which a dense checkpoint depends, too."""
-        data = {name: value for name, value in self.data.items() if value is not None}
+        # As the study writes them: paths would be others on another machine.
+        data = {name: value for name, value in self.params.data.items() if value is not None}
+        data.pop("augment")  # `training` has it
         return json.loads(json.dumps({"data": data, "model": self.params.models[self.model_name]}))
 
     def command(self, notebook):
@@ -229,16 +289,17 @@ class Run:
         """Return a collector of the results and histories of a notebook. See `_Results`."""
         return _Results(self, notebook, images, measure, save_model)
 
-    def save_results(self, notebook, results, *, data=None):
+    def save_results(self, notebook, results, *, data=None, identity=None):
         """Write all results of a notebook, and return them as a frame with provenance.
 
         results: frame or list of dicts, one for each model that was measured. Each has at least
             `method` and `stage`, and a number as `target` where something was cut.
         data: str, what the images are called, such as "CIFAR-10 (JPEG)".
+        identity: dict, that of data.Dataset, which tells the images from others
         The frame has the columns of `_COLUMNS` in that order, then all others.
         Raises ValueError for results without method or stage, and a target that is no number.
         """
-        sections = _sections_of(notebook)
+        values = self._values_of(notebook)
         frame = pd.DataFrame(results)
         missing = [column for column in ("method", "stage") if column not in frame]
         if missing:
@@ -251,23 +312,34 @@ class Run:
         frame = frame.assign(**(self._provenance() | dict(frame)))
         frame = with_first_columns(frame, _COLUMNS, fill=True)
         self._save(f"results-{notebook}.csv", frame)
-        values = {
-            section: settings.without_defaults(section, self.params[section])
-            for section in sections
-        }
-        if self.model_name and "models" in values:
-            values["models"] = self.params.models[self.model_name]
+        values["images"] = identity
         about = {"notebook": notebook, "save": uuid.uuid4().hex, "parameters": values}
         lines = json.loads(frame.to_json(orient="records"))
         _append(self.path(LOG), [about | line for line in lines])
         return frame
 
+    def _values_of(self, notebook):
+        """Return the values of the study that a notebook uses, of the models only the run's own."""
+        values = {}
+        for section in _sections_of(notebook):
+            values[section] = settings.without_defaults(section, self.params[section])
+        if self.model_name and "models" in values:
+            values["models"] = self.params.models[self.model_name]
+        return values
+
     def load_results(self, notebook):
         """Return the results that a notebook saved for this run.
 
         Raises FileNotFoundError as `need` does.
+        Raises ValueError for results of other values than the study has, or of other images than
+        those of the dense model.
         """
-        return pd.read_csv(self.need(f"results-{notebook}.csv", notebook))
+        path = self.need(f"results-{notebook}.csv", notebook)
+        now = self._values_of(notebook)
+        with contextlib.suppress(FileNotFoundError):
+            now["images"] = _kept_by(self.need("dense", "1_train")).get("images")
+        self._refuse_changes(_last_parameters(path.with_name(LOG), notebook), now, path, notebook)
+        return pd.read_csv(path)
 
     def save_history(self, notebook, history):
         """Write the histories of a notebook, and return them as one frame.
@@ -356,7 +428,8 @@ class _Results:
 
     def save(self):
         """Write results and histories, and return both frames; without histories None for one."""
-        table = self.run.save_results(self.notebook, self.results, data=self.images.description)
+        of_images = {"data": self.images.description, "identity": self.images.identity}
+        table = self.run.save_results(self.notebook, self.results, **of_images)
         if not self.histories:
             return table, None
         return table, self.run.save_history(self.notebook, self.histories)
@@ -411,6 +484,53 @@ def _sections_of(notebook):
     """Return the sections of a study that a notebook reads. Raises ValueError if unknown."""
     names.check("notebook", notebook, settings.USES)
     return settings.USES[notebook]
+
+
+def _kept_by(checkpoint):
+    """Return what the record of a checkpoint keeps as `extra`, {} where there is no record."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads((checkpoint / "model.json").read_text())["extra"]
+    return {}
+
+
+def _split_of(record):
+    """Return what says which images of a set are train, val and test, from a dense record."""
+    data = record.get("values", {}).get("data", {})
+    content = (record.get("images") or {}).get("content")
+    return {"split_seed": data.get("split_seed"), "content": content}
+
+
+def _last_parameters(log, notebook):
+    """Return the parameters with which a notebook last saved results in a run's log, {} for none."""
+    lines = log.read_text().splitlines() if log.is_file() else []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut short
+            result = json.loads(line)
+            if result["notebook"] == notebook:
+                return result["parameters"]
+    return {}
+
+
+def _changes(then, now):
+    """Return a line for each value that differs between two records, in one text.
+
+    What one of them does not say at all, such as an older one, is no difference.
+    """
+    said = [name for name in now if then.get(name) is not None and now[name] is not None]
+    flat = []
+    for record in (then, now):
+        record = {name: record[name] for name in said}
+        if "settings" in said:
+            record["settings"] = settings.without_defaults("train", record["settings"])
+        [row] = pd.json_normalize(json.loads(json.dumps(record))).to_dict("records")
+        flat.append(row)
+    then, now = flat
+    lines = []
+    for name in dict.fromkeys([*then, *now]):
+        old, new = then.get(name), now.get(name)
+        if old != new:
+            lines.append(f"  {name}: {old!r} then, {new!r} now")
+    return "\n".join(lines)
 
 
 def with_first_columns(frame, columns, *, fill=False):

@@ -3,17 +3,19 @@
 A study is one YAML file in notebooks/params that holds all its values. Each value is declared here
 in one line: its type, its bounds, its unit and its meaning.
 
-Public: SETTINGS, USES, Values, checked, study, without_defaults.
+Public: DATASETS, SETTINGS, USES, Values, as_lists, checked, find, study, without_defaults.
 """
 
 import copy
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     NonNegativeFloat,
@@ -23,11 +25,13 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     WrapValidator,
+    field_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from vitlab import files, names
 
+DATASETS = ("cifar10", "caltech101", "shapes")  # what data.load knows by name, else by path
 _DENSE = ("data", "models", "train")
 _SCORED = (*_DENSE, "calibration")
 # The sections of a study that each notebook reads, itself or through the notebooks before it.
@@ -49,7 +53,10 @@ def _worded(annotation, words):
         try:
             return handler(value)
         except ValidationError as error:
-            raise PydanticCustomError(error.errors()[0]["type"], words) from None
+            # One error for each type that is allowed. A text is a word that is not known.
+            errors = error.errors()
+            shown = errors[0] if isinstance(value, str) else errors[-1]
+            raise PydanticCustomError(shown["type"], words, shown.get("ctx")) from None
 
     return Annotated[annotation, WrapValidator(validate)]
 
@@ -60,14 +67,52 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 _Share = _worded(_Share, "is a share in [0, 1), not a percentage")
 _PositiveShare = Annotated[float, Field(gt=0, lt=1)]
 _PositiveShare = _worded(_PositiveShare, "is a share in (0, 1), not a percentage")
+_WholeShare = Annotated[float, Field(ge=0, le=1)]
 _CountOrNull = _worded(PositiveInt | None, "should be an integer of at least 1, or null")
 _BoolOrNull = _worded(bool | None, "should be true, false or null")
-_Moments = _worded(str | list, "should be train, imagenet, or [means, deviations]")
+_Channels = Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)]
+_Moments = Annotated[list[_Channels], Field(min_length=2, max_length=2)]
+_Moments = _worded(
+    Literal["train", "imagenet", "weights"] | _Moments,
+    "should be train, imagenet, weights, or [means, deviations]",
+)
+# Words. Floors above take them, and tests/test_record.py says that these know the same ones.
 _Precision = Literal["auto", "bf16", "float32"]  # auto: bf16 where the device gains from it
+_Criterion = Literal["random", "magnitude", "gradient", "taylor", "fisher"]  # of notebook 3
+_HeadCriterion = Literal["random", "magnitude", "taylor", "michel", "fisher", "variance"]
+_Schedule = Literal["one-shot", "iterative", "cubic"]
+_Form = Literal[  # methods of factor.compress; behind iht the support of its sparse part
+    "svd",
+    "random",
+    "threshold",
+    "iht",
+    "iht entries",
+    "iht rows",
+    "iht columns",
+    "svd+iht",
+    "svd+iht entries",
+    "svd+iht rows",
+    "svd+iht columns",
+]
+_Form = _worded(
+    _Form | Annotated[str, Field(pattern=r"^(svd\+)?iht \d+:\d+$")],
+    "should be svd, threshold, random, iht or svd+iht; those with iht may name their support:"
+    " entries, rows, columns or 2:4",
+)
+_Kind = Literal["heads", "neurons", "filters", "width", "qk", "v", "block", "ranks"]
+_Method = Literal["pool", "units", "heads+neurons", "random", "svd", "ranks"]  # of notebook 5
+_Runtime = Literal[
+    "eager float32", "eager bf16", "compiled float32", "compiled bf16", "onnxruntime float32"
+]
+_NOT_HERE = {  # known words, and why they are none where others of their sort are
+    "wanda": "its scores compare inside one row alone, not over all layers",
+    "obs": "its scores compare inside one layer alone, not over all layers",
+    "auto": "timings of two machines would be of two precisions",
+}
 _ABSENT = None  # of a value that may be missing: data.load or models.create then choose it
 
 
-class _Section(BaseModel, extra="forbid", strict=True):
+class _Section(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     """Refuse unknown values and other types. An int may stand for a float, a bool for nothing else.
 
     A default is the value of studies, checkpoints and training states from before there was one.
@@ -80,7 +125,7 @@ class _Augment(_Section):
     crop: NonNegativeInt = _ABSENT  # pixels of border that a crop may reach into
     flip: bool = _ABSENT  # whether half of the images are mirrored
     scale: _Some[float] = _ABSENT  # shares of the area that a random crop takes: [least, most]
-    erase: NonNegativeFloat = _ABSENT  # share of the images that lose a rectangle
+    erase: _WholeShare = _ABSENT  # share of the images that lose a rectangle
 
 
 class _Data(_Section):
@@ -90,7 +135,7 @@ class _Data(_Section):
     image_size: PositiveInt  # pixels, side of what the model sees
     split_seed: int  # of train, val and test; results of two splits cannot be compared
     images: _CountOrNull  # of each split, for a trial; null: all
-    normalise: _Moments  # by mean and deviation of train, of imagenet, or by these
+    normalise: _Moments  # by mean and deviation of train, of imagenet, by these, or as weights want
     skip_broken: _BoolOrNull = None  # true: leave out image files that cannot be decoded
     augment: _Augment
 
@@ -100,7 +145,8 @@ class _Model(_Section, extra="allow"):
 
     name: str  # conv_vit, conv_swin, or a model of timm
     pretrained: bool = _ABSENT  # whether timm downloads weights
-    weights: str | None = _ABSENT  # folder of a checkpoint to start from; null: none
+    weights: str | None = _ABSENT  # file or folder to start from; null: none
+    normalise: _Moments = _ABSENT  # instead of the study's, whatever the weights expect
 
 
 class _Train(_Section):
@@ -149,10 +195,10 @@ class _GlobalPruning(_Tuning):
     """Declare 3_global_pruning: weights and rows go, over all layers at once."""
 
     sparsities: _Some[_Share]  # shares of the prunable weights, or of the rows, cut
-    criterion: str  # of weights
-    row_criterion: str  # of rows and neurons
+    criterion: _Criterion  # of weights
+    row_criterion: _Criterion  # of rows and neurons
     controls: bool = False  # fine-tune random cuts, too, and show those by magnitude
-    schedules: _Some[str] = ["one-shot"]  # to the highest sparsity: one-shot, iterative, cubic
+    schedules: _Some[_Schedule] = ["one-shot"]  # of the cuts to the highest sparsity
     steps: PositiveInt = 1  # cuts of a schedule, which share its epochs
     distil: bool = False  # each schedule once more, with the dense model as the teacher
 
@@ -161,10 +207,17 @@ class _HeadsSvdIht(_Tuning):
     """Declare 4_heads_svd_iht: heads go, and layers become low rank or sparse."""
 
     ratios: _Some[_Share]  # shares cut, one after the other with fine-tuning between
-    head_criterion: str
+    head_criterion: _HeadCriterion
     kappa: _PositiveShare  # of a layer's kept parameters, for the low-rank part
-    forms: _Some[str]  # svd, iht, threshold, svd+iht entries, svd+iht columns
+    forms: _Some[_Form]  # svd, iht, threshold, svd+iht entries, svd+iht columns
     controls: bool = False  # random heads and directions, too, and dense with as many epochs
+
+
+def _with_controls(kinds):
+    """Return kinds of units that notebook 5 can compare with heads and neurons alone."""
+    if not {"heads", "neurons"} <= {*kinds}:
+        raise ValueError("needs heads and neurons, which notebook 5 compares the pool with")
+    return kinds
 
 
 class _Budget(_Tuning):
@@ -172,11 +225,17 @@ class _Budget(_Tuning):
 
     target: Literal["macs", "params", "bytes", "latency"]  # of which a share is kept
     shares: _Some[_PositiveShare]  # kept
-    kinds: _Some[str]  # heads, neurons, filters, width, ranks; there are qk, v and block, too
+    kinds: Annotated[_Some[_Kind], AfterValidator(_with_controls)]
     audit: _Some[_PositiveShare]  # shares of the MACs kept, at which predictions are checked
     audit_images: PositiveInt  # validation images
-    distilled: _Some[str]  # methods that are fine-tuned once more, with the dense teacher
+    distilled: _Some[_Method]  # methods that are fine-tuned once more, with the dense teacher
     faster_at: _CountOrNull  # batch with which a factored layer must be faster; null: any
+
+    @field_validator("distilled")
+    def _is_tried(cls, methods, info):
+        if info.data.get("target") != "macs" and {"svd", "ranks"} & {*methods}:
+            raise ValueError("names svd or ranks, which are tried for the target macs alone")
+        return methods
 
 
 class _Efficiency(_Section):
@@ -185,8 +244,8 @@ class _Efficiency(_Section):
     batches: _Some[PositiveInt]  # images in one forward pass
     gpu_batches: _Some[PositiveInt]  # these as well where there is a GPU
     rounds: PositiveInt  # timed passes of each model, interleaved
-    precision: _Precision
-    runtimes: _Some[str]  # such as eager float32, compiled bf16, onnxruntime float32
+    precision: Literal["bf16", "float32"]
+    runtimes: _Some[_Runtime]
 
 
 class _Settings(_Section):
@@ -230,8 +289,7 @@ def study(name, *, seed=None, override=None):
     Raises TypeError for a value of another type than `_Settings` declares.
     """
     folder = files.repository() / "notebooks" / "params"
-    is_path = str(name).endswith((".yaml", ".yml"))
-    path = Path(name) if is_path else folder / f"{name}.yaml"
+    path = Path(name) if _is_path(name) else folder / f"{name}.yaml"
     if not path.is_file():
         words = names.unknown("study", name, sorted(file.stem for file in folder.glob("*.yaml")))
         raise ValueError(f"{words} Your own is given by the path of its .yaml file.")
@@ -249,6 +307,28 @@ def study(name, *, seed=None, override=None):
     if seed not in (None, values.seeds[0]):
         values = values_of_others
     return Values(_replaced(values, override or {}, "override"), name=path.stem)
+
+
+def _is_path(study):
+    return str(study).endswith((".yaml", ".yml"))
+
+
+def find(study, name):
+    """Return the absolute path of a file or folder that a study names.
+
+    study: its name, or the path of its file.
+    name: a path. A relative one begins at the study's own file, or else at the repository.
+    Raises FileNotFoundError that says which places were searched.
+    """
+    folders = [files.repository()]
+    if _is_path(study):
+        folders.insert(0, Path(study).parent)
+    places = [os.path.abspath(folder / Path(name).expanduser()) for folder in folders]
+    for place in places:
+        if os.path.exists(place):
+            return Path(place)
+    searched = " or ".join(dict.fromkeys(places))
+    raise FileNotFoundError(f"{name}: there is no {searched}")
 
 
 def _later(section):
@@ -287,7 +367,7 @@ def _replaced(values, changes, source):
             raise TypeError(f"{dotted} is a section; override its values one by one: {inside}")
         if dotted.startswith("models.") and name not in _Model.model_fields:
             checked(dotted, section[name], value)  # an option that _Settings does not declare
-        section[name] = list(value) if isinstance(value, tuple) else value
+        section[name] = as_lists(value)
     _check(values)
     return values
 
@@ -320,8 +400,15 @@ def _sentence(error, name):
         return f"{dotted} is missing; demo.yaml has every value"
     if error["type"] == "extra_forbidden":
         return names.unknown("value", dotted, _names_beside(place))
-    words = re.sub(r"^(Input|List|Dictionary) | or instance of \w+", "", error["msg"])
-    return f"{dotted} {words}, got {type(error['input']).__name__} {error['input']!r}"
+    given = error["input"]
+    words = re.sub(r"^(Input|List|Dictionary|Value error,) | or instance of \w+", "", error["msg"])
+    sentence = f"{dotted} {words}, got {type(given).__name__} {given!r}"
+    if error["type"] == "literal_error" and isinstance(given, str):
+        known = re.findall("'(.+?)'", error["ctx"]["expected"])
+        sentence += names.nearest(given, known).rstrip(".")
+        if given in _NOT_HERE:
+            sentence += f": {_NOT_HERE[given]}"
+    return sentence
 
 
 def _names_beside(place):
@@ -332,6 +419,13 @@ def _names_beside(place):
         section = section.__annotations__[name]
     names = [".".join([*parents, name]) for name in section.model_fields]
     return names if parents else [*names, "other_seeds"]
+
+
+def as_lists(value):
+    """Return a value with a list for each tuple in it, as a file or a notebook's cell writes it."""
+    if isinstance(value, dict):
+        return {name: as_lists(item) for name, item in value.items()}
+    return [as_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def checked(name, example, value):

@@ -3,7 +3,7 @@
 Every image is decoded into a memory-mapped uint8 array under `<data root>/cache`, which is keyed by
 content.
 
-Public: SPLITS, cached, find, read_json.
+Public: MARGIN, cached, find, read_json.
 """
 
 import contextlib
@@ -27,14 +27,13 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from vitlab import files, names, parallel
-from vitlab.training import _shapes
+from vitlab.training import _folders, _shapes
 
-SPLITS = ("train", "val", "test")
 _WHOLE = {"cifar10": 60_000, "caltech101": 8_677}  # images, whatever the layout
 _NATIVE_SIDE = (
     96  # equal squares up to this many pixels are stored as they are, all else as squares
 )
-_MARGIN = 1.15  # those squares are this much larger than the crop
+MARGIN = 1.15  # those squares are this much larger than the crop
 
 
 @dataclass
@@ -50,6 +49,7 @@ class _Source:
     splits: np.ndarray  # "train", "val", "test" or, before the split, "" for each image
     pixels: np.ndarray | None = None  # uint8 [N, H, H, 3] of the binary layout, which has no files
     side: int | None = None  # of equal small squares, which are stored as they are
+    layout: str = ""  # how the folder was read
 
 
 def find(name, home):
@@ -68,7 +68,8 @@ def find(name, home):
         return _find_tree(folder, folder.name, f"ImageFolder {folder.name}")
     raise ValueError(
         f"{names.unknown('dataset', name, finders)} A set of your own has its path as its name: a "
-        "folder with train/, val/ and test/ that hold a folder a class, or one tree of them."
+        "folder with train/, val/ and test/ that hold a folder a class, or one tree of them, or "
+        "images with a table of labels."
     )
 
 
@@ -107,7 +108,9 @@ def _find_cifar10(home):
     labels = np.array(train.targets + test.targets, dtype=np.int64)
     splits = np.repeat(["train", "test"], [len(train.data), len(test.data)])
     classes = train.classes
-    return _Source("cifar10", "CIFAR-10", layout, classes, names, labels, splits, pixels)
+    source = _Source("cifar10", "CIFAR-10", layout, classes, names, labels, splits, pixels)
+    source.layout = f"{len(names)} images in the binary files of {layout.name}/"
+    return source
 
 
 def _whole(source):
@@ -145,46 +148,18 @@ def _fetch(kind, home, remedy):
 
 
 def _find_tree(folder, name, description, leave=()):
-    """Return the files of an ImageFolder.
-
-    It has train/ with or without val/ and test/, or it is one tree of class folders.
+    """Return the images of a folder in any of the layouts of `_folders`.
 
     leave: class folders that are left out
     """
-    tops = _folders(folder)
-    parts = [""]
-    if "train" in tops:
-        parts = [split for split in SPLITS if split in tops]
-        if others := sorted(set(tops) - set(parts)):
-            raise ValueError(
-                f"{folder}: beside train/ only val/ and test/ are read; found {others}"
-            )
-    classes = [name for name in _folders(folder / parts[0]) if name not in leave]
-    if len(classes) < 2:
-        raise ValueError(
-            f"{folder / parts[0]}: at least two class folders are needed, found {classes}"
-        )
-    label_of = {name: label for label, name in enumerate(classes)}
-    images = []
-    for part in parts:
-        inside = folder / part
-        if strange := set(_folders(inside)).difference(leave) ^ set(classes):
-            raise ValueError(f"{inside}: class folders differ from train/ in {sorted(strange)}")
-        endings = datasets.folder.IMG_EXTENSIONS
-        samples = datasets.folder.make_dataset(inside, label_of, endings, allow_empty=True)
-        for empty in set(label_of.values()).difference(label for _, label in samples):
-            raise ValueError(f"empty class folder: {inside / classes[empty]} has no image files")
-        images += [(path, label, part) for path, label in samples]
-    paths, labels, splits = zip(*images, strict=True)
-    names = [Path(path).relative_to(folder).as_posix() for path in paths]
-    labels = np.array(labels, dtype=np.int64)
-    return _Source(name, description, folder, classes, names, labels, np.array(splits))
-
-
-def _folders(folder):
-    """Return the names of the folders in folder, sorted, without hidden ones."""
-    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-    return sorted(name for name in names if not name.startswith("."))
+    layout = _folders.read(folder, leave)
+    paths, own_classes, splits = zip(*layout.images, strict=True)
+    classes, labels = np.unique(own_classes, return_inverse=True)
+    start = f"{folder}{os.sep}"
+    names = [path.removeprefix(start).replace(os.sep, "/") for path in paths]
+    source = _Source(name, description, folder, classes.tolist(), names, labels, np.array(splits))
+    source.layout = str(layout)
+    return source
 
 
 # The cache: <root>/cache/<name>-<key>-<side>/{images.npy, index.json}; key is a hash of relative
@@ -200,7 +175,7 @@ def cached(source, folder, image_size):
     """
     files.make_folder(folder)
     key, source.side = _identify(source, folder / "keys.json")
-    side = source.side or round(image_size * _MARGIN)
+    side = source.side or round(image_size * MARGIN)
     target = folder / f"{source.name}-{key[:12]}-{side}"
     shape = (len(source.labels), side, side, 3)
     try:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitlab import files
-from vitlab.training import _sources
+from vitlab.models import build
+from vitlab.training import _folders, _sources
 from vitlab.training._augment import augmentation, prepare
 
 
@@ -31,6 +33,7 @@ class Split:
     image_size: side S of a batch, in pixels
     window: side in stored pixels of what a batch shows; it is enlarged to S where it is smaller
     mean, std: of the three channels, in [0, 1]
+    classes: names in the order of the labels; () where nobody says them
     """
 
     store: np.ndarray
@@ -40,6 +43,7 @@ class Split:
     window: int
     mean: tuple
     std: tuple
+    classes: tuple = ()
 
     def __len__(self):
         return len(self.indices)
@@ -148,6 +152,7 @@ class Dataset:
     image_size: side of a batch, in pixels
     description: what results call the images, such as "CIFAR-10 (JPEG)"
     skipped: the unreadable files that were left out
+    layout: how the folder was read, with the endings of images and of what was left out
     """
 
     name: str
@@ -158,11 +163,28 @@ class Dataset:
     image_size: int
     description: str
     skipped: list = field(default_factory=list)
+    layout: str = ""
+
+    @property
+    def identity(self):
+        """Return what tells these images and their splits from others, whatever their size.
+
+        Returns a dict of classes (how many), content (of the image files), and train, val and test:
+        how many images, and a hash of which they are and of their labels.
+        """
+        cache = Path(getattr(self.train.store, "filename", "")).parent.name
+        known = {"classes": len(self.classes), "content": cache.rpartition("-")[0]}
+        for name in _folders.SPLITS:
+            split = getattr(self, name)
+            digest = hashlib.sha256(split.indices.tobytes() + split.labels.numpy().tobytes())
+            digest.update(repr(self.classes).encode())
+            known[name] = f"{len(split)} images, {digest.hexdigest()[:12]}"
+        return known
 
     def summary(self):
         """Return a row for each split: images, classes, images of smallest and largest class."""
         counts = {}
-        for name in _sources.SPLITS:
+        for name in _folders.SPLITS:
             labels = getattr(self, name).labels
             counts[name] = torch.bincount(labels, minlength=len(self.classes)).numpy()
         counts = pd.DataFrame(counts)
@@ -187,17 +209,20 @@ def load(
     there is taken from train (val 10 %, test 20 %). One tree and Caltech-101 become 70 / 10 / 20.
     CIFAR-10 keeps its test set.
 
-    name: "cifar10", "caltech101", "shapes" (drawn at first use), or the path of an ImageFolder:
-        `train/` with or without `val/` and `test/`, or one tree of class folders
+    name: "cifar10", "caltech101", "shapes" (drawn at first use), or the path of a folder:
+        `train/` with or without `val/` and `test/`, or one tree of class folders, or images with a
+        table of labels; data/README.md has all layouts
     root: folder of the images and of the cache; None for the data root, `files.root()`
     image_size: side of a batch in pixels, >= 1
     split_seed: int from 0, by which splits that are not there are drawn
-    normalise: "train" for mean and deviation of the train split, "imagenet" for those that
-        pretrained weights expect, or (mean, std) of three numbers each
+    normalise: "train" for mean and deviation of the train split; the name of a timm model, such as
+        "vit_small_patch16_224", for those that its pretrained weights expect; a checkpoint folder
+        for those of its record; "imagenet"; or (mean, std) of three numbers each
     images: at most so many of each split, stratified, for a trial run; None for all
     skip_broken: leave out files that cannot be decoded and list them in `skipped`
 
-    Raises ValueError for an unknown name, an empty class folder or a file that is no whole image.
+    Raises ValueError for an unknown name, a folder of no known layout, an empty class folder or a
+    file that is no whole image.
     Raises RuntimeError where the images are missing and cannot be downloaded.
     Raises PermissionError where the cache cannot be written.
     """
@@ -215,13 +240,16 @@ def load(
         )
     usable = ~np.isin(source.names, list(skipped))
     parts = _split(source, usable, split_seed)
-    memory = cache / f"moments-{split_seed}.json"
+    # A table of labels may change and leave the cache as it is: moments belong to their rows.
+    key = hashlib.sha256(parts["train"].tobytes()).hexdigest()[:12]
+    memory = cache / f"moments-{key}.json"
     mean, std = _moments(store, parts["train"], normalise, memory)
     window = store.shape[1] if source.side else image_size
+    classes = tuple(source.classes)
     splits = {}
     for part, rows in parts.items():
         labels = torch.from_numpy(source.labels[rows])
-        splits[part] = Split(store, rows, labels, image_size, window, mean, std)
+        splits[part] = Split(store, rows, labels, image_size, window, mean, std, classes)
         if images is not None:
             splits[part] = splits[part].subset(min(images, len(rows)))
     return Dataset(
@@ -231,6 +259,7 @@ def load(
         image_size=image_size,
         description=source.description,
         skipped=sorted(skipped),
+        layout=source.layout,
     )
 
 
@@ -260,7 +289,7 @@ def _split(source, usable, seed):
             size = max(1, round(share * count))
             splits[rows[:size]] = split
             rows = rows[size:]
-    return {split: np.flatnonzero(splits == split) for split in _sources.SPLITS}
+    return {split: np.flatnonzero(splits == split) for split in _folders.SPLITS}
 
 
 def _moments(store, rows, normalise, memory):
@@ -268,18 +297,37 @@ def _moments(store, rows, normalise, memory):
 
     memory: file that keeps those of train
     """
-    if normalise == "imagenet":
+    given = normalise
+    if given == "imagenet":
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    if normalise == "train":
+    if given == "train":
         normalise = _sources.read_json(memory)
         if not normalise:
             normalise = _measured(store, rows)
             files.write_atomic(memory, json.dumps(normalise))
-    elif np.shape(normalise) != (2, 3):
+    elif isinstance(given, str | Path):
+        normalise = _expected(given)
+    if np.shape(normalise) != (2, 3):
         raise ValueError(
-            f"normalise is 'train', 'imagenet' or (mean, std) of three; got {normalise!r}"
+            "normalise is 'train', 'imagenet', the name of a timm model, a checkpoint folder that "
+            f"says its own, or (mean, std) of three; got {given!r}"
         )
     return tuple(map(tuple, normalise))
+
+
+def _expected(weights):
+    """Return the moments that the weights of a timm model or of a checkpoint folder expect."""
+    if Path(weights).is_dir():
+        return build.moments("", weights)
+    if not timm.is_model(weights):
+        return None
+    config = timm.get_pretrained_cfg(weights)
+    # Only the moments follow timm.
+    files.log(
+        f"{weights}: mean and deviation as timm's weights expect. timm shows them {config.crop_pct} "
+        f"of the side, {config.interpolation}; here it is {1 / _sources.MARGIN:.2f}, bilinear."
+    )
+    return build.moments(weights)
 
 
 def _measured(store, rows):

@@ -7,7 +7,6 @@ Public: Distillation, Recipe, fit, in_steps.
 
 import contextlib
 import copy
-import functools
 import gc
 import math
 import os
@@ -32,6 +31,7 @@ from tqdm.auto import tqdm
 
 from vitlab import files, parallel
 from vitlab.evaluation import cost, evaluate, memory
+from vitlab.models import anatomy
 from vitlab.pruning import prune
 from vitlab.training import _resume
 
@@ -61,7 +61,8 @@ class Recipe:
     # Training images that each epoch draws, at least 1; None takes all.
     images: PositiveInt | None = None
     precision: str = "auto"  # what `evaluate.precision_on` accepts
-    # Decay in [0, 1) of averaged weights, which are then validated and kept; 0 is off.
+    # Decay in [0, 1) of averaged weights, which are then validated and kept; 0 is off. After n
+    # steps the decay is at most (1 + n) / (10 + n), so that a short training forgets its start.
     ema: _Share = 0.0
     # Alphas >= 0 of the Beta distribution that says, batch by batch, how much each image and its
     # label get of another image (Zhang et al. 2018, Yun et al. 2019). 0 is off, and with both each
@@ -127,11 +128,16 @@ def fit(
     log: folder for TensorBoard, which gets the numbers of each epoch
 
     Returns a frame with one row an epoch; `_Training.epoch` says what its columns mean.
-    Raises ValueError for settings out of range.
+    Raises ValueError for settings out of range, and for a model, teacher or val of other classes.
     Raises FloatingPointError when the loss is no longer finite.
     Raises RuntimeError when another process trains the same stage in the same folder.
     """
     recipe = _recipe(recipe)
+    for part in (train, val):
+        anatomy.check_classes(model, part)
+        evaluate.check_normalised(model, part)
+    if distil:
+        anatomy.check_classes(distil.teacher, train)
     # Under torchrun (see `parallel`), each process takes its part of each batch. The result is then
     # that of one process, up to rounding and to what drop-out and drop-path draw.
     batch_size = min(recipe.batch_size, len(train))
@@ -155,6 +161,10 @@ def fit(
         for tracker in accelerator.trackers:
             tracker.finish()
     model.load_state_dict(training.state["best"]["model"])
+    # From now on its weights expect such images and give such classes. Checkpoints keep both.
+    model.normalise = train.mean, train.std
+    if hasattr(train, "classes"):
+        model.class_names = list(train.classes)
     model.eval()
     return pd.DataFrame(history)
 
@@ -293,6 +303,8 @@ class _Training:
             "images seen": [self.train.identity, self.val.identity],
             "distil": self.distil and (self.distil.share, self.distil.temperature),
         }
+        if recipe.ema:  # states from before the warm-up had other averages
+            settings["ema"] = [recipe.ema, "warm-up"]
         key = _resume.fingerprint(settings, model, self.masks, teacher)
         self.state = _resume.load_state(file, key)
         if len(set(parallel.gather((key, len(self.state["history"]))))) > 1:
@@ -313,9 +325,8 @@ class _Training:
         self.moving = {"model": model, "optimizer": self.optimizer}
         self.outcome = model  # what is validated, and whose best weights stay
         if recipe.ema:
-            average = functools.partial(_average, recipe.ema)
             # Running statistics of norms are buffers: averaged weights need averaged ones.
-            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
             self.moving["averaged"] = self.averaged
             self.outcome = self.averaged.module
         for name in self.moving.keys() & self.state:
@@ -438,6 +449,16 @@ class _Training:
         right = (logits.argmax(1) == labels).sum()
         return torch.stack([loss.detach(), right.to(loss.dtype)])
 
+    def _average(self, averaged, current, _):
+        """Average tensors of one kind in place: what AveragedModel calls after each step."""
+        if averaged[0].is_floating_point():
+            # The count lies on the CPU: to read the one on the device would wait for it.
+            steps = self.averaged.n_averaged.item()
+            decay = min(self.recipe.ema, (1 + steps) / (10 + steps))
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        else:  # an average would round indices down
+            torch._foreach_copy_(averaged, current)
+
     def validate(self, row):
         """Complete a row of the history on val, and keep the weights if they are the best."""
         # Each epoch's end asserts that the dead weights are zero, in the average, too.
@@ -475,14 +496,6 @@ def _mix(x, y, recipe, classes, seeds):
         torch.default_generator.manual_seed(int(seed >> 1))
         x, shares = v2.RandomChoice(ways)(x, y)
     return x.contiguous(memory_format=torch.channels_last), shares
-
-
-def _average(decay, averaged, current, _):
-    """Average tensors of one kind in place: what AveragedModel calls, behind the decay."""
-    if averaged[0].is_floating_point():
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-    else:  # an average would round indices down
-        torch._foreach_copy_(averaged, current)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,101 @@
+"""Tests that images are normalised as a model's weights expect."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitlab import models
+from vitlab.evaluation import evaluate
+from vitlab.models import build, checkpoint
+from vitlab.pruning import shrink
+from vitlab.studies import runs, settings
+from vitlab.training import data, train
+
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NAME = "vit_tiny_patch16_224"  # timm: mean and deviation 0.5
+RECIPE = {"epochs": 1, "lr": 1e-3, "warmup_epochs": 0}
+SMALL = {"num_classes": 10, "image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Eight images of each split of the drawn set, by mean and deviation of train."""
+    rng = torch.Generator().manual_seed(0)
+    store = torch.randint(0, 256, (8, 32, 32, 3), generator=rng, dtype=torch.uint8).numpy()
+    labels = torch.arange(8) % 10
+    ours = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
+    return data.Split(store, torch.arange(8).numpy(), labels, 32, 32, *ours)
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A model with weights from a file of a name that timm has weights of."""
+    source = models.create(NAME, **SMALL)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    return models.create(NAME, weights=tmp_path / "weights.pth", **SMALL)
+
+
+def test_other_images_than_the_weights_expect_are_refused(pretrained, images):
+    both = r"expect images normalised by mean \[0.5, .* and these are by \[0.4, 0.5, 0.6\]"
+    with pytest.raises(ValueError, match=both):
+        evaluate.accuracy(pretrained, images)
+    with pytest.raises(ValueError, match=both):
+        train.fit(pretrained, images, images, RECIPE)
+    evaluate.accuracy(pretrained, replace(images, mean=HALF[0], std=HALF[1]))
+
+
+def test_a_cut_and_saved_model_expects_what_it_did(pretrained, images, tmp_path):
+    small = shrink.remove(pretrained, {("blocks.0", "heads"): [0]})
+    checkpoint.save(small, tmp_path / "small")
+    loaded = checkpoint.load(tmp_path / "small")
+    assert pretrained.normalise == small.normalise == loaded.normalise == HALF
+    assert build.moments(NAME, tmp_path / "small") == HALF
+    with pytest.raises(ValueError, match="data.normalise: weights"):
+        evaluate.accuracy(loaded, images)
+
+
+def test_a_new_model_expects_what_it_is_trained_on(images):
+    model = models.create("conv_vit", num_classes=10, image_size=32, embed_dim=16, depth=1)
+    assert model.normalise is None  # nothing is known of new weights, and any images do
+    train.fit(model, images, images, RECIPE)
+    assert model.normalise == (images.mean, images.std)
+    with pytest.raises(ValueError, match="normalised by mean"):
+        evaluate.accuracy(model, replace(images, mean=HALF[0]))
+
+
+def test_other_images_on_purpose(pretrained, images, tmp_path):
+    torch.save(pretrained.state_dict(), tmp_path / "weights.pth")
+    own = models.create(NAME, weights=tmp_path / "weights.pth", normalise="train", **SMALL)
+    evaluate.accuracy(own, images)
+    train.fit(own, images, images, RECIPE)
+    assert own.normalise == (images.mean, images.std)
+
+
+@pytest.mark.parametrize("study", ["cifar10", "caltech101"])
+def test_each_model_of_a_shipped_study_has_what_its_weights_expect(study):
+    for model, options in settings.study(study).models.items():
+        assert runs.open_run(study, model).data["normalise"] == options.name
+
+
+@pytest.mark.parametrize("study", ["cifar10-small", "caltech101-small", "demo"])
+def test_published_studies_have_the_moments_of_train(study):
+    for model in settings.study(study).models:
+        lab = runs.open_run(study, model)
+        assert lab.data["normalise"] == lab.origin["data"]["normalise"] == "train"
+
+
+def test_a_model_of_a_study_may_have_its_own_word():
+    lab = runs.open_run("cifar10", "vit", override={"models.vit.pretrained": False})
+    assert lab.data["normalise"] == "train"  # there are no weights
+    assert runs.open_run("cifar10").data["normalise"] == "train"  # nor a model
+
+
+def test_a_word_of_ones_own_is_the_models(tmp_path):
+    study = (settings.files.repository() / "notebooks" / "params" / "cifar10.yaml").read_text()
+    own = "    name: vit_small_patch16_224\n    normalise: imagenet\n"
+    path = tmp_path / "own.yaml"
+    path.write_text(study.replace("    name: vit_small_patch16_224\n", own))
+    lab = runs.open_run(str(path), "vit")
+    assert lab.data["normalise"] == lab.model["normalise"] == "imagenet"
+    assert runs.open_run(str(path), "swin").data["normalise"] == "swin_tiny_patch4_window7_224"
