@@ -1,5 +1,7 @@
 """Models by name, their weights, and the view of them."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.utils.prune  # torch itself does not import it
@@ -178,6 +180,9 @@ def test_timm_weights_of_a_file_load_into_another_number_of_classes(tmp_path):
             {"embed_dim": 30, "num_heads": 4},
             "cannot be built with .*divisible by num_heads",
         ),
+        ("conv_vit", {"act_layer": "gellu"}, "cannot be built with .*KeyError: 'gellu'"),
+        ("conv_vit", {"num_heads": 0}, "cannot be built with {'num_heads': 0}: ZeroDivision"),
+        ("conv_vit", {"mlp_ratio": -1.0}, "cannot be built with .*negative dimension"),
     ],
 )
 def test_options_that_cannot_be_are_named(name, options, message):
@@ -275,3 +280,7 @@ def test_a_layer_in_two_places_is_refused_and_a_shared_weight_is_counted_once(vi
     assert cost.macs(vit) == macs == cost.meters(vit)["macs_torch"]
     shared = cost.breakdown(vit)[["params", "nonzero"]].sum()
     assert (params - shared).tolist() == [32 * 64, 32 * 64]
+    apart = copy.deepcopy(vit)
+    apart.blocks[1].mlp.fc1.weight = torch.nn.Parameter(vit.blocks[0].mlp.fc1.weight.detach())
+    on_disk = cost.bytes_disk(apart)  # a checkpoint stores both
+    assert cost.summary(vit)["bytes_disk"] == cost.bytes_disk(vit) == on_disk

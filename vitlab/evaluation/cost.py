@@ -280,7 +280,8 @@ def bytes_disk(model, *, folder=None):
     anatomy.check_weights(model)  # as checkpoint.save does
     tensors = model.state_dict()
     for name in tensors:
-        tensors[name] = tensors[name].cpu().contiguous()
+        # Copies: safetensors stores no tensors that share memory, such as tied weights.
+        tensors[name] = tensors[name].detach().cpu().contiguous().clone()
     without_zeros, _ = _packed.pack(tensors)
     return len(safetensors.torch.save(without_zeros))
 

@@ -116,6 +116,10 @@ SMALL = {
 }
 
 
+# What timm and torch raise for options that no model has.
+_NOT_BUILT = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError)
+
+
 def create(name, *, num_classes, image_size=None, pretrained=False, **options):
     """Create a model as `models.create` does without a local file of weights.
 
@@ -130,10 +134,11 @@ def create(name, *, num_classes, image_size=None, pretrained=False, **options):
     eps = built_with.pop("norm_eps", None)  # no option of timm's
     try:
         model = _build(name, pretrained, num_classes, built_with)
-    except (TypeError, AssertionError) as error:
+    except _NOT_BUILT as error:
         _check_option(str(error))
         # timm's own words do not say which model or value they are about.
-        raise ValueError(f"{name} cannot be built with {options}: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} cannot be built with {options}: {reason}") from error
     if isinstance(model, SwinTransformerV2):  # timm's reads the weight of qkv past its module
         for module in model.modules():
             _attention.allow_cuts(module)
