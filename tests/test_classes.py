@@ -9,7 +9,7 @@ from conftest import toy
 from vitlab import models
 from vitlab.evaluation import evaluate
 from vitlab.models import checkpoint
-from vitlab.pruning import scores, sensitivity, shrink
+from vitlab.pruning import budget, scores, sensitivity, shrink
 from vitlab.training import _shapes, data, train
 
 RECIPE = dict(epochs=1, lr=1e-3, batch_size=12, warmup_epochs=0.0)
@@ -55,6 +55,20 @@ def test_of_a_batch_only_labels_are_known():
     ):
         with pytest.raises(ValueError, match="has 3 classes, the images at least 6"):
             call()
+
+
+@pytest.mark.parametrize("classes", [1000, 11, 9])
+def test_batches_of_a_split_know_its_classes(images, classes):
+    model, batches = model_of(classes), list(images.train.batches(10))
+    for call in (
+        lambda: scores.loss(model, batches),
+        lambda: scores.weights(model, batches, criteria="taylor"),
+        lambda: scores.weights(model, batches, criteria="taylor", labels="model"),
+        lambda: budget.reach(model, batches, macs=0.5),
+    ):
+        with pytest.raises(ValueError, match=f"has {classes} classes, the images 10:"):
+            call()
+    assert scores.loss(model_of(10), batches) > 0
 
 
 def test_a_model_that_says_no_number_is_judged_by_its_answers(images):

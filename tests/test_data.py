@@ -360,7 +360,8 @@ def test_normalise(one_tree):
     assert load(one_tree, normalise="imagenet").val.mean == (0.485, 0.456, 0.406)
     half = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     assert load(one_tree, normalise=half).test.std == half[1]
-    for unknown in ("image-net", "vit_smal_patch16_224", 0.5):
+    constant = (half[0], (0.25, 0.0, 0.25))  # nothing can be divided by it
+    for unknown in ("image-net", "vit_smal_patch16_224", 0.5, constant):
         with pytest.raises(ValueError, match="'train', 'imagenet', the name of a timm model"):
             load(one_tree, normalise=unknown)
 

@@ -8,7 +8,7 @@ import torch
 from vitlab import models
 from vitlab.evaluation import evaluate
 from vitlab.models import build, checkpoint
-from vitlab.pruning import shrink
+from vitlab.pruning import budget, recover, scores, shrink
 from vitlab.studies import runs, settings
 from vitlab.training import data, train
 
@@ -42,7 +42,18 @@ def test_other_images_than_the_weights_expect_are_refused(pretrained, images):
         evaluate.accuracy(pretrained, images)
     with pytest.raises(ValueError, match=both):
         train.fit(pretrained, images, images, RECIPE)
-    evaluate.accuracy(pretrained, replace(images, mean=HALF[0], std=HALF[1]))
+    batches = list(images.batches(8))
+    for call in (
+        lambda: scores.loss(pretrained, batches),
+        lambda: scores.grams(pretrained, batches),
+        lambda: budget.reach(pretrained, batches, params=0.5),
+        lambda: recover.reconstruct(pretrained, pretrained, batches),
+    ):
+        with pytest.raises(ValueError, match=both):
+            call()
+    own = replace(images, mean=HALF[0], std=HALF[1])
+    evaluate.accuracy(pretrained, own)
+    assert scores.loss(pretrained, own.batches(8)) > 0
 
 
 def test_a_cut_and_saved_model_expects_what_it_did(pretrained, images, tmp_path):

@@ -1,7 +1,7 @@
 """Collect values and gradients of layers in one pass over batches.
 
-Public: Grams, Moments, NO_BATCHES, Sweep, channels_last, cross_entropy, fitting_gram,
-layer_inputs, patches, wide, zeros.
+Public: Grams, Moments, NO_BATCHES, Sweep, channels_last, check_images, cross_entropy,
+fitting_gram, layer_inputs, patches, wide, zeros.
 """
 
 from collections import defaultdict
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from vitlab import names
+from vitlab.evaluation import evaluate
 from vitlab.models import anatomy
 from vitlab.pruning import lowrank
 
@@ -127,18 +128,21 @@ class Sweep(ExitStack):
         labels: "true" for y, or "model" for labels drawn from the model's own prediction.
         seed: of these draws.
 
-        Raises ValueError for no batches, for labels that the model lacks or of another kind, and
-        for a loss that is not finite.
+        Raises ValueError for no batches, for labels that the model lacks or of another kind, for
+        images that are normalised otherwise than it expects, and for a loss that is not finite.
         """
         names.check("kind of labels", labels, ("true", "model"))
         with torch.set_grad_enabled(self.backward):
             for x, y in batches or ():
+                check_images(self.model, y)
                 self.size = len(x)
                 logits = self.model(x)
                 if labels == "model":
                     generator = torch.Generator(logits.device).manual_seed(seed + self.batches)
                     chances = wide(logits).softmax(-1)
-                    y = chances.multinomial(1, generator=generator)[:, 0]
+                    drawn = chances.multinomial(1, generator=generator)[:, 0]
+                    drawn.origin = getattr(y, "origin", drawn)
+                    y = drawn
                 if self.backward:
                     # The sum, not the mean: dL_b/dz is then image b's own.
                     total = cross_entropy(self.model, logits, y)
@@ -154,9 +158,19 @@ class Sweep(ExitStack):
             raise ValueError(NO_BATCHES)
 
 
+def check_images(model, y):
+    """Raise ValueError for a batch that is normalised otherwise than a model's weights expect.
+
+    y: its labels, of data.Split; of batches from elsewhere nothing is known.
+    """
+    if split := getattr(y, "origin", None):
+        evaluate.check_normalised(model, split)
+
+
 def cross_entropy(model, logits, y):
     """Return the sum of a batch's losses. Raises ValueError for labels that the model lacks."""
-    anatomy.check_classes(model, y, logits.shape[1])  # on a GPU torch would end the process
+    # On a GPU torch would end the process.
+    anatomy.check_classes(model, getattr(y, "origin", y), logits.shape[1])
     return functional.cross_entropy(logits, y, reduction="sum")
 
 

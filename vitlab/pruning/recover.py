@@ -55,7 +55,10 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
     Source: asymmetric reconstruction (Zhang et al. 2016, section 3.3); He et al. 2017 for channels
     that are removed.
     """
-    images = [x for x, _ in batches or ()]
+    images = []
+    for x, y in batches or ():
+        _sweep.check_images(dense, y)
+        images.append(x)
     if not images:
         raise ValueError(_sweep.NO_BATCHES)
     model = anatomy.copied(model)

@@ -27,6 +27,7 @@ from vitlab.pruning._sweep import (
     Grams,
     Moments,
     Sweep,
+    check_images,
     cross_entropy,
     fitting_gram,
     layer_inputs,
@@ -277,11 +278,13 @@ def loss(model, batches):
 
     model, batches: as at the top of this file.
 
-    Raises ValueError for no batches, and for labels that the model lacks.
+    Raises ValueError for no batches, for labels that the model lacks, and for images that are
+    normalised otherwise than it expects.
     """
     total = images = 0
     with Sweep(model):
         for x, y in batches:
+            check_images(model, y)
             total += cross_entropy(model, model(x), y).item()
             images += len(x)
     if not images:

@@ -117,7 +117,8 @@ class Split:
         seed, epoch: ints from 0, by which order and augmentation are drawn
         drop_last: whether a last batch of fewer images is left out
 
-        Yields x, float32 [B, 3, S, S], normalised, in channels_last memory, and y, int64 [B].
+        Yields x, float32 [B, 3, S, S], normalised, in channels_last memory, and y, int64 [B], whose
+        attribute `origin` is this Split.
         Raises ValueError for another key of augment and for a value out of range.
         """
         if batch_size < 1:
@@ -139,7 +140,11 @@ class Split:
                     raw = raw.pin_memory()
                 raw = raw.to(device, non_blocking=True)
                 rng = np.random.default_rng([seed, epoch, number])
-                yield prepare(raw, self, options, rng), batch.labels.to(device)
+                labels = batch.labels.to(device)
+                labels.origin = (
+                    self  # scores compare a model with the images that they are taken from
+                )
+                yield prepare(raw, self, options, rng), labels
 
         return draw()
 
@@ -307,10 +312,10 @@ def _moments(store, rows, normalise, memory):
             files.write_atomic(memory, json.dumps(normalise))
     elif isinstance(given, str | Path):
         normalise = _expected(given)
-    if np.shape(normalise) != (2, 3):
+    if np.shape(normalise) != (2, 3) or not min(normalise[1]) > 0:
         raise ValueError(
             "normalise is 'train', 'imagenet', the name of a timm model, a checkpoint folder that "
-            f"says its own, or (mean, std) of three; got {given!r}"
+            f"says its own, or (mean, std) of three, std above 0; got {given!r}"
         )
     return tuple(map(tuple, normalise))
 
