@@ -232,6 +232,14 @@ def test_weights_that_have_seen_another_split_of_the_images_are_refused(mine):
     lab = mine.lab()
     with pytest.raises(ValueError, match="has seen another split .*\n  split_seed: 0 then, 1 now"):
         lab.record(lab.training(), data.load(**lab.data))
+    (mine.folder / "images").rename(mine.folder / "photos")  # the same images
+    mine.edit("data", name="photos")
+    lab = mine.lab()
+    with pytest.raises(ValueError, match="has seen another split"):
+        lab.record(lab.training(), data.load(**lab.data))
+    mine.edit("data", split_seed=0)
+    lab = mine.lab()
+    assert lab.record(lab.training(), data.load(**lab.data))["weights"]
 
 
 def test_a_training_does_not_go_on_with_other_images(mine):

@@ -239,7 +239,10 @@ class Run:
             record |= {"data": images.description, "images": images.identity}
             before = _kept_by(weights.parent) if weights else {}
             changes = _changes(_split_of(before), _split_of(record))
-            if before.get("data") == images.description and changes:
+            # A folder may be called otherwise by now: its images tell, too.
+            content = [_split_of(kept)["content"] for kept in (before, record)]
+            is_same = before.get("data") == images.description or content[0] == content[1]
+            if is_same and changes:
                 raise ValueError(
                     f"the model of {weights} has seen another split of these images, and perhaps "
                     f"val and test images of this one:\n{changes}\nTake that split or other weights"
@@ -496,8 +499,11 @@ def _kept_by(checkpoint):
 def _split_of(record):
     """Return what says which images of a set are train, val and test, from a dense record."""
     data = record.get("values", {}).get("data", {})
-    content = (record.get("images") or {}).get("content")
-    return {"split_seed": data.get("split_seed"), "content": content}
+    content = (record.get("images") or {}).get("content")  # the folder's name and a hash
+    return {
+        "split_seed": data.get("split_seed"),
+        "content": content and content.rpartition("-")[2],
+    }
 
 
 def _last_parameters(log, notebook):
