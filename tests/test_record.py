@@ -72,6 +72,21 @@ def test_an_override_changes_its_value_and_no_other(dotted, value):
     assert changed == plain
 
 
+def test_an_override_may_give_a_value_that_the_study_leaves_out():
+    override = {"models.vit.normalise": "imagenet", "data.augment.erase": 0.25}
+    lab = runs.open_run("demo", "vit", 0, override)
+    assert lab.data["normalise"] == "imagenet" and lab.params.data.augment.erase == 0.25
+    assert "erase" not in settings.study("demo").data.augment
+    for wrong, words in [
+        ("models.vit.weihgts", "did you mean 'models.vit.weights'"),
+        ("models.vit.patch_size", "unknown value 'models.vit.patch_size'"),  # it may be misspelt
+    ]:
+        with pytest.raises(ValueError, match=words):
+            settings.study("demo", override={wrong: 1})
+    with pytest.raises(TypeError, match="models.vit.weights should be a valid string"):
+        settings.study("demo", override={"models.vit.weights": 3})
+
+
 WORDS = {  # value of a study: the words that the code which takes them knows
     "data.normalise": ["train", "imagenet", "weights"],
     "train.precision": ["auto", *bench.PRECISIONS],
@@ -169,7 +184,15 @@ def test_runtimes_are_those_in_which_a_model_can_be_timed(accepts):
         ({"efficiency.precision": "auto"}, "of two precisions"),
         ({"budget.distilled": ["svd"], "budget.target": "params"}, "for the target macs alone"),
         ({"train.lr": float("inf")}, "train.lr should be a finite number"),
-        ({"data.normalise": [[0.5], [0.5]]}, r"or \[means, deviations\], got list"),
+        ({"data.normalise": [[0.5], [0.5]]}, r"or \[means, deviations\] with .*, got list"),
+        ({"data.normalise": [[0.5] * 3, [0.5, 0.0, 0.5]]}, "with deviations above 0, got list"),
+        ({"data.split_seed": -1}, "split_seed should be greater than or equal to 0"),
+        ({"heads_svd_iht.forms": ["iht 0:4"]}, r"forms.0 .* 0 < n < m, got str 'iht 0:4'"),
+        ({"heads_svd_iht.forms": ["svd", "svd+iht 5:4"]}, r"forms.1 .* 0 < n < m, got str"),
+        ({"train.warmup_epochs": 8}, "train.warmup_epochs should be less than the 8 epochs of"),
+        ({"budget.warmup_epochs": 1.5}, "budget.warmup_epochs should be less than the 1 epochs"),
+        ({"global_pruning.epochs": 1, "global_pruning.warmup_epochs": 3.0}, "than the 1 epochs"),
+        ({"global_pruning.steps": 9, "global_pruning.warmup_epochs": 1}, "leaves 1 of the epochs"),
         ({"budget.epochs": 0}, "budget.epochs should be greater than 0, got int 0"),
     ],
 )
@@ -303,6 +326,12 @@ def demo_with(tmp_path):
         ({"seeds": []}, ValueError, "seeds should have at least 1 item"),
         ({"global_pruning.images": "all"}, TypeError, "integer of at least 1, or null"),
         ({"data.augment.erase": 30}, ValueError, "erase should be less than or equal to 1"),
+        (
+            {"data.augment": {"scale": [0.9, 0.1]}},
+            ValueError,
+            r"augment.scale should be \[least, most\] with 0 < least <= most <= 1, got list",
+        ),
+        ({"data.augment": {"crop": 4, "scale": [0.5, 1.0]}}, ValueError, "takes the place of crop"),
         ({"models": {}}, ValueError, "models should have at least 1 item"),
         ({"models": ["vit"]}, TypeError, "models should be a valid dictionary"),
         ({"models.vit": "conv_vit"}, TypeError, "models.vit should be a valid dictionary"),
@@ -558,8 +587,8 @@ def test_an_overridden_run_stands_apart_and_reads_what_it_does_not_change(lab):
     other = runs.open_run("demo", "vit", 0, {"global_pruning.epochs": 1})
     assert other.folder != lab.folder and other.params.global_pruning.epochs == 1
     assert other.need("dense", "1_train") == lab.path("dense")
-    retrained = runs.open_run("demo", "vit", 0, {"train.epochs": 1})
-    with pytest.raises(FileNotFoundError, match="--set 'train.epochs=1'"):
+    retrained = runs.open_run("demo", "vit", 0, {"train.epochs": 2})
+    with pytest.raises(FileNotFoundError, match="--set 'train.epochs=2'"):
         retrained.need("dense", "1_train")
     values = [{"data.name": "/some/where"}, {"data.name": "/some/where else"}, {"train.lr": 1e-9}]
     names = {runs.open_run("demo", override=value).folder.name for value in values}
@@ -683,7 +712,7 @@ def test_a_study_is_read_over_models_and_seeds(lab, published):
         one.save_history("1_train", [history, history.assign(method="dense")])
         one.save_table("heads", pd.DataFrame({"head": [0, 1]}, index=[5, 9]))
     runs.open_run("demo").save_table("data", pd.DataFrame({"split": ["train"]}))
-    runs.open_run("demo", "vit", 0, {"train.epochs": 1}).save_results(
+    runs.open_run("demo", "vit", 0, {"train.epochs": 2}).save_results(
         "1_train", [ROW]
     )  # not of the study
     found = results.read("demo")
@@ -699,7 +728,7 @@ def test_a_study_is_read_over_models_and_seeds(lab, published):
     )
     assert set(found.tables) == {"heads", "data"} and len(found.tables.heads) == 6
     assert found.tables.heads.notna().all(axis=None)
-    assert len(results.read("demo", override={"train.epochs": 1}).results) == 1
+    assert len(results.read("demo", override={"train.epochs": 2}).results) == 1
     assert found.tables.heads["head"].tolist() == 3 * [0, 1]
 
 
@@ -765,7 +794,7 @@ def test_what_was_not_run_here_comes_from_the_figures(run, published):
     assert found.tables.data.split.tolist() == ["train"]
     assert results.read("demo", override={}).from_figures == found.from_figures
     with pytest.raises(FileNotFoundError):
-        results.read("demo", override={"train.epochs": 1})
+        results.read("demo", override={"train.epochs": 2})
 
 
 def test_figures_of_another_dense_model_or_of_old_times_do_not_count(run, published):
@@ -846,9 +875,9 @@ def test_rows_made_again_are_compared_with_the_kept_ones_within_the_spread_of_th
 def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_not(
     data_root, published
 ):
-    label = "demo+train.epochs=1"
+    label = "demo+train.epochs=2"
     assert (
-        runs.open_run("demo", override={"train.epochs": 1}).figures
+        runs.open_run("demo", override={"train.epochs": 2}).figures
         == data_root / "runs" / label / "figures"
     )
     assert runs.open_run("demo").figures == published

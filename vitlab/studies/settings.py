@@ -71,10 +71,20 @@ _WholeShare = Annotated[float, Field(ge=0, le=1)]
 _CountOrNull = _worded(PositiveInt | None, "should be an integer of at least 1, or null")
 _BoolOrNull = _worded(bool | None, "should be true, false or null")
 _Channels = Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)]
+
+
+def _with_deviations(moments):
+    """Return [means, deviations] if images can be divided by these deviations."""
+    if not min(moments[1]) > 0:
+        raise ValueError("deviations are above 0")
+    return moments
+
+
 _Moments = Annotated[list[_Channels], Field(min_length=2, max_length=2)]
+_Moments = Annotated[_Moments, AfterValidator(_with_deviations)]
 _Moments = _worded(
     Literal["train", "imagenet", "weights"] | _Moments,
-    "should be train, imagenet, weights, or [means, deviations]",
+    "should be train, imagenet, weights, or [means, deviations] with deviations above 0",
 )
 # Words. Floors above take them, and tests/test_record.py says that these know the same ones.
 _Precision = Literal["auto", "bf16", "float32"]  # auto: bf16 where the device gains from it
@@ -94,10 +104,21 @@ _Form = Literal[  # methods of factor.compress; behind iht the support of its sp
     "svd+iht rows",
     "svd+iht columns",
 ]
+
+
+def _n_of_m(form):
+    """Return a form that ends with n:m, if n of m neighbours are fewer than all."""
+    n, m = form.split()[1].split(":")
+    if not 0 < int(n) < int(m):
+        raise ValueError("n:m needs 0 < n < m")
+    return form
+
+
+_OfNeighbours = Annotated[str, Field(pattern=r"^(svd\+)?iht \d+:\d+$"), AfterValidator(_n_of_m)]
 _Form = _worded(
-    _Form | Annotated[str, Field(pattern=r"^(svd\+)?iht \d+:\d+$")],
+    _Form | _OfNeighbours,
     "should be svd, threshold, random, iht or svd+iht; those with iht may name their support:"
-    " entries, rows, columns or 2:4",
+    " entries, rows, columns or 2:4, and other n:m with 0 < n < m",
 )
 _Kind = Literal["heads", "neurons", "filters", "width", "qk", "v", "block", "ranks"]
 _Method = Literal["pool", "units", "heads+neurons", "random", "svd", "ranks"]  # of notebook 5
@@ -127,13 +148,21 @@ class _Augment(_Section):
     scale: _Some[float] = _ABSENT  # shares of the area that a random crop takes: [least, most]
     erase: _WholeShare = _ABSENT  # share of the images that lose a rectangle
 
+    @field_validator("scale")
+    def _is_range(cls, scale, info):
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("should be [least, most] with 0 < least <= most <= 1")
+        if info.data.get("crop"):
+            raise ValueError("takes the place of crop: leave one of them out")
+        return scale
+
 
 class _Data(_Section):
     """Declare the images."""
 
     name: str  # cifar10, caltech101, shapes, or the path of an ImageFolder
     image_size: PositiveInt  # pixels, side of what the model sees
-    split_seed: int  # of train, val and test; results of two splits cannot be compared
+    split_seed: NonNegativeInt  # of train, val and test; results of two splits cannot be compared
     images: _CountOrNull  # of each split, for a trial; null: all
     normalise: _Moments  # by mean and deviation of train, of imagenet, by these, or as weights want
     skip_broken: _BoolOrNull = None  # true: leave out image files that cannot be decoded
@@ -149,7 +178,18 @@ class _Model(_Section, extra="allow"):
     normalise: _Moments = _ABSENT  # instead of the study's, whatever the weights expect
 
 
-class _Train(_Section):
+class _Training(_Section):
+    """Refuse a training that ends before its rate has risen."""
+
+    @field_validator("warmup_epochs", check_fields=False)
+    def _ends_in_time(cls, warmup_epochs, info):
+        epochs = info.data.get("epochs")
+        if epochs and warmup_epochs >= epochs:
+            raise ValueError(f"should be less than the {epochs} epochs of the training")
+        return warmup_epochs
+
+
+class _Train(_Training):
     """Declare how the dense model is trained."""
 
     epochs: PositiveInt  # passes over the training images
@@ -165,7 +205,7 @@ class _Train(_Section):
     cutmix: NonNegativeFloat = 0.0  # alpha, too; with both, each batch gets one of them
 
 
-class _Tuning(_Section):
+class _Tuning(_Training):
     """Declare the training after a cut; what is not declared here is that of `train`."""
 
     epochs: PositiveInt  # after each cut
@@ -201,6 +241,15 @@ class _GlobalPruning(_Tuning):
     schedules: _Some[_Schedule] = ["one-shot"]  # of the cuts to the highest sparsity
     steps: PositiveInt = 1  # cuts of a schedule, which share its epochs
     distil: bool = False  # each schedule once more, with the dense model as the teacher
+
+    @field_validator("steps")
+    def _leaves_time(cls, steps, info):
+        epochs, warmup_epochs = info.data.get("epochs"), info.data.get("warmup_epochs")
+        if epochs and warmup_epochs and steps > 1:
+            each = epochs // min(steps, epochs)
+            if warmup_epochs >= each:
+                raise ValueError(f"leaves {each} of the epochs to each step, not more than warm up")
+        return steps
 
 
 class _HeadsSvdIht(_Tuning):
@@ -355,6 +404,8 @@ def _replaced(values, changes, source):
         raise TypeError(f'{source} is a dict like {{"train.epochs": 2}}, got {changes!r}')
     values = copy.deepcopy(values)
     sections = _sections_by_name(values)
+    for dotted, section in _absent(values).items():
+        sections.setdefault(dotted, section)
     for dotted, value in changes.items():
         if dotted not in sections:
             above = str(dotted).partition(".")[0]
@@ -362,7 +413,7 @@ def _replaced(values, changes, source):
             raise ValueError(names.unknown("value", dotted, near or sections))
         section = sections[dotted]
         name = dotted.rpartition(".")[2]
-        if isinstance(section[name], dict):
+        if isinstance(section.get(name), dict):
             inside = ", ".join(section[name])
             raise TypeError(f"{dotted} is a section; override its values one by one: {inside}")
         if dotted.startswith("models.") and name not in _Model.model_fields:
@@ -380,6 +431,17 @@ def _sections_by_name(values, above=""):
         if isinstance(value, dict):
             sections |= _sections_by_name(value, f"{above}{name}.")
     return sections
+
+
+def _absent(values):
+    """Return {dotted name: its dict} of what a model or the augmentation may leave out."""
+    places = {f"models.{name}.": (_Model, model) for name, model in values["models"].items()}
+    places["data.augment."] = (_Augment, values["data"]["augment"])
+    return {
+        above + name: section
+        for above, (declared, section) in places.items()
+        for name in declared.model_fields
+    }
 
 
 def _check(values, declared=_Settings, name=""):
