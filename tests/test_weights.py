@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import warnings
 
 import pytest
@@ -230,6 +231,64 @@ def test_a_head_of_ones_own_beside_the_backbone_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("backbone", "head", "beside", "is_taken"),
+    [
+        ("0.", "1.", [], True),
+        ("backbone.", "head.1.", [], True),  # behind drop-out
+        ("model.backbone.", "model.classifier.0.", ["loss.weight"], True),
+        ("0.", "2.", ["1.weight"], False),  # behind a norm or another layer
+        ("backbone.", "head.3.", ["head.0.weight", "head.0.bias"], False),
+        ("backbone.", "head.1.", ["head.0.running_mean"], False),
+    ],
+)
+def test_a_numbered_head_is_taken_if_it_is_the_only_layer(
+    backbone, head, beside, is_taken, tmp_path
+):
+    original = drawn(create("vit"))
+    state = behind(backbone, original.state_dict())
+    for part in ("weight", "bias"):
+        state[head + part] = state.pop(f"{backbone}head.{part}")
+    torch.save(state | {name: torch.ones(5) for name in beside}, tmp_path / "a.ckpt")
+    if is_taken:
+        assert largest_difference(create("vit", tmp_path / "a.ckpt"), original) == 0
+        return
+    with pytest.warns(UserWarning, match="the head is left out and starts new with 5 classes"):
+        create("vit", tmp_path / "a.ckpt")
+
+
+OPENCLIP = [  # timm's names, and its own
+    (r"^patch_embed\.proj", "conv1"),
+    (r"^norm_pre", "ln_pre"),
+    (r"^norm\.", "ln_post."),
+    (r"^blocks", "transformer.resblocks"),
+    (r"\.norm(\d)", r".ln_\1"),
+    (r"qkv\.", "in_proj_"),
+    (r"attn\.proj", "attn.out_proj"),
+    ("fc1", "c_fc"),
+    ("fc2", "c_proj"),
+]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "state_dict.module."])
+def test_openclips_images_tower_under_any_prefix(prefix, tmp_path):
+    """Its names are timm's to know, and its projection becomes the head."""
+    original = drawn(create("vit", pre_norm=True))
+    torch.nn.init.zeros_(original.head.bias)  # it has none
+    state = {}
+    for name, tensor in original.state_dict().items():
+        for ours, theirs in OPENCLIP:
+            name = re.sub(ours, theirs, name)
+        state[name] = tensor
+    state["class_embedding"] = state.pop("cls_token")[0, 0]
+    state["positional_embedding"] = state.pop("pos_embed")[0]
+    state["proj"] = state.pop("head.weight").T.contiguous()
+    del state["head.bias"]
+    torch.save(behind(f"{prefix}visual.", state), tmp_path / "a.pt")
+    model = create("vit", tmp_path / "a.pt", pre_norm=True)
+    assert largest_difference(model, original) == 0
+
+
+@pytest.mark.parametrize(
     ("names", "taken"),
     [
         (("model", "model_ema"), "model_ema"),
@@ -322,6 +381,8 @@ OTHER = {
     "pooling": ("vit", {"global_pool": "avg"}, "what fits it is global_pool='avg'"),
     "layer scale": ("vit", {"init_values": 1e-5}, "what fits it is init_values=1e-05"),
     "no bias": ("swin", {"qkv_bias": False}, "what fits it is qkv_bias=False"),
+    "query norm": ("vit", {"qk_norm": True}, "what fits it is qk_norm=True"),
+    "attention pooling": ("vit", {"global_pool": "map"}, "what fits it is global_pool='map'"),
 }  # fmt: skip
 
 
@@ -370,6 +431,16 @@ def test_files_that_are_no_weights_are_told_what_they_are(name, tmp_path):
     assert error.value.__suppress_context__ or error.value.__context__ is None
 
 
+@pytest.mark.parametrize("kind", NAMES)
+def test_values_that_are_not_finite_are_refused(kind, tmp_path):
+    state = create(kind).state_dict()
+    name = next(name for name in state if name.endswith("fc1.weight"))
+    state[name][0, 0] = torch.nan
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"a.pth holds values that are not finite, .* {name}:"):
+        create(kind, tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "older"])
 def test_a_pickled_model_is_refused_with_the_cure_and_without_unsafe_advice(new, tmp_path):
     torch.save(create("vit"), tmp_path / "a.pth", _use_new_zipfile_serialization=new)
@@ -387,6 +458,10 @@ def test_a_pickled_model_is_refused_with_the_cure_and_without_unsafe_advice(new,
         (
             {"features.0.0.weight": torch.ones(3, 3, 3, 3)},
             "no library known here, such as features.0",
+        ),
+        (  # of MMPretrain
+            {"backbone.patch_embed.projection.weight": torch.ones(48, 3, 8, 8)},
+            "no library known here, behind 'backbone.'",
         ),
     ],
 )

@@ -216,6 +216,7 @@ _LAYOUTS = {
             (r"^layernorm", "norm"),
         ],
     ),
+    "OpenCLIP": (r"(?=visual\.conv1\.)", []),
     "torchvision": (
         r"(?:conv_proj|features\.1\.0\.attn\.proj)\.",
         [
@@ -236,13 +237,20 @@ _LAYOUTS = {
         ],
     ),
 }
-_HEAD = r"(?:heads?|fc|linear|head\.fc|heads\.head|classifier|cls_classifier)\.(weight|bias)"
+# A number is a place in an nn.Sequential: of the head's layers, or of backbone and head.
+_HEAD = (
+    r"(?:(?:heads?|fc|linear|head\.fc|heads\.head|classifier|cls_classifier)(?:\.\d+)?|\d+)"
+    r"\.(weight|bias)"
+)
 _DISTILLED_HEAD = r"(?:head_dist|distillation_classifier)\.(weight|bias)"
 # What else belongs to a backbone. Whatever a file has beside these may be left out.
 _BACKBONE = re.compile(
     r"(blocks|layers|patch_embed|norm|norm_pre|fc_norm|attn_pool)\.|(absolute_)?pos_embed$|"
     r"(cls|reg|dist)_token$"
 )
+
+
+_UNKNOWN = "no library known here"
 
 
 def _backbones(tensors):
@@ -252,7 +260,11 @@ def _backbones(tensors):
         for name in tensors:
             if match := re.match(rf"((?:.*?\.)?){anchor}", name):
                 found[match[1]] = whose
-    return found or {"": "no library known here"}  # timm's filter knows some others
+    for prefix, whose in found.items():
+        blocks = rf"{re.escape(prefix)}(layers\.\d+\.)?blocks\.\d"
+        if whose == "timm" and not any(re.match(blocks, name) for name in tensors):
+            found[prefix] = _UNKNOWN
+    return found or {"": _UNKNOWN}  # timm's filter knows some others
 
 
 def _renamed(name, whose):
@@ -314,6 +326,12 @@ def _fill(model, path, tensors, says):
             f"Names are of {chosen.whose}{_behind(chosen.prefix)}, such as {example}. "
             f"{chosen.problem}"
         )
+    for name, tensor in chosen.fitting.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{path} holds values that are not finite, such as in {name}: the training that "
+                "wrote it went astray, or the file is damaged; give an earlier one"
+            )
     model.load_state_dict(chosen.fitting, strict=False)
     facts = [f"names of {chosen.whose}{_behind(chosen.prefix)}"]
     if len(readings) > 1:  # the choice may be another than the one that was meant
@@ -422,16 +440,26 @@ def _heads(model, expected, state, beside):
             if match := re.fullmatch(pattern, name):
                 sentence = _NEW_HEAD
                 state.pop(name, None)
-                if expected.get(f"{layer}.{match[1]}") == tensor.shape:
+                fits = expected.get(f"{layer}.{match[1]}") == tensor.shape
+                if fits and _stands_alone(name, [*state, *beside]):
                     parts.setdefault(f"{layer}.{match[1]}", tensor)
         if len(parts) == 2 and not is_behind:  # weight and bias
             heads |= parts
     return heads, sentence
 
 
+def _stands_alone(name, names):
+    """Return whether no other layer of the same nn.Sequential has tensors among names."""
+    numbered = re.match(r"((?:.*\.)?)\d+\.", name)
+    if not numbered:
+        return True
+    others = [other for other in names if not other.startswith(numbered[0])]
+    return not any(re.match(rf"{re.escape(numbered[1])}\d+\.", other) for other in others)
+
+
 _OPTIONS = set(
     "depth depths embed_dim num_heads mlp_ratio in_chans patch_size class_token reg_tokens "
-    "no_embed_class global_pool qkv_bias init_values pre_norm act_layer".split()
+    "no_embed_class global_pool qkv_bias qk_norm init_values pre_norm act_layer".split()
 )
 
 
@@ -491,6 +519,7 @@ def _architecture(state):
         says["depths"] = tuple(depths[stage] for stage in sorted(depths))
         says["num_heads"] = tuple(len(t) if t.ndim == 3 else t.shape[1] for t in tables)
         return says
+    pool = "avg" if "fc_norm.weight" in sizes else "token"
     known = ("cls_token", "dist_token", "reg_token", "register_tokens")
     tokens = {name: sizes[name][1] for name in known if name in sizes}
     says |= {
@@ -499,7 +528,8 @@ def _architecture(state):
         "class_token": "cls_token" in tokens,
         "reg_tokens": sum(tokens.values()) - tokens.get("cls_token", 0),
         "no_embed_class": _starts_at_patches(sizes.get("pos_embed", [0, 0])[1], tokens),
-        "global_pool": "avg" if "fc_norm.weight" in sizes else "token",
+        "global_pool": "map" if "attn_pool.q.weight" in sizes else pool,
+        "qk_norm": "attn.q_norm.weight" in sizes,
         "init_values": 1e-5 if {"ls1.gamma", "gamma_1"} & sizes.keys() else 0,
         "pre_norm": "norm_pre.weight" in sizes,
     }
