@@ -469,6 +469,12 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path, name, near):
         data.load(name, root=tmp_path, image_size=32)
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "images.zip").touch()
+    with pytest.raises(ValueError, match="images.zip is a file: unpack it, and give the folder"):
+        data.load(tmp_path / "images.zip", root=tmp_path, image_size=32)
+
+
 def test_nothing_is_downloaded_that_could_leave_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(_sources.datasets, "CIFAR10", lambda *_, **__: pytest.fail("downloaded"))
     monkeypatch.setattr(_sources.datasets.CIFAR10, "__name__", "CIFAR10")
@@ -526,7 +532,7 @@ def test_an_empty_class_folder_is_named(tmp_path):
 def test_splits_with_other_classes_or_names_are_errors(tmp_path):
     write_classes(tmp_path / "tree" / "train")
     write_classes(tmp_path / "tree" / "test", {"cat": 2, "dog": 2, "emu": 2})
-    with pytest.raises(ValueError, match=r"differ from train/ in \['emu', 'owl'\]"):
+    with pytest.raises(ValueError, match=r"differ from those of train in \['emu', 'owl'\]"):
         load(tmp_path / "tree")
     shutil.move(tmp_path / "tree" / "test", tmp_path / "tree" / "holdout")
     with pytest.raises(ValueError, match=r"found \['holdout'\]"):

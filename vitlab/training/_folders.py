@@ -28,6 +28,17 @@ _ENDINGS = tuple(
     if kind in Image.OPEN and kind not in _ONLY_NAMED
 )
 _TABLES = (".csv", ".tsv", ".txt")
+_NEVER_MEANT = {  # what systems and network drives leave, such as thumbnails and deleted files
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "@Recycle",
+    "#recycle",
+    "#snapshot",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+}
 _LABEL_TITLE = r"(class|label|category|target)([ _]?(name|id))?s?"
 
 
@@ -82,7 +93,9 @@ def read(folder, leave=()):
         first = first or classes
         if strange := sorted(first ^ classes):
             more = f" and {len(strange) - 9} more" if len(strange) > 9 else ""
-            raise ValueError(f"{part}: class folders differ from train/ in {strange[:9]}{more}")
+            raise ValueError(
+                f"{part}: its classes differ from those of train in {strange[:9]}{more}"
+            )
         layout.images += [(path, name, split) for path, name in found]
     for table, strays in layout.strays.items():
         if strays:
@@ -314,7 +327,7 @@ def _files(folder):
 
 
 def _is_visible(name):
-    return not name.startswith(".") and name not in ("__MACOSX", "@eaDir")
+    return not name.startswith(".") and name not in _NEVER_MEANT
 
 
 def _split_of(name):

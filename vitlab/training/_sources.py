@@ -66,6 +66,8 @@ def find(name, home):
     folder = Path(name).expanduser().absolute()
     if folder.is_dir():
         return _find_tree(folder, folder.name, f"ImageFolder {folder.name}")
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: unpack it, and give the folder of the images")
     raise ValueError(
         f"{names.unknown('dataset', name, finders)} A set of your own has its path as its name: a "
         "folder with train/, val/ and test/ that hold a folder a class, or one tree of them, or "
