@@ -286,6 +286,8 @@ def test_openclips_images_tower_under_any_prefix(prefix, tmp_path):
     torch.save(behind(f"{prefix}visual.", state), tmp_path / "a.pt")
     model = create("vit", tmp_path / "a.pt", pre_norm=True)
     assert largest_difference(model, original) == 0
+    with pytest.warns(UserWarning, match="the head is left out and starts new with 7 classes"):
+        create("vit", tmp_path / "a.pt", pre_norm=True, num_classes=7)
 
 
 @pytest.mark.parametrize(

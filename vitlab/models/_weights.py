@@ -400,6 +400,8 @@ def _read(model, tensors, prefix, whose, says):
     for name, tensor in fitted.items():
         if name in expected and tensor.shape == expected[name]:
             reading.fitting[name] = tensor
+        elif name in optional:  # timm's filter makes a head of OpenCLIP's projection
+            head_change = _NEW_HEAD
         elif name in expected or _BACKBONE.match(name):
             wrong.append(name)
         else:
