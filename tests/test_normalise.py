@@ -1,13 +1,18 @@
 """Tests that images are normalised as a model's weights expect."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.models.vision_transformer import VisionTransformer
 
 from vitlab import models
 from vitlab.evaluation import evaluate
-from vitlab.models import build, checkpoint
+from vitlab.models import _weights, checkpoint
 from vitlab.pruning import budget, recover, scores, shrink
 from vitlab.studies import runs, settings
 from vitlab.training import data, train
@@ -15,7 +20,8 @@ from vitlab.training import data, train
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NAME = "vit_tiny_patch16_224"  # timm: mean and deviation 0.5
 RECIPE = {"epochs": 1, "lr": 1e-3, "warmup_epochs": 0}
-SMALL = {"num_classes": 10, "image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1}
+SIZES = {"patch_size": 8, "embed_dim": 24, "depth": 1}
+SMALL = {"num_classes": 10, "image_size": 32, **SIZES}
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +36,11 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def pretrained(tmp_path):
-    """A model with weights from a file of a name that timm has weights of."""
+    """A model with weights from a folder that says what they expect."""
     source = models.create(NAME, **SMALL)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
+    said = {"image_mean": HALF[0], "image_std": HALF[1]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     return models.create(NAME, weights=tmp_path / "weights.pth", **SMALL)
 
 
@@ -61,7 +69,7 @@ def test_a_cut_and_saved_model_expects_what_it_did(pretrained, images, tmp_path)
     checkpoint.save(small, tmp_path / "small")
     loaded = checkpoint.load(tmp_path / "small")
     assert pretrained.normalise == small.normalise == loaded.normalise == HALF
-    assert build.moments(NAME, tmp_path / "small") == HALF
+    assert _weights.expected(NAME, tmp_path / "small") == (HALF, False)
     with pytest.raises(ValueError, match="data.normalise: weights"):
         evaluate.accuracy(loaded, images)
 
@@ -76,7 +84,6 @@ def test_a_new_model_expects_what_it_is_trained_on(images):
 
 
 def test_other_images_on_purpose(pretrained, images, tmp_path):
-    torch.save(pretrained.state_dict(), tmp_path / "weights.pth")
     own = models.create(NAME, weights=tmp_path / "weights.pth", normalise="train", **SMALL)
     evaluate.accuracy(own, images)
     train.fit(own, images, images, RECIPE)
@@ -110,3 +117,82 @@ def test_a_word_of_ones_own_is_the_models(tmp_path):
     lab = runs.open_run(str(path), "vit")
     assert lab.data["normalise"] == lab.model["normalise"] == "imagenet"
     assert runs.open_run(str(path), "swin").data["normalise"] == "swin_tiny_patch4_window7_224"
+
+
+# -- files that do not say
+
+
+@pytest.fixture
+def unsaid(tmp_path):
+    """The path of weights whose file says nothing, under a name that timm has weights of."""
+    torch.save(models.create(NAME, **SMALL).state_dict(), tmp_path / "own.ckpt")
+    return tmp_path / "own.ckpt"
+
+
+def normalise_of(lab):
+    return lab._normalise(lab.params.data.normalise)
+
+
+def study_with(folder, *, normalise, **model):
+    """Return the run of a study file with one ViT, whose images lie nowhere."""
+    values = yaml.safe_load(
+        (settings.files.repository() / "notebooks/params/demo.yaml").read_text()
+    )
+    values["data"]["normalise"] = normalise
+    values["models"] = {"vit": {"name": NAME, **model}}
+    (folder / "own.yaml").write_text(yaml.safe_dump(values))
+    return runs.open_run(folder / "own.yaml", "vit")
+
+
+def test_a_guess_is_called_one_and_a_word_of_the_study_comes_before_it(unsaid, images, capsys):
+    model = models.create(NAME, weights=unsaid, **SMALL)
+    assert model.normalise == HALF
+    with pytest.raises(ValueError, match="does not say what they expect; timm's weights of that"):
+        evaluate.accuracy(model, images)
+    for word in ("train", "imagenet", [[0.4, 0.5, 0.6], [0.2, 0.3, 0.2]]):
+        lab = study_with(unsaid.parent, normalise=word, weights="own.ckpt", **SIZES)
+        capsys.readouterr()
+        model = models.create(**lab.model, num_classes=10, image_size=32)
+        assert f"own.ckpt does not say how its images were normalised: taken is {word}" in (
+            capsys.readouterr().out
+        )
+        evaluate.accuracy(model, images)
+    train.fit(model, images, images, RECIPE)
+    with pytest.raises(ValueError, match="the model's weights expect images normalised"):
+        evaluate.accuracy(model, replace(images, mean=HALF[0]))
+
+
+def test_a_word_of_the_study_does_not_replace_what_the_weights_say(pretrained, images, tmp_path):
+    lab = study_with(tmp_path, normalise="train", weights="weights.pth", **SIZES)
+    model = models.create(**lab.model, num_classes=10, image_size=32)
+    with pytest.raises(ValueError, match="the model's weights expect images normalised"):
+        evaluate.accuracy(model, images)
+
+
+def test_names_of_torchvision_mean_imagenet(tmp_path, images):
+    state = VisionTransformer(32, 8, 1, 3, 24, 96, num_classes=10).state_dict()
+    torch.save(state, tmp_path / "vit_b.pth")
+    lab = study_with(tmp_path, normalise="weights", weights="vit_b.pth", **SIZES)
+    model = models.create(**lab.model, num_classes=10, image_size=32)
+    imagenet = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    assert model.normalise == imagenet == data._expected(**normalise_of(lab))
+    with pytest.raises(ValueError, match="the model's weights expect .*0.485"):
+        evaluate.accuracy(model, images)
+
+
+def test_the_word_weights_is_what_the_model_expects_wherever_that_comes_from(unsaid, capsys):
+    folder = unsaid.parent
+    lab = study_with(folder, normalise="weights", weights="own.ckpt", **SIZES)
+    capsys.readouterr()
+    assert data._expected(**normalise_of(lab)) == HALF
+    assert f"own.ckpt does not say what it expects. {NAME}: mean" in capsys.readouterr().out
+    (folder / "config.json").write_text('{"model_type": "vit"}')  # without preprocessor_config.json
+    assert data._expected(NAME, folder / "own.ckpt") == HALF
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    expected = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    model = models.create(**lab.model, num_classes=10, image_size=32)
+    assert model.normalise == expected == data._expected(**normalise_of(lab))
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="own.ckpt does not say how .* by data.normalise"):
+        data._expected("conv_vit", Path(unsaid))

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,50 @@ def test_what_no_tensor_tells_is_read_from_the_config(tmp_path):
     with pytest.raises(ValueError, match="what fits it is act_layer='gelu_tanh'"):
         create("vit", tmp_path)
     create("vit", tmp_path, act_layer="gelu_tanh")
+
+
+NAMED = ["owl", "cat", "dog", "bee", "ant"]
+
+
+def label(folder, names):
+    """Write names into the config of a folder of Hugging Face's, and return the images' side."""
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = dict(enumerate(names))
+    (folder / "config.json").write_text(json.dumps(config))
+    return SimpleNamespace(classes=sorted(names))
+
+
+def test_a_kept_head_knows_its_classes_by_the_config(tmp_path):
+    hugging_face("ViT").save_pretrained(tmp_path)
+    assert not hasattr(create("vit", tmp_path), "class_names")  # LABEL_0, LABEL_1, ...
+    images = label(tmp_path, NAMED)
+    for weights in (tmp_path, tmp_path / "model.safetensors"):
+        model = create("vit", weights)
+        assert model.class_names == NAMED and not model.is_head_new
+        with pytest.raises(ValueError, match="another order: label 0 is 'owl' .* new_head: true"):
+            models.check_classes(model, images)
+    checkpoint.save(model, tmp_path / "own")
+    assert create("vit", tmp_path / "own").class_names == NAMED
+    for options in ({"num_classes": 4}, {"new_head": True}):
+        for weights in (tmp_path, tmp_path / "own"):
+            with pytest.warns(UserWarning, match="the head is left out and starts new"):
+                again = create("vit", weights, **options)
+            assert not hasattr(again, "class_names") and again.is_head_new
+            assert not torch.equal(again.head.weight[:4], model.head.weight[:4])
+
+
+def test_a_number_of_heads_that_no_tensor_tells_is_said_with_its_source(tmp_path, capsys):
+    torch.save(drawn(create("vit")).state_dict(), tmp_path / "a.pth")
+    sizes = {key: value for key, value in VIT.items() if key != "num_heads"}
+    said = "a.pth: num_heads=3 is that of vit_tiny_patch16_224: no tensor tells it"
+    for options, expected in ((sizes, said), (VIT, "")):
+        models.create(
+            NAMES["vit"][0], num_classes=5, image_size=32, weights=tmp_path / "a.pth", **options
+        )
+        assert capsys.readouterr().out.strip() == expected
+    hugging_face("ViT").save_pretrained(tmp_path)
+    create("vit", tmp_path)
+    assert "num_heads" not in capsys.readouterr().out
 
 
 # ---- torchvision ----

@@ -67,10 +67,19 @@ def check_normalised(model, images):
     expected = getattr(model, "normalise", None)
     if expected and not np.allclose(expected, (images.mean, images.std), atol=1e-3):
         mean, std = np.round(expected, 3).tolist()
+        both = (
+            f"images normalised by mean {mean} and deviation {std}, and these are by "
+            f"{np.round(images.mean, 3).tolist()} and {np.round(images.std, 3).tolist()}"
+        )
+        if getattr(model, "normalise_is_guess", False):
+            raise ValueError(
+                "the file of the model's weights does not say what they expect; timm's weights of "
+                f"that name expect {both}: say how its images were normalised, by normalise= of "
+                "data.load and of models.create, in a study by data.normalise or the model's own "
+                "normalise"
+            )
         raise ValueError(
-            f"the model's weights expect images normalised by mean {mean} and deviation {std}, "
-            f"and these are by {np.round(images.mean, 3).tolist()} and "
-            f"{np.round(images.std, 3).tolist()}: load them with data.load(normalise=...) of the "
+            f"the model's weights expect {both}: load them with data.load(normalise=...) of the "
             "model's name or checkpoint folder, in a study with data.normalise: weights; or say "
             "that it is meant so, by models.create(normalise=...)"
         )

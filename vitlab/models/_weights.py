@@ -1,6 +1,6 @@
 """Create models with the weights of local files, whoever named their tensors.
 
-Public: create.
+Public: create, expected.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 
@@ -31,6 +32,8 @@ def create(
     pretrained=False,
     weights=None,
     normalise=None,
+    normalise_else=None,
+    new_head=False,
     **options,
 ):
     """Create a ViT or Swin by name: any of timm's, or `conv_vit` and `conv_swin` of the studies.
@@ -44,11 +47,15 @@ def create(
         Hugging Face's or of `checkpoint.save`. Names may be timm's, torchvision's, Hugging Face's
         or an original release's, under any prefix. A checkpoint that was cut brings its options.
     normalise: any word of data.load, to train and measure on images normalised otherwise than the
-        weights expect; None compares the images with `build.moments` of the weights
+        weights expect; None compares the images with what the weights expect
+    normalise_else: the same, for weights whose file does not say what they expect
+    new_head: start the head anew, even where that of the weights has as many classes
     options: timm's own arguments of the class (embed_dim, depth, patch_size, window_size,
         drop_path_rate, ...), and norm_eps for the epsilon of all LayerNorms
-    Returns the model in train mode. `model.recipe` holds what is needed to build it again, and
-    `model.normalise` (mean, std) what its weights expect of the images, or None.
+    Returns the model in train mode. `model.recipe` holds what is needed to build it again,
+    `model.normalise` (mean, std) what its weights expect of the images, or None, and
+    `model.class_names` what the weights say of a head that is kept. `model.is_head_new` says
+    whether the head has learnt nothing yet.
     Raises ValueError for an unknown name, with the nearest known one, and for weights of another
     architecture, with what differs. So it does for files that hold no weights, and for options that
     the model cannot be built with.
@@ -59,6 +66,9 @@ def create(
             name, num_classes=num_classes, image_size=image_size, pretrained=pretrained, **options
         )
         model.normalise = build.moments(name) if pretrained and normalise is None else None
+        model.is_head_new = not pretrained or num_classes != model.pretrained_cfg["num_classes"]
+        if new_head and not model.is_head_new:
+            _start_head_anew(model, num_classes)
         return model
     if pretrained:
         raise ValueError("give either pretrained=True (timm's weights) or weights=..., not both")
@@ -67,20 +77,26 @@ def create(
     says = dict(config)
     if "layer_norm_eps" in config:  # no tensor tells it
         options = {"norm_eps": config["layer_norm_eps"]} | options
-    if is_cut := any(record.get("structure", {}).values()):
+    if any(record.get("structure", {}).values()):
         model = _cut_again(path, record, name, image_size, options)
     else:
         model = build.create(name, num_classes=num_classes, image_size=image_size, **options)
         if record:
             says["num_attention_heads"] = _num_heads(_without_values(record["recipe"]))
-    facts, changes = _fill(model, path, _tensors(path, record), says)
-    if is_cut and model.num_classes != num_classes:
-        model.reset_classifier(num_classes)
-        model.recipe["num_classes"] = num_classes
-        changes.append(_NEW_HEAD.format(num_classes))
-    model.normalise = build.moments(name, weights) if normalise is None else None
-    line = f"{path.name}: {'; '.join(facts + changes)}"
-    if changes:
+    reading, facts = _fill(model, path, _tensors(path, record), says)
+    model.is_head_new = not reading.has_head
+    if model.num_classes != num_classes or new_head and reading.has_head:
+        _start_head_anew(model, num_classes)
+        reading.changes.append(_NEW_HEAD.format(num_classes))
+    classes = _class_names(record, config)
+    if not model.is_head_new and len(classes) == num_classes:
+        model.class_names = classes
+    _expect(model, expected(name, path, reading.whose), path, normalise, normalise_else)
+    heads = _num_heads(model)
+    if heads and not (record or "num_attention_heads" in config or "num_heads" in options):
+        facts.append(f"num_heads={heads} is that of {name}: no tensor tells it")
+    line = f"{path.name}: {'; '.join(facts + reading.changes)}"
+    if reading.changes:
         warnings.warn(line, stacklevel=2)
     elif facts:
         files.log(line)
@@ -90,22 +106,86 @@ def create(
 _NEW_HEAD = "the head is left out and starts new with {} classes"
 
 
+def _start_head_anew(model, num_classes):
+    model.reset_classifier(num_classes)
+    model.recipe["num_classes"] = num_classes
+    model.is_head_new = True
+
+
+def _expect(model, found, path, normalise, normalise_else):
+    """Keep on a model what its weights expect of images, as `expected` has found it."""
+    moments, is_guess = found
+    if is_guess and normalise is None and normalise_else is not None:
+        files.log(
+            f"{path.name} does not say how its images were normalised: taken is {normalise_else}; "
+            f"timm's weights of that name expect mean {moments[0]} and deviation {moments[1]}"
+        )
+        normalise = normalise_else
+    model.normalise = moments if normalise is None else None
+    model.normalise_is_guess = is_guess and normalise is None
+
+
+def expected(name, weights, whose=None):
+    """Return the (mean, std) of the images that local weights were trained on.
+
+    name: str, of the model
+    weights: a file or folder, as for `create`
+    whose: whose names its tensors have; None reads that from the file
+    Returns the moments, and whether they are a guess by the model's name. They are None where
+    nobody knows.
+    Raises what `create` raises for weights that cannot be read.
+    """
+    path = Path(weights)
+    record, _ = _described_beside(path)
+    said = record.get("normalise")
+    of_images = _json_beside(path, "preprocessor_config.json")
+    if not record and "image_mean" in of_images and "image_std" in of_images:
+        said = of_images["image_mean"], of_images["image_std"]
+    if not record and of_images.get("do_normalize") is False:
+        said = (0.0,) * 3, (1.0,) * 3
+    if said:
+        return tuple(map(tuple, said)), False
+    whose = whose or ", ".join(_backbones(_tensors(path, record)).values())
+    if "torchvision" in whose:  # all of its weights are ImageNet's
+        return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), False
+    moments = build.moments(name)
+    return moments, moments is not None
+
+
 # ---- Files ----
 
 
 def _described_beside(path):
     """Return the record of `checkpoint.save` and Hugging Face's config beside weights, or {}."""
     folder = path if path.is_dir() else path.parent
-    record, config = {}, {}
+    record = {}
     is_whole = path.is_dir() or path.name == checkpoint.WEIGHTS
     if is_whole and (folder / checkpoint.RECORD).is_file():
         record = checkpoint.read(folder)
-    if (folder / "config.json").is_file():
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from error
+    config = _json_beside(path, "config.json")
     return record, config if "model_type" in config else {}
+
+
+def _json_beside(path, name):
+    """Return the dict in the file of this name beside or in weights, {} where there is none."""
+    file = (path if path.is_dir() else path.parent) / name
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no JSON of named values: {error}") from error
+
+
+def _class_names(record, config):
+    """Return the names of the classes in the order of the head's outputs, [] where none are said."""
+    label_of = config.get("id2label") or {}
+    numbers = sorted(filter(str.isdigit, label_of), key=int)
+    names = record.get("classes") or [str(label_of[number]) for number in numbers]
+    is_said = not all(
+        re.fullmatch(r"LABEL_\d+", name) for name in names
+    )  # as transformers fills in
+    return names if is_said else []
 
 
 _LOOKED_FOR = (checkpoint.WEIGHTS, "model-*-of-*.safetensors", "pytorch_model.bin")
@@ -301,13 +381,15 @@ class _Reading:
     fitting: dict
     changes: list
     problem: str = ""
+    has_head: bool = False  # whether all classifier layers are in the file
 
 
 def _fill(model, path, tensors, says):
     """Load the tensors of a file into model.
 
     says: what stands beside the file about its architecture, in Hugging Face's words
-    Returns (sentences about where tensors came from, sentences about what was not taken as it is).
+    Returns the _Reading that was taken, whose changes say what was not taken as it is, and
+    sentences about where tensors came from.
     """
     backbones = _backbones(tensors)
     readings = []
@@ -338,7 +420,7 @@ def _fill(model, path, tensors, says):
         others = sorted(backbones.keys() - {chosen.prefix})
         chosen.changes.insert(0, f"taken rather than {', '.join(map(repr, others))}")
     is_plain = chosen.whose == "timm" and not chosen.prefix
-    return [] if is_plain else facts, chosen.changes
+    return chosen, [] if is_plain else facts
 
 
 def _behind(prefix):
@@ -414,6 +496,7 @@ def _read(model, tensors, prefix, whose, says):
     reading.changes = [*_resampled(state, fitted), *_windows(model, state, says, whose)]
     if left_out:
         reading.changes.append(f"left out: {', '.join(sorted(left_out))}")
+    reading.has_head = bool(optional) and optional <= reading.fitting.keys()
     if optional - reading.fitting.keys() or (not optional and head_change == _NEW_HEAD):
         reading.changes.append(head_change.format(model.num_classes))
     return reading

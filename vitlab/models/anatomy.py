@@ -303,7 +303,8 @@ class View:
 def check_classes(model, images, outputs=None):
     """Raise ValueError, with both sides, unless a model answers with the classes of the images.
 
-    model: a model with `num_classes`, and with `class_names` where `train.fit` has trained it
+    model: a model with `num_classes`, and with `class_names` where it was trained or its weights
+        say them
     images: data.Split or data.Dataset; the labels of a batch, which only say how many at least
     outputs: how many answers the model gave; None for its num_classes
     """
@@ -330,8 +331,10 @@ def check_classes(model, images, outputs=None):
         label = [own == name for own, name in zip(learnt, class_names, strict=True)].index(False)
         raise ValueError(
             f"the model was trained on classes of {same}: label {label} is {learnt[label]!r} for "
-            f"the model and {class_names[label]!r} for the images. Name the classes as they were "
-            "then, or del model.class_names if the head is a new one"
+            f"the model and {class_names[label]!r} for the images. Give the images the names and "
+            "the order of the model's classes, or start a new head: new_head=True of "
+            "models.create, new_head: true of the model in a study (del model.class_names where "
+            "it is new already)"
         )
 
 

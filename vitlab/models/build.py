@@ -4,11 +4,9 @@ Public: ConvStem, SMALL, create, moments.
 """
 
 import inspect
-import json
 import re
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import timm
 from timm.layers import to_2tuple
@@ -154,22 +152,13 @@ def create(name, *, num_classes, image_size=None, pretrained=False, **options):
     return model
 
 
-def moments(name, weights=None):
-    """Return the (mean, std) of the images that weights were trained on, three numbers each.
+def moments(name):
+    """Return the (mean, std) of the images that timm's weights expect, three numbers each.
 
-    name: str, of a model of timm, which knows the moments of its pretrained weights
-    weights: a local file, of which the same is taken to hold, or a folder that says its own: a
-        checkpoint's in its record, Hugging Face's in preprocessor_config.json
-    Returns None where nobody knows: of the small models, and of checkpoints from before they said.
+    name: str, of a model
+    Returns None for a model that timm does not know, as the small ones.
     Source: timm's pretrained_cfg.
     """
-    own = {"model.json": ["normalise"], "preprocessor_config.json": ["image_mean", "image_std"]}
-    for file, keys in own.items():
-        path = Path(weights or "", file)
-        if weights and path.is_file():
-            said = json.loads(path.read_text())
-            found = said.get(keys[0]) if len(keys) == 1 else [said[key] for key in keys]
-            return found and tuple(map(tuple, found))
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return config and (tuple(config.mean), tuple(config.std))
 
@@ -190,5 +179,6 @@ def _check_option(reason):
     for family in anatomy.FAMILIES:
         if match and match[1] == family.__name__:
             parameters = inspect.signature(family).parameters
-            known = [*parameters, "pretrained", "weights", "stem_widths", "norm_eps"]
+            known = [*parameters, "pretrained", "weights", "normalise", "new_head"]
+            known += ["stem_widths", "norm_eps"]
             names.check("option", match[2], known)

@@ -101,6 +101,8 @@ class Run:
         options = dict(self.params.models[self.model_name])
         if options.get("weights"):
             options["weights"] = str(settings.find(self.given, options["weights"]))
+            if self.params.data.normalise != "weights":  # the study's word, where a file has none
+                options["normalise_else"] = self.params.data.normalise
         return options
 
     @property
@@ -126,12 +128,9 @@ class Run:
         word = values.get("normalise") or of_study
         if word != "weights":
             return word
-        # A folder of vitlab's or Hugging Face's says itself what its weights expect. Of others timm
-        # knows it by the model's name.
-        weights = values.get("weights") and self.model["weights"]
-        if weights and Path(weights).is_dir():
-            return weights
-        return values["name"] if weights or values.get("pretrained") else "train"
+        if values.get("weights"):  # the file says it, or timm guesses it by the name
+            return {"name": values["name"], "weights": self.model["weights"]}
+        return values["name"] if values.get("pretrained") else "train"
 
     def training(self, section="train", *, stage=None):
         """Return the recipe of a training, or all arguments of train.fit that a study knows.

@@ -175,6 +175,7 @@ class _Model(_Section, extra="allow"):
     name: str  # conv_vit, conv_swin, or a model of timm
     pretrained: bool = _ABSENT  # whether timm downloads weights
     weights: str | None = _ABSENT  # file or folder to start from; null: none
+    new_head: bool = _ABSENT  # true: leave out the weights' own, even if it has as many classes
     normalise: _Moments = _ABSENT  # instead of the study's, whatever the weights expect
 
 

@@ -18,7 +18,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitlab import files
-from vitlab.models import build
+from vitlab.models import _weights, build
 from vitlab.training import _folders, _sources
 from vitlab.training._augment import augmentation, prepare
 
@@ -222,7 +222,8 @@ def load(
     split_seed: int from 0, by which splits that are not there are drawn
     normalise: "train" for mean and deviation of the train split; the name of a timm model, such as
         "vit_small_patch16_224", for those that its pretrained weights expect; a checkpoint folder
-        for those of its record; "imagenet"; or (mean, std) of three numbers each
+        for those of its record; {"name": of a model, "weights": its file or folder} for those that
+        the file says, else timm's for the name; "imagenet"; or (mean, std) of three numbers each
     images: at most so many of each split, stratified, for a trial run; None for all
     skip_broken: leave out files that cannot be decoded and list them in `skipped`
 
@@ -310,8 +311,11 @@ def _moments(store, rows, normalise, memory):
         if not normalise:
             normalise = _measured(store, rows)
             files.write_atomic(memory, json.dumps(normalise))
+    elif isinstance(given, dict):
+        normalise = _expected(**given)
     elif isinstance(given, str | Path):
-        normalise = _expected(given)
+        is_folder = Path(given).is_dir()
+        normalise = _expected("", given) if is_folder else _expected(given)
     if np.shape(normalise) != (2, 3) or not min(normalise[1]) > 0:
         raise ValueError(
             "normalise is 'train', 'imagenet', the name of a timm model, a checkpoint folder that "
@@ -320,19 +324,33 @@ def _moments(store, rows, normalise, memory):
     return tuple(map(tuple, normalise))
 
 
-def _expected(weights):
-    """Return the moments that the weights of a timm model or of a checkpoint folder expect."""
-    if Path(weights).is_dir():
-        return build.moments("", weights)
-    if not timm.is_model(weights):
+def _expected(name, weights=None):
+    """Return the moments that weights expect: those of a file or folder, or timm's of a name.
+
+    Raises ValueError for a file or folder of which nobody knows it.
+    """
+    unsaid = ""
+    if weights:
+        moments, is_guess = _weights.expected(name, weights)
+        if moments is None:
+            raise ValueError(
+                f"{weights} does not say how its images were normalised, and no weights of timm "
+                "have its name: say it by normalise=(mean, std), in a study by data.normalise or "
+                "the model's own normalise"
+            )
+        if not is_guess:
+            return moments
+        unsaid = f"{Path(weights).name} does not say what it expects. "
+    if not timm.is_model(name):
         return None
-    config = timm.get_pretrained_cfg(weights)
+    config = timm.get_pretrained_cfg(name)
     # Only the moments follow timm.
     files.log(
-        f"{weights}: mean and deviation as timm's weights expect. timm shows them {config.crop_pct} "
-        f"of the side, {config.interpolation}; here it is {1 / _sources.MARGIN:.2f}, bilinear."
+        f"{unsaid}{name}: mean and deviation as timm's weights expect. timm shows them "
+        f"{config.crop_pct} of the side, {config.interpolation}; here it is "
+        f"{1 / _sources.MARGIN:.2f}, bilinear."
     )
-    return build.moments(weights)
+    return build.moments(name)
 
 
 def _measured(store, rows):

@@ -162,7 +162,8 @@ def fit(
             tracker.finish()
     model.load_state_dict(training.state["best"]["model"])
     # From now on its weights expect such images and give such classes. Checkpoints keep both.
-    model.normalise = train.mean, train.std
+    model.normalise, model.normalise_is_guess = (train.mean, train.std), False
+    model.is_head_new = False
     if hasattr(train, "classes"):
         model.class_names = list(train.classes)
     model.eval()
