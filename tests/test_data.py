@@ -377,7 +377,7 @@ def test_images_are_normalised_as_weights_of_timm_expect(one_tree, name, capsys)
 def test_images_are_normalised_as_a_checkpoint_says(one_tree, tmp_path):
     model = models.create("conv_vit", num_classes=2, image_size=16, embed_dim=16, depth=1)
     checkpoint.save(model, tmp_path / "new")
-    with pytest.raises(ValueError, match="a checkpoint folder that says its own"):
+    with pytest.raises(ValueError, match="new does not say how its images were normalised"):
         load(one_tree, normalise=tmp_path / "new")
     model.normalise = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     checkpoint.save(model, tmp_path / "trained")

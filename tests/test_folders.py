@@ -70,6 +70,11 @@ def test_splits_by_other_names_are_splits(tmp_path, train, test):
     images = load(tmp_path / train / "set")
     assert content(images) == content(expected) and len(images.test) == ALL
     assert f"{test}/ is test" in images.layout and "is train" not in expected.layout
+    assert "taken from" not in images.layout and not images.drawn
+    shutil.rmtree(tmp_path / train / "set" / test)
+    images = load(tmp_path / train / "set")
+    assert images.layout.endswith(f"; test: {len(images.test)} images taken from {train}/")
+    assert [*images.drawn] == ["test"] and len(images.test) == 7
 
 
 def test_splits_that_could_be_two_are_refused(tmp_path):
@@ -143,8 +148,9 @@ def test_adding_a_file_changes_the_identity_and_what_is_no_image_does_not(tmp_pa
     noted = load(mine)
     assert noted.train.identity == before.train.identity
     assert noted.description == before.description == "ImageFolder set"
-    assert before.layout == "36 images (36 .png)"
-    assert noted.layout == "36 images (36 .png); left out: 1 .heic, 1 .txt"
+    taken = "val: 3 images taken from set/; test: 7 images taken from set/"
+    assert before.layout == f"36 images (36 .png); {taken}"
+    assert noted.layout == f"36 images (36 .png); left out: 1 .heic, 1 .txt; {taken}"
     Image.new("RGB", (16, 16)).save(mine / "cat" / "new.png")
     assert load(mine).train.identity != before.train.identity
 

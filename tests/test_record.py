@@ -231,7 +231,11 @@ def test_a_misspelt_word_and_one_that_cannot_work_there_are_refused_with_the_rea
         ({"train.epochs": {"a": 2}}, TypeError, "train.epochs should be a valid integer, got dict"),
         ({"models.vit.depth": "deep"}, TypeError, "models.vit.depth should be a valid integer"),
         ({"models.vit.dept": 3}, ValueError, "did you mean 'models.vit.depth'"),
-        ({"train.epochs": 0}, ValueError, "train.epochs should be greater than 0, got int 0"),
+        (
+            {"train.epochs": 0},
+            ValueError,
+            "there are none of vit and swin: give each model weights",
+        ),
         ({"train.precision": "bf61"}, ValueError, "'auto', 'bf16' or 'float32', got str 'bf61'"),
         (["train.epochs", 2], TypeError, "override is a dict"),
     ],
@@ -319,7 +323,12 @@ def demo_with(tmp_path):
         (
             {"train.lr": None, "budget.kinds": None},
             ValueError,
-            "train.lr is .*budget.kinds is missing",
+            "own.yaml: train.lr and budget.kinds are missing; demo.yaml has every value$",
+        ),
+        (
+            {"train.lr": None, "budget.kinds": None, "seeds": 0},
+            TypeError,
+            "own.yaml: seeds should .*; train.lr and budget.kinds are missing; demo.yaml has",
         ),
         ({"train": 3}, TypeError, "train should be a valid dictionary, got int 3"),
         ({"seeds": 0}, TypeError, "seeds should be a valid list"),
@@ -344,8 +353,19 @@ def demo_with(tmp_path):
     ],
 )
 def test_a_wrong_value_in_a_file_of_ones_own_is_named(demo_with, changes, error, words):
-    with pytest.raises(error, match=f"own.yaml: .*{words}"):
+    with pytest.raises(error, match=words if words.startswith("own") else f"own.yaml: .*{words}"):
         settings.study(demo_with(changes))
+
+
+def test_weights_are_taken_as_they_are_only_where_there_are_some(demo_with):
+    given = {"name": "vit_tiny_patch16_224", "weights": "a.pth"}
+    models = {"models.vit": given, "train.epochs": 0}
+    with pytest.raises(ValueError, match="own.yaml: train.epochs: 0 .* there are none of swin:"):
+        settings.study(demo_with(models))
+    models["models.swin"] = {"name": "swin_tiny_patch4_window7_224", "pretrained": True}
+    assert settings.study(demo_with(models)).train.epochs == 0
+    with pytest.raises(ValueError, match="train.epochs should be greater than or equal to 0"):
+        settings.study(demo_with(models | {"train.epochs": -1}))
 
 
 def test_a_file_of_ones_own_may_have_other_options_and_what_came_later_is_off(demo_with):
@@ -687,8 +707,15 @@ def test_results_keep_the_models_that_are_added_with_the_name_of_a_checkpoint(la
     table, _ = log.save()
     assert table.checkpoint.fillna("").tolist() == ["", "units-0.5", "units-0.5-distilled", "dense"]
     assert saved == [
-        (20, lab.path("units-0.5"), {}),
-        (30, lab.path("units-0.5-distilled"), {"masks": {"fc1.weight": True}}),
+        (20, lab.path("units-0.5"), {"extra": cut.columns | {"stage": "finetuned", "top1": 20}}),
+        (
+            30,
+            lab.path("units-0.5-distilled"),
+            {
+                "masks": {"fc1.weight": True},
+                "extra": cut.columns | {"stage": "distilled", "top1": 30},
+            },
+        ),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -240,6 +241,18 @@ def test_weights_that_have_seen_another_split_of_the_images_are_refused(mine):
     mine.edit("data", split_seed=0)
     lab = mine.lab()
     assert lab.record(lab.training(), data.load(**lab.data))["weights"]
+
+
+def test_weights_of_unknown_training_with_a_kept_head_warn_of_a_test_split_that_is_drawn(mine):
+    lab, images = mine.lab(), data.load(**mine.lab().data)
+    kept, new = SimpleNamespace(is_head_new=False), SimpleNamespace(is_head_new=True)
+    words = r"dense.pth may have learnt from .* test images \(6 images taken from images/ here\)"
+    with pytest.warns(UserWarning, match=words):
+        lab.record({}, images, kept)
+    lab.record({}, images, new)  # warnings are errors here
+    lab.record({}, replace(images, drawn={"val": "3 images"}), kept)
+    mine.keep(mine.folder, lab.record(lab.training(), images))  # as of a vitlab checkpoint
+    lab.record({}, images, kept)
 
 
 def test_a_training_does_not_go_on_with_other_images(mine):

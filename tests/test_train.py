@@ -614,7 +614,8 @@ def test_steps_that_make_no_sense_are_refused(vit):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (dict(epochs=0), "epochs\n.*greater than 0"),
+        (dict(epochs=-1), "epochs\n.*greater than or equal to 0"),
+        (dict(epochs=0), "epochs: 0 takes the model's weights as they are, and its head is new"),
         (dict(epochs=2, warmup_epochs=2), "warmup_epochs < epochs"),
         (dict(epochs=2, ema=1.0), "ema\n.*less than 1"),
         (dict(epochs=2, label_smoothing=10), "label_smoothing\n.*less than 1"),
@@ -626,6 +627,16 @@ def test_steps_that_make_no_sense_are_refused(vit):
 def test_settings_out_of_range_are_an_error(vit, wrong, said):
     with pytest.raises(ValueError, match=said):
         train.fit(vit, Blobs(), Blobs(seed=1), RECIPE | wrong)
+
+
+def test_no_epochs_take_given_weights_as_they_are(vit):
+    before = copy.deepcopy(vit.state_dict())
+    vit.is_head_new = False  # as of weights
+    history = train.fit(vit, Blobs(), Blobs(seed=1), RECIPE | {"epochs": 0, "warmup_epochs": 3.0})
+    measured = evaluate.accuracy(vit, Blobs(seed=1), precision="float32")
+    assert history[["epoch", "val_top1", "seconds"]].values.tolist() == [[0, measured.top1, 0]]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+    assert vit.normalise and not vit.training
 
 
 @pytest.mark.parametrize("share", [-0.1, 50])

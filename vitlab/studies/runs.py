@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import uuid
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -224,11 +225,12 @@ class Run:
     def _how_to_run(self, notebook):
         return f"in JupyterLab or with\n  {self.command(notebook)}"
 
-    def record(self, recipe, images=None):
+    def record(self, recipe, images=None, model=None):
         """Return what a dense checkpoint depends on, which it keeps as `extra`.
 
         recipe: that of `training`, a flat dict.
         images: data.Dataset; None leaves the images out.
+        model: as models.create gives it, to warn of weights that may have learnt from test images.
         Returns a dict of settings, values, data, images and weights, None for what is not known.
         Raises ValueError for weights of a model that was trained on another split of the images.
         """
@@ -246,6 +248,9 @@ class Run:
                     f"the model of {weights} has seen another split of these images, and perhaps "
                     f"val and test images of this one:\n{changes}\nTake that split or other weights"
                 )
+            is_known = before.get("data") == images.description
+            if weights and not is_known and not getattr(model, "is_head_new", True):
+                _warn_of_drawn(images, weights)
         return record | {"weights": weights and files.fingerprint(weights)}
 
     def _weights(self):
@@ -411,7 +416,7 @@ class _Results:
     notebook: str, its name, such as "3_global_pruning".
     images: data.Dataset, whose test split is measured.
     measure: function of (model, split) that returns {column: value}, such as evaluate.measure.
-    save_model: function of (model, folder), and of masks, such as checkpoint.save. It saves each
+    save_model: function of (model, folder), of extra and masks, such as checkpoint.save. It saves each
         model that is added with the name of a checkpoint. None saves no models.
     results, histories: lists of dicts and of frames, what was collected so far.
     """
@@ -457,7 +462,7 @@ class _Cut:
         history: frame of train.fit. The result gets its epochs and seconds, and the frame is saved
             with the columns of the cut. `history.assign(target=0.0)` gives it a column of its own.
         checkpoint: str, name of the folder of the run in which the model is saved, by the
-            collector's `save_model` if it has one.
+            collector's `save_model` if it has one, with cut and top-1 as `extra`.
         masks: {parameter name: bool tensor} that is saved with the model.
         columns: columns of this result alone, such as val_top1=91.5.
         """
@@ -466,20 +471,23 @@ class _Cut:
             result["checkpoint"] = checkpoint
         if history is not None:
             self.log.histories.append(history.assign(**self.columns))
-            result |= {"epochs": len(history), "seconds": history.seconds.sum()}
+            result |= {"epochs": int(history.epoch.max()), "seconds": history.seconds.sum()}
         if model is not None:
             result |= self.log.measure(model, self.log.images.test)
-            self._save(model, checkpoint, masks)
+            self._save(model, result, masks)
         self.log.results.append(result)
         return result
 
-    def _save(self, model, name, masks):
-        """Save a model in the run's folder of this name; without a name it is not kept."""
-        save_model = self.log.save_model
+    def _save(self, model, result, masks):
+        """Save a model, with its result, as the checkpoint that this names; else it is not kept."""
+        save_model, name = self.log.save_model, result.get("checkpoint")
         if save_model is None or name is None:
             return
         options = {} if masks is None else {"masks": masks}
-        save_model(model, self.log.run.path(name), **options)
+        kept = {
+            column: result[column] for column in [*_CUT, "val_top1", "top1"] if column in result
+        }
+        save_model(model, self.log.run.path(name), extra=kept, **options)
 
 
 def _sections_of(notebook):
@@ -493,6 +501,16 @@ def _kept_by(checkpoint):
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads((checkpoint / "model.json").read_text())["extra"]
     return {}
+
+
+def _warn_of_drawn(images, weights):
+    """Warn that weights of unknown training may know the test images, if these were drawn here."""
+    if "test" in images.drawn:
+        warnings.warn(
+            f"{weights.name} may have learnt from this study's test images ({images.drawn['test']} "
+            "here): its test results count only if test/ holds images that it has never seen",
+            stacklevel=3,
+        )
 
 
 def _split_of(record):

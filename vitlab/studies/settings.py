@@ -193,7 +193,7 @@ class _Training(_Section):
 class _Train(_Training):
     """Declare how the dense model is trained."""
 
-    epochs: PositiveInt  # passes over the training images
+    epochs: NonNegativeInt  # passes over the training images; 0 takes given weights as they are
     batch_size: PositiveInt  # images
     lr: PositiveFloat  # peak rate, after the warm-up; then cosine to 0
     weight_decay: NonNegativeFloat  # of AdamW
@@ -449,20 +449,36 @@ def _check(values, declared=_Settings, name=""):
     """Raise TypeError or ValueError, in words, for values that are not as declared."""
     try:
         TypeAdapter(declared).validate_python(values, strict=True)
+        _check_start(values if declared is _Settings else {})
     except ValidationError as error:
         errors = error.errors()
-        kind = TypeError if errors[0]["type"].endswith("_type") else ValueError
-        raise kind("; ".join(_sentence(details, name) for details in errors)) from None
+        wrong = [details for details in errors if details["type"] != "missing"]
+        sentences = [_sentence(details, name) for details in wrong]
+        if missing := [_dotted(details, name) for details in errors if details not in wrong]:
+            listed = re.sub(r"(.*), ", r"\1 and ", ", ".join(missing))
+            are = "are" if missing[1:] else "is"
+            sentences.append(f"{listed} {are} missing; demo.yaml has every value")
+        is_type = wrong and wrong[0]["type"].endswith("_type")
+        raise (TypeError if is_type else ValueError)("; ".join(sentences)) from None
+
+
+def _check_start(values):
+    """Raise ValueError for models without weights of a study that does not train them."""
+    if values and not values["train"]["epochs"]:
+        models = values["models"].items()
+        bare = [name for name, of in models if not (of.get("weights") or of.get("pretrained"))]
+        if bare:
+            raise ValueError(
+                "train.epochs: 0 takes weights as they are, and there are none of "
+                f"{' and '.join(bare)}: give each model weights or pretrained: true, or train"
+            )
 
 
 def _sentence(error, name):
     """Return in words what one of pydantic's errors says about the value of a name."""
-    place = [str(step) for step in (name, *error["loc"]) if step != ""]
-    dotted = ".".join(place)
-    if error["type"] == "missing":
-        return f"{dotted} is missing; demo.yaml has every value"
+    dotted = _dotted(error, name)
     if error["type"] == "extra_forbidden":
-        return names.unknown("value", dotted, _names_beside(place))
+        return names.unknown("value", dotted, _names_beside(dotted.split(".")))
     given = error["input"]
     words = re.sub(r"^(Input|List|Dictionary|Value error,) | or instance of \w+", "", error["msg"])
     sentence = f"{dotted} {words}, got {type(given).__name__} {given!r}"
@@ -472,6 +488,10 @@ def _sentence(error, name):
         if given in _NOT_HERE:
             sentence += f": {_NOT_HERE[given]}"
     return sentence
+
+
+def _dotted(error, name):
+    return ".".join(str(step) for step in (name, *error["loc"]) if step != "")
 
 
 def _names_beside(place):

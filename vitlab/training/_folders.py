@@ -54,6 +54,7 @@ class Layout:
     notes: list = field(default_factory=list)  # what is not plain to see
     left_out: Counter = field(default_factory=Counter)  # {ending: files}
     strays: dict = field(default_factory=dict)  # {table: names in it that are no image}
+    undivided: str = ""  # folder from which splits that are not there are taken
 
     def __str__(self):
         """Return in a line what was read and what was left out."""
@@ -75,6 +76,7 @@ def read(folder, leave=()):
     root, parts = _parts(folder)
     if root != folder:
         layout.notes.append(f"read from {root.relative_to(folder)}/")
+    layout.undivided = f"{parts.get('train', root).name}/"
     first = None
     for split, part in parts.items():
         if split and part.name != split:

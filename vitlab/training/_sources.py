@@ -50,6 +50,7 @@ class _Source:
     pixels: np.ndarray | None = None  # uint8 [N, H, H, 3] of the binary layout, which has no files
     side: int | None = None  # of equal small squares, which are stored as they are
     layout: str = ""  # how the folder was read
+    undivided: str = ""  # what splits that do not lie on disk are taken from
 
 
 def find(name, home):
@@ -112,6 +113,7 @@ def _find_cifar10(home):
     classes = train.classes
     source = _Source("cifar10", "CIFAR-10", layout, classes, names, labels, splits, pixels)
     source.layout = f"{len(names)} images in the binary files of {layout.name}/"
+    source.undivided = "the training images"
     return source
 
 
@@ -160,7 +162,7 @@ def _find_tree(folder, name, description, leave=()):
     start = f"{folder}{os.sep}"
     names = [path.removeprefix(start).replace(os.sep, "/") for path in paths]
     source = _Source(name, description, folder, classes.tolist(), names, labels, np.array(splits))
-    source.layout = str(layout)
+    source.layout, source.undivided = str(layout), layout.undivided
     return source
 
 

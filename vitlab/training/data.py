@@ -157,7 +157,9 @@ class Dataset:
     image_size: side of a batch, in pixels
     description: what results call the images, such as "CIFAR-10 (JPEG)"
     skipped: the unreadable files that were left out
-    layout: how the folder was read, with the endings of images and of what was left out
+    layout: how the folder was read, with the endings of images and of what was left out, and
+        from where the splits were taken that were not there
+    drawn: {split that was not there: how many images were taken from where, in words}
     """
 
     name: str
@@ -169,6 +171,7 @@ class Dataset:
     description: str
     skipped: list = field(default_factory=list)
     layout: str = ""
+    drawn: dict = field(default_factory=dict)
 
     @property
     def identity(self):
@@ -258,6 +261,11 @@ def load(
         splits[part] = Split(store, rows, labels, image_size, window, mean, std, classes)
         if images is not None:
             splits[part] = splits[part].subset(min(images, len(rows)))
+    drawn = {
+        part: f"{len(splits[part])} images taken from {source.undivided}"
+        for part in ("val", "test")
+        if part not in source.splits
+    }
     return Dataset(
         source.name,
         source.classes,
@@ -265,7 +273,8 @@ def load(
         image_size=image_size,
         description=source.description,
         skipped=sorted(skipped),
-        layout=source.layout,
+        layout="; ".join([source.layout, *(f"{part}: {words}" for part, words in drawn.items())]),
+        drawn=drawn,
     )
 
 

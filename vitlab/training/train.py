@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 from timm.optim import create_optimizer_v2
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
@@ -48,7 +48,7 @@ class Recipe:
     Raises ValueError for a value out of range.
     """
 
-    epochs: PositiveInt  # at least 1
+    epochs: NonNegativeInt  # 0 takes weights that are given as they are
     lr: PositiveFloat  # peak of the learning rate, above 0
     batch_size: PositiveInt = 128  # images of a batch, at least 1, of all processes together
     weight_decay: float = 0.05  # of AdamW; biases and norms have none
@@ -74,7 +74,7 @@ class Recipe:
     seed: int = 0  # of order, augmentation, mixing, drop-out and drop-path
 
     def __post_init__(self):
-        if self.warmup_epochs >= self.epochs:
+        if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(f"a recipe needs warmup_epochs < epochs; got {self}")
 
 
@@ -127,8 +127,10 @@ def fit(
     folder: keeps a state file of each epoch, from which a killed training goes on
     log: folder for TensorBoard, which gets the numbers of each epoch
 
-    Returns a frame with one row an epoch; `_Training.epoch` says what its columns mean.
-    Raises ValueError for settings out of range, and for a model, teacher or val of other classes.
+    Returns a frame with one row an epoch; `_Training.epoch` says what its columns mean. Of 0 epochs
+    it has one row, of epoch 0.
+    Raises ValueError for settings out of range, for a model, teacher or val of other classes, and
+    for 0 epochs of a new head.
     Raises FloatingPointError when the loss is no longer finite.
     Raises RuntimeError when another process trains the same stage in the same folder.
     """
@@ -147,6 +149,34 @@ def fit(
             f"{parallel.world_size()} processes: choose a batch_size that is a multiple of their "
             "number"
         )
+    if not recipe.epochs:
+        history = _as_given(model, val, recipe, stage)
+    else:
+        history = _trained(model, train, val, recipe, masks, distil, stage, folder, log)
+    # From now on its weights expect such images and give such classes. Checkpoints keep both.
+    model.normalise, model.normalise_is_guess = (train.mean, train.std), False
+    model.is_head_new = False
+    if hasattr(train, "classes"):
+        model.class_names = list(train.classes)
+    model.eval()
+    return pd.DataFrame(history)
+
+
+def _as_given(model, val, recipe, stage):
+    """Return the one row of a history without training: the model as it is, on val."""
+    if getattr(model, "is_head_new", False):
+        raise ValueError(
+            "epochs: 0 takes the model's weights as they are, and its head is new: give weights "
+            "whose head has as many classes as the images, or train for an epoch or more"
+        )
+    model.to(Accelerator().device)
+    result = evaluate.accuracy(model, val, precision=recipe.precision)
+    row = {"stage": stage, "epoch": 0, "train_top1": math.nan, "seconds": 0.0}
+    return [row | {"val_loss": result.loss, "val_top1": result.top1}]
+
+
+def _trained(model, train, val, recipe, masks, distil, stage, folder, log):
+    """Train model as `fit` says, and return the rows of its history."""
     with _lock(stage, folder):
         accelerator = _join(stage, folder, log)
         training = _Training(accelerator, model, train, val, recipe, masks, distil, stage)
@@ -161,13 +191,7 @@ def fit(
         for tracker in accelerator.trackers:
             tracker.finish()
     model.load_state_dict(training.state["best"]["model"])
-    # From now on its weights expect such images and give such classes. Checkpoints keep both.
-    model.normalise, model.normalise_is_guess = (train.mean, train.std), False
-    model.is_head_new = False
-    if hasattr(train, "classes"):
-        model.class_names = list(train.classes)
-    model.eval()
-    return pd.DataFrame(history)
+    return history
 
 
 def _recipe(recipe):
