@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from vitlab import files, models
-from vitlab.studies import notebooks, runs, settings
+from vitlab.studies import notebooks, results, runs, settings
 from vitlab.training import data, train
 
 ROW = {"method": "dense", "stage": "dense", "top1": 90.0}
@@ -209,6 +209,26 @@ def test_results_of_other_values_or_images_than_the_dense_model_are_refused(mine
     mine.trained()
     with pytest.raises(ValueError, match="images.content(.|\n)*run 5_budget --study"):
         mine.lab().load_results("5_budget")
+
+
+@pytest.mark.parametrize("number", range(2, 7))
+def test_each_notebook_that_reads_a_model_compares_its_images(number):
+    [path] = (files.repository() / "notebooks").glob(f"{number}_*.ipynb")
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    source = "\n".join("".join(cell["source"]) for cell in cells)
+    loaded = "data.load(**lab.data)"
+    assert loaded in source
+    assert 'lab.need("dense", "1_train", images)' in source.replace(loaded, "images")
+
+
+def test_a_report_says_which_values_its_results_were_not_made_with(mine):
+    images = mine.trained()
+    mine.lab().save_results("5_budget", [ROW], identity=images.identity)
+    study = mine.folder / "mine.yaml"
+    assert results.read(study).changes == []
+    mine.edit("budget", shares=[0.3])
+    mine.edit("efficiency", rounds=3)  # which no result has used
+    assert results.read(study).changes == ["budget.shares: [0.5] then, [0.3] now"]
 
 
 def test_a_published_checkpoint_of_other_images_is_not_taken(mine, monkeypatch):

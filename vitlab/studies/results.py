@@ -11,7 +11,7 @@ import pandas as pd
 
 from vitlab import files
 from vitlab.studies import settings
-from vitlab.studies.runs import _COLUMNS, IDENTITY, LOG, study_label, with_first_columns
+from vitlab.studies.runs import _COLUMNS, IDENTITY, LOG, open_run, study_label, with_first_columns
 
 # What tells one result of a seed from another.
 _KEY = [
@@ -39,6 +39,7 @@ def read(name, *, override=None):
         tables: frames by name
         from_figures: list of what was not saved here, as in a fresh clone, and comes from the
             study's folder of figures
+        changes: list of what the study's values were when results were saved, and are now
     Raises FileNotFoundError if there are no results yet.
     """
     values = settings.study(name, override=override)
@@ -65,7 +66,19 @@ def read(name, *, override=None):
         history=history,
         tables=settings.Values((name, frame) for name, frame in frames.items() if len(frame)),
         from_figures=list(dict.fromkeys(names)),
+        changes=_changes_since(name, values.models, runs, override),
     )
+
+
+def _changes_since(name, models, folder, override):
+    """Return a line for each value that was another one when the runs in folder saved results."""
+    lines = []
+    for log in sorted(folder.glob(f"*/seed*/{LOG}")):
+        model, seed = log.parts[-3], int(log.parts[-2].removeprefix("seed"))
+        if model in models:
+            run = open_run(name, model, seed, override)
+            lines += [line.strip() for step in settings.USES for line in run.changes(step)]
+    return list(dict.fromkeys(lines))
 
 
 def _saved(runs, stem):

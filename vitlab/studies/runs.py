@@ -334,6 +334,16 @@ class Run:
             values["models"] = self.params.models[self.model_name]
         return values
 
+    def changes(self, notebook):
+        """Return what a notebook's values were when it last saved results, and are now, in lines.
+
+        notebook: str, its name.
+        Returns a list of str, empty where nothing that it uses has changed.
+        Raises ValueError for an unknown notebook.
+        """
+        then = _last_parameters(self.path(LOG), notebook)
+        return _changes(then, self._values_of(notebook)).splitlines()
+
     def load_results(self, notebook):
         """Return the results that a notebook saved for this run.
 
