@@ -15,7 +15,7 @@ import yaml
 from vitlab import files
 from vitlab.evaluation import bench
 from vitlab.models import _layers, anatomy
-from vitlab.pruning import factor, pool, prune, scores
+from vitlab.pruning import _sweep, factor, pool, prune, scores
 from vitlab.studies import results, runs, settings
 from vitlab.training import data
 
@@ -90,7 +90,7 @@ def test_an_override_may_give_a_value_that_the_study_leaves_out():
 WORDS = {  # value of a study: the words that the code which takes them knows
     "data.normalise": ["train", "imagenet", "weights"],
     "train.precision": ["auto", *bench.PRECISIONS],
-    "calibration.labels": ["true", "model"],
+    "calibration.labels": [*_sweep.LABELS],
     "global_pruning.criterion": [*CRITERIA],
     "global_pruning.row_criterion": [*CRITERIA],
     "global_pruning.schedules": ["one-shot", "cubic", "iterative"],

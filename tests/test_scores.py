@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import OTHERS, toy
 from torch import nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, normalize, pad
 
 from vitlab import models
 from vitlab.models import anatomy
@@ -324,6 +324,112 @@ def test_obd_with_labels_of_the_model_is_the_gauss_newton_diagonal_in_the_mean()
         )
     hessian = (p * (1 - p)).T @ x.square() / 2
     torch.testing.assert_close(mean, hessian * model.layer.weight.detach().square() / 2)
+
+
+class Pair(nn.Module):
+    """A number x becomes the features (3 x, 4 x), and there is no classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 2, bias=False)
+        self.layer.weight.data = torch.tensor([[3.0], [4.0]])
+
+    def forward_features(self, x):
+        return self.layer(x)
+
+    def forward_head(self, x, pre_logits):
+        return x
+
+    def get_classifier(self):
+        return nn.Identity()
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_without_labels_by_hand(seed):
+    # f = (3, 4), f / |f| = (0.6, 0.8). A gate on one of both turns f / |f| at a right angle to
+    # itself: by (I - (f / |f|) (f / |f|)^T) (3, 0) / 5 = (0.384, -0.288), or the opposite for (0, 4).
+    batches = [(torch.ones(1, 1), None)]
+    found = scores.rows(
+        Pair(), batches, criteria=["taylor", "fisher"], layers="layer", labels="none", seed=seed
+    )
+    r = torch.randn(1, 2, generator=torch.Generator().manual_seed(seed))
+    slope = (r * torch.tensor([0.384, -0.288])).sum()
+    torch.testing.assert_close(found["taylor"]["layer"], slope.abs().expand(2))
+    torch.testing.assert_close(found["fisher"]["layer"], (slope**2 / 2).expand(2))
+    many = [(torch.ones(2000, 1), None)]
+    found = scores.rows(Pair(), many, criteria="fisher", layers="layer", labels="none", seed=seed)
+    expected = torch.full((2,), (0.384**2 + 0.288**2) / 2)
+    torch.testing.assert_close(found["fisher"]["layer"], expected, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_without_labels_squares_are_those_of_the_features_jacobian(name, classes, batch, request):
+    """In the mean over what is drawn, which differs from image to image and batch to batch."""
+    model = request.getfixturevalue(name).requires_grad_(False)
+    model.reset_classifier(classes)
+    batches = 8 * [(batch[0].repeat(60, 1, 1, 1), None)]
+    place = models.view(model).blocks[-1].attn.proj
+    heads = models.view(model).blocks[-1].num_heads
+    found = scores.units(model, batches, criteria="fisher", kinds="heads", labels="none")
+
+    def features(gates):
+        gated = gates.repeat_interleave(place.in_features // heads)
+        handle = place.register_forward_pre_hook(lambda _, arguments: arguments[0] * gated)
+        units = normalize(anatomy.features(model, batch[0]), dim=1)
+        handle.remove()
+        return units
+
+    jacobian = torch.autograd.functional.jacobian(features, torch.ones(heads))  # [B, n, heads]
+    expected = jacobian.square().sum(1).mean(0) / 2
+    key = models.view(model).blocks[-1].name, "heads"
+    torch.testing.assert_close(found["fisher"][key], expected, rtol=0.15, atol=0)
+
+
+def test_without_labels_no_label_is_looked_at(model, batch):
+    x, y = batch
+    for call in (
+        lambda y, **seed: scores.units(model, [(x, y)], criteria="fisher", labels="none", **seed)[
+            "fisher"
+        ],
+        lambda y, **seed: scores.gradient_grams(model, [(x, y)], labels="none", **seed),
+    ):
+        found, other, drawn_anew = call(y), call(y + 100), call(y, seed=1)
+        assert all(torch.equal(found[key], other[key]) for key in found)
+        assert not any(torch.equal(found[key], drawn_anew[key]) for key in found)
+
+
+def test_without_labels_nothing_is_said_about_a_classifier(vit, batch):
+    for call in (
+        lambda: scores.rows(vit, [batch], criteria="fisher", layers="head", labels="none"),
+        lambda: scores.gradient_grams(vit, [batch], layers=["head"], labels="none"),
+        lambda: scores.weights(
+            vit, [batch], criteria="obd", parameters="head.weight", labels="none"
+        ),
+    ):
+        with pytest.raises(ValueError, match='labels="none" is a loss of what head reads'):
+            call()
+    found = scores.rows(vit, [batch], criteria="variance", layers="head", labels="none")
+    assert (found["variance"]["head"] > 0).all()  # needs no loss
+
+
+def test_change_is_half_the_squared_distance_of_normalised_features(model, batch):
+    assert scores.change(model, model, [batch]) == pytest.approx(0, abs=1e-6)
+    block = models.view(model).blocks[0]
+    cut = shrink.remove(model, {(block.name, "neurons"): range(block.neurons // 2)})
+    before, after = (normalize(anatomy.features(each, batch[0]), dim=1) for each in (model, cut))
+    distance = (before - after).square().sum(1).mean().item()
+    assert scores.change(model, cut, split(batch, 4)) == pytest.approx(distance / 2, rel=1e-4)
+    reversed_one = copy.deepcopy(model)
+    last = getattr(reversed_one, "fc_norm", reversed_one.norm)  # features follow it, linearly
+    for parameter in last.parameters():
+        parameter.data.neg_()
+    assert scores.change(model, reversed_one, [batch]) == pytest.approx(2)
+    narrow = shrink.remove(model, {(models.view(model).stages[-1], "width"): range(8)})
+    with pytest.raises(ValueError, match="features of .* channels have no change"):
+        scores.change(model, narrow, [batch])
+    with pytest.raises(ValueError, match="no batches"):
+        scores.change(model, model, [])
 
 
 def test_wanda_is_weight_times_the_norm_of_its_input(model, batch):

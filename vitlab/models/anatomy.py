@@ -3,7 +3,7 @@
 In this package only the folder `models` knows timm's classes.
 
 Public: FAMILIES, ROLES, UNITS, View, check_classes, check_weights, classifier_names, copied,
-family_of, norm_after, pooling, view.
+family_of, features, norm_after, pooling, view.
 """
 
 import copy
@@ -65,6 +65,17 @@ def classifier_names(model):
 def pooling(model):
     """Return timm's word for how a model pools its tokens before the classifier, "" for not."""
     return timm.models.get_model_args(model)["global_pool"]
+
+
+def features(model, x):
+    """Return what a model's classifier reads of images, or would read if it had one.
+
+    x: [B, 3, H, W]
+    Returns [B, n]: n is the width of the last stage, times the tokens of a model without pooling.
+    """
+    # timm's models all have these two halves of their forward pass.
+    tokens = model.forward_features(x)
+    return model.forward_head(tokens, pre_logits=True).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Collect values and gradients of layers in one pass over batches.
 
-Public: Grams, Moments, NO_BATCHES, Sweep, channels_last, check_images, cross_entropy,
+Public: Grams, LABELS, Moments, NO_BATCHES, Sweep, channels_last, check_images, cross_entropy,
 fitting_gram, layer_inputs, patches, wide, zeros.
 """
 
@@ -17,6 +17,7 @@ from vitlab.evaluation import evaluate
 from vitlab.models import anatomy
 from vitlab.pruning import lowrank
 
+LABELS = ("true", "model", "none")  # what the loss of calibration images is taken by
 NO_BATCHES = "no batches: give a list of (x, y); a generator is empty after its first use"
 
 
@@ -38,6 +39,7 @@ class Sweep(ExitStack):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self.watched = set()  # ids of the layers and parameters that statistics are of
 
     def __enter__(self):
         # ExitStack calls these at the end, the last one first.
@@ -62,6 +64,7 @@ class Sweep(ExitStack):
             parameter.grad = None
 
         self.hooked = self.backward = True
+        self.watched.add(id(parameter))
         parameter.requires_grad_()
         self.callback(parameter.register_hook(take).remove)
         self.callback(parameter.register_post_accumulate_grad_hook(free).remove)
@@ -115,6 +118,7 @@ class Sweep(ExitStack):
     def hook(self, layer, call, *, output=False):
         """Call call(x) with the layer's input (or output) in each forward pass."""
         self.hooked = True
+        self.watched.add(id(layer))
         if output:
             handle = layer.register_forward_hook(lambda _, inputs, result: call(result))
         else:
@@ -125,37 +129,73 @@ class Sweep(ExitStack):
         """Run one forward pass per batch and, if a statistic needs it, one backward pass.
 
         batches: (x [B, 3, H, W], y int64 [B]) to iterate over.
-        labels: "true" for y, or "model" for labels drawn from the model's own prediction.
+        labels: a word of LABELS: "true" for y, "model" for labels drawn from the model's own
+            prediction, or "none" for a loss of the features, without labels and classifier.
         seed: of these draws.
 
-        Raises ValueError for no batches, for labels that the model lacks or of another kind, for
-        images that are normalised otherwise than it expects, and for a loss that is not finite.
+        Raises ValueError for no batches, for labels that the model lacks or of another kind, for a
+        statistic of the classifier without labels, for images that are normalised otherwise than
+        the model expects, and for a loss that is not finite.
         """
-        names.check("kind of labels", labels, ("true", "model"))
+        names.check("kind of labels", labels, LABELS)
+        if labels == "none" and self.backward:
+            self._check_before_classifier()
         with torch.set_grad_enabled(self.backward):
             for x, y in batches or ():
                 check_images(self.model, y)
                 self.size = len(x)
-                logits = self.model(x)
-                if labels == "model":
-                    generator = torch.Generator(logits.device).manual_seed(seed + self.batches)
-                    chances = wide(logits).softmax(-1)
-                    drawn = chances.multinomial(1, generator=generator)[:, 0]
-                    drawn.origin = getattr(y, "origin", drawn)
-                    y = drawn
                 if self.backward:
                     # The sum, not the mean: dL_b/dz is then image b's own.
-                    total = cross_entropy(self.model, logits, y)
+                    total = self._loss(x, y, labels, seed + self.batches)
                     if not total.isfinite():
                         raise ValueError(
                             f"the loss of calibration batch {self.batches} is {total.item()}: look "
                             "for NaN in the weights and images, or for an overflow in low precision"
                         )
                     total.backward()
+                else:
+                    self.model(x)
                 self.images += self.size
                 self.batches += 1
         if not self.batches:
             raise ValueError(NO_BATCHES)
+
+    def _check_before_classifier(self):
+        """Raise ValueError if a statistic is of the classifier, which features do not pass."""
+        for name in anatomy.classifier_names(self.model):
+            layer = self.model.get_submodule(name)
+            if self.watched & {id(part) for part in (layer, *layer.parameters())}:
+                raise ValueError(
+                    f'labels="none" is a loss of what {name} reads, and says nothing about it: '
+                    "leave it out, or take other labels"
+                )
+
+    def _loss(self, x, y, labels, seed):
+        """Return the sum of a batch's losses by these labels, of which seed draws."""
+        generator = torch.Generator(x.device).manual_seed(seed)
+        if labels == "none":
+            return _probed(self.model, x, generator)
+        logits = self.model(x)
+        if labels == "model":
+            _check_classifier(self.model)
+            drawn = wide(logits).softmax(-1).multinomial(1, generator=generator)[:, 0]
+            drawn.origin = getattr(y, "origin", drawn)
+            y = drawn
+        return cross_entropy(self.model, logits, y)
+
+
+def _probed(model, x, generator):
+    """Return the sum over images of <r, f / |f|>, of their features f and random r ~ N(0, I)."""
+    # Half the squared change of f / |f| is zero at the model itself, and so is its gradient. Its
+    # second derivatives there are the Gauss-Newton matrix J^T J, with J the Jacobian of f / |f|.
+    # The gradient of <r, f / |f|> is J^T r, and the mean of J^T r r^T J over r is J^T J. So squares
+    # of these gradients estimate the matrix without bias, from one drawn r for each image, as those
+    # of the cross-entropy with labels drawn from the model do with its own.
+    features = anatomy.features(model, x)
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    units = functional.normalize(features, dim=1)
+    like = {"dtype": units.dtype, "device": units.device}
+    return (torch.randn(units.shape, generator=generator, **like) * units).sum()
 
 
 def check_images(model, y):
@@ -168,10 +208,23 @@ def check_images(model, y):
 
 
 def cross_entropy(model, logits, y):
-    """Return the sum of a batch's losses. Raises ValueError for labels that the model lacks."""
+    """Return the sum of a batch's losses.
+
+    Raises ValueError for labels that the model lacks, and for a model without classifier.
+    """
+    _check_classifier(model)
     # On a GPU torch would end the process.
     anatomy.check_classes(model, getattr(y, "origin", y), logits.shape[1])
     return functional.cross_entropy(logits, y, reduction="sum")
+
+
+def _check_classifier(model):
+    """Raise ValueError for a model that answers with features, which are no logits."""
+    if getattr(model, "num_classes", None) == 0:
+        raise ValueError(
+            "the model has no classifier, so there is no cross-entropy: "
+            'take labels="none", a loss of its features'
+        )
 
 
 class Moments:

@@ -18,7 +18,7 @@ _POOL = ("heads", "neurons", "filters", "width", "ranks")  # the kinds that do b
 _MOST_CORRECTIONS = 12
 
 
-def reach(model, batches, **target):
+def reach(model, batches, *, labels="true", **target):
     """Cut a model to a target without training.
 
     Call it as in `small, plan = budget.reach(model, batches, macs=0.5)`. This is `candidates`,
@@ -27,6 +27,8 @@ def reach(model, batches, **target):
 
     model: a ViT or Swin of plain layers, as models.create makes it.
     batches: a list of (x, y) of calibration images.
+    labels: which labels the gradients take, see scores.measure: "none" for a model without
+        classifier, and wherever the features count.
     target: one of macs, params, bytes, latency, and the share to keep, in (0, 1).
 
     Returns the smaller model and its Plan.
@@ -38,7 +40,7 @@ def reach(model, batches, **target):
     kinds = [kind for kind in _POOL if kind == "ranks" or view.units([kind])]
     # Bases of ranks and compensation need the same grams: take them once.
     grams = _affine_grams(model, batches)
-    competitors = candidates(model, batches, kinds=kinds, grams=grams)
+    competitors = candidates(model, batches, kinds=kinds, grams=grams, labels=labels)
     chosen = plan(model, **competitors, kinds=kinds, **target)
     small, drops = cut(model, chosen, batches, grams=grams, compensate="least squares")
     # Then all layers are solved for against the dense model (docs/methods/recovery.md).
@@ -50,7 +52,7 @@ def candidates(model, batches, *, kinds, grams=None, labels="true"):
 
     model, batches: see `reach`.
     kinds: what may go, see `plan`.
-    labels: which labels the gradients take, see scores.weights.
+    labels: which labels the gradients take, see scores.measure.
     grams: {layer: [n+1, n+1]} of all view.matrices by scores.grams(affine=True), if known already.
 
     Returns {"unit_scores": ..., "directions": ...}, each only if a kind needs it.

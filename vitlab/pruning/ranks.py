@@ -142,8 +142,9 @@ def uniform(model, batches, *, macs, grams=None):
     even = pd.Series(even, dtype=float)
     # What shares the cut: the linear layers alone, or with the stem's convolutions, or with all of
     # these but the first, which sees three channels. The variant with the lowest loss on batches,
-    # by their labels, is taken.
+    # by their labels, is taken; of models without classifier that whose features change least.
     stem = tuple(name for name, _ in models.view(model).stem)
+    head = models.view(model).classifiers
     floors = []
     ranks_by_loss = {}
     for whole in dict.fromkeys([stem, (), stem[:1]]):
@@ -153,7 +154,8 @@ def uniform(model, batches, *, macs, grams=None):
         if floor <= macs:
             thin = factor.factorise(model, ranks, grams=grams)
             # Of equal losses the first one stays.
-            ranks_by_loss.setdefault(scores.loss(thin, batches), ranks)
+            loss = scores.loss(thin, batches) if head else scores.change(model, thin, batches)
+            ranks_by_loss.setdefault(loss, ranks)
     pool.check_reachable("one share of all layers", "macs", macs, min(floors))
     return ranks_by_loss[min(ranks_by_loss)]
 

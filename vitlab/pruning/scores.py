@@ -6,8 +6,8 @@ evaluation transforms. The model is a ViT or Swin. It is used in eval mode and l
 modes, requires_grad, gradients and hooks. Where several processes train (see `parallel`), the first
 one computes for all.
 
-Public: ROWS, UNITS, WEIGHTS, check_calibration, directions, gradient_grams, grams, loss, measure,
-rows, units, weights.
+Public: ROWS, UNITS, WEIGHTS, change, check_calibration, directions, gradient_grams, grams, loss,
+measure, rows, units, weights.
 """
 
 import warnings
@@ -75,12 +75,18 @@ def measure(
     parameters, grams, damping: options of `weights`.
     layers: option of `rows`.
     kinds: option of `units`.
-    labels: "true", or "model" for labels that seed draws from the model's own prediction.
-    seed: of random and of labels="model".
+    labels: what the loss L of an image is taken by:
+      true   cross-entropy with the label of batches
+      model  cross-entropy with a label that seed draws from the model's own prediction
+      none   <r, f / |f|>, of the features f that a classifier reads and of an r ~ N(0, I) that seed
+             draws. For a gate z, E(dL/dz)^2 is the squared change of the normalised features by z.
+             It needs neither labels nor a classifier, and says nothing about one.
+    seed: of random, and of labels other than true.
 
     Returns {"weights": ..., "rows": ..., "units": ...}; a group without criteria comes back empty.
     Raises ValueError for no criteria at all, unknown names, and a loss or a score that is not
-    finite. So it does for missing batches, which only random and magnitude can do without.
+    finite. So it does for missing batches, which only random and magnitude can do without, and for
+    a model without classifier unless labels is "none".
     """
     weights = known(weights, WEIGHTS, "criterion")
     rows = known(rows, ROWS, "criterion")
@@ -114,7 +120,7 @@ def weights(model, batches=None, *, criteria, **options):
     """Measure scores of single weights.
 
     model, batches: as at the top of this file.
-    criteria: one or several of WEIGHTS. There g is the gradient of the mean cross-entropy of one
+    criteria: one or several of WEIGHTS. There g is the gradient of the mean loss of one
         batch, E the mean over batches, and H the gram of a layer's inputs:
       random     uniform in [0, 1)
       magnitude  |w|
@@ -278,14 +284,44 @@ def loss(model, batches):
 
     model, batches: as at the top of this file.
 
-    Raises ValueError for no batches, for labels that the model lacks, and for images that are
-    normalised otherwise than it expects.
+    Raises ValueError for no batches, for labels that the model lacks, for a model without
+    classifier, and for images that are normalised otherwise than it expects.
     """
     total = images = 0
     with Sweep(model):
         for x, y in batches:
             check_images(model, y)
             total += cross_entropy(model, model(x), y).item()
+            images += len(x)
+    if not images:
+        raise ValueError(NO_BATCHES)
+    return total / images
+
+
+@parallel.first_decides
+@torch.no_grad()
+def change(model, cut, batches):
+    """Return half the mean squared change of the normalised features from one model to another.
+
+    It is what labels="none" predicts, 1 minus the mean cosine of both models' features: 0 where
+    all keep their direction, 2 where all are reversed.
+
+    model, batches: as at the top of this file; the y of batches are not looked at.
+    cut: a model whose features are as wide.
+
+    Raises ValueError for no batches, and for features of another width.
+    """
+    total = images = 0
+    with Sweep(model), Sweep(cut):
+        for x, _ in batches:
+            before, after = anatomy.features(model, x), anatomy.features(cut, x)
+            if before.shape != after.shape:
+                raise ValueError(
+                    f"features of {before.shape[1]} and of {after.shape[1]} channels have no "
+                    "change to measure: leave the width of the last stage as it is"
+                )
+            cosine = functional.cosine_similarity(wide(before), wide(after), dim=1)
+            total += (1 - cosine).sum().item()
             images += len(x)
     if not images:
         raise ValueError(NO_BATCHES)
@@ -369,7 +405,8 @@ def _plan_weights(sweep, criteria, parameters, grams, damping):
         "fisher": lambda name: mean("fisher", name) * size(name).square(),
         # The rise of the loss to second order (LeCun et al. 1990), with B g^2 for the diagonal of
         # the Hessian. With labels="model" this estimates the diagonal of the Fisher matrix, here
-        # the same as Gauss-Newton's, without bias and for any B, from one drawn label per image.
+        # the same as Gauss-Newton's, without bias and for any B, from one drawn label per image. So
+        # does labels="none" with Gauss-Newton's of the normalised features.
         # With true labels it is the empirical Fisher for B = 1. For a larger B the squared mean
         # gradient comes on top, B - 1 times.
         "obd": lambda name: mean("obd", name) * size(name).square() / 2,

@@ -90,6 +90,7 @@ _Moments = _worded(
 _Precision = Literal["auto", "bf16", "float32"]  # auto: bf16 where the device gains from it
 _Criterion = Literal["random", "magnitude", "gradient", "taylor", "fisher"]  # of notebook 3
 _HeadCriterion = Literal["random", "magnitude", "taylor", "michel", "fisher", "variance"]
+_Labels = Literal["true", "model", "none"]  # model: drawn from its prediction; none: of features
 _Schedule = Literal["one-shot", "iterative", "cubic"]
 _Form = Literal[  # methods of factor.compress; behind iht the support of its sparse part
     "svd",
@@ -220,7 +221,7 @@ class _Calibration(_Section):
 
     images: PositiveInt
     batch_size: PositiveInt  # images
-    labels: Literal["true", "model"] = "true"  # of gradients; model: drawn from its prediction
+    labels: _Labels = "true"  # of gradients
     augment: bool = False  # true: each image once, augmented as in training
 
 
