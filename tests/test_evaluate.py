@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from vitlab.evaluation import evaluate
+from vitlab.models import anatomy
 from vitlab.studies import runs
 
 
@@ -220,3 +221,133 @@ def test_what_cannot_be_compared_is_an_error():
         evaluate.compare(Identity(), Identity(order=[0, 1]), images, classes=range(4))
     with pytest.raises(ValueError, match=r"models of \[4, 4\] classes by 1 names"):
         evaluate.compare(Identity(), Identity(), images, classes=["ant"])
+
+
+# -- features
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_features_are_those_of_each_image_in_order(model, batch, batch_size, classes):
+    model.reset_classifier(classes)
+    images = Images([], [])
+    images.logits, images.labels = batch[0], batch[1] + 200  # of classes that are not the model's
+    found = evaluate.features(model.train(), images, batch_size=batch_size)
+    assert model.training and torch.equal(found.labels, images.labels)
+    expected = anatomy.features(model.eval(), batch[0]).detach()
+    torch.testing.assert_close(found.features, expected)
+    assert not found.features.is_inference()  # a probe may be fitted to them
+
+
+def test_features_that_say_nothing_are_an_error(model, batch):
+    with pytest.raises(ValueError, match="empty split"):
+        evaluate.features(model, Images([], []))
+    images = Images([], [])
+    images.logits, images.labels = batch
+    model.patch_embed.steps[0].weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate.features(model, images)
+
+
+def random_features(count, width=5, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(100 * seed + count)
+    labels = torch.randint(classes, (count,), generator=generator)
+    labels[:classes] = torch.arange(min(count, classes))
+    return torch.randn(count, width, generator=generator) + labels[:, None], labels
+
+
+def test_neighbours_by_hand():
+    # Angles to (1, 0) are 0, 60 and 90 degrees: cosines 1, 1/2 and 0, whatever the lengths.
+    known = torch.tensor([[7.0, 0.0], [1.0, 3**0.5], [0.0, 2.0]])
+    labels, image = torch.tensor([0, 1, 1]), torch.tensor([[3.0, 0.0]])
+    # At temperature 1 the votes are e against e^(1/2) + 1 = 2.65: the nearest one stays ahead.
+    assert evaluate.knn(
+        known, labels, image, torch.tensor([0]), neighbours=(1, 2, 3), temperature=1
+    ) == {1: 100, 2: 100, 3: 100}
+    # At 2 they are 1.65 against 1.28 of one and 2.28 of two others.
+    assert evaluate.knn(
+        known, labels, image, torch.tensor([0]), neighbours=(1, 2, 3), temperature=2
+    ) == {1: 100, 2: 100, 3: 0}
+
+
+@pytest.mark.parametrize("count", [4, 30])
+@pytest.mark.parametrize("temperature", [1e-3, 0.07, 1.0])
+def test_neighbours_equal_their_definition(count, temperature):
+    (known, labels), (images, wanted) = random_features(count), random_features(50, seed=1)
+    neighbours = (1, 3, count)
+    right = dict.fromkeys(neighbours, 0)
+    for image, label in zip(images.double(), wanted, strict=True):
+        cosines = torch.cosine_similarity(known.double(), image[None], dim=1)
+        for k in neighbours:
+            votes = torch.zeros(4, dtype=torch.float64)
+            for place in cosines.argsort(descending=True)[:k]:
+                votes[labels[place]] += math.exp((cosines[place] - cosines.max()) / temperature)
+            right[k] += int(votes.argmax() == label)
+    expected = {k: 2.0 * count for k, count in right.items()}
+    for scale in (1, 1000):  # lengths do not count
+        found = evaluate.knn(
+            scale * known,
+            labels,
+            images,
+            wanted,
+            neighbours=neighbours,
+            temperature=temperature,
+        )
+        assert found == pytest.approx(expected)
+
+
+def test_an_image_is_its_own_nearest_neighbour():
+    known, labels = random_features(20)
+    assert evaluate.knn(known, labels, known, labels, neighbours=(1,)) == {1: 100}
+    with pytest.raises(ValueError, match="21 neighbours among 20 images"):
+        evaluate.knn(known, labels, known, labels, neighbours=(1, 21))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.1, 1e-3])
+def test_a_probe_is_where_its_gradient_vanishes(strength):
+    (known, labels), (val, wanted) = random_features(60), random_features(40, seed=1)
+    known = 3 * known + 7
+    probe = evaluate.linear_probe(known, labels, val, wanted, strengths=[strength])
+    deviation = known.std(0)
+    weight, bias = probe.layer.weight.clone().requires_grad_(), probe.layer.bias.clone()
+    logits = known @ weight.T + bias.requires_grad_()
+    ridge = strength / 2 * (weight * deviation).square().sum()
+    loss = torch.nn.functional.cross_entropy(logits, labels) + ridge
+    by_weight, by_bias = torch.autograd.grad(loss, (weight, bias))
+    assert (by_weight / deviation).abs().max() < 2e-3 and by_bias.abs().max() < 2e-3
+    assert probe.val_top1 == evaluate.top1(probe.layer(val), wanted)
+
+
+def test_a_probe_does_not_depend_on_units_of_features():
+    (known, labels), (val, wanted) = random_features(60), random_features(40, seed=1)
+    scale, shift = torch.tensor([1e-3, 1, 10, 100, 0.5]), torch.tensor([5.0, 0, -3, 1, 100])
+    first = evaluate.linear_probe(known, labels, val, wanted, strengths=[0.01])
+    second = evaluate.linear_probe(
+        known * scale + shift, labels, val * scale + shift, wanted, strengths=[0.01]
+    )
+    torch.testing.assert_close(
+        second.layer(val * scale + shift), first.layer(val), rtol=0.02, atol=0.02
+    )
+    # one that never varies has no weight
+    constant = evaluate.linear_probe(
+        torch.nn.functional.pad(known, (0, 1), value=3),
+        labels,
+        torch.nn.functional.pad(val, (0, 1), value=3),
+        wanted,
+        strengths=[0.01],
+    )
+    assert (constant.layer.weight[:, -1] == 0).all()
+
+
+def test_the_strength_is_the_best_on_val_and_of_equal_ones_the_first():
+    (known, labels), (val, wanted) = random_features(60), random_features(40, seed=1)
+    strengths = (100.0, 1.0, 1e-2, 1e-4)
+    alone = [
+        evaluate.linear_probe(known, labels, val, wanted, strengths=[each]).val_top1
+        for each in strengths
+    ]
+    probe = evaluate.linear_probe(known, labels, val, wanted, strengths=strengths)
+    assert probe.val_top1 == pytest.approx(max(alone), abs=2.6)  # one image of 40: begun elsewhere
+    apart, classes = 10 * torch.eye(4).repeat(5, 1), torch.arange(4).repeat(5)
+    probe = evaluate.linear_probe(apart, classes, apart, classes, strengths=strengths)
+    assert (probe.strength, probe.val_top1) == (100.0, 100.0)

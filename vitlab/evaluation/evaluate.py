@@ -1,8 +1,9 @@
-"""Evaluate models on a split of images, and compare two models image by image.
+"""Evaluate models on a split of images, compare two of them, and probe features.
 
 A split is a `data.Split`: images with labels. Rates are in percent, losses and divergences in nats.
 
-Public: accuracy, autocast, check_normalised, compare, device_of, measure, precision_on.
+Public: accuracy, autocast, check_normalised, compare, device_of, features, knn, linear_probe,
+measure, precision_on, top1.
 """
 
 import math
@@ -11,7 +12,8 @@ from collections import ChainMap, namedtuple
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn.functional import cross_entropy
+from torch import nn
+from torch.nn.functional import cross_entropy, normalize
 from torch.special import entr
 
 from vitlab import names, parallel
@@ -245,32 +247,163 @@ def _top1_per_class(logits, labels):
     return 100 * right_counts / counts.double()
 
 
-@torch.inference_mode()
+_Features = namedtuple("Features", "features labels")
+
+
+def features(model, images, *, batch_size=512, precision="float32"):
+    """Return what a model's classifier reads of a split, or would read if it had one.
+
+    model: a ViT or Swin, on its own device
+    images: a data.Split, whose classes need not be the model's
+    batch_size, precision: as for `accuracy`
+
+    Returns (features, labels): float32 [N, width of the last stage] before any normalisation, and
+    int64 [N].
+    Raises ValueError for an empty split and for features that are not finite.
+    """
+    return _Features(*_outputs(model, images, anatomy.features, batch_size, precision))
+
+
+def top1(logits, labels):
+    """Return how often the largest of the logits [N, classes] is at the label [N], in percent."""
+    return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def knn(
+    train_features,
+    train_labels,
+    test_features,
+    test_labels,
+    *,
+    neighbours=(10, 20),
+    temperature=0.07,
+):
+    """Classify images by the training images whose features are nearest, by cosine.
+
+    Each of the k nearest votes for its class with weight exp(cosine / temperature).
+
+    train_features, train_labels: of `features`, float [N, n] and int64 [N]
+    test_features, test_labels: of other images, float [M, n] and int64 [M]
+    neighbours: the numbers k, each at most N
+    temperature: above 0; the lower, the more the nearest ones count
+
+    Returns {k: top-1 in percent}.
+    Raises ValueError for more neighbours than training images.
+    Source: Wu et al. 2018, equation 13, with the values of DINO (Caron et al. 2021).
+    """
+    if max(neighbours) > len(train_features):
+        raise ValueError(f"{max(neighbours)} neighbours among {len(train_features)} images")
+    known = normalize(train_features, dim=1)
+    classes = int(train_labels.max()) + 1
+    votes = {k: [] for k in neighbours}
+    for part in normalize(test_features, dim=1).split(1024):
+        cosine, nearest = (part @ known.T).topk(max(neighbours))  # [part, k], the nearest first
+        # Relative to the nearest one, which changes no vote and overflows at no temperature.
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()
+        labels = train_labels[nearest]
+        for k, found in votes.items():
+            empty = weights.new_zeros(len(part), classes)
+            found.append(empty.scatter_add(1, labels[:, :k], weights[:, :k]))
+    return {k: top1(torch.cat(found), test_labels) for k, found in votes.items()}
+
+
+_Probe = namedtuple("Probe", "layer strength val_top1")
+
+
+def linear_probe(
+    train_features,
+    train_labels,
+    val_features,
+    val_labels,
+    *,
+    strengths=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+):
+    """Fit a linear classifier of features: multinomial logistic regression with a ridge.
+
+    train_features, train_labels: of `features`, float [N, n] and int64 [N]
+    val_features, val_labels: of the images by which the ridge is chosen
+    strengths: of the ridge: half of its product with the squared norm of the weights is added to
+        the mean cross-entropy. scikit-learn's C is 1 / (N strength). Weights are those of features
+        with mean 0 and variance 1 over the training images.
+
+    Returns a named tuple of
+        layer: nn.Linear from n features, as they are, to the classes
+        strength: the one with the highest top-1 on val, of equal ones the first
+        val_top1: that top-1 in percent
+    """
+    mean = train_features.mean(0)
+    deviation = train_features.std(0)
+    deviation = deviation.where(deviation > 0, 1)  # a feature that never varies says nothing
+    classes = 1 + int(max(train_labels.max(), val_labels.max()))
+    # The weights of one strength are where the search for those of the next begins.
+    weight = train_features.new_zeros(classes, len(mean))
+    bias = train_features.new_zeros(classes)
+    best = None
+    for strength in strengths:
+        _regress((train_features - mean) / deviation, train_labels, weight, bias, strength)
+        layer = nn.Linear(len(mean), classes, device=mean.device)
+        with torch.no_grad():
+            layer.weight.copy_(weight / deviation)
+            layer.bias.copy_(bias - layer.weight @ mean)
+            probe = _Probe(layer.requires_grad_(False), strength, 0.0)
+        probe = probe._replace(val_top1=top1(layer(val_features), val_labels))
+        if best is None or probe.val_top1 > best.val_top1:
+            best = probe
+    return best
+
+
+@torch.enable_grad()
+def _regress(x, y, weight, bias, strength):
+    """Move weight [classes, n] and bias [classes] to the regression of y [N] on x [N, n]."""
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    search = torch.optim.LBFGS(
+        parameters, max_iter=200, tolerance_change=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        search.zero_grad()
+        ridge = strength / 2 * weight.square().sum()
+        total = cross_entropy(x @ weight.T + bias, y) + ridge
+        total.backward()
+        return total
+
+    search.step(loss)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
 def _logits(model, images, batch_size=512, precision="float32"):
     """Return logits, float32 [N, classes], and labels [N] of a split on the model's device."""
+    if len(images):
+        anatomy.check_classes(model, images)
+    return _outputs(model, images, lambda model, x: model(x), batch_size, precision)
+
+
+@torch.no_grad()
+def _outputs(model, images, call, batch_size, precision):
+    """Return call(model, x), float32 [N, n], and labels [N] of a split on the model's device."""
     if not len(images):
         raise ValueError("cannot evaluate on an empty split")
     check_normalised(model, images)
-    anatomy.check_classes(model, images)
     # The model runs in eval mode, and its mode is restored afterwards.
     was_training = model.training
     device = device_of(model)
     model.eval()
-    logits_by_batch = {}
+    outputs_by_batch = {}
     labels = []
     with autocast(device, precision):
         for i, (x, y) in enumerate(images.batches(batch_size, device=device)):
             labels.append(y)
             # Several processes share out the batches.
             if i % parallel.world_size() == parallel.rank():
-                logits_by_batch[i] = model(x).float()
+                outputs_by_batch[i] = call(model, x).float()
     model.train(was_training)
-    # Each process gets all logits, in the order of the batches.
-    logits_by_batch = ChainMap(*parallel.gather(logits_by_batch))
-    in_order = [logits_by_batch[i] for i in sorted(logits_by_batch)]
-    logits = torch.cat(in_order).to(device)
-    if not logits.isfinite().all():
+    # Each process gets all outputs, in the order of the batches.
+    outputs_by_batch = ChainMap(*parallel.gather(outputs_by_batch))
+    in_order = [outputs_by_batch[i] for i in sorted(outputs_by_batch)]
+    outputs = torch.cat(in_order).to(device)
+    if not outputs.isfinite().all():
         raise ValueError(
-            "the model's logits are not finite: it has diverged, or was cut or loaded wrongly"
+            "the model's outputs are not finite: it has diverged, or was cut or loaded wrongly"
         )
-    return logits, torch.cat(labels)
+    return outputs, torch.cat(labels)
