@@ -31,6 +31,7 @@ AFTER = {  # step: the steps whose files it reads
     "3_global_pruning": ["1_train"],
     "4_heads_svd_iht": ["1_train"],
     "5_budget": ["1_train"],
+    "8_foundation": ["1_train"],
     "6_efficiency": ["3_global_pruning", "4_heads_svd_iht", "5_budget"],
 }
 GPU = config.get("gpu", int(shutil.which("nvidia-smi") is not None))
@@ -114,7 +115,7 @@ for step, before in AFTER.items():
 
 RESULTS = expand(
     "{runs}/{model}/seed{seed}/notebooks/{step}.ipynb",
-    runs=RUNS, model=MODELS, seed=SEEDS, step=["2_sensitivity", "6_efficiency"],
+    runs=RUNS, model=MODELS, seed=SEEDS, step=["2_sensitivity", "8_foundation", "6_efficiency"],
 )
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -451,6 +453,29 @@ def test_image_grid_shows_every_class_once_or_the_batch():
         torch.rand(4, 3, 8, 8), labels=torch.tensor([1, 1, 0, 2]), classes=["ant", "bee", "cat"]
     )
     assert [ax.get_title() for ax in figure.axes if ax.images] == ["bee", "bee", "ant", "cat"]
+
+
+@pytest.mark.parametrize("kinds", [["macs"], ["params"]])
+def test_probes_draw_a_line_per_method_and_a_panel_per_way_to_classify(kinds):
+    lines = []
+    for seed, method, target in itertools.product((0, 1), ("dense", "pool", "units"), (0.5, 0.25)):
+        target = 1.0 if method == "dense" else target
+        lost = 20 * (1 - target) * (2 if method == "units" else 1)
+        ways = {"knn10": 60.0, "knn20": 60 - lost + seed, "probe_kept": 70 - lost}
+        row = {"seed": seed, "method": method, "target_kind": kinds[0], "target": target}
+        lines.append(row | ways | {"probe_anew": 80 - lost})
+    figure = plots.probes(pd.DataFrame(lines))
+    assert [ax.get_title() for ax in figure.axes] == list(plots._PROBES.values())
+    assert labels(figure.axes[-1]) == ["dense", "pool", "units"]
+    assert kinds[0].replace("macs", "MACs") in figure.get_supxlabel()
+    for ax, dense in zip(figure.axes, (80, 70, 60.5), strict=True):
+        whole, *cuts = [
+            np.asarray(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 2
+        ]
+        assert whole.tolist() == [dense] * 2
+        points = [line for line in cuts if line.max() < dense]
+        assert any(np.allclose(sorted(line), [dense - 15, dense - 10]) for line in points)  # pool
+        assert any(np.allclose(sorted(line), [dense - 30, dense - 20]) for line in points)
 
 
 def test_sensitivity_curves_draw_a_line_per_block_and_a_panel_per_role():

@@ -391,13 +391,12 @@ def test_a_changed_report_reruns_itself_alone_and_a_failure_keeps_the_others_goi
 
 def test_notebooks_that_need_only_the_first_share_the_cores(snakemake):
     _, steps = snakemake
-    all_steps = ("-n", "--forceall", "--quiet", "host", "--cores", "8")
+    all_steps = ("-n", "--forceall", "--quiet", "host", "--cores", "10")
     found = dict(steps(*all_steps, pattern=r"^rule (\w+):\n(?:    .+\n)*?    threads: (\d+)$"))
     gpu = shutil.which("nvidia-smi")  # where each waits for the one before
-    four = dict.fromkeys(
-        ["sensitivity", "global_pruning", "heads_svd_iht", "budget"], "8" if gpu else "2"
-    )
-    assert found == {"train": "8", "efficiency": "8", **four}
+    five = "sensitivity global_pruning heads_svd_iht budget foundation".split()
+    five = dict.fromkeys(five, "10" if gpu else "2")
+    assert found == {"train": "10", "efficiency": "10", **five}
 
 
 # -- make

@@ -3,8 +3,8 @@
 Colour and marker both stand for the method. Axes carry units and have no title, which the slide
 has.
 
-Public: accuracy_curve, agreement, class_change, draw_each, ladder, prediction_audit, recovery,
-roofline, save, sensitivity_curves, speedup_bars, tradeoff, training_curves.
+Public: accuracy_curve, agreement, class_change, draw_each, ladder, prediction_audit, probes,
+recovery, roofline, save, sensitivity_curves, speedup_bars, tradeoff, training_curves.
 """
 
 import functools
@@ -541,6 +541,41 @@ def sensitivity_curves(frame):
         Line2D([], [], color=color, marker=".", label=block) for block, color in colors.items()
     ]
     legend_beside(ax, handles=handles)
+    return figure
+
+
+_PROBES = {  # columns of `probes`
+    "probe_anew": "linear probe, fitted anew",
+    "probe_kept": "the dense model's probe",
+    "knn20": "20 nearest neighbours",
+}
+
+
+@styled
+def probes(frame):
+    """Draw what the features of cut backbones are still good for over the share that is kept.
+
+    There is a panel for each way to classify by features, a line for each method, and a grey line
+    for the dense model. Several seeds become mean and range.
+
+    frame: columns method ("dense" for the whole model), target_kind, target (share kept),
+        probe_anew, probe_kept and knn20 (test top-1 in %), as notebook 8 leaves it.
+    Returns a Figure.
+    """
+    long = frame.melt(["method", "target"], [*_PROBES], "way", "top1")
+    figure, panels = panels_beside(long.groupby("way", sort=False), 2, 2.6)
+    styles = looks(frame.method)
+    for ax, way, rows in panels:
+        dense = rows[rows.method == "dense"].top1.mean()
+        ax.axhline(dense, color=DENSE["color"], label="dense")
+        cuts = rows[rows.method != "dense"]
+        for method, line in cuts.groupby("method", sort=False):
+            mean_and_range(ax, line.groupby("target").top1, label=method, **styles[method])
+        ax.set_title(_PROBES[way], fontsize=11)
+    kinds = ", ".join(frame.target_kind.unique()).replace("macs", "MACs")
+    figure.supxlabel(f"share of {kinds} kept")
+    figure.axes[0].set(ylabel=TOP1)
+    legend_beside(figure.axes[-1])
     return figure
 
 

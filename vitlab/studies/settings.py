@@ -42,6 +42,7 @@ USES = {
     "3_global_pruning": (*_SCORED, "global_pruning"),
     "4_heads_svd_iht": (*_SCORED, "heads_svd_iht"),
     "5_budget": (*_SCORED, "budget"),
+    "8_foundation": (*_SCORED, "budget"),
     "6_efficiency": (*_SCORED, "global_pruning", "heads_svd_iht", "budget", "efficiency"),
 }
 
