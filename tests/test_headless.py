@@ -76,6 +76,19 @@ def test_it_is_timed(model):
     assert len(bench.latency({"headless": model}, batch=2, repeats=2)) == 1
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_weights_come_from_a_model_with_a_classifier(vit, batch, tmp_path, is_cut):
+    if is_cut:
+        vit = shrink.remove(vit, {("blocks.0", "heads"): [1, 3]})
+    checkpoint.save(vit, tmp_path)
+    options = {"embed_dim": 32, "depth": 2, "num_heads": 4}
+    with pytest.warns(UserWarning, match="the head is left out$"):
+        backbone = models.create(
+            "conv_vit", num_classes=0, image_size=16, weights=tmp_path, **options
+        )
+    assert torch.equal(backbone.eval()(batch[0]), anatomy.features(vit, batch[0]))
+
+
 @pytest.mark.long
 def test_it_is_exported(model, tmp_path):
     model.reset_classifier(0)

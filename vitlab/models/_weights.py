@@ -87,7 +87,7 @@ def create(
     model.is_head_new = not reading.has_head
     if model.num_classes != num_classes or new_head and reading.has_head:
         _start_head_anew(model, num_classes)
-        reading.changes.append(_NEW_HEAD.format(num_classes))
+        reading.changes.append(_said(_NEW_HEAD, num_classes))
     classes = _class_names(record, config)
     if not model.is_head_new and len(classes) == num_classes:
         model.class_names = classes
@@ -104,6 +104,11 @@ def create(
 
 
 _NEW_HEAD = "the head is left out and starts new with {} classes"
+
+
+def _said(head_change, classes):
+    """Return what is said of a head, of which a model without classes gets no new one."""
+    return head_change.format(classes) if classes else "the head is left out"
 
 
 def _start_head_anew(model, num_classes):
@@ -498,7 +503,7 @@ def _read(model, tensors, prefix, whose, says):
         reading.changes.append(f"left out: {', '.join(sorted(left_out))}")
     reading.has_head = bool(optional) and optional <= reading.fitting.keys()
     if optional - reading.fitting.keys() or (not optional and head_change == _NEW_HEAD):
-        reading.changes.append(head_change.format(model.num_classes))
+        reading.changes.append(_said(head_change, model.num_classes))
     return reading
 
 
