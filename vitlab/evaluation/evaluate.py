@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
+from torch.nn.utils import skip_init
 from torch.special import entr
 
 from vitlab import names, parallel
@@ -334,22 +335,21 @@ def linear_probe(
     mean = train_features.mean(0)
     deviation = train_features.std(0)
     deviation = deviation.where(deviation > 0, 1)  # a feature that never varies says nothing
+    standardised = (train_features - mean) / deviation
     classes = 1 + int(max(train_labels.max(), val_labels.max()))
     # The weights of one strength are where the search for those of the next begins.
-    weight = train_features.new_zeros(classes, len(mean))
-    bias = train_features.new_zeros(classes)
-    best = None
+    weight = mean.new_zeros(classes, len(mean))
+    bias = mean.new_zeros(classes)
+    found = []
     for strength in strengths:
-        _regress((train_features - mean) / deviation, train_labels, weight, bias, strength)
-        layer = nn.Linear(len(mean), classes, device=mean.device)
-        with torch.no_grad():
-            layer.weight.copy_(weight / deviation)
-            layer.bias.copy_(bias - layer.weight @ mean)
-            probe = _Probe(layer.requires_grad_(False), strength, 0.0)
-        probe = probe._replace(val_top1=top1(layer(val_features), val_labels))
-        if best is None or probe.val_top1 > best.val_top1:
-            best = probe
-    return best
+        _regress(standardised, train_labels, weight, bias, strength)
+        # The same answers from features as they are.
+        layer = skip_init(nn.Linear, len(mean), classes, device=mean.device)
+        layer.to(mean.dtype).requires_grad_(False)
+        layer.weight.copy_(weight / deviation)
+        layer.bias.copy_(bias - layer.weight @ mean)
+        found.append(_Probe(layer, strength, top1(layer(val_features), val_labels)))
+    return max(found, key=lambda probe: probe.val_top1)
 
 
 @torch.enable_grad()
