@@ -68,7 +68,8 @@ def values(notebook, model=None, seed=None):
     paths = {study.data.name} - {*settings.DATASETS}
     if model:
         used["models"] = study.models[model]
-        paths |= {study.models[model].get("weights")} - {None, ""}
+        if settings.weights_of(config["study"], study.models[model]):
+            paths |= {study.models[model].weights}
     used |= {path: fingerprint(path) for path in paths}
     return json.dumps(used, sort_keys=True)
 

@@ -17,7 +17,7 @@ from vitlab.evaluation import bench
 from vitlab.models import _layers, anatomy
 from vitlab.pruning import _sweep, factor, pool, prune, scores
 from vitlab.studies import results, runs, settings
-from vitlab.training import data
+from vitlab.training import data, train
 
 
 @pytest.fixture(autouse=True)
@@ -497,6 +497,40 @@ def test_arguments_for_the_calls_that_a_notebook_makes(lab):
 def test_local_weights_are_found_from_anywhere():
     lab = runs.open_run("caltech101-small", "vit-transfer")
     assert lab.model["weights"] == str(files.repository() / "checkpoints/cifar10-small/vit")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_weights_that_are_not_there_are_downloaded_if_the_study_says_so(tmp_path, there):
+    values = (files.repository() / "notebooks/params/cifar10.yaml").read_text()
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        values.replace("    pretrained: true", "    pretrained: true\n    weights: vit.bin")
+    )
+    if there:
+        (tmp_path / "vit.bin").write_bytes(b"weights")
+    lab = runs.open_run(own, "vit")
+    ways = {"weights": str(tmp_path / "vit.bin")} if there else {"pretrained": True}
+    assert {name: lab.model.get(name) for name in ("weights", "pretrained")} == {
+        "weights": None,
+        "pretrained": None,
+        **ways,
+    }
+    assert (lab.record({})["weights"] is not None) == there
+    assert lab.data["normalise"] == "vit_small_patch16_224"  # of both
+    own.write_text(own.read_text().replace("pretrained: true", "pretrained: false"))
+    if not there:
+        with pytest.raises(FileNotFoundError, match="vit.bin"):
+            runs.open_run(own, "vit").model  # noqa: B018
+
+
+def test_the_head_is_fitted_alone_in_the_first_training_only():
+    override = {"train.head": True, "train.layer_decay": 0.75, "train.epochs": 0}
+    lab = runs.open_run("demo", "vit", override=override)
+    assert lab.training()["head"] and not lab.training("budget")["head"]
+    assert {lab.training(part)["layer_decay"] for part in ("train", "budget")} == {0.75}
+    train.Recipe(**lab.training()), train.Recipe(**lab.training("budget"))
+    with pytest.raises(ValueError, match="train.head should be true where train.epochs is 0"):
+        settings.study("demo", override={"train.epochs": 0})
 
 
 def test_a_shipped_checkpoint_is_of_the_same_settings_data_and_model(lab, monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from vitlab import files, names
 # Results of one cut have the same values in all of these columns.
 _CONDITION_COLUMNS = ("model", "method", "criterion", "form", "target_kind", "target", "stage")
 STAGES = {  # in the order in which a model goes through them
+    "head": "dense, head alone",
     "dense": "dense",
     "dense+epochs": "dense, same epochs",
     "cut": "after the cut",
@@ -28,6 +29,7 @@ STAGES = {  # in the order in which a model goes through them
     "distilled": "fine-tuned, distilled",
 }
 DENSE_POINTS = {  # stages of models without a cut; their points lie on top of others
+    "head": {"color": "0.75", "marker": "*", "zorder": 4.5},
     "dense": {"color": "0.1", "marker": "*", "zorder": 4.5},
     "dense+epochs": {"color": "0.5", "marker": "*", "zorder": 4.5},
 }

@@ -97,13 +97,19 @@ class Run:
         """Return the arguments of models.create.
 
         `models.create(**lab.model, num_classes=..., image_size=...)`
+        Of `weights` and `pretrained` one is left, see `settings.weights_of`.
         Raises FileNotFoundError, with all places that were searched, for missing weights.
         """
         options = dict(self.params.models[self.model_name])
         if options.get("weights"):
-            options["weights"] = str(settings.find(self.given, options["weights"]))
-            if self.params.data.normalise != "weights":  # the study's word, where a file has none
-                options["normalise_else"] = self.params.data.normalise
+            path = settings.weights_of(self.given, options)
+            options.pop("weights" if path is None else "pretrained", None)
+            if path:
+                options["weights"] = str(path)
+                if (
+                    self.params.data.normalise != "weights"
+                ):  # the study's word, where a file has none
+                    options["normalise_else"] = self.params.data.normalise
         return options
 
     @property
@@ -129,8 +135,9 @@ class Run:
         word = values.get("normalise") or of_study
         if word != "weights":
             return word
-        if values.get("weights"):  # the file says it, or timm guesses it by the name
-            return {"name": values["name"], "weights": self.model["weights"]}
+        if weights := values.get("weights") and self.model.get("weights"):
+            # The file says it, or timm guesses it by the name.
+            return {"name": values["name"], "weights": weights}
         return values["name"] if values.get("pretrained") else "train"
 
     def training(self, section="train", *, stage=None):
@@ -145,6 +152,8 @@ class Run:
         recipe = {
             **self.params.train,
             **{name: replacing[name] for name in settings.SETTINGS if name in replacing},
+            # After a cut the head is trained with the rest.
+            "head": self.params.train.head and section == "train",
             "augment": dict(self.params.data.augment),
             "seed": self.seed,
         }
@@ -255,9 +264,9 @@ class Run:
 
     def _weights(self):
         """Return the file of the weights that training starts from, None where there is none."""
-        name = self.params.models[self.model_name].get("weights")
+        values = self.params.models[self.model_name]
         with contextlib.suppress(FileNotFoundError):  # perhaps moved since: the model is trained
-            path = name and settings.find(self.given, name)
+            path = settings.weights_of(self.given, values)
             return path / "model.safetensors" if path and path.is_dir() else path
 
     def shipped(self, recipe, images):
@@ -469,7 +478,8 @@ class _Cut:
         stage: str, such as "cut", "finetuned", or "unreachable".
         model: the model to be measured on test; None for a result without a measurement, such as
             `cut.add("unreachable", note=str(error))`.
-        history: frame of train.fit. The result gets its epochs and seconds, and the frame is saved
+        history: frame of train.fit. The result gets its epochs (without epoch 0, that of the head
+            alone) and seconds, and the frame is saved
             with the columns of the cut. `history.assign(target=0.0)` gives it a column of its own.
         checkpoint: str, name of the folder of the run in which the model is saved, by the
             collector's `save_model` if it has one, with cut and top-1 as `extra`.

@@ -3,7 +3,8 @@
 A study is one YAML file in notebooks/params that holds all its values. Each value is declared here
 in one line: its type, its bounds, its unit and its meaning.
 
-Public: DATASETS, SETTINGS, USES, Values, as_lists, checked, find, study, without_defaults.
+Public: DATASETS, SETTINGS, USES, Values, as_lists, checked, find, study, weights_of,
+without_defaults.
 """
 
 import copy
@@ -69,6 +70,7 @@ _Share = _worded(_Share, "is a share in [0, 1), not a percentage")
 _PositiveShare = Annotated[float, Field(gt=0, lt=1)]
 _PositiveShare = _worded(_PositiveShare, "is a share in (0, 1), not a percentage")
 _WholeShare = Annotated[float, Field(ge=0, le=1)]
+_Decay = _worded(Annotated[float, Field(gt=0, le=1)], "is a share in (0, 1]; 1 is off")
 _CountOrNull = _worded(PositiveInt | None, "should be an integer of at least 1, or null")
 _BoolOrNull = _worded(bool | None, "should be true, false or null")
 _Channels = Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)]
@@ -175,7 +177,7 @@ class _Model(_Section, extra="allow"):
     """Declare the options of models.create, which checks those that are not declared here."""
 
     name: str  # conv_vit, conv_swin, or a model of timm
-    pretrained: bool = _ABSENT  # whether timm downloads weights
+    pretrained: bool = _ABSENT  # whether timm downloads weights; beside `weights`, if these lack
     weights: str | None = _ABSENT  # file or folder to start from; null: none
     new_head: bool = _ABSENT  # true: leave out the weights' own, even if it has as many classes
     normalise: _Moments = _ABSENT  # instead of the study's, whatever the weights expect
@@ -195,7 +197,8 @@ class _Training(_Section):
 class _Train(_Training):
     """Declare how the dense model is trained."""
 
-    epochs: NonNegativeInt  # passes over the training images; 0 takes given weights as they are
+    # Passes over the training images; 0 takes given weights as they are, with `head` but for the head.
+    epochs: NonNegativeInt
     batch_size: PositiveInt  # images
     lr: PositiveFloat  # peak rate, after the warm-up; then cosine to 0
     weight_decay: NonNegativeFloat  # of AdamW
@@ -206,6 +209,8 @@ class _Train(_Training):
     ema: _Share  # decay of averaged weights; 0 is off
     mixup: NonNegativeFloat = 0.0  # alpha of its Beta distribution; 0 is off, 0.8 is usual
     cutmix: NonNegativeFloat = 0.0  # alpha, too; with both, each batch gets one of them
+    head: bool = False  # true: first the head alone, by logistic regression on frozen features
+    layer_decay: _Decay = 1.0  # rate of a layer as a share of the next one's, later trainings too
 
 
 class _Tuning(_Training):
@@ -383,6 +388,24 @@ def find(study, name):
     raise FileNotFoundError(f"{name}: there is no {searched}")
 
 
+def weights_of(study, values):
+    """Return the absolute path of the weights that a model of a study starts from, or None.
+
+    study: its name, or the path of its file.
+    values: of the model. With both `weights` and `pretrained: true` the file is taken if it is
+        there, and else, as None says, timm's download.
+    Raises FileNotFoundError as `find` does.
+    """
+    if not values.get("weights"):
+        return None
+    try:
+        return find(study, values["weights"])
+    except FileNotFoundError:
+        if values.get("pretrained"):
+            return None
+        raise
+
+
 def _later(section):
     """Return {name: default} of the values that a section got after studies were published."""
     declared = _Settings.__annotations__.get(section)
@@ -466,7 +489,7 @@ def _check(values, declared=_Settings, name=""):
 
 def _check_start(values):
     """Raise ValueError for models without weights of a study that does not train them."""
-    if values and not values["train"]["epochs"]:
+    if values and not values["train"]["epochs"] and not values["train"].get("head"):
         models = values["models"].items()
         bare = [name for name, of in models if not (of.get("weights") or of.get("pretrained"))]
         if bare:

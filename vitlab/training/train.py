@@ -33,9 +33,12 @@ from vitlab import files, parallel
 from vitlab.evaluation import cost, evaluate, memory
 from vitlab.models import anatomy
 from vitlab.pruning import prune
-from vitlab.training import _resume
+from vitlab.training import _head, _resume
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
+# Fields of a recipe that came later, and the value with which they are off: states of trainings
+# from before there was one are still those of such a recipe.
+_LATER = {"layer_decay": 1.0, "head": False}
 
 
 @checked_dataclass(frozen=True)
@@ -48,10 +51,14 @@ class Recipe:
     Raises ValueError for a value out of range.
     """
 
-    epochs: NonNegativeInt  # 0 takes weights that are given as they are
+    # 0 takes weights that are given as they are, with `head` but for the head.
+    epochs: NonNegativeInt
     lr: PositiveFloat  # peak of the learning rate, above 0
     batch_size: PositiveInt = 128  # images of a batch, at least 1, of all processes together
     weight_decay: float = 0.05  # of AdamW; biases and norms have none
+    # Share in (0, 1] of the rate of one layer that the layer before it gets, by timm's groups: the
+    # head has the whole rate, the stem the smallest. 1 is off.
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     # Epochs of linear warm-up, at least 0 and fewer than all; a cosine down to 0 follows.
     warmup_epochs: NonNegativeFloat = 1.0
     label_smoothing: _Share = 0.1  # share in [0, 1)
@@ -72,6 +79,9 @@ class Recipe:
     # Whether training ends with the weights of the epoch that was best on val, else with the last.
     keep_best: bool = True
     seed: int = 0  # of order, augmentation, mixing, drop-out and drop-path
+    # Whether the head alone is fitted before the first epoch, by logistic regression on features of
+    # the frozen rest (see `_head.fit`). It is epoch 0 of the history.
+    head: bool = False
 
     def __post_init__(self):
         if self.epochs and self.warmup_epochs >= self.epochs:
@@ -149,7 +159,7 @@ def fit(
             f"{parallel.world_size()} processes: choose a batch_size that is a multiple of their "
             "number"
         )
-    if not recipe.epochs:
+    if not recipe.epochs and not recipe.head:
         history = _as_given(model, val, recipe, stage)
     else:
         history = _trained(model, train, val, recipe, masks, distil, stage, folder, log)
@@ -183,7 +193,7 @@ def _trained(model, train, val, recipe, masks, distil, stage, folder, log):
         state_file = Path(folder, f"{stage}.state.pt") if folder else None
         training.start(state_file)
         history = training.state["history"]
-        for epoch in range(len(history), recipe.epochs):
+        for epoch in range(len(history) - recipe.head, recipe.epochs):
             row = training.epoch(epoch)
             training.validate(row)
             moved = {name: part.state_dict() for name, part in training.moving.items()}
@@ -328,6 +338,9 @@ class _Training:
             "images seen": [self.train.identity, self.val.identity],
             "distil": self.distil and (self.distil.share, self.distil.temperature),
         }
+        for name, off in _LATER.items():
+            if settings[name] == off:
+                del settings[name]
         if recipe.ema:  # states from before the warm-up had other averages
             settings["ema"] = [recipe.ema, "warm-up"]
         key = _resume.fingerprint(settings, model, self.masks, teacher)
@@ -339,9 +352,10 @@ class _Training:
                 "give them one data root (VITLAB_DATA)"
             )
         # timm leaves biases and norms without weight decay.
-        optimizer = create_optimizer_v2(
-            model, "adamw", lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-        )
+        options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
+        if recipe.layer_decay < 1:
+            options["layer_decay"] = recipe.layer_decay
+        optimizer = create_optimizer_v2(model, "adamw", **options)
         # The masks are applied before the first step and held through every one. Masked gradients
         # alone would lose them to momentum and weight decay.
         self.holder = prune.MaskHolder(model, self.masks, optimizer) if self.masks else None
@@ -362,34 +376,37 @@ class _Training:
         self.steps = max(1, images // recipe.batch_size)  # of an epoch
 
     def epoch(self, epoch):
-        """Train for one epoch, int from 0, and return its row of the history without validation."""
+        """Train for one epoch, int from 0, and return its row of the history without validation.
+
+        Epoch -1 fits the head alone.
+        """
         device = self.accelerator.device
         began = time.perf_counter()
         memory.release_memory()  # what validation took
         memory.reset_peak_memory()
-        sums, waited, lr = self._steps(epoch)
-        # This waits for the device, so it comes before the clock is read.
-        loss, right = parallel.mean(sums).tolist()
+        part = self._head_alone() if epoch < 0 else self._steps(epoch)
         seconds = time.perf_counter() - began
         # Peaks are read before validation has its own.
         device_mb = memory.peak_memory_mb(device) if device.type == "cuda" else 0.0
         training_mb = memory.own_memory_mb(device, peak=True) - self.memory_before
-        if not math.isfinite(loss):
+        if not math.isfinite(part["train_loss"]):
             raise FloatingPointError(
                 f"the training loss is no longer finite in epoch {epoch + 1}; "
                 f"use a lower lr than {self.recipe.lr}"
             )
-        images = self.steps * self.batch_size
+        waited, images = part.pop("waited"), part.pop("images")
         return {
             "stage": self.stage,
-            "epoch": epoch + 1,
-            "train_loss": loss / self.steps,  # mean over the batches
+            "epoch": epoch + 1,  # 0 is the head alone
+            # Mean over the batches. Of the head alone these two are of the images as they are.
+            "train_loss": None,
             # In percent, on augmented batches, in passing. A mixed image counts by the label of its
             # larger share.
-            "train_top1": 100 * right * parallel.world_size() / images,
+            "train_top1": None,
             "val_loss": None,  # `validate` fills all that is None, and sparsity
             "val_top1": None,  # in percent
-            "lr": lr,  # of the last step
+            # Of the last step; where layers have rates of their own, of the head.
+            "lr": None,
             "seconds": seconds,  # without validation
             "precision": evaluate.precision_on(device, self.recipe.precision),  # bf16 or float32
             "images_per_s": images / seconds,
@@ -404,13 +421,31 @@ class _Training:
             # compares trainings.
             "training_mb": training_mb,
             "sparsity": 0.0,  # share of zeros in what the masks cover
+            **part,
+        }
+
+    def _head_alone(self):
+        """Fit the head and return what `_steps` does, and the strength of the penalty."""
+        images = len(self.train)
+        found = _head.fit(self.model, self.train, self.val, precision=self.recipe.precision)
+        if self.holder:
+            self.holder.step()
+        if self.recipe.ema:
+            self.averaged.module.load_state_dict(self.model.state_dict())
+        return {
+            "train_loss": found["loss"],
+            "train_top1": 100 * found["right"] / images,
+            "lr": 0.0,
+            "waited": 0.0,
+            "images": images,
+            "strength": found["strength"],
         }
 
     def _steps(self, epoch):
         """Take the steps of an epoch.
 
-        Returns the sums [loss, right answers] over this process' batches, the seconds that it
-        waited for batches, and the last rate.
+        Returns train_loss, train_top1 and lr of its row, how many images it saw, and the seconds
+        that this process waited for batches.
         """
         recipe = self.recipe
         device = self.accelerator.device
@@ -446,7 +481,16 @@ class _Training:
                 lr = recipe.lr * share
                 # The sums stay on the device: to read them here would wait for it at every step.
                 sums += self._step(x, y, lr)
-        return sums, waited, lr
+        # This waits for the device, so it comes before the clock is read.
+        loss, right = parallel.mean(sums).tolist()
+        images = steps * self.batch_size
+        return {
+            "train_loss": loss / steps,
+            "train_top1": 100 * right * parallel.world_size() / images,
+            "lr": lr,
+            "waited": waited,
+            "images": images,
+        }
 
     def _step(self, x, y, lr):
         """Take one step at this rate and return the tensor [loss, number of right answers].
@@ -455,7 +499,7 @@ class _Training:
         """
         recipe = self.recipe
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # timm's, of a layer
         with evaluate.autocast(x.device, recipe.precision):
             logits = self.prepared(x)
             loss = cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
