@@ -55,14 +55,14 @@ def test_a_stopped_run_does_not_compute_features_twice(vit, tmp_path, monkeypatc
     whole, start = copy.deepcopy(vit), copy.deepcopy(vit.state_dict())
     recipe = ALONE | {"epochs": 2}
     expected = train.fit(whole, Blobs(), Blobs(seed=1), recipe)
-    steps = train._Training._steps
+    steps = train.Training._steps
 
     def stopped(self, epoch):
         if epoch == 1:
             raise KeyboardInterrupt
         return steps(self, epoch)
 
-    monkeypatch.setattr(train._Training, "_steps", stopped)
+    monkeypatch.setattr(train.Training, "_steps", stopped)
     with pytest.raises(KeyboardInterrupt):
         train.fit(vit, Blobs(), Blobs(seed=1), recipe, folder=tmp_path)
     monkeypatch.undo()

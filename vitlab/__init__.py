@@ -12,7 +12,7 @@ _PLACES = """
     evaluation.bench evaluation.cost evaluation.evaluate evaluation.export evaluation.roofline
     pruning.budget pruning.compensate pruning.factor pruning.lowrank pruning.masks pruning.pool
     pruning.prune pruning.ranks pruning.recover pruning.scores pruning.sensitivity pruning.shrink
-    training.data training.train
+    training.data training.imitate training.train
     report.drawings report.inside report.plots report.tables
 """
 _DOORS = {place.split(".")[-1]: f"vitlab.{place}" for place in _PLACES.split()}

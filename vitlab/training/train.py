@@ -2,7 +2,7 @@
 
 A killed training resumes and ends with the same result as an unbroken one.
 
-Public: Distillation, Recipe, fit, in_steps.
+Public: Distillation, Recipe, Training, fit, in_steps.
 """
 
 import contextlib
@@ -137,7 +137,7 @@ def fit(
     folder: keeps a state file of each epoch, from which a killed training goes on
     log: folder for TensorBoard, which gets the numbers of each epoch
 
-    Returns a frame with one row an epoch; `_Training.epoch` says what its columns mean. Of 0 epochs
+    Returns a frame with one row an epoch; `Training.epoch` says what its columns mean. Of 0 epochs
     it has one row, of epoch 0.
     Raises ValueError for settings out of range, for a model, teacher or val of other classes, and
     for 0 epochs of a new head.
@@ -159,48 +159,30 @@ def fit(
             f"{parallel.world_size()} processes: choose a batch_size that is a multiple of their "
             "number"
         )
-    if not recipe.epochs and not recipe.head:
-        history = _as_given(model, val, recipe, stage)
+    if recipe.epochs or recipe.head:
+        training = Training(model, train, val, recipe, masks, distil, stage)
+        history = training.run(folder, log)
     else:
-        history = _trained(model, train, val, recipe, masks, distil, stage, folder, log)
-    # From now on its weights expect such images and give such classes. Checkpoints keep both.
-    model.normalise, model.normalise_is_guess = (train.mean, train.std), False
+        history = _as_given(model, train, val, recipe, stage)
+    # From now on its weights give such classes. Checkpoints keep them.
     model.is_head_new = False
     if hasattr(train, "classes"):
         model.class_names = list(train.classes)
-    model.eval()
-    return pd.DataFrame(history)
+    return history
 
 
-def _as_given(model, val, recipe, stage):
+def _as_given(model, train, val, recipe, stage):
     """Return the one row of a history without training: the model as it is, on val."""
     if getattr(model, "is_head_new", False):
         raise ValueError(
             "epochs: 0 takes the model's weights as they are, and its head is new: give weights "
             "whose head has as many classes as the images, or train for an epoch or more"
         )
-    model.to(Accelerator().device)
+    model.to(Accelerator().device).eval()
     result = evaluate.accuracy(model, val, precision=recipe.precision)
+    model.normalise, model.normalise_is_guess = (train.mean, train.std), False
     row = {"stage": stage, "epoch": 0, "train_top1": math.nan, "seconds": 0.0}
-    return [row | {"val_loss": result.loss, "val_top1": result.top1}]
-
-
-def _trained(model, train, val, recipe, masks, distil, stage, folder, log):
-    """Train model as `fit` says, and return the rows of its history."""
-    with _lock(stage, folder):
-        accelerator = _join(stage, folder, log)
-        training = _Training(accelerator, model, train, val, recipe, masks, distil, stage)
-        state_file = Path(folder, f"{stage}.state.pt") if folder else None
-        training.start(state_file)
-        history = training.state["history"]
-        for epoch in range(len(history) - recipe.head, recipe.epochs):
-            row = training.epoch(epoch)
-            training.validate(row)
-            moved = {name: part.state_dict() for name, part in training.moving.items()}
-            _resume.save_state(state_file, {"averaged": None, **training.state, **moved})
-        for tracker in accelerator.trackers:
-            tracker.finish()
-    model.load_state_dict(training.state["best"]["model"])
+    return pd.DataFrame([row | {"val_loss": result.loss, "val_top1": result.top1}])
     return history
 
 
@@ -302,17 +284,60 @@ def _join(stage, folder, log):
 
 
 @dataclass
-class _Training:
-    """Hold one training under way: its settings, what the optimizer moves, and its state."""
+class Training:
+    """Hold one training under way: its settings, what the optimizer moves, and its state.
 
-    accelerator: Accelerator
+    `fit` makes and runs it. Another one overrides `loss`, `right` and `measured`.
+    """
+
     model: torch.nn.Module
     train: object
     val: object
     recipe: Recipe
-    masks: dict | None
-    distil: Distillation | None
-    stage: str
+    masks: dict | None = None
+    distil: Distillation | None = None
+    stage: str = "dense"
+
+    def run(self, folder=None, log=None):
+        """Train from the start, or from the state in folder, and return the history as a frame.
+
+        The model is left in evaluation mode with the weights that are kept, and says by what its
+        images are normalised.
+        folder, log: as for `fit`
+        Raises RuntimeError when another process trains the same stage in the same folder.
+        """
+        with _lock(self.stage, folder):
+            self.accelerator = _join(self.stage, folder, log)
+            file = Path(folder, f"{self.stage}.state.pt") if folder else None
+            self.start(file)
+            history = self.state["history"]
+            for epoch in range(len(history) - self.recipe.head, self.recipe.epochs):
+                row = self.epoch(epoch)
+                self.validate(row)
+                moved = {name: part.state_dict() for name, part in self.moving.items()}
+                _resume.save_state(file, {"averaged": None, **self.state, **moved})
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self.model.load_state_dict(self.state["best"]["model"])
+        self.model.normalise = self.train.mean, self.train.std
+        self.model.normalise_is_guess = False
+        self.model.eval()
+        return pd.DataFrame(history)
+
+    def loss(self, logits, x, y):
+        """Return the loss of a batch of images x, whose answers y `train` gave."""
+        loss = cross_entropy(logits.float(), y, label_smoothing=self.recipe.label_smoothing)
+        return self.distil.blend(loss, logits, x) if self.distil else loss
+
+    def right(self, logits, y):
+        """Return how many of a batch's answers are right; of mixed images y has two dimensions."""
+        labels = y if y.ndim == 1 else y.argmax(1)
+        return (logits.argmax(1) == labels).sum()
+
+    def measured(self):
+        """Return the loss and the top-1 in percent on val; a higher top-1 is better."""
+        result = evaluate.accuracy(self.outcome, self.val, precision=self.recipe.precision)
+        return result.loss, result.top1
 
     def start(self, file):
         """Make the optimizer, and go on from the state in file if it is of this training.
@@ -502,9 +527,7 @@ class _Training:
             group["lr"] = lr * group.get("lr_scale", 1.0)  # timm's, of a layer
         with evaluate.autocast(x.device, recipe.precision):
             logits = self.prepared(x)
-            loss = cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
-            if self.distil:
-                loss = self.distil.blend(loss, logits, x)
+            loss = self.loss(logits, x, y)
         self.accelerator.backward(loss)
         if recipe.clip_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
@@ -514,9 +537,7 @@ class _Training:
             self.holder.step()
         if recipe.ema:
             self.averaged.update_parameters(self.model)
-        labels = y if y.ndim == 1 else y.argmax(1)
-        right = (logits.argmax(1) == labels).sum()
-        return torch.stack([loss.detach(), right.to(loss.dtype)])
+        return torch.stack([loss.detach(), self.right(logits.detach(), y).to(loss.dtype)])
 
     def _average(self, averaged, current, _):
         """Average tensors of one kind in place: what AveragedModel calls after each step."""
@@ -534,17 +555,15 @@ class _Training:
         if self.holder:
             self.holder.check(self.outcome)
             row["sparsity"] = prune.sparsity(self.model, self.masks)
-        result = evaluate.accuracy(self.outcome, self.val, precision=self.recipe.precision)
-        row["val_loss"] = result.loss
-        row["val_top1"] = result.top1
+        row["val_loss"], row["val_top1"] = self.measured()
         row["resident_mb"] = memory.peak_memory_mb("cpu")
         self.state["history"].append(row)
-        if result.top1 > self.state["best"]["top1"] or not self.recipe.keep_best:
+        if row["val_top1"] > self.state["best"]["top1"] or not self.recipe.keep_best:
             weights = copy.deepcopy(self.outcome.state_dict())
-            self.state["best"] = {"top1": result.top1, "model": weights}
+            self.state["best"] = {"top1": row["val_top1"], "model": weights}
         files.log(
             f"{self.stage} epoch {row['epoch']}/{self.recipe.epochs}: "
-            f"train {row['train_top1']:.1f} %, val {result.top1:.1f} %, {row['seconds']:.0f} s"
+            f"train {row['train_top1']:.1f} %, val {row['val_top1']:.1f} %, {row['seconds']:.0f} s"
         )
         self.accelerator.log(row, step=row["epoch"])
 

@@ -1,0 +1,123 @@
+"""imitate: answers are the teacher's and are given once, the student learns them, a killed run goes on."""
+
+import copy
+
+import pytest
+import torch
+from conftest import OTHERS, toy
+from test_train import Blobs, same
+
+from vitlab import models
+from vitlab.models import checkpoint
+from vitlab.training import imitate, train
+
+RECIPE = dict(epochs=4, lr=2e-3, warmup_epochs=0.5, precision="float32")
+
+
+@pytest.fixture
+def teacher():
+    return toy(**OTHERS["registers"])  # with a class token
+
+
+def lessons(teacher, folder, **options):
+    parts = [(Blobs(64), 16), (Blobs(100, seed=2), 8)]
+    return imitate.Lessons(teacher, parts, folder, precision="float32", **options)
+
+
+def student(teacher):
+    torch.manual_seed(0)
+    size = dict(embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=2)
+    classes = imitate.say(teacher, Blobs(1).x).shape[1]
+    return models.create("conv_swin", num_classes=classes, image_size=16, **size)
+
+
+def test_answers_are_the_teachers(teacher, tmp_path):
+    found = lessons(teacher, tmp_path, views=2)
+    for epoch in (0, 1, 2):
+        batches = list(found.batches(24, shuffle=True, epoch=epoch))
+        assert len(batches) == len(found) // 24 == 4  # the first split has no more
+        for x, y in batches:
+            assert torch.allclose(y, imitate.say(teacher, x), rtol=1e-3, atol=1e-3)
+    first, again = (next(found.batches(24, shuffle=True, epoch=epoch)) for epoch in (0, 2))
+    assert all(map(torch.equal, first, again)) and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_teacher_says_its_class_token_and_the_mean_of_its_patches(teacher, vit, swin):
+    x = Blobs(4).x
+    tokens = teacher.forward_features(x)  # the class token, four registers, the patches
+    assert imitate.say(teacher, x).equal(torch.cat([tokens[:, 0], tokens[:, 5:].mean(1)], 1))
+    for model in (vit, swin):  # pooled already
+        assert torch.allclose(model.get_classifier()(imitate.say(model, x)), model(x), atol=1e-5)
+
+
+def test_a_student_learns_and_a_stopped_one_goes_on_without_the_teacher(
+    teacher, tmp_path, monkeypatch
+):
+    whole = student(teacher)
+    stopped = copy.deepcopy(whole)
+    start = copy.deepcopy(whole.state_dict())
+
+    def fit(model, folder):
+        both = [lessons(teacher, folder, views=2), lessons(teacher, folder / "val")]
+        return imitate.fit(model, *both, RECIPE, folder=folder)
+
+    expected = fit(whole, tmp_path / "whole")
+    assert expected.val_explained.iloc[-1] > expected.val_explained.iloc[0] + 10
+    assert expected.train_loss.iloc[-1] < 0.9 * expected.train_loss.iloc[0]
+    assert expected.val_loss.iloc[-1] == pytest.approx(1 - expected.val_explained.iloc[-1] / 100)
+    measured, calls = imitate._Imitation.measured, []
+
+    def stop(self):
+        calls.append(self)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(self)
+
+    monkeypatch.setattr(imitate._Imitation, "measured", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, tmp_path / "stopped")
+    monkeypatch.undo()
+    monkeypatch.setattr(imitate, "say", lambda *_: pytest.fail("asked the teacher again"))
+    stopped.load_state_dict(start)
+    history = fit(stopped, tmp_path / "stopped")
+    assert same(whole, stopped) and history.train_loss.equals(expected.train_loss)
+
+
+def test_what_it_learnt_starts_a_classifier(teacher, tmp_path):
+    model = student(teacher)
+    teach = lessons(teacher, tmp_path)
+    imitate.fit(model, teach, teach, RECIPE | {"epochs": 1})
+    checkpoint.save(model, tmp_path / "model")
+    options = model.recipe["options"]
+    with pytest.warns(UserWarning, match="starts new with 3 classes"):
+        new = models.create(
+            "conv_swin", num_classes=3, image_size=16, weights=tmp_path / "model", **options
+        )
+    assert new.normalise == (Blobs.mean, Blobs.std)
+    history = train.fit(
+        new, Blobs(), Blobs(seed=1), RECIPE | {"epochs": 0, "head": True, "batch_size": 32}
+    )
+    assert history.val_top1.item() > 60
+
+
+def test_an_answer_that_was_cut_short_is_given_again(teacher, tmp_path):
+    found = lessons(teacher, tmp_path)
+    expected = [y for _, y in found.batches(24)]
+    [file] = tmp_path.iterdir()
+    answers = imitate.np.load(file, mmap_mode="r+")
+    answers[30, 4:] = imitate.np.nan
+    answers.flush()
+    assert all(map(torch.equal, expected, (y for _, y in found.batches(24))))
+
+
+def test_models_that_do_not_fit_are_refused(teacher, vit, tmp_path):
+    teach = lessons(teacher, tmp_path)
+    with pytest.raises(ValueError, match="the teacher has 48 features, the model 3 classes"):
+        imitate.fit(vit, teach, teach, RECIPE)
+    other = Blobs()
+    other.std = (2.0,) * 3
+    with pytest.raises(ValueError, match="normalised in several ways"):
+        imitate.Lessons(teacher, [(Blobs(), 1), (other, 1)], tmp_path)
+    teacher.normalise = other.mean, other.std
+    with pytest.raises(ValueError, match="expect images normalised by"):
+        lessons(teacher, tmp_path)

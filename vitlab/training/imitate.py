@@ -1,0 +1,180 @@
+"""Teach a model the features of another one, on images without labels.
+
+The teacher answers each view of an image once, and its answers are kept on disk.
+
+Public: Lessons, fit, say.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import mse_loss
+
+from vitlab import files
+from vitlab.evaluation import evaluate
+from vitlab.training import _resume, train
+
+
+@torch.no_grad()
+def say(teacher, x):
+    """Return the features that a teacher has of images, float32 [B, D].
+
+    They are what its classifier sees, and where that is a class token the mean of its patches, too.
+
+    teacher: a ViT or Swin of timm in evaluation mode
+    x: float32 [B, 3, S, S]
+    """
+    tokens = teacher.forward_features(x)
+    found = [teacher.forward_head(tokens, pre_logits=True)]
+    if getattr(teacher, "global_pool", "") == "token":
+        found.append(tokens[:, teacher.num_prefix_tokens :].mean(1))
+    return torch.cat(found, 1).float()
+
+
+@dataclass
+class Lessons:
+    """Give batches of images of several splits, with a teacher's features in place of labels.
+
+    teacher: the model; it is put into evaluation mode
+    parts: pairs (data.Split, how many images of it each batch has); an epoch ends where the first
+        split does
+    folder: where the answers are kept, a file for each epoch of views
+    views: int >= 1; after so many epochs the same views come again
+    augment: what `data.Split.batches` accepts
+    precision: of the teacher, a word of `evaluate.precision_on`
+
+    Raises ValueError for splits that are normalised otherwise than each other or the teacher.
+    """
+
+    teacher: torch.nn.Module
+    parts: list
+    folder: Path
+    views: int = 1
+    augment: bool | dict = False
+    precision: str = "auto"
+    mean: tuple = field(init=False)
+    std: tuple = field(init=False)
+
+    def __post_init__(self):
+        self.teacher.eval()
+        for split, _ in self.parts:
+            evaluate.check_normalised(self.teacher, split)
+        moments = {(split.mean, split.std) for split, _ in self.parts}
+        if len(moments) > 1:
+            raise ValueError(f"the splits are normalised in several ways: {moments}")
+        [(self.mean, self.std)] = moments
+        settings = {
+            "parts": [(split.identity, images) for split, images in self.parts],
+            "augment": self.augment,
+        }
+        self.identity = _resume.fingerprint(settings, self.teacher, None, None)
+
+    @property
+    def batch_size(self):
+        """Return how many images a batch has."""
+        return sum(images for _, images in self.parts)
+
+    def __len__(self):
+        return self.batch_size * min(len(split) // images for split, images in self.parts)
+
+    def batches(self, batch_size, *, device="cpu", shuffle=False, seed=0, epoch=0, **options):
+        """Yield (x, y) of an epoch, with features y, float32 [B, D]; see `data.Split.batches`.
+
+        batch_size: that of the lessons
+        options: augment and drop_last have no say here, as views are fixed and batches are full
+        """
+        view = epoch % self.views
+        options = {"shuffle": shuffle, "seed": seed, "epoch": view, "augment": self.augment}
+        parts = [
+            split.batches(images, device=device, drop_last=True, **options)
+            for split, images in self.parts
+        ]
+        file = Path(self.folder, f"{self.identity[:16]}-{seed}-{int(shuffle)}-{view}.npy")
+        for number, drawn in enumerate(zip(*parts, strict=False)):
+            x = torch.cat([x for x, _ in drawn])
+            yield x, self._answer(x, file, slice(number * batch_size, (number + 1) * batch_size))
+
+    def _answer(self, x, file, rows):
+        """Return the features of images from these rows of a file, which the teacher fills."""
+        if not file.exists():
+            size = self._said(x[:1]).shape[1]
+            empty = np.full((len(self), size), np.nan, np.float16)  # what is not answered yet
+            files.write_atomic(file, partial(_save, array=empty))
+        kept = np.load(file, mmap_mode="r+")
+        if np.isnan(kept[rows]).any():
+            kept[rows] = self._said(x).cpu().numpy()
+            kept.flush()
+        return torch.from_numpy(kept[rows].astype(np.float32)).to(x.device)
+
+    def _said(self, x):
+        self.teacher.to(x.device)
+        with evaluate.autocast(x.device, self.precision):
+            return say(self.teacher, x)
+
+
+def _save(path, array):
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
+class _Imitation(train.Training):
+    """Train for the features themselves, each with mean 0 and deviation 1 over val."""
+
+    def scale(self):
+        """Take the mean and the deviation of each feature from val."""
+        answers = torch.cat([y for _, y in self.val.batches(self.val.batch_size)])
+        self.std, self.mean = torch.std_mean(answers, 0)
+        return self
+
+    def loss(self, outputs, x, y):
+        target = (y - self.mean.to(y.device)) / self.std.to(y.device)
+        return mse_loss(outputs.float(), target)
+
+    def right(self, outputs, y):
+        return (1 - self.loss(outputs, None, y)) * len(y)
+
+    @torch.no_grad()
+    def measured(self):
+        self.outcome.eval()
+        device = self.accelerator.device
+        losses = []
+        for x, y in self.val.batches(self.val.batch_size, device=device):
+            with evaluate.autocast(device, self.recipe.precision):
+                losses.append(self.loss(self.outcome(x), x, y))
+        loss = torch.stack(losses).mean().item()
+        return loss, 100 * max(0.0, 1 - loss)
+
+
+def fit(model, lessons, val, recipe, *, stage="imitate", folder=None, log=None):
+    """Train model in place to give the teacher's features, and return its history as a frame.
+
+    Its classifier learns to project its own features onto the teacher's, and has no use afterwards:
+    `models.create(weights=...)` starts a new one. The loss is the mean squared error of features
+    that have mean 0 and deviation 1. So 1 is the loss of a model that has learnt nothing.
+
+    model: with as many classes as the teacher has features; its weights are changed
+    lessons, val: Lessons, of one teacher
+    recipe: train.Recipe, or a mapping of its fields; batch size and augmentation are the lessons'
+    stage, folder, log: as for `train.fit`, with which a killed training goes on
+
+    Returns the frame of `train.fit`, with train_explained and val_explained in place of top-1: the
+    percentage of the variance of the teacher's features that is explained, 100 * (1 - loss).
+    Raises ValueError for a model with another number of classes, or normalised otherwise.
+    Source: the features of Wei et al. 2022, "Contrastive Learning Rivals Masked Image Modeling in
+    Fine-tuning via Feature Distillation", whitened over val instead of over each image.
+    """
+    evaluate.check_normalised(model, lessons)
+    recipe = recipe if isinstance(recipe, train.Recipe) else train.Recipe(**recipe)
+    recipe = replace(recipe, batch_size=lessons.batch_size, augment=lessons.augment)
+    training = _Imitation(model, lessons, val, recipe, stage=stage).scale()
+    if len(training.mean) != model.num_classes:
+        raise ValueError(
+            f"the teacher has {len(training.mean)} features, the model {model.num_classes} "
+            f"classes: make it by models.create(..., num_classes={len(training.mean)})"
+        )
+    history = training.run(folder, log)
+    names = {f"{part}_top1": f"{part}_explained" for part in ("train", "val")}
+    return history.rename(columns=names)
