@@ -34,7 +34,7 @@ def measured(seed):
     cuts += [("units", "removed", "macs", 0.75, 1.0)] * (seed == 0)
     rows = [
         ("dense", "masked", None, None, stage, lost)
-        for stage, lost in (("dense", 0.0), ("dense+epochs", 0.5))
+        for stage, lost in (("head", 4.0), ("dense", 0.0), ("dense+epochs", 0.5))
     ]
     for method, form, kind, target, lost in cuts:
         if seed == 0 or method not in ALONE:

@@ -1,0 +1,75 @@
+"""Make swin-dinov2.safetensors: a Swin that learns the features of DINOv2's ViT-S/14 without labels.
+
+    .venv/bin/python checkpoints/dinov2.py [EPOCHS]
+
+Images are the training images of Caltech-101 and CIFAR-10 at 112 px. A killed run goes on. swin-dinov2.json
+keeps recipe, images and curve. The studies `caltech101-dinov2` and `cifar10-dinov2` start from the weights, which are
+those of no study: the folders beside them are.
+"""
+
+import json
+import sys
+from dataclasses import replace
+
+import safetensors.torch
+import torch
+
+from vitlab import data, files, imitate, models, runs, train
+
+EPOCHS = 32  # of 12,096 images
+RECIPE = train.Recipe(epochs=EPOCHS, lr=0.001, warmup_epochs=1.0, precision="float32")
+VIEWS = {"views": 8, "augment": {"scale": [0.35, 1.0], "flip": True}, "precision": "float32"}
+STUDIES = {"caltech101-dinov2": 32, "cifar10-dinov2": 32}  # images of each in a batch
+
+
+def main(epochs=EPOCHS):
+    """Train, and save the model with what it was trained by."""
+    home = files.root() / "runs" / "dinov2"
+    splits = [images_of(study) for study in STUDIES]
+    teacher = models.create(
+        **runs.open_run("caltech101-dinov2", "vit").model, num_classes=0, image_size=112
+    )
+    sizes = STUDIES.values()
+    parts = [(images.train, size) for images, size in zip(splits, sizes, strict=True)]
+    held_out = [(images.val.subset(800), size) for images, size in zip(splits, sizes, strict=True)]
+    lessons = imitate.Lessons(teacher, parts, home / "answers", **VIEWS)
+    val = imitate.Lessons(teacher, held_out, home / "answers", precision="float32")
+    swin = new_swin(classes=imitate.say(teacher, torch.zeros(1, 3, 112, 112)).shape[1])
+    recipe = replace(RECIPE, epochs=epochs)
+    history = imitate.fit(swin, lessons, val, recipe, stage="swin", folder=home)
+    record = {
+        "settings": vars(recipe) | VIEWS | {"images of a batch": STUDIES},
+        "images": [images.identity for images in splits],
+        "history": history.to_dict("records"),
+    }
+    save(swin, files.repository() / "checkpoints" / "swin-dinov2", record)
+
+
+def save(model, path, record):
+    """Write the weights of a model in half precision, without its classifier, and a record beside them."""
+    tensors = {
+        name: tensor.half().contiguous()
+        for name, tensor in model.cpu().state_dict().items()
+        if not name.startswith("head.")
+    }
+    files.write_atomic(path.with_suffix(".safetensors"), safetensors.torch.save(tensors))
+    files.write_atomic(path.with_suffix(".json"), json.dumps(record, indent=1))
+
+
+def images_of(study):
+    """Return all images of a study, whatever part of them it trains on."""
+    lab = runs.open_run(study, "vit")
+    return data.load(**lab.data | {"images": None})
+
+
+def new_swin(classes):
+    """Return the Swin of the studies without weights."""
+    options = dict(runs.open_run("caltech101-dinov2", "swin").params.models.swin)
+    del options["weights"]
+    options["drop_path_rate"] = 0.0  # it has never enough epochs to overfit
+    torch.manual_seed(RECIPE.seed)
+    return models.create(**options, num_classes=classes, image_size=112)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:2]))
