@@ -17,19 +17,19 @@ import torch
 from vitlab import data, files, imitate, models, runs, train
 
 EPOCHS = 32  # of 12,096 images
-RECIPE = train.Recipe(epochs=EPOCHS, lr=0.001, warmup_epochs=1.0, precision="float32")
+PARTS = {"caltech101-dinov2": 32, "cifar10-dinov2": 32}  # images of each study in a batch
+RECIPE = train.Recipe(epochs=EPOCHS, lr=0.001, batch_size=64, precision="float32")
 VIEWS = {"views": 8, "augment": {"scale": [0.35, 1.0], "flip": True}, "precision": "float32"}
-STUDIES = {"caltech101-dinov2": 32, "cifar10-dinov2": 32}  # images of each in a batch
 
 
 def main(epochs=EPOCHS):
     """Train, and save the model with what it was trained by."""
     home = files.root() / "runs" / "dinov2"
-    splits = [images_of(study) for study in STUDIES]
+    splits = [images_of(study) for study in PARTS]
     teacher = models.create(
         **runs.open_run("caltech101-dinov2", "vit").model, num_classes=0, image_size=112
     )
-    sizes = STUDIES.values()
+    sizes = PARTS.values()
     parts = [(images.train, size) for images, size in zip(splits, sizes, strict=True)]
     held_out = [(images.val.subset(800), size) for images, size in zip(splits, sizes, strict=True)]
     lessons = imitate.Lessons(teacher, parts, home / "answers", **VIEWS)
@@ -38,7 +38,7 @@ def main(epochs=EPOCHS):
     recipe = replace(RECIPE, epochs=epochs)
     history = imitate.fit(swin, lessons, val, recipe, stage="swin", folder=home)
     record = {
-        "settings": vars(recipe) | VIEWS | {"images of a batch": STUDIES},
+        "settings": vars(recipe) | VIEWS | {"images of a batch": PARTS},
         "images": [images.identity for images in splits],
         "history": history.to_dict("records"),
     }

@@ -100,6 +100,17 @@ def test_what_it_learnt_starts_a_classifier(teacher, tmp_path):
     assert history.val_top1.item() > 60
 
 
+def test_answers_are_known_by_the_teacher_without_its_head(teacher, tmp_path):
+    found = [lessons(teacher, tmp_path).identity]
+    teacher.reset_classifier(7)
+    found.append(lessons(teacher, tmp_path).identity)
+    with torch.no_grad():
+        teacher.cls_token.add_(1)
+    found.append(lessons(teacher, tmp_path).identity)
+    found.append(lessons(teacher, tmp_path, augment=True).identity)
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
 def test_an_answer_that_was_cut_short_is_given_again(teacher, tmp_path):
     found = lessons(teacher, tmp_path)
     expected = [y for _, y in found.batches(24)]

@@ -15,6 +15,7 @@ from torch.nn.functional import mse_loss
 
 from vitlab import files
 from vitlab.evaluation import evaluate
+from vitlab.models import anatomy
 from vitlab.training import _resume, train
 
 
@@ -70,7 +71,14 @@ class Lessons:
             "parts": [(split.identity, images) for split, images in self.parts],
             "augment": self.augment,
         }
-        self.identity = _resume.fingerprint(settings, self.teacher, None, None)
+        # The teacher's classifier has no part in its answers, and may be new in each process.
+        heads = anatomy.classifier_names(self.teacher)
+        body = {
+            name: tensor
+            for name, tensor in self.teacher.state_dict().items()
+            if name.rpartition(".")[0] not in heads
+        }
+        self.identity = _resume.fingerprint(settings, torch.nn.Module(), body, None)
 
     @property
     def batch_size(self):
