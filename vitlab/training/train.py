@@ -183,7 +183,6 @@ def _as_given(model, train, val, recipe, stage):
     model.normalise, model.normalise_is_guess = (train.mean, train.std), False
     row = {"stage": stage, "epoch": 0, "train_top1": math.nan, "seconds": 0.0}
     return pd.DataFrame([row | {"val_loss": result.loss, "val_top1": result.top1}])
-    return history
 
 
 def _recipe(recipe):
