@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.utils.prune  # torch itself does not import it
 import torchvision
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from vitlab import models
 from vitlab.evaluation import cost, export
-from vitlab.models import anatomy, checkpoint
+from vitlab.models import anatomy, build, checkpoint
 from vitlab.pruning import factor, prune, scores, shrink
 
 
@@ -89,8 +90,6 @@ def test_units_are_counted_per_block(vit):
     ],
 )
 def test_a_model_it_cannot_see_into_is_refused(name):
-    import timm
-
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(TypeError, match="cannot see into .*supported are timm's VisionTransformer"):
@@ -118,6 +117,32 @@ def test_unknown_names_are_answered_with_the_nearest():
         ValueError, match="no block 'blocks.1' in this model, did you mean 'blocks.0'"
     ):
         view.block("blocks.1")
+
+
+@pytest.mark.parametrize("theirs", build._OF_TORCHVISION)
+def test_a_name_of_torchvision_leads_to_timms(theirs):
+    ours = build._OF_TORCHVISION[theirs]
+    assert timm.is_model(ours)
+    with pytest.raises(ValueError, match=f"unknown model '{theirs}', did you mean '{ours}'"):
+        models.create(theirs, num_classes=2)
+
+
+def test_a_model_that_is_no_vit_or_swin_is_refused_by_its_class():
+    with pytest.raises(ValueError, match="resnet18 is no ViT or Swin: it is timm's ResNet, and kn"):
+        models.create("resnet18", num_classes=2)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_pixels_at_the_edge_that_no_patch_holds_are_told(name):
+    few = {"depth": 1} if "vit" in name else {"depths": (1,), "num_heads": (1,)}
+    options = {"num_classes": 2, "embed_dim": 24, "patch_size": 8, **few}
+    words = "image_size 30 is no multiple of the patch size 8: the last 6 pixels"
+    with pytest.warns(UserWarning, match=words):
+        model = models.create(name, image_size=30, **options)
+    seen = torch.rand(1, 3, 30, 30)
+    other = seen.clone()
+    other[..., 24:] = 0
+    assert torch.equal(model.eval()(seen), model(other))
 
 
 @pytest.mark.parametrize("name", ["conv_vit", "conv_swin"])

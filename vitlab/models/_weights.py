@@ -17,6 +17,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchEmbed
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 
@@ -65,6 +66,7 @@ def create(
         model = build.create(
             name, num_classes=num_classes, image_size=image_size, pretrained=pretrained, **options
         )
+        _warn_of_edge(model)
         model.normalise = build.moments(name) if pretrained and normalise is None else None
         model.is_head_new = not pretrained or num_classes != model.pretrained_cfg["num_classes"]
         if new_head and not model.is_head_new:
@@ -84,6 +86,7 @@ def create(
         if record:
             says["num_attention_heads"] = _num_heads(_without_values(record["recipe"]))
     reading, facts = _fill(model, path, _tensors(path, record), says)
+    _warn_of_edge(model)
     model.is_head_new = not reading.has_head
     if model.num_classes != num_classes or new_head and reading.has_head:
         _start_head_anew(model, num_classes)
@@ -115,6 +118,19 @@ def _start_head_anew(model, num_classes):
     model.reset_classifier(num_classes)
     model.recipe["num_classes"] = num_classes
     model.is_head_new = True
+
+
+def _warn_of_edge(model):
+    """Warn that a model does not see the last pixels of its images."""
+    stem = model.patch_embed
+    if isinstance(stem, PatchEmbed) and not stem.dynamic_img_pad and stem.img_size:
+        size, patch = stem.img_size[0], stem.patch_size[0]
+        if rest := size % patch:
+            warnings.warn(
+                f"image_size {size} is no multiple of the patch size {patch}: the last {rest} "
+                "pixels of each row and column are not seen",
+                stacklevel=3,
+            )
 
 
 def _expect(model, found, path, normalise, normalise_else):
@@ -193,6 +209,7 @@ def _class_names(record, config):
     return names if is_said else []
 
 
+_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _LOOKED_FOR = (checkpoint.WEIGHTS, "model-*-of-*.safetensors", "pytorch_model.bin")
 
 
@@ -202,9 +219,11 @@ def _tensors(path, record):
     for pattern in _LOOKED_FOR:
         parts = parts or sorted(path.glob(pattern))
     if not parts:
+        others = [file.name for file in sorted(path.glob("*")) if file.suffix in _ENDINGS]
         raise FileNotFoundError(
             f"no weights at {path}; give a .safetensors or .pth file or a folder with one of "
             f"{', '.join(_LOOKED_FOR)}"
+            + (f"; this one holds {', '.join(others)}: give the path of one" if others else "")
         )
     tensors = {}
     for part in parts:
@@ -236,6 +255,8 @@ def _content(file):
             why = "it is a web page: download the file itself"
         elif start.startswith(b"version https://git-lfs"):
             why = "it only points to the file: fetch that by `git lfs pull`"
+        elif start and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
+            why = "it is text and no checkpoint: give the file that holds the tensors"
         elif file.suffix in (".npz", ".npy", ".h5", ".msgpack", ".onnx"):
             why = f"{file.suffix} is not read: give the same weights as .safetensors or .pth"
         elif zipfile.is_zipfile(file) or start.startswith(b"\x80"):  # whole, and no plain dict
@@ -497,6 +518,8 @@ def _read(model, tensors, prefix, whose, says):
         if names:
             reading.problem += f"{len(names)} tensors are {what}, such as {names[0]}. "
     if reading.problem:
+        if not _architecture(fitted):
+            reading.problem = f"It holds no blocks of a transformer. {reading.problem}"
         return reading
     reading.changes = [*_resampled(state, fitted), *_windows(model, state, says, whose)]
     if left_out:
@@ -553,6 +576,13 @@ _OPTIONS = set(
 )
 
 
+_NAME_OF_FAMILY = {
+    "ViT": "vit_small_patch16_224",
+    "Swin": "swin_tiny_patch4_window7_224",
+    "SwinV2": "swinv2_tiny_window8_256",
+}
+
+
 def _differences(model, state, says):
     """Return how the architecture of state differs from the model's, in words; "" for none."""
     file, own = _architecture(state), _architecture(model.state_dict())
@@ -568,9 +598,13 @@ def _differences(model, state, says):
     differing = [name for name in file if own.get(name) not in (None, file[name])]
     if not set(differing) - {"patch_size"}:  # timm resamples the kernel
         return ""
+    if "family" in differing:  # of which the model's class cannot take options
+        return (
+            f"The file is of the family {file['family']}, the model of {own['family']}; what fits "
+            f"it is a name of that family, such as {_NAME_OF_FAMILY[file['family']]}."
+        )
     said = [f"{name} {file[name]} (the model {own[name]})" for name in differing]
-    asked = _OPTIONS & set(file if "family" in differing else differing)
-    fit = [f"{name}={file[name]!r}" for name in file if name in asked]
+    fit = [f"{name}={file[name]!r}" for name in file if name in _OPTIONS & set(differing)]
     if "embed_dim" in differing and "num_heads" not in file:
         fit.append("num_heads=... (no tensor tells it)")
     return f"The file has {', '.join(said)}; what fits it is {', '.join(fit)}."

@@ -114,6 +114,21 @@ SMALL = {
 }
 
 
+# {torchvision's name: timm's name of a model that takes its weights}
+_OF_TORCHVISION = {
+    "vit_b_16": "vit_base_patch16_224",
+    "vit_b_32": "vit_base_patch32_224",
+    "vit_l_16": "vit_large_patch16_224",
+    "vit_l_32": "vit_large_patch32_224",
+    "vit_h_14": "vit_huge_patch14_224",
+    "swin_t": "swin_tiny_patch4_window7_224",
+    "swin_s": "swin_small_patch4_window7_224",
+    "swin_b": "swin_base_patch4_window7_224",
+    "swin_v2_t": "swinv2_tiny_window8_256",
+    "swin_v2_s": "swinv2_small_window8_256",
+    "swin_v2_b": "swinv2_base_window8_256",
+}
+
 # What timm and torch raise for options that no model has.
 _NOT_BUILT = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError)
 
@@ -126,6 +141,10 @@ def create(name, *, num_classes, image_size=None, pretrained=False, **options):
     if pretrained and name in SMALL:
         raise ValueError(f"pretrained=True: {' and '.join(SMALL)} have no weights to download")
     if not timm.is_model(name):
+        if near := _OF_TORCHVISION.get(name):
+            raise ValueError(
+                f"unknown model {name!r}, did you mean {near!r}? It takes its weights."
+            )
         names.check("model", name, [*SMALL, *timm.list_models()])
     sized = {} if image_size is None else {"img_size": image_size}
     built_with = options | sized
@@ -137,6 +156,11 @@ def create(name, *, num_classes, image_size=None, pretrained=False, **options):
         # timm's own words do not say which model or value they are about.
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{name} cannot be built with {options}: {reason}") from error
+    if not anatomy.family_of(model):
+        known = ", ".join(family.__name__ for family in anatomy.FAMILIES)
+        raise ValueError(
+            f"{name} is no ViT or Swin: it is timm's {type(model).__name__}, and known are {known}"
+        )
     if isinstance(model, SwinTransformerV2):  # timm's reads the weight of qkv past its module
         for module in model.modules():
             _attention.allow_cuts(module)
