@@ -14,7 +14,7 @@ from vitlab import models
 from vitlab.evaluation import evaluate
 from vitlab.models import anatomy
 from vitlab.pruning import prune, shrink
-from vitlab.training import _head, _resume, train
+from vitlab.training import _resume, train
 
 ALONE = RECIPE | {"epochs": 0, "head": True}
 
@@ -27,19 +27,18 @@ def test_only_the_head_changes_and_it_learns(any_model):
     assert changed == {f"{name}.{part}" for name in heads for part in ("weight", "bias")}
     result = evaluate.accuracy(any_model, Blobs(seed=1))
     assert history.epoch.tolist() == [0] and history.val_top1.tolist() == [result.top1]
-    assert result.top1 > 90 and history.strength.item() in _head.STRENGTHS
+    assert result.top1 > 90 and history.strength.item() in evaluate.STRENGTHS
 
 
 def test_the_head_is_the_logistic_regression_by_hand(vit):
-    found = _head.fit(vit, Blobs(), Blobs(seed=1), precision="float32")
-    seen, labels = _head.features(vit, Blobs(), ["head"], precision="float32")
-    x = seen["head"].double()
-    assert torch.allclose(vit.head(seen["head"]), vit(Blobs().x), atol=1e-5)
-    scale = x.std(0, correction=0)
+    [history] = train.fit(vit, Blobs(), Blobs(seed=1), ALONE).to_dict("records")
+    seen, labels = evaluate.features(vit, Blobs())
+    assert torch.allclose(vit.head(seen), vit(Blobs().x), atol=1e-5)
+    scale = seen.double().std(0)
     weight, bias = (part.detach().double().requires_grad_() for part in vit.head.parameters())
-    loss = cross_entropy(linear(x, weight, bias), labels)
-    assert found["loss"] == pytest.approx(loss.item(), rel=1e-3)
-    (loss + found["strength"] / 2 * (weight * scale).square().sum()).backward()
+    loss = cross_entropy(linear(seen.double(), weight, bias), labels)
+    assert history["train_loss"] == pytest.approx(loss.item(), rel=1e-3)
+    (loss + history["strength"] / 2 * (weight * scale).square().sum()).backward()
     assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-3  # no gradient at the optimum
 
 
@@ -66,7 +65,9 @@ def test_a_stopped_run_does_not_compute_features_twice(vit, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         train.fit(vit, Blobs(), Blobs(seed=1), recipe, folder=tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(_head, "fit", lambda *_, **options: pytest.fail("computed them again"))
+    monkeypatch.setattr(
+        evaluate, "features", lambda *_, **options: pytest.fail("computed them again")
+    )
     vit.load_state_dict(start)
     history = train.fit(vit, Blobs(), Blobs(seed=1), recipe, folder=tmp_path)
     assert same(whole, vit) and history.train_loss.equals(expected.train_loss)
@@ -74,8 +75,8 @@ def test_a_stopped_run_does_not_compute_features_twice(vit, tmp_path, monkeypatc
 
 def test_a_model_without_a_head_is_refused(vit):
     vit.reset_classifier(0)
-    with pytest.raises(ValueError, match="the model has none, num_classes is 0"):
-        _head.fit(vit, Blobs(), Blobs())
+    with pytest.raises(ValueError, match="the model has 0 classes, the images"):
+        train.fit(vit, Blobs(), Blobs(), ALONE)
 
 
 def rates(model, decay):

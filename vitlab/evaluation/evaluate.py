@@ -2,7 +2,7 @@
 
 A split is a `data.Split`: images with labels. Rates are in percent, losses and divergences in nats.
 
-Public: accuracy, autocast, check_normalised, compare, device_of, features, knn, linear_probe,
+Public: STRENGTHS, accuracy, autocast, check_normalised, compare, device_of, features, knn, linear_probe,
 measure, precision_on, top1.
 """
 
@@ -308,6 +308,8 @@ def knn(
     return {k: top1(torch.cat(found), test_labels) for k, found in votes.items()}
 
 
+# From strong to weak: each fit starts from the last one.
+STRENGTHS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 _Probe = namedtuple("Probe", "layer strength val_top1")
 
 
@@ -317,7 +319,8 @@ def linear_probe(
     val_features,
     val_labels,
     *,
-    strengths=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+    strengths=STRENGTHS,
+    classes=None,
 ):
     """Fit a linear classifier of features: multinomial logistic regression with a ridge.
 
@@ -326,6 +329,7 @@ def linear_probe(
     strengths: of the ridge: half of its product with the squared norm of the weights is added to
         the mean cross-entropy. scikit-learn's C is 1 / (N strength). Weights are those of features
         with mean 0 and variance 1 over the training images.
+    classes: how many there are; None for as many as the labels tell.
 
     Returns a named tuple of
         layer: nn.Linear from n features, as they are, to the classes
@@ -336,7 +340,7 @@ def linear_probe(
     deviation = train_features.std(0)
     deviation = deviation.where(deviation > 0, 1)  # a feature that never varies says nothing
     standardised = (train_features - mean) / deviation
-    classes = 1 + int(max(train_labels.max(), val_labels.max()))
+    classes = classes or 1 + int(max(train_labels.max(), val_labels.max()))
     # The weights of one strength are where the search for those of the next begins.
     weight = mean.new_zeros(classes, len(mean))
     bias = mean.new_zeros(classes)

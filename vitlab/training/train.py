@@ -33,7 +33,7 @@ from vitlab import files, parallel
 from vitlab.evaluation import cost, evaluate, memory
 from vitlab.models import anatomy
 from vitlab.pruning import prune
-from vitlab.training import _head, _resume
+from vitlab.training import _resume
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
 # Fields of a recipe that came later, and the value with which they are off: states of trainings
@@ -80,7 +80,7 @@ class Recipe:
     keep_best: bool = True
     seed: int = 0  # of order, augmentation, mixing, drop-out and drop-path
     # Whether the head alone is fitted before the first epoch, by logistic regression on features of
-    # the frozen rest (see `_head.fit`). It is epoch 0 of the history.
+    # the frozen rest (see evaluate.linear_probe). It is epoch 0 of the history.
     head: bool = False
 
     def __post_init__(self):
@@ -449,20 +449,29 @@ class Training:
         }
 
     def _head_alone(self):
-        """Fit the head and return what `_steps` does, and the strength of the penalty."""
-        images = len(self.train)
-        found = _head.fit(self.model, self.train, self.val, precision=self.recipe.precision)
+        """Fit the head and return what `_steps` does, and the strength of the ridge."""
+        # The frozen rest computes the features once, of images as they are.
+        precision = self.recipe.precision
+        seen = evaluate.features(self.model, self.train, precision=precision)
+        unseen = evaluate.features(self.model, self.val, precision=precision)
+        probe = evaluate.linear_probe(*seen, *unseen, classes=self.model.num_classes)
+        # Where two classifiers are averaged, such as a distilled DeiT's, features are the mean of
+        # what both see, so that both get the same weights.
+        for name in anatomy.classifier_names(self.model):
+            self.model.get_submodule(name).load_state_dict(probe.layer.state_dict())
+        parallel.broadcast_weights(self.model)
         if self.holder:
             self.holder.step()
         if self.recipe.ema:
             self.averaged.module.load_state_dict(self.model.state_dict())
+        logits = probe.layer(seen.features)
         return {
-            "train_loss": found["loss"],
-            "train_top1": 100 * found["right"] / images,
+            "train_loss": cross_entropy(logits, seen.labels).item(),
+            "train_top1": evaluate.top1(logits, seen.labels),
             "lr": 0.0,
             "waited": 0.0,
-            "images": images,
-            "strength": found["strength"],
+            "images": len(self.train),
+            "strength": probe.strength,
         }
 
     def _steps(self, epoch):
