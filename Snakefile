@@ -19,11 +19,13 @@ from vitlab import files, names
 from vitlab.studies import settings
 
 config.setdefault("study", "demo")
-STUDY = settings.study(config["study"])
+try:
+    STUDY = settings.study(config["study"])
+    names.check(f"model of study {STUDY.name}:", config.get("model", next(iter(STUDY.models))), STUDY.models)
+except (TypeError, ValueError) as error:  # the sentence alone
+    sys.exit(f"Study {config['study']} cannot be run: {error}")
 RUNS = files.root() / "runs" / STUDY.name
 MODELS = [config["model"]] if "model" in config else list(STUDY.models)
-if MODELS[0] not in STUDY.models:
-    raise ValueError(names.unknown("model", MODELS[0], STUDY.models))
 SEEDS = [config["seed"]] if "seed" in config else STUDY.seeds
 AFTER = {  # step: the steps whose files it reads
     "1_train": [],

@@ -374,6 +374,14 @@ def test_images_are_normalised_as_weights_of_timm_expect(one_tree, name, capsys)
     assert "0.9 of the side, bicubic; here it is 0.87, bilinear" in capsys.readouterr().out
 
 
+def test_images_are_shown_in_a_line(one_tree, tmp_path):
+    images = data.load(one_tree, root=tmp_path, image_size=16)
+    counts = [len(split) for split in (images.train, images.val, images.test)]
+    shown = f"Dataset 'tree': {counts[0]} train, {counts[1]} val, {counts[2]} test images, 16 px, "
+    assert repr(images) == shown + f"{len(images.classes)} classes"
+    assert repr(images.val) == f"Split of {counts[1]} images, 16 px, {len(images.classes)} classes"
+
+
 def test_images_are_normalised_as_a_checkpoint_says(one_tree, tmp_path):
     model = models.create("conv_vit", num_classes=2, image_size=16, embed_dim=16, depth=1)
     checkpoint.save(model, tmp_path / "new")

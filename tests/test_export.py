@@ -65,16 +65,19 @@ def sparse(model, support):
 
 def check(model, tmp_path):
     model.normalise = ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    model.class_names = ["cat", "dog", "emu"]
     error = export.to_onnx(model, tmp_path / "model.onnx")
     assert error < 1e-5 and [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     session, images = export.session(tmp_path / "model.onnx"), torch.randn(3, 3, 16, 16)
     with torch.inference_mode():
         torch.testing.assert_close(session(images), model(images), rtol=1e-4, atol=1e-4)
-    properties = onnx.load(tmp_path / "model.onnx").metadata_props
-    said = {
-        entry.key: json.loads(entry.value) for entry in properties if entry.key in ("mean", "std")
-    }
-    assert said == {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    written = onnx.load(tmp_path / "model.onnx")
+    known = ("mean", "std", "classes")
+    said = {e.key: json.loads(e.value) for e in written.metadata_props if e.key in known}
+    classes = ["cat", "dog", "emu"]
+    assert said == {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "classes": classes}
+    for end in (written.graph.input[0], written.graph.output[0]):
+        assert end.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
 @pytest.mark.parametrize("change", ["units", "ranks", "stem"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 
 from vitlab import files
 from vitlab.studies import notebooks, runs, settings
@@ -68,6 +69,7 @@ def test_one_parameters_cell_is_needed(tmp_path):
         ({"sed": 1}, ValueError, "unknown parameter of a.ipynb: 'sed', did you mean 'seed'"),
         ({"seed": "1"}, TypeError, "seed should be a valid integer, got str"),
         ({"study": "dmeo"}, ValueError, "unknown study 'dmeo', did you mean 'demo'"),
+        ({"modle": "vit"}, ValueError, "unknown parameter of a.ipynb: 'modle', did you mean 'mod"),
         ({"model": "swim"}, ValueError, "unknown model of study demo: 'swim', did you mean 'swin'"),
         ({"override": {"train.epcohs": 1}}, ValueError, "did you mean 'train.epochs'"),
         ({"override": {"train.epochs": 0.5}}, TypeError, "train.epochs should be a valid integer"),
@@ -102,9 +104,19 @@ def test_a_tuple_for_a_list_reaches_the_notebook_as_the_list_that_was_checked(
     path = notebook(tmp_path / "a.ipynb")
     notebooks._execute(path, {"override": override}, out=tmp_path / "out.ipynb")
     wanted = {"budget.shares": [0.5, 0.25], "data.normalise": moments}
-    assert given == {"override": wanted} == {"override": settings.as_lists(override)}
+    assert given == {"override": wanted, "model": "vit"}
+    assert wanted == settings.as_lists(override)
     lab = runs.open_run("demo", "vit", 0, override)
     assert lab.override == wanted and lab.params.data.normalise == moments
+
+
+def test_without_a_model_the_first_of_a_study_is_run(tmp_path):
+    path = notebook(tmp_path / "a.ipynb")
+    values = yaml.safe_load((files.repository() / "notebooks/params/demo.yaml").read_text())
+    for models, first in ((["swin", "vit"], "vit"), (["mine", "other"], "mine")):
+        values["models"] = {name: {"name": "conv_vit"} for name in models}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        assert notebooks._check(path, {"study": str(tmp_path / "own.yaml")})["model"] == first
 
 
 @pytest.mark.parametrize(
@@ -127,7 +139,9 @@ def test_the_command_line_says_what_is_wrong_and_starts_nothing(tmp_path, capsys
     for arguments, words in [
         ([path, "--set", "train.epochs=x"], "train.epochs should be a valid integer"),
         ([path, "--set", "train.epochs"], "expected name=value"),
-        ([path, "--study", "x.yaml"], "unknown study 'x.yaml'"),
+        ([path, "--study", "x.yaml"], f"there is no file {Path('x.yaml').absolute()}"),
+        (["7", "--model", "vit"], "7_report.ipynb is about the whole study and takes no model"),
+        (["0", "--seed", "1"], "0_data.ipynb is about the whole study and takes no seed"),
         (["99"], "unknown notebook '99'"),
     ]:
         assert notebooks.main(arguments) == 2

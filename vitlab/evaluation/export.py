@@ -48,7 +48,8 @@ def to_onnx(model, path):
         a dense one's; checkpoint.save leaves them out.
     path: the file; one that is already there is replaced only by one that passes the check
 
-    The file's metadata has mean and std, as JSON, by which the model expects images normalised.
+    The file's metadata has, as JSON, mean and std by which the model expects images normalised, and
+    the names of its classes, where these are known.
 
     Returns the error of its logits, a share of the largest one.
     Raises ValueError for an error above 1e-4, and ModuleNotFoundError, which says what to install,
@@ -62,14 +63,16 @@ def to_onnx(model, path):
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),  # the name that the axis has in the file
             verbose=False,
         )
     written = onnx.model_proto
-    # Whoever runs the file reads there how to normalise images.
-    for name, moments in zip(
-        ("mean", "std"), getattr(model, "normalise", None) or (), strict=False
-    ):
-        written.metadata_props.add(key=name, value=json.dumps(moments))
+    # Whoever runs the file reads there how to normalise images, and what its answers are called.
+    mean, std = getattr(model, "normalise", None) or (None, None)
+    said = {"mean": mean, "std": std, "classes": getattr(model, "class_names", None)}
+    for name, value in said.items():
+        if value is not None:
+            written.metadata_props.add(key=name, value=json.dumps(value))
     content = written.SerializeToString()
     # The error is the largest difference between onnxruntime's and torch's logits over the largest
     # logit, for batches of 1, 2 and 5 random images.

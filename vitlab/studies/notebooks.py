@@ -75,18 +75,23 @@ def _parameters_of(path):
 def _check(path, parameters):
     """Return all parameters of a notebook: the given ones, as literals, and the other defaults.
 
+    In place of a default model that the study does not have stands the study's first one.
     Raises ValueError for an unknown parameter, study, model or overridden value.
     Raises TypeError for a value of another type than the notebook's.
     """
     defaults = _parameters_of(path)
     parameters = settings.as_lists(parameters)
     for name, value in parameters.items():
+        if name in ("model", "seed") and name not in defaults:
+            raise ValueError(f"{Path(path).name} is about the whole study and takes no {name}")
         names.check(f"parameter of {Path(path).name}:", name, defaults)
         if name != "override":  # settings.study checks what a study overrides
             settings.checked(name, defaults[name], value)
     values = {**defaults, **parameters}
     study = settings.study(values["study"], override=values["override"])
     if "model" in values:
+        if "model" not in parameters and values["model"] not in study.models:
+            values["model"] = next(iter(study.models))  # the notebook's own is the demo's
         names.check(f"model of study {study.name}:", values["model"], study.models)
     return values
 
@@ -109,7 +114,7 @@ def _execute(path, parameters, *, out=None):
     from nbclient.exceptions import DeadKernelError
 
     values = _check(path, parameters)
-    parameters = {name: values[name] for name in parameters}
+    parameters = {name: values[name] for name in [*parameters, *({"model"} & values.keys())]}
     if str(values["study"]).endswith((".yaml", ".yml")):  # the kernel works in another folder
         parameters = {**parameters, "study": str(Path(values["study"]).absolute())}
     if out is None:

@@ -347,6 +347,8 @@ def study(name, *, seed=None, override=None):
     """
     folder = files.repository() / "notebooks" / "params"
     path = Path(name) if _is_path(name) else folder / f"{name}.yaml"
+    if _is_path(name) and not path.is_file():
+        raise ValueError(f"unknown study {str(name)!r}: there is no file {path.absolute()}")
     if not path.is_file():
         words = names.unknown("study", name, sorted(file.stem for file in folder.glob("*.yaml")))
         raise ValueError(f"{words} Your own is given by the path of its .yaml file.")

@@ -23,7 +23,7 @@ from vitlab.training import _folders, _sources
 from vitlab.training._augment import augmentation, prepare
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Split:
     """Hold some images of a cache with their labels.
 
@@ -47,6 +47,9 @@ class Split:
 
     def __len__(self):
         return len(self.indices)
+
+    def __repr__(self):
+        return f"Split of {len(self)} images, {self.image_size} px, {len(self.classes)} classes"
 
     @property
     def identity(self):
@@ -149,7 +152,7 @@ class Split:
         return draw()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """Hold train, val and test of one set of images.
 
@@ -172,6 +175,11 @@ class Dataset:
     skipped: list = field(default_factory=list)
     layout: str = ""
     drawn: dict = field(default_factory=dict)
+
+    def __repr__(self):
+        counts = ", ".join(f"{len(getattr(self, part))} {part}" for part in _folders.SPLITS)
+        classes = f"{len(self.classes)} classes"
+        return f"Dataset {self.name!r}: {counts} images, {self.image_size} px, {classes}"
 
     @property
     def identity(self):
