@@ -516,7 +516,9 @@ def test_weights_that_are_not_there_are_downloaded_if_the_study_says_so(tmp_path
         **ways,
     }
     assert (lab.record({})["weights"] is not None) == there
-    assert lab.data["normalise"] == "vit_small_patch16_224"  # of both
+    name = "vit_small_patch16_224"
+    expected = {"name": name, "weights": ways["weights"]} if there else name
+    assert lab.data["normalise"] == expected
     own.write_text(own.read_text().replace("pretrained: true", "pretrained: false"))
     if not there:
         with pytest.raises(FileNotFoundError, match="vit.bin"):
@@ -529,7 +531,7 @@ def test_the_head_is_fitted_alone_in_the_first_training_only():
     assert lab.training()["head"] and not lab.training("budget")["head"]
     assert {lab.training(part)["layer_decay"] for part in ("train", "budget")} == {0.75}
     train.Recipe(**lab.training()), train.Recipe(**lab.training("budget"))
-    with pytest.raises(ValueError, match="train.head should be true where train.epochs is 0"):
+    with pytest.raises(ValueError, match="train.epochs: 0 takes weights as they are, and there are"):
         settings.study("demo", override={"train.epochs": 0})
 
 

@@ -75,6 +75,21 @@ def create(
     if pretrained:
         raise ValueError("give either pretrained=True (timm's weights) or weights=..., not both")
     path = Path(weights)
+    model, reading, line = _of_file(name, num_classes, image_size, path, options, new_head)
+    _warn_of_edge(model)
+    _expect(model, expected(name, path, reading.whose), path, normalise, normalise_else)
+    if reading.changes:
+        warnings.warn(line, stacklevel=2)
+    elif line:
+        files.log(line)
+    return model
+
+
+_NEW_HEAD = "the head is left out and starts new with {} classes"
+
+
+def _of_file(name, num_classes, image_size, path, options, new_head):
+    """Return the model of `create` with a file's weights, their _Reading, and what is said of it."""
     record, config = _described_beside(path)
     says = dict(config)
     if "layer_norm_eps" in config:  # no tensor tells it
@@ -86,7 +101,6 @@ def create(
         if record:
             says["num_attention_heads"] = _num_heads(_without_values(record["recipe"]))
     reading, facts = _fill(model, path, _tensors(path, record), says)
-    _warn_of_edge(model)
     model.is_head_new = not reading.has_head
     if model.num_classes != num_classes or new_head and reading.has_head:
         _start_head_anew(model, num_classes)
@@ -94,19 +108,11 @@ def create(
     classes = _class_names(record, config)
     if not model.is_head_new and len(classes) == num_classes:
         model.class_names = classes
-    _expect(model, expected(name, path, reading.whose), path, normalise, normalise_else)
     heads = _num_heads(model)
     if heads and not (record or "num_attention_heads" in config or "num_heads" in options):
         facts.append(f"num_heads={heads} is that of {name}: no tensor tells it")
-    line = f"{path.name}: {'; '.join(facts + reading.changes)}"
-    if reading.changes:
-        warnings.warn(line, stacklevel=2)
-    elif facts:
-        files.log(line)
-    return model
-
-
-_NEW_HEAD = "the head is left out and starts new with {} classes"
+    sentences = facts + reading.changes
+    return model, reading, f"{path.name}: {'; '.join(sentences)}" if sentences else ""
 
 
 def _said(head_change, classes):
@@ -203,10 +209,8 @@ def _class_names(record, config):
     label_of = config.get("id2label") or {}
     numbers = sorted(filter(str.isdigit, label_of), key=int)
     names = record.get("classes") or [str(label_of[number]) for number in numbers]
-    is_said = not all(
-        re.fullmatch(r"LABEL_\d+", name) for name in names
-    )  # as transformers fills in
-    return names if is_said else []
+    filled_in = all(re.fullmatch(r"LABEL_\d+", name) for name in names)  # by transformers
+    return [] if filled_in else names
 
 
 _ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")

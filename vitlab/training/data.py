@@ -269,11 +269,7 @@ def load(
         splits[part] = Split(store, rows, labels, image_size, window, mean, std, classes)
         if images is not None:
             splits[part] = splits[part].subset(min(images, len(rows)))
-    drawn = {
-        part: f"{len(splits[part])} images taken from {source.undivided}"
-        for part in ("val", "test")
-        if part not in source.splits
-    }
+    drawn = _drawn(source, splits)
     return Dataset(
         source.name,
         source.classes,
@@ -284,6 +280,12 @@ def load(
         layout="; ".join([source.layout, *(f"{part}: {words}" for part, words in drawn.items())]),
         drawn=drawn,
     )
+
+
+def _drawn(source, splits):
+    """Return {split that does not lie on disk: how many images were taken from where, in words}."""
+    absent = [part for part in ("val", "test") if part not in source.splits]
+    return {part: f"{len(splits[part])} images taken from {source.undivided}" for part in absent}
 
 
 def _split(source, usable, seed):
