@@ -21,15 +21,22 @@ from vitlab.report import inside
 
 def test_reach_is_the_four_calls(any_model, batch):
     before = {name: tensor.clone() for name, tensor in any_model.state_dict().items()}
-    small, plan = budget.reach(any_model, [batch], macs=0.6)
+    batches = list(zip(*(part.split(4) for part in batch), strict=True))
+    small, plan = budget.reach(any_model, batches, macs=0.6)
 
     kinds = ["heads", "neurons", "width", "ranks"]
     if models.view(any_model).units(["filters"]):
         kinds.insert(2, "filters")
-    scored = budget.candidates(any_model, [batch], kinds=kinds)
+    weights = scores.position_weights(any_model, batches)
+    matrices = list(models.view(any_model).matrices)
+    grams = scores.grams(any_model, batches, layers=matrices, affine=True, weights=weights)
+    scored = budget.candidates(any_model, batches, kinds=kinds, grams=grams)
     expected_plan = budget.plan(any_model, **scored, kinds=kinds, macs=0.6)
-    expected, drops = budget.cut(any_model, expected_plan, [batch], compensate="least squares")
-    expected = recover.reconstruct(expected, any_model, [batch], drops=drops)
+    how = {"compensate": "least squares", "weights": weights}
+    expected, drops = budget.cut(any_model, expected_plan, batches, **how)
+    damping = "held out" if len(batches) >= 4 else 1e-3
+    how = {"weights": weights, "damping": damping}
+    expected = recover.reconstruct(expected, any_model, batches, drops=drops, **how)
 
     assert plan.drop == expected_plan.drop and plan.ranks == expected_plan.ranks
     assert torch.equal(small(batch[0]), expected(batch[0]))

@@ -531,7 +531,9 @@ def test_the_head_is_fitted_alone_in_the_first_training_only():
     assert lab.training()["head"] and not lab.training("budget")["head"]
     assert {lab.training(part)["layer_decay"] for part in ("train", "budget")} == {0.75}
     train.Recipe(**lab.training()), train.Recipe(**lab.training("budget"))
-    with pytest.raises(ValueError, match="train.epochs: 0 takes weights as they are, and there are"):
+    with pytest.raises(
+        ValueError, match="train.epochs: 0 takes weights as they are, and there are"
+    ):
         settings.study("demo", override={"train.epochs": 0})
 
 

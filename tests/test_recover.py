@@ -1,5 +1,7 @@
 """recover: least squares against the dense model, by hand and on every architecture."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import toy
@@ -104,6 +106,61 @@ def test_fc2_and_classifier_are_least_squares_by_hand(vit, batches):
         inputs(new, "head", x).double() @ weight.T + bias
     )  # a norm ties its outputs together: weights are not unique
     torch.testing.assert_close(new(x).detach().double(), best, rtol=1e-3, atol=1e-3)
+
+
+def test_positions_count_as_they_are_weighted(batches):
+    """By hand: weights of 5 and 1 are rows of least squares times their roots."""
+    vit = toy("vit_tiny_patch16_224", embed_dim=24, depth=2, num_heads=3, patch_size=4)
+    drop = {("blocks.1", "neurons"): range(0, 64, 3)}
+    weights = torch.ones(17, dtype=torch.float64)
+    weights[0] = 5
+    small = shrink.remove(vit, drop)
+    how = {"drops": drop, "damping": 1e-12, "weights": {"blocks.1.mlp.fc2": weights}}
+    new = recover.reconstruct(small, vit, batches, **how)
+    x = torch.cat([x for x, _ in batches])
+    wanted = inputs(vit, "norm", x) - inputs(new, "blocks.1.norm2", x)
+    seen = inputs(new, "blocks.1.mlp.fc2", x)
+    roots = weights.sqrt().repeat(len(x))[:, None]
+    seen = torch.nn.functional.pad(seen.double(), (0, 1), value=1)
+    solved = torch.linalg.lstsq(roots * seen, roots * wanted.double()).solution.T
+    fc2 = new.blocks[1].mlp.fc2
+    torch.testing.assert_close(fc2.weight.double(), solved[:, :-1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(fc2.bias.double(), solved[:, -1], rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_before_the_patches_are_always_looked_at():
+    """And each patch that is looked at stands for those that are not."""
+    place = recover._Place("", None, None, None, slice(None))
+    recover._weigh(
+        place, torch.tensor([2.0, 1.0, 0.75, 0.75, 0.5]), SimpleNamespace(num_prefix_tokens=1), 3
+    )
+    each = torch.arange(5.0).repeat(4)[:, None]
+    seen = recover._positions(each, 7, 4, 3, place)[:, 0]
+    assert len(seen) == 12 and (seen == 0).sum() == 4
+    assert place.weights.tolist() == pytest.approx([1.2, 1.2, 0.9, 0.9, 0.6])
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.0, 1e-3), (30.0, 10.0)])
+def test_the_damping_is_the_one_that_serves_images_held_out(vit, noise, expected):
+    """By hand: without noise the least one, with noise alone the one that keeps most weights."""
+    generator = torch.Generator().manual_seed(0)
+    layer = vit.blocks[0].mlp.fc1
+    kept = layer.weight.detach().double().clone()
+
+    def moments(count):
+        x = torch.randn(count, layer.in_features, generator=generator).double()
+        wanted = kept + (0 if noise else 0.5)
+        y = x @ wanted.T + noise * torch.randn(count, len(kept), generator=generator)
+        x = torch.nn.functional.pad(x, (0, 1), value=1)
+        return recover._Moments(x.T @ x, y.T @ x, count)
+
+    place = recover._Place("blocks.0.mlp.fc1", None, layer, None, slice(None))
+    assert recover._chosen(place, moments(120), moments(120)) == expected
+
+
+def test_too_few_batches_to_hold_one_out_are_refused(vit, batches):
+    with pytest.raises(ValueError, match="needs 4 batches or more, got 1"):
+        recover.reconstruct(vit, vit, batches[:1], damping="held out")
 
 
 def test_a_factored_layer_gets_the_best_map_of_its_rank(vit, batches):

@@ -698,6 +698,47 @@ def test_grams_equal_their_definition(model, batch):
         assert affine[name][-1, -1] == 1
 
 
+def with_class_token():
+    """A ViT of 16 patches that reads its class token."""
+    return toy("vit_tiny_patch16_224", embed_dim=24, depth=2, num_heads=3, patch_size=4)
+
+
+def test_weights_count_positions_as_often_in_grams(batch):
+    """A position of weight 3 counts as three do."""
+    vit = with_class_token()
+    name = "blocks.0.mlp.fc1"
+    weights = torch.ones(17, dtype=torch.float64)
+    weights[0] = 3
+    found = scores.grams(vit, split(batch, 4), layers=[name], weights={name: weights})[name]
+    x = record(vit, batch, {name: (vit.get_submodule(name), False)})[name]
+    x = x.view(-1, 17, x.shape[-1])
+    x = torch.cat([x, x[:, :1], x[:, :1]], 1).flatten(0, 1)
+    torch.testing.assert_close(found, (x.T @ x / len(x)).double(), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_weigh_as_much_as_their_gradients(batch):
+    """The class token has its own, patches share theirs, and behind the last attention is none."""
+    vit = with_class_token()
+    x, y = batch
+    found = scores.position_weights(vit, split(batch, 4), floor=0.2)
+    layer = vit.blocks[0].mlp.fc2
+    outputs = []
+    handle = layer.register_forward_hook(lambda *args: outputs.append(args[-1]))
+    loss = torch.nn.functional.cross_entropy(vit.eval()(x), y, reduction="sum")
+    handle.remove()
+    [gradient] = torch.autograd.grad(loss, outputs)
+    energy = gradient.double().square().sum((0, 2))
+    energy[1:] = energy[1:].mean()
+    expected = 0.2 + 0.8 * energy / energy.mean()
+    torch.testing.assert_close(found["blocks.0.mlp.fc2"], expected, rtol=1e-4, atol=1e-6)
+    last = found[f"blocks.{len(vit.blocks) - 1}.mlp.fc2"]
+    assert last[1:].tolist() == [0.2] * 16 and last.mean().item() == pytest.approx(1)
+
+
+def test_models_without_tokens_before_the_patches_have_no_weights(swin, batch):
+    assert scores.position_weights(swin, [batch]) == {}
+
+
 def test_a_convolution_has_the_gram_of_its_patches(model, batch):
     """W H W^T is then the second moment of what it gives, whatever its stride and padding."""
     stem = dict(models.view(model).stem)

@@ -257,20 +257,30 @@ class Moments:
 
 
 class Grams:
-    """Add up x x^T over the tokens of all batches; affine appends a constant 1 to x."""
+    """Add up x x^T over the tokens of all batches; affine appends a constant 1 to x.
 
-    def __init__(self, affine=False):
+    weights: {key: [positions]}, how much each position of an image counts; None: all alike.
+    """
+
+    def __init__(self, affine=False, weights=None):
         self.affine = affine
-        self.tokens = defaultdict(int)  # {key: how many}
+        self.weights = weights or {}
+        self.tokens = defaultdict(int)  # {key: how many, or the sum of their weights}
         self.totals = defaultdict(int)  # {key: sum [channels, channels]}
 
     def add(self, key, x):
         """Add the values of one batch, x [tokens, channels]."""
         if self.affine:
             x = functional.pad(x, (0, 1), value=1)
-        self.tokens[key] += len(x)
+        weighted = x
+        if key in self.weights:
+            images = len(x) // len(self.weights[key])
+            weighted = self.weights[key].to(x).repeat(images)[:, None] * x
+            self.tokens[key] += images * self.weights[key].sum().item()
+        else:
+            self.tokens[key] += len(x)
         # Products are taken in the inputs' precision, at least float32, and added up in float64.
-        self.totals[key] += (x.T @ x).double()
+        self.totals[key] += (weighted.T @ x).double()
 
     def mean(self, key):
         """Return the sum divided by the number of tokens."""

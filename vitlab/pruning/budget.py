@@ -38,13 +38,19 @@ def reach(model, batches, *, labels="true", **target):
     view = models.view(model)
     # A stem of one convolution, for instance, has no filters that may go.
     kinds = [kind for kind in _POOL if kind == "ranks" or view.units([kind])]
+    # An error of the class token counts as much as the loss moves with it.
+    weights = scores.position_weights(model, batches, labels=labels)
     # Bases of ranks and compensation need the same grams: take them once.
-    grams = _affine_grams(model, batches)
+    grams = _affine_grams(model, batches, weights=weights)
     competitors = candidates(model, batches, kinds=kinds, grams=grams, labels=labels)
     chosen = plan(model, **competitors, kinds=kinds, **target)
-    small, drops = cut(model, chosen, batches, grams=grams, compensate="least squares")
-    # Then all layers are solved for against the dense model (docs/methods/recovery.md).
-    return recover.reconstruct(small, model, batches, drops=drops), chosen
+    how = {"grams": grams, "weights": weights}
+    small, drops = cut(model, chosen, batches, compensate="least squares", **how)
+    # Then all layers are solved for against the dense model (docs/methods/recovery.md), by a ridge
+    # that serves images which were not used.
+    damping = "held out" if len(batches) >= 4 else 1e-3
+    how = {"weights": weights, "damping": damping}
+    return recover.reconstruct(small, model, batches, drops=drops, **how), chosen
 
 
 def candidates(model, batches, *, kinds, grams=None, labels="true"):
@@ -197,7 +203,7 @@ def _measured(model, plan, what, share, batch):
     return replace(plan, share=kept), 0 if is_met else miss
 
 
-def cut(model, plan, batches=(), *, grams=None, compensate=None):
+def cut(model, plan, batches=(), *, grams=None, compensate=None, weights=None):
     """Make the smaller model that a plan describes.
 
     model: the model of the plan; it stays as it is.
@@ -207,6 +213,7 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None):
         already.
     compensate: what makes up for units that go, see shrink.remove. None: nothing; "mean": what is
         lost on average; "least squares": the inputs that stay, about their mean.
+    weights: those of scores.grams that grams are taken by.
 
     Returns the smaller model, and [plan.drop] (or []) for recover.reconstruct.
     Raises ValueError for another compensate or one without batches, and what shrink.remove and
@@ -218,7 +225,7 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None):
     if plan.drop:
         known = {}
         if compensate:
-            grams = grams or _affine_grams(model, batches)
+            grams = grams or _affine_grams(model, batches, weights=weights)
             known["means"] = {name: gram[-1, :-1] for name, gram in grams.items()}
         if compensate == "least squares":
             known["grams"] = _second_moments(grams)
@@ -228,17 +235,17 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None):
         grams = None
     if plan.ranks:
         if not grams and batches:
-            grams = _affine_grams(small, batches, plan.ranks)
+            grams = _affine_grams(small, batches, plan.ranks, weights)
         # Without batches and grams ranks are of the plain SVD, not activation-weighted.
         moments = grams and _second_moments(grams)
         small = factor.factorise(small, plan.ranks, grams=moments)
     return small, drops
 
 
-def _affine_grams(model, batches, layers=None):
+def _affine_grams(model, batches, layers=None, weights=None):
     """Return scores.grams [n+1, n+1], mean inputs last; layers None: all to factor."""
     layers = layers or models.view(model).matrices
-    return scores.grams(model, batches, layers=list(layers), affine=True)
+    return scores.grams(model, batches, layers=list(layers), affine=True, weights=weights)
 
 
 def _second_moments(grams):

@@ -19,10 +19,14 @@ from vitlab.models import _layers, _structure, anatomy
 from vitlab.pruning import _sweep, lowrank, prune, shrink
 
 _LEAST_FACTOR = 0.01  # factors of LayerScale below it leave a channel too faint for corrections
+_DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # what "held out" chooses from
+_HELD_OUT = 4  # of so many batches one is held out
 
 
 @torch.no_grad()
-def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, damping=1e-3):
+def reconstruct(
+    model, dense, batches, *, drops=(), keep=None, tokens=64, damping=1e-3, weights=None
+):
     """Return a copy of model whose layers come as near as they can to what dense computes.
 
     Layers are solved for one after the other, first to last, without labels. Weight and bias of a
@@ -44,14 +48,19 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
     tokens: number of positions that an image gives a layer, drawn for each batch; the classifier
         sees one. All together should be many more than a layer has inputs.
     damping: ridge towards the weights that are there, see lowrank.damped. It is a share of the
-        inputs' mean variance, or without a bias of their mean square.
+        inputs' mean variance, or without a bias of their mean square. "held out" chooses it for
+        each layer: of 1e-3, 1e-2, 0.1, 1 and 10 the one whose map from three quarters of the
+        batches is nearest to the targets of the others. It serves where images are few for the model's
+        width (docs/methods/recovery.md) and takes four batches or more.
+    weights: {layer: [positions]} of scores.position_weights, by which errors count; then tokens
+        before the patches are always looked at. None: all positions count alike.
 
     On the positions seen, no layer is further from its target than before its turn, up to the
     ridge. The cost is about two forward passes of dense, four of model, and the products. For all
     images at once, memory holds what enters a block of either model, and the targets of the block.
 
-    Raises ValueError if model is not dense without drops, for missing batches, and for values that
-    are not finite. Masks must be of parameters that are there, and in no factored layer.
+    Raises ValueError if model is not dense without drops, for missing batches or too few to hold
+    one out, and for values that are not finite. Masks must be of parameters that are there, and in no factored layer.
     Source: asymmetric reconstruction (Zhang et al. 2016, section 3.3); He et al. 2017 for channels
     that are removed.
     """
@@ -61,6 +70,11 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
         images.append(x)
     if not images:
         raise ValueError(_sweep.NO_BATCHES)
+    if damping == "held out" and len(images) < _HELD_OUT:
+        raise ValueError(
+            f'damping="held out" needs {_HELD_OUT} batches or more, got {len(images)}: '
+            "give smaller ones, or a number as damping"
+        )
     model = anatomy.copied(model)
     rows_by_layer = _rows(dense, drops)
     _check_same(model, rows_by_layer)
@@ -85,10 +99,16 @@ def reconstruct(model, dense, batches, *, drops=(), keep=None, tokens=64, dampin
             for layer_name in layer_names:
                 rows = rows_by_layer.get(layer_name, ())
                 if _is_solved(model, layer_name, rows):
-                    places.append(_place(dense_view, view, layer_name, rows))
+                    place = _place(dense_view, view, layer_name, rows)
+                    _weigh(place, (weights or {}).get(layer_name), dense, tokens)
+                    places.append(place)
             _advance(places, dense_part, dense_inputs, tokens)
             for place in places:
-                _solve(place, *_moments(place, part, inputs, tokens), masks, damping)
+                fitted, held_out = _moments(place, part, inputs, tokens)
+                share = damping
+                if damping == "held out":
+                    share = _chosen(place, fitted, held_out)
+                _solve(place, fitted + held_out, masks, share)
             if not reads_images:
                 for number, x in enumerate(inputs):
                     inputs[number] = part(x)
@@ -213,6 +233,8 @@ class _Place:
     norm: nn.Module | None = None  # sees the stream in front of it, if the layer ends a block
     dense_norm: nn.Module | None = None
     shift: Tensor | float = 0.0  # of a batch norm's mean against dense's
+    weights: Tensor | None = None  # of the positions of an image
+    prefix: int = 0  # how many of them are always looked at
     targets: list = dataclasses.field(default_factory=list)  # [positions, outputs] of each batch
 
 
@@ -243,18 +265,36 @@ def _place(dense_view, view, name, rows):
     return place
 
 
-def _positions(x, number, most, layer=None):
-    """Return at most so many positions of x, [positions, channels].
+def _weigh(place, weights, dense, tokens):
+    """Say in place how much each position counts, so that the mean over those seen is 1."""
+    if weights is None:
+        return
+    place.prefix = getattr(dense, "num_prefix_tokens", 0)
+    patches = len(weights) - place.prefix
+    seen = min(tokens - place.prefix, patches)
+    if seen < 1:
+        raise ValueError(f"tokens={tokens} leaves no patch beside {place.prefix} other tokens")
+    weights = weights.float()
+    weights[place.prefix :] *= patches / seen  # each stands for those that are not looked at
+    place.weights = weights * (place.prefix + seen) / len(weights)
+
+
+def _positions(x, number, images, tokens, place=None, layer=None):
+    """Return at most so many positions of each of the images of x, [positions, channels].
 
     They are the same in all that has as many positions and comes from the batch of that number.
+    place: says how many of an image's positions are always among them.
     """
     x = _sweep.channels_last(_sweep.wide(x), layer)
     x = x.flatten(0, -2)
-    if len(x) <= most:
+    if len(x) <= images * tokens:
         return x
     generator = torch.Generator().manual_seed(number)
     order = torch.randperm(len(x), generator=generator)
-    return x[order[:most].to(x.device)]
+    if place and place.prefix:
+        is_first = order % (len(x) // images) < place.prefix
+        order = torch.cat([order[is_first], order[~is_first]])
+    return x[order[: images * tokens].to(x.device)]
 
 
 def _advance(places, part, stream, tokens):
@@ -265,92 +305,122 @@ def _advance(places, part, stream, tokens):
     norms = [place.dense_norm for place in places]
     dense_layers = [place.dense_layer for place in places]
     for number, x in enumerate(stream):
-        most = len(x) * tokens
+        sample = number, len(x), tokens
         seen = _watch(part, x, *norms, *dense_layers, part)
         for place in places:
             # 1. The target is what the layer gives in dense, of the outputs that are left.
             outputs = seen[place.dense_layer][1]
-            target = _positions(outputs, number, most, place.dense_layer)[:, place.rows]
+            target = _positions(outputs, *sample, place, place.dense_layer)[:, place.rows]
             # 2. It is compared where it acts: behind the mean of a batch norm, and LayerScale.
             target = (target + place.shift) * place.dense_scale
             # 3. At the end of a block it is all that the block leaves in the residual stream.
             if place.norm is not None:
-                before = _positions(seen[place.dense_norm][0], number, most)
+                before = _positions(seen[place.dense_norm][0], *sample, place)
                 target = target + before[:, place.rows] * place.corrects
             place.targets.append(target)
         stream[number] = seen[part][1]
 
 
+@dataclasses.dataclass
+class _Moments:
+    """Hold second moments that a layer is solved from, as sums over positions, in float64."""
+
+    gram: Tensor | float = 0.0  # [n+1, n+1], of the layer's inputs and a constant 1
+    cross: Tensor | float = 0.0  # [m, n+1], of the targets with these
+    positions: float = 0.0  # how many, or the sum of their weights
+
+    def __add__(self, other):
+        return _Moments(
+            self.gram + other.gram, self.cross + other.cross, self.positions + other.positions
+        )
+
+
 def _moments(place, part, stream, tokens):
-    """Return the second moments that a layer is solved from, as means over all positions.
+    """Return the _Moments of a layer over the batches to fit on, and over those held out.
 
     part: the module of the model around the layer. stream: what enters part, by batch.
-
-    Returns (gram, cross, positions). Gram [n+1, n+1] is of the layer's inputs and a constant 1,
-    cross [m, n+1] of the targets with these. Both are float64; positions is their number.
     """
     first = _matrices(place.layer)[0]
-    gram = cross = positions = 0
+    sums = [_Moments(), _Moments()]
     for number, (x, target) in enumerate(zip(stream, place.targets, strict=True)):
-        most = len(x) * tokens
+        sample = number, len(x), tokens, place
         seen = _watch(part, x, place.norm, place.layer)
         # 1. The layer has to add what the target has more than the stream in front of it.
         if place.norm is not None:
-            before = _positions(seen[place.norm][0], number, most)
+            before = _positions(seen[place.norm][0], *sample)
             target = target - before[:, place.channels] * place.corrects
         inputs = _sweep.layer_inputs(seen[place.layer][0], first)
-        inputs = _positions(inputs, number, most)
+        inputs = _positions(inputs, *sample)
+        weights = inputs.new_ones(len(inputs), 1)
+        if place.weights is not None:
+            weights = _positions(place.weights.to(inputs).repeat(len(x))[:, None], *sample)
         # 2. Products in single precision are taken about the means of the first batch. About 0
         # their rounding does not cancel where positions are alike: it would outweigh a small
         # variance and be solved for.
         if number == 0:
-            centre = inputs.mean(0)
-            target_centre = target.mean(0)
+            centre = (weights * inputs).sum(0) / weights.sum()
+            target_centre = (weights * target).sum(0) / weights.sum()
         inputs = nn.functional.pad(inputs - centre, (0, 1), value=1)
         target = target - target_centre
-        gram = gram + (inputs.T @ inputs).double()
-        cross = cross + (target.T @ inputs).double()
-        positions += len(inputs)
+        weighted = weights * inputs
+        products = (weighted.T @ inputs).double(), (target.T @ weighted).double()
+        is_held_out = number % _HELD_OUT == _HELD_OUT - 1
+        sums[is_held_out] += _Moments(*products, weights.sum().item())
     place.targets = []
-    # 3. In double precision the products are moved back to 0: (x, 1) = back (x - centre, 1).
-    back = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    back[:-1, -1] = centre.double()
-    cross = cross + target_centre.double()[:, None] * gram[-1]
-    cross = cross @ back.T
-    gram = back @ gram @ back.T
-    if not (gram.sum() + cross.sum()).isfinite():
+    # 3. In double precision the products are moved back to 0.
+    moved = [_moved(part, centre.double(), target_centre.double()) for part in sums]
+    whole = moved[0] + moved[1]
+    if not (whole.gram.sum() + whole.cross.sum()).isfinite():
         raise ValueError(
             f"inputs or targets of {place.name} are not finite: look for NaN in weights and images"
         )
-    return gram / positions, cross / positions, positions
+    return moved
 
 
-def _solve(place, gram, cross, positions, masks, damping):
-    """Put the least-squares weight and bias into a layer, in its form.
+def _moved(moments, centre, target_centre):
+    """Return moments about 0 of inputs and targets that were taken about these centres."""
+    if not moments.positions:
+        return moments
+    # (x, 1) = back (x - centre, 1)
+    back = torch.eye(len(moments.gram), dtype=torch.float64, device=centre.device)
+    back[:-1, -1] = centre
+    cross = moments.cross + target_centre[:, None] * moments.gram[-1]
+    return _Moments(back @ moments.gram @ back.T, cross @ back.T, moments.positions)
 
-    gram, cross, positions: as from `_moments`. masks: {parameter: bool tensor}.
+
+def _chosen(place, fitted, held_out):
+    """Return the damping whose map, fitted on some positions, is nearest to others' targets."""
+    scale, before, has_bias = _present(place, {}, fitted.gram)
+    errors = {}
+    for damping in _DAMPINGS:
+        weight, bias, _ = _regress(fitted, before, has_bias, damping)
+        affine = torch.cat([weight, bias[:, None]], 1)
+        # E|W x + b - y|^2 without E|y|^2, which is the same for all
+        errors[damping] = ((affine @ held_out.gram - 2 * held_out.cross) * affine).sum().item()
+    return min(errors, key=errors.get)
+
+
+def _present(place, masks, like):
+    """Return of a layer's outputs: scale, weight [m, n] behind it, and which may have a bias."""
+    *first, last = _matrices(place.layer)
+    # The map from the inputs to what the layer adds has the layer's scale in it.
+    scale = torch.as_tensor(place.scale).double().to(like.device)
+    before = last.weight.flatten(1).double()
+    for factor in first:
+        before = before @ factor.weight.flatten(1).double()
+    has_bias = torch.full((len(before),), last.bias is not None, device=before.device)
+    return scale, scale[..., None] * before, has_bias & masks.get(f"{place.name}.bias", True)
+
+
+def _regress(moments, before, has_bias, damping, mask=None):
+    """Return the least-squares weight [m, n] and bias [m], and the ridged gram of the last rows.
 
     Solved is weight (covariance + ridge) = wanted + before ridge, with inputs and targets about
     their means. What the positions do not determine thus stays as it was before.
     """
-    # A layer that sees less than two positions for each of its inputs stays as it is.
-    if positions < 2 * (len(gram) - 1):
-        return
-    *first, last = _matrices(place.layer)
-    # The map from the inputs to what the layer adds has the layer's scale in it.
-    scale = torch.as_tensor(place.scale).double().to(gram.device)
-    before = last.weight.flatten(1).double()
-    for factor in first:
-        before = before @ factor.weight.flatten(1).double()
-    before = scale[..., None] * before
-    mask = masks.get(f"{place.name}.weight")
-    if mask is not None:
-        mask = mask.flatten(1)
-    has_bias = torch.full((len(before),), last.bias is not None, device=before.device)
-    has_bias = has_bias & masks.get(f"{place.name}.bias", True)
-    second = gram[:-1, :-1]
-    mean = gram[-1, :-1]
-    target_mean = cross[:, -1]
+    gram = moments.gram / moments.positions
+    cross = moments.cross / moments.positions
+    second, mean, target_mean = gram[:-1, :-1], gram[-1, :-1], cross[:, -1]
     weight = before.clone()
     # Rows with a bias are fitted about the mean of the inputs, the others through the origin.
     for rows, centre in ((has_bias, mean), (~has_bias, 0 * mean)):
@@ -365,6 +435,22 @@ def _solve(place, gram, cross, positions, masks, damping):
             weight[rows] = torch.linalg.solve(ridged, wanted.T).T
         if mask is not None and mask[rows].any():
             weight[rows] = lowrank.refit(weight[rows], ridged, mask[rows], start=before[rows])
+    return weight, (target_mean - weight @ mean) * has_bias, ridged
+
+
+def _solve(place, moments, masks, damping):
+    """Put the least-squares weight and bias into a layer, in its form.
+
+    moments: as from `_moments`. masks: {parameter: bool tensor}.
+    """
+    # A layer that sees less than two positions for each of its inputs stays as it is.
+    if moments.positions < 2 * (len(moments.gram) - 1):
+        return
+    *first, last = _matrices(place.layer)
+    scale, before, has_bias = _present(place, masks, moments.gram)
+    mask = masks.get(f"{place.name}.weight")
+    mask = mask if mask is None else mask.flatten(1)
+    weight, _, ridged = _regress(moments, before, has_bias, damping, mask)
     if mask is not None:
         weight *= mask
     left = weight
@@ -376,4 +462,6 @@ def _solve(place, gram, cross, positions, masks, damping):
         factor.weight.copy_(right.view_as(factor.weight))
     last.weight.copy_((left / scale[..., None]).view_as(last.weight))
     if last.bias is not None:
-        last.bias.copy_((target_mean - weight @ mean) / scale * has_bias)
+        gram, cross = moments.gram / moments.positions, moments.cross / moments.positions
+        bias = cross[:, -1] - weight @ gram[-1, :-1]
+        last.bias.copy_(bias / scale * has_bias)

@@ -7,7 +7,7 @@ modes, requires_grad, gradients and hooks. Where several processes train (see `p
 one computes for all.
 
 Public: ROWS, UNITS, WEIGHTS, change, check_calibration, directions, gradient_grams, grams, loss,
-measure, rows, units, weights.
+measure, position_weights, rows, units, weights.
 """
 
 import warnings
@@ -188,7 +188,7 @@ def units(model, batches=None, *, criteria, **options):
 
 
 @parallel.first_decides
-def grams(model, batches, *, layers=None, affine=False):
+def grams(model, batches, *, layers=None, affine=False, weights=None):
     """Measure the second moments X^T X / tokens of layer inputs, by forward passes only.
 
     model, batches: as at the top of this file.
@@ -196,12 +196,13 @@ def grams(model, batches, *, layers=None, affine=False):
         classifier.
     affine: append a constant 1 to the inputs. The tensors are then [n+1, n+1], and their last row
         is the mean input.
+    weights: {layer name: [positions]} of `position_weights`; None: all positions count alike.
 
     Returns {layer name: float64 [n, n]}.
     Raises ValueError for unknown layers, missing batches, inputs that are not finite.
     """
     chosen = _own_layers(model, layers)
-    totals = Grams(affine)
+    totals = Grams(affine, weights)
     with Sweep(model) as sweep:
         for name, layer in chosen.items():
             # X [tokens, n] are the inputs over all images and positions, window padding included.
@@ -210,6 +211,45 @@ def grams(model, batches, *, layers=None, affine=False):
             sweep.on_value(layer, partial(totals.add, name))
         sweep.run(batches)
     return _finite("gram", {name: totals.mean(name) for name in chosen})
+
+
+@parallel.first_decides
+def position_weights(model, batches, *, labels="true", seed=0, floor=0.1):
+    """Measure how much the positions of an image count for the loss at each layer's output.
+
+    In the last blocks of a ViT that reads its class token, an error of that token is all that
+    matters, and it is one position in dozens.
+
+    model, batches: as at the top of this file.
+    labels, seed: as for `measure`.
+    floor: share in [0, 1] that all positions get alike, so that none is left without a say.
+
+    Returns {layer name: float64 [positions]} of all view.matrices, with mean 1. A token before the
+    patches has its mean squared gradient over images, and all patches share theirs. Of a model
+    without such tokens nothing is measured and the result is {}.
+    Raises ValueError as `measure` does.
+    """
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    if not prefix:
+        return {}
+    sums = defaultdict(int)
+
+    def add(name, gradient):
+        by_image = gradient.square().sum(1).view(sweep.size, -1)
+        sums[name] += by_image.sum(0).double()
+
+    with Sweep(model) as sweep:
+        for name, layer in models.view(model).matrices.items():
+            if name.startswith("blocks."):  # the stem has patches alone
+                sweep.on_output_gradient(layer, partial(add, name))
+        sweep.run(batches, labels=labels, seed=seed)
+    weights = {}
+    for name, total in sums.items():
+        # Single patches of a few hundred images would differ by chance most.
+        total[prefix:] = total[prefix:].mean()
+        if total.sum() > 0:
+            weights[name] = floor + (1 - floor) * total / total.mean()
+    return _finite("position", weights)
 
 
 @parallel.first_decides
