@@ -223,6 +223,7 @@ def test_the_first_tells_the_others_its_error(tmp_path):
     assert done.returncode == 0, done.stderr  # gloo's threads have ended
 
 
+@pytest.mark.long
 def test_models_that_differ_are_refused_and_alone_nothing_is_shared(vit, tmp_path):
     assert parallel.rank() == 0 and parallel.world_size() == 1 and parallel.gather("a") == ["a"]
     x = torch.arange(4.0)

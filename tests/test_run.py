@@ -413,6 +413,7 @@ def test_notebooks_that_need_only_the_first_share_the_cores(snakemake):
     assert found == {"train": "10", "efficiency": "10", **five}
 
 
+@pytest.mark.long
 def test_a_study_that_cannot_be_run_is_told_in_a_sentence():
     command = [Path(sys.executable).with_name("snakemake"), "-n", "--config", "study=dmeo"]
     done = subprocess.run(command, cwd=files.repository(), capture_output=True, text=True)
