@@ -2,8 +2,8 @@
 
 A split is a `data.Split`: images with labels. Rates are in percent, losses and divergences in nats.
 
-Public: STRENGTHS, accuracy, autocast, check_normalised, compare, device_of, features, knn, linear_probe,
-measure, precision_on, top1.
+Public: STRENGTHS, accuracy, autocast, check_normalised, compare, device_of, features, knn,
+linear_probe, measure, precision_on, top1.
 """
 
 import math

@@ -50,8 +50,8 @@ def reconstruct(
     damping: ridge towards the weights that are there, see lowrank.damped. It is a share of the
         inputs' mean variance, or without a bias of their mean square. "held out" chooses it for
         each layer: of 1e-3, 1e-2, 0.1, 1 and 10 the one whose map from three quarters of the
-        batches is nearest to the targets of the others. It serves where images are few for the model's
-        width (docs/methods/recovery.md) and takes four batches or more.
+        batches is nearest to the targets of the others. It serves where images are few for the
+        model's width (docs/methods/recovery.md) and takes four batches or more.
     weights: {layer: [positions]} of scores.position_weights, by which errors count; then tokens
         before the patches are always looked at. None: all positions count alike.
 
@@ -60,7 +60,8 @@ def reconstruct(
     images at once, memory holds what enters a block of either model, and the targets of the block.
 
     Raises ValueError if model is not dense without drops, for missing batches or too few to hold
-    one out, and for values that are not finite. Masks must be of parameters that are there, and in no factored layer.
+    one out, and for values that are not finite. Masks must be of parameters that are there, and in
+    no factored layer.
     Source: asymmetric reconstruction (Zhang et al. 2016, section 3.3); He et al. 2017 for channels
     that are removed.
     """
@@ -274,7 +275,7 @@ def _weigh(place, weights, dense, tokens):
     seen = min(tokens - place.prefix, patches)
     if seen < 1:
         raise ValueError(f"tokens={tokens} leaves no patch beside {place.prefix} other tokens")
-    weights = weights.float()
+    weights = weights.float().clone()  # the caller's stay as they are
     weights[place.prefix :] *= patches / seen  # each stands for those that are not looked at
     place.weights = weights * (place.prefix + seen) / len(weights)
 

@@ -106,9 +106,8 @@ class Run:
             options.pop("weights" if path is None else "pretrained", None)
             if path:
                 options["weights"] = str(path)
-                if (
-                    self.params.data.normalise != "weights"
-                ):  # the study's word, where a file has none
+                # The study's word serves where a file has none.
+                if self.params.data.normalise != "weights":
                     options["normalise_else"] = self.params.data.normalise
         return options
 
