@@ -131,9 +131,9 @@ def test_positions_count_as_they_are_weighted(batches):
 def test_tokens_before_the_patches_are_always_looked_at():
     """And each patch that is looked at stands for those that are not."""
     place = recover._Place("", None, None, None, slice(None))
-    recover._weigh(
-        place, torch.tensor([2.0, 1.0, 0.75, 0.75, 0.5]), SimpleNamespace(num_prefix_tokens=1), 3
-    )
+    given = torch.tensor([2.0, 1.0, 0.75, 0.75, 0.5])
+    recover._weigh(place, given, SimpleNamespace(num_prefix_tokens=1), 3)
+    assert given.tolist() == [2.0, 1.0, 0.75, 0.75, 0.5]  # the caller's stay as they are
     each = torch.arange(5.0).repeat(4)[:, None]
     seen = recover._positions(each, 7, 4, 3, place)[:, 0]
     assert len(seen) == 12 and (seen == 0).sum() == 4
