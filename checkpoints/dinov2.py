@@ -16,10 +16,10 @@ import torch
 
 from vitlab import data, files, imitate, models, runs, train
 
-EPOCHS = 32  # of 12,096 images
+EPOCHS = 24  # of 12,096 images
 PARTS = {"caltech101-dinov2": 32, "cifar10-dinov2": 32}  # images of each study in a batch
-RECIPE = train.Recipe(epochs=EPOCHS, lr=0.001, batch_size=64, precision="float32")
-VIEWS = {"views": 8, "augment": {"scale": [0.35, 1.0], "flip": True}, "precision": "float32"}
+RECIPE = train.Recipe(epochs=EPOCHS, lr=0.001, batch_size=64, precision="bf16")
+VIEWS = {"views": 8, "augment": {"scale": [0.35, 1.0], "flip": True}, "precision": "bf16"}
 
 
 def main(epochs=EPOCHS):
@@ -33,7 +33,7 @@ def main(epochs=EPOCHS):
     parts = [(images.train, size) for images, size in zip(splits, sizes, strict=True)]
     held_out = [(images.val.subset(800), size) for images, size in zip(splits, sizes, strict=True)]
     lessons = imitate.Lessons(teacher, parts, home / "answers", **VIEWS)
-    val = imitate.Lessons(teacher, held_out, home / "answers", precision="float32")
+    val = imitate.Lessons(teacher, held_out, home / "answers", precision="bf16")
     swin = new_swin(classes=imitate.say(teacher, torch.zeros(1, 3, 112, 112)).shape[1])
     recipe = replace(RECIPE, epochs=epochs)
     history = imitate.fit(swin, lessons, val, recipe, stage="swin", folder=home)
