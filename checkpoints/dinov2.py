@@ -16,10 +16,10 @@ import torch
 
 from vitlab import data, files, imitate, models, runs, train
 
-EPOCHS = 24  # of 12,096 images
+EPOCHS = 16  # of 12,096 images
 PARTS = {"caltech101-dinov2": 32, "cifar10-dinov2": 32}  # images of each study in a batch
 RECIPE = train.Recipe(epochs=EPOCHS, lr=0.001, batch_size=64, precision="bf16")
-VIEWS = {"views": 8, "augment": {"scale": [0.35, 1.0], "flip": True}, "precision": "bf16"}
+VIEWS = {"views": 4, "augment": {"scale": [0.35, 1.0], "flip": True}, "precision": "bf16"}
 
 
 def main(epochs=EPOCHS):

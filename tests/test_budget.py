@@ -27,22 +27,31 @@ def test_reach_is_the_four_calls(any_model, batch):
     kinds = ["heads", "neurons", "width", "ranks"]
     if models.view(any_model).units(["filters"]):
         kinds.insert(2, "filters")
-    weights = scores.position_weights(any_model, batches)
+    seen = budget.positions(any_model, batches)
     matrices = list(models.view(any_model).matrices)
-    grams = scores.grams(any_model, batches, layers=matrices, affine=True, weights=weights)
+    grams = scores.grams(any_model, batches, layers=matrices, affine=True, **seen)
     scored = budget.candidates(any_model, batches, kinds=kinds, grams=grams)
     expected_plan = budget.plan(any_model, **scored, kinds=kinds, macs=0.6)
-    how = {"compensate": "least squares", "weights": weights}
+    how = {"compensate": "least squares", "grams": grams, **seen}
     expected, drops = budget.cut(any_model, expected_plan, batches, **how)
     damping = "held out" if len(batches) >= 4 else 1e-3
-    how = {"weights": weights, "damping": damping}
-    expected = recover.reconstruct(expected, any_model, batches, drops=drops, **how)
+    how = {"drops": drops, "damping": damping, **seen}
+    expected = recover.reconstruct(expected, any_model, batches, **how)
 
     assert plan.drop == expected_plan.drop and plan.ranks == expected_plan.ranks
     assert torch.equal(small(batch[0]), expected(batch[0]))
     assert cost.macs(small) <= 0.6 * cost.macs(any_model) * (1 + 1e-9)
     for name, tensor in any_model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_sixteen_positions_of_an_image_do_unless_images_are_few(vit):
+    """Each input of the widest layer gets eight of them."""
+    widest = max(layer.weight[0].numel() for layer in models.view(vit).matrices.values())
+    x = torch.zeros(widest // 8, 3, 1, 1)
+    for batches, tokens in ((1, 64), (2, 32), (4, 16), (8, 16)):
+        found = budget.positions(vit, [(x, None)] * batches)
+        assert found == {"tokens": tokens, "weights": {}}
 
 
 def test_kinds_that_a_model_lacks_are_left_out_unless_they_are_named(batch):

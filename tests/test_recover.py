@@ -1,14 +1,23 @@
 """recover: least squares against the dense model, by hand and on every architecture."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import toy
 
 from vitlab import models
 from vitlab.models import _layers, anatomy
-from vitlab.pruning import budget, compensate, factor, masks, prune, ranks, recover, scores, shrink
+from vitlab.pruning import (
+    _sweep,
+    budget,
+    compensate,
+    factor,
+    masks,
+    prune,
+    ranks,
+    recover,
+    scores,
+    shrink,
+)
 
 
 @pytest.fixture
@@ -130,14 +139,17 @@ def test_positions_count_as_they_are_weighted(batches):
 
 def test_tokens_before_the_patches_are_always_looked_at():
     """And each patch that is looked at stands for those that are not."""
-    place = recover._Place("", None, None, None, slice(None))
     given = torch.tensor([2.0, 1.0, 0.75, 0.75, 0.5])
-    recover._weigh(place, given, SimpleNamespace(num_prefix_tokens=1), 3)
+    positions = _sweep.Positions(3, given, prefix=1)
     assert given.tolist() == [2.0, 1.0, 0.75, 0.75, 0.5]  # the caller's stay as they are
     each = torch.arange(5.0).repeat(4)[:, None]
-    seen = recover._positions(each, 7, 4, 3, place)[:, 0]
+    seen = positions(each, 7, 4)
     assert len(seen) == 12 and (seen == 0).sum() == 4
-    assert place.weights.tolist() == pytest.approx([1.2, 1.2, 0.9, 0.9, 0.6])
+    assert positions.weights.tolist() == pytest.approx([1.2, 1.2, 0.9, 0.9, 0.6])
+    weights = positions.weights_of(seen, 7, 4)
+    assert weights.equal(positions.weights.float()[seen[:, 0].long(), None])
+    with pytest.raises(ValueError, match="tokens=1 leaves no patch beside 1 other tokens"):
+        _sweep.Positions(1, given, prefix=1)
 
 
 @pytest.mark.parametrize(("noise", "expected"), [(0.0, 1e-3), (30.0, 10.0)])

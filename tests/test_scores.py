@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, normalize, pad
 
 from vitlab import models
 from vitlab.models import anatomy
-from vitlab.pruning import _sweep, lowrank, masks, scores, shrink
+from vitlab.pruning import _sweep, lowrank, masks, pool, scores, shrink
 
 CHANNELS = ("qk", "v", "width")
 
@@ -543,7 +543,7 @@ def test_one_pass_measures_all_and_each_as_if_alone(model, batch):
         },
     }
     handle.remove()
-    assert list(found) == list(alone)
+    assert list(found) == [*alone, "directions"] and not found["directions"]
     for group, criteria in alone.items():
         assert list(found[group]) == list(criteria)
         for criterion, tensors in criteria.items():
@@ -714,6 +714,37 @@ def test_weights_count_positions_as_often_in_grams(batch):
     x = x.view(-1, 17, x.shape[-1])
     x = torch.cat([x, x[:, :1], x[:, :1]], 1).flatten(0, 1)
     torch.testing.assert_close(found, (x.T @ x / len(x)).double(), rtol=1e-4, atol=1e-5)
+
+
+def test_grams_of_some_positions_are_near_those_of_all(batch):
+    """And equal them where all are looked at; the class token is never left out."""
+    vit = with_class_token()
+    name = "blocks.1.mlp.fc1"
+    weights = torch.ones(17, dtype=torch.float64)
+    weights[0] = 5
+    how = {"layers": [name], "affine": True, "weights": {name: weights}}
+    images = split(batch, 4)
+    whole = scores.grams(vit, images, **how)[name]
+    assert scores.grams(vit, images, tokens=17, **how)[name].equal(whole)
+    some = scores.grams(vit, images, tokens=9, **how)[name]
+    assert some[-1, -1].item() == pytest.approx(1) and not some.equal(whole)
+    assert (some - whole).norm() < 0.3 * whole.norm()
+    weights[1:] = 0  # the class token alone: nothing is left to chance
+    only = scores.grams(vit, images, **how)[name]
+    torch.testing.assert_close(scores.grams(vit, images, tokens=2, **how)[name], only)
+
+
+def test_one_pass_gives_units_and_directions(model, batch):
+    """Together they are what they are apart."""
+    grams = scores.grams(model, [batch])
+    layers = models.view(model).linears()
+    bases = {name: pool.basis(layer, grams[name]) for name, layer in layers.items()}
+    found = scores.measure(model, [batch], units=["fisher"], bases=bases)
+    apart = scores.directions(model, [batch], bases)
+    for name, rises in apart.items():
+        torch.testing.assert_close(found["directions"][name], rises)
+    for key, each in scores.units(model, [batch], criteria=["fisher"])["fisher"].items():
+        torch.testing.assert_close(found["units"]["fisher"][key], each)
 
 
 def test_positions_weigh_as_much_as_their_gradients(batch):

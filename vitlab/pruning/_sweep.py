@@ -1,7 +1,7 @@
 """Collect values and gradients of layers in one pass over batches.
 
-Public: Grams, LABELS, Moments, NO_BATCHES, Sweep, channels_last, check_images, cross_entropy,
-fitting_gram, layer_inputs, patches, wide, zeros.
+Public: Grams, LABELS, Moments, NO_BATCHES, Positions, Sweep, channels_last, check_images,
+cross_entropy, fitting_gram, layer_inputs, outputs, patches, positions_of, wide, zeros.
 """
 
 from collections import defaultdict
@@ -101,7 +101,7 @@ class Sweep(ExitStack):
     def on_value(self, layer, add, *, output=False):
         """Call add(x) for each batch with a layer's input (or output), [tokens, channels], wide."""
         # Inputs of a convolution come as patches, [positions, C * k * k].
-        flat = _outputs if output else layer_inputs
+        flat = outputs if output else layer_inputs
         self.hook(layer, lambda x: add(flat(x, layer)), output=output)
 
     def on_output_gradient(self, layer, add):
@@ -110,7 +110,7 @@ class Sweep(ExitStack):
         # They are the gradients of each image's own loss by the layer's output.
         def watch(x):
             x.requires_grad_()
-            x.register_hook(lambda gradient: add(_outputs(gradient, layer)))
+            x.register_hook(lambda gradient: add(outputs(gradient, layer)))
 
         self.backward = True
         self.hook(layer, watch, output=True)
@@ -256,29 +256,76 @@ class Moments:
         return (self.tokens[key] * square).sqrt()
 
 
+class Positions:
+    """Choose at which positions of images a layer is looked at, and how much each counts.
+
+    most: how many of an image, on average; None: all.
+    weights: [positions], how much each counts; None: all alike.
+    prefix: so many tokens before the patches are always looked at, if there are weights.
+    """
+
+    def __init__(self, most=None, weights=None, prefix=0):
+        self.most = most
+        self.weights = weights
+        self.prefix = 0 if weights is None else prefix
+        if weights is not None and most and most < len(weights):
+            patches = len(weights) - prefix
+            seen = most - prefix
+            if seen < 1:
+                raise ValueError(f"tokens={most} leaves no patch beside {prefix} other tokens")
+            self.weights = weights.double().clone()  # the caller's stay as they are
+            self.weights[prefix:] *= patches / seen  # each stands for those not looked at
+            self.weights *= most / len(weights)  # the mean over those seen is 1 again
+
+    def __call__(self, x, number, images):
+        """Return [tokens, channels] of x at the positions, which are all of its first dimension.
+
+        number: of the batch. All that has as many positions is looked at at the same ones.
+        images: how many x is of.
+        """
+        if not self.most or len(x) <= images * self.most:
+            return x
+        generator = torch.Generator().manual_seed(number)
+        order = torch.randperm(len(x), generator=generator)
+        if self.prefix:
+            is_first = order % (len(x) // images) < self.prefix
+            order = torch.cat([order[is_first], order[~is_first]])
+        return x[order[: images * self.most].to(x.device)]
+
+    def weights_of(self, x, number, images):
+        """Return how much each of the positions counts, [tokens, 1]; x: as they were chosen."""
+        if self.weights is None:
+            return x.new_ones(len(x), 1)
+        return self(self.weights.to(x).repeat(images)[:, None], number, images)
+
+
+def positions_of(model, layers, tokens, weights):
+    """Return {layer: Positions} of so many tokens and of {layer: [positions]}, or None, weights."""
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    return {name: Positions(tokens, (weights or {}).get(name), prefix) for name in layers}
+
+
 class Grams:
     """Add up x x^T over the tokens of all batches; affine appends a constant 1 to x.
 
-    weights: {key: [positions]}, how much each position of an image counts; None: all alike.
+    positions: {key: Positions}; of others all count alike.
     """
 
-    def __init__(self, affine=False, weights=None):
+    def __init__(self, affine=False, positions=None):
         self.affine = affine
-        self.weights = weights or {}
+        self.positions = defaultdict(Positions, positions or {})
         self.tokens = defaultdict(int)  # {key: how many, or the sum of their weights}
         self.totals = defaultdict(int)  # {key: sum [channels, channels]}
 
-    def add(self, key, x):
-        """Add the values of one batch, x [tokens, channels]."""
+    def add(self, key, x, number=0, images=1):
+        """Add the values of a batch of so many images and of this number, x [tokens, channels]."""
+        positions = self.positions[key]
+        x = positions(x, number, images)
         if self.affine:
             x = functional.pad(x, (0, 1), value=1)
-        weighted = x
-        if key in self.weights:
-            images = len(x) // len(self.weights[key])
-            weighted = self.weights[key].to(x).repeat(images)[:, None] * x
-            self.tokens[key] += images * self.weights[key].sum().item()
-        else:
-            self.tokens[key] += len(x)
+        weights = positions.weights_of(x, number, images)
+        self.tokens[key] += weights.sum().item()
+        weighted = x if positions.weights is None else weights * x
         # Products are taken in the inputs' precision, at least float32, and added up in float64.
         self.totals[key] += (weighted.T @ x).double()
 
@@ -293,7 +340,7 @@ def channels_last(x, layer):
     return x.movedim(1, -1) if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)) else x
 
 
-def _outputs(x, layer):
+def outputs(x, layer=None):
     """Return a layer's output, or gradients by it, as [tokens, channels], wide."""
     return channels_last(wide(x), layer).flatten(0, -2)
 

@@ -3,7 +3,7 @@
 A budget is a share of the model's MACs, parameters, bytes or time. `reach` does all of it in one
 call; `candidates`, `plan` and `cut` are its steps. Method: docs/methods/budget.md.
 
-Public: candidates, cut, plan, reach.
+Public: candidates, cut, plan, positions, reach.
 """
 
 import math
@@ -16,6 +16,7 @@ from vitlab.pruning import factor, pool, recover, scores, shrink
 
 _POOL = ("heads", "neurons", "filters", "width", "ranks")  # the kinds that do best together
 _MOST_CORRECTIONS = 12
+_TOKENS = 16  # positions of an image that tell most of what all do
 
 
 def reach(model, batches, *, labels="true", **target):
@@ -38,19 +39,41 @@ def reach(model, batches, *, labels="true", **target):
     view = models.view(model)
     # A stem of one convolution, for instance, has no filters that may go.
     kinds = [kind for kind in _POOL if kind == "ranks" or view.units([kind])]
-    # An error of the class token counts as much as the loss moves with it.
-    weights = scores.position_weights(model, batches, labels=labels)
+    seen = positions(model, batches, labels=labels)
     # Bases of ranks and compensation need the same grams: take them once.
-    grams = _affine_grams(model, batches, weights=weights)
+    grams = _affine_grams(model, batches, **seen)
     competitors = candidates(model, batches, kinds=kinds, grams=grams, labels=labels)
     chosen = plan(model, **competitors, kinds=kinds, **target)
-    how = {"grams": grams, "weights": weights}
-    small, drops = cut(model, chosen, batches, compensate="least squares", **how)
+    how = {"grams": grams, "compensate": "least squares"}
+    small, drops = cut(model, chosen, batches, **how, **seen)
     # Then all layers are solved for against the dense model (docs/methods/recovery.md), by a ridge
     # that serves images which were not used.
     damping = "held out" if len(batches) >= 4 else 1e-3
-    how = {"weights": weights, "damping": damping}
-    return recover.reconstruct(small, model, batches, drops=drops, **how), chosen
+    how = {"drops": drops, "damping": damping}
+    return recover.reconstruct(small, model, batches, **how, **seen), chosen
+
+
+def positions(model, batches, *, labels="true"):
+    """Say at which positions of an image layers are looked at, and how much each of them counts.
+
+    Positions of one image are alike, so that sixteen do, unless all images together would give the
+    widest layer less than eight for each of its inputs. An error of the class token counts as much
+    as the loss moves with it.
+
+    model, batches, labels: see `reach`.
+
+    Returns {"tokens": ..., "weights": ...}, as scores.grams, `cut` and recover.reconstruct take
+    them.
+    Raises what scores.position_weights raises.
+    """
+    images = sum(len(x) for x, _ in batches)
+    matrices = models.view(model).matrices.values()
+    widest = max(layer.weight.flatten(1).shape[1] for layer in matrices)
+    tokens = max(_TOKENS, math.ceil(8 * widest / max(images, 1)))
+    # A mean of squares needs few images.
+    few = batches[:: max(1, len(batches) // 4)]
+    weights = scores.position_weights(model, few, labels=labels)
+    return {"tokens": tokens, "weights": weights}
 
 
 def candidates(model, batches, *, kinds, grams=None, labels="true"):
@@ -64,19 +87,23 @@ def candidates(model, batches, *, kinds, grams=None, labels="true"):
     Returns {"unit_scores": ..., "directions": ...}, each only if a kind needs it.
     Raises what scores.units, scores.grams and scores.directions raise.
     """
-    measured = {}
-    # Fisher scores and directions are both in loss units, so that they may compete.
-    units = [kind for kind in kinds if kind != "ranks"]
-    if units:
-        by_criterion = scores.units(model, batches, criteria=["fisher"], kinds=units, labels=labels)
-        measured["unit_scores"] = by_criterion["fisher"]
     # Directions are those of the activation-weighted SVD, of all linear layers and the stem's
     # convolutions.
+    bases = None
     if "ranks" in kinds:
         moments = _second_moments(grams or _affine_grams(model, batches))
         matrices = models.view(model).matrices
         bases = {name: pool.basis(layer, moments[name]) for name, layer in matrices.items()}
-        measured["directions"] = scores.directions(model, batches, bases, labels=labels)
+    # Fisher scores and directions are both in loss units, so that they may compete. One backward
+    # pass gives both.
+    units = [kind for kind in kinds if kind != "ranks"]
+    how = {"units": ["fisher"], "kinds": units} if units else {}
+    found = scores.measure(model, batches, bases=bases, labels=labels, **how)
+    measured = {}
+    if units:
+        measured["unit_scores"] = found["units"]["fisher"]
+    if bases:
+        measured["directions"] = found["directions"]
     return measured
 
 
@@ -203,7 +230,7 @@ def _measured(model, plan, what, share, batch):
     return replace(plan, share=kept), 0 if is_met else miss
 
 
-def cut(model, plan, batches=(), *, grams=None, compensate=None, weights=None):
+def cut(model, plan, batches=(), *, grams=None, compensate=None, tokens=None, weights=None):
     """Make the smaller model that a plan describes.
 
     model: the model of the plan; it stays as it is.
@@ -213,7 +240,7 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None, weights=None):
         already.
     compensate: what makes up for units that go, see shrink.remove. None: nothing; "mean": what is
         lost on average; "least squares": the inputs that stay, about their mean.
-    weights: those of scores.grams that grams are taken by.
+    tokens, weights: those of scores.grams that grams are taken by.
 
     Returns the smaller model, and [plan.drop] (or []) for recover.reconstruct.
     Raises ValueError for another compensate or one without batches, and what shrink.remove and
@@ -225,7 +252,7 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None, weights=None):
     if plan.drop:
         known = {}
         if compensate:
-            grams = grams or _affine_grams(model, batches, weights=weights)
+            grams = grams or _affine_grams(model, batches, tokens=tokens, weights=weights)
             known["means"] = {name: gram[-1, :-1] for name, gram in grams.items()}
         if compensate == "least squares":
             known["grams"] = _second_moments(grams)
@@ -235,17 +262,18 @@ def cut(model, plan, batches=(), *, grams=None, compensate=None, weights=None):
         grams = None
     if plan.ranks:
         if not grams and batches:
-            grams = _affine_grams(small, batches, plan.ranks, weights)
+            grams = _affine_grams(small, batches, plan.ranks, tokens, weights)
         # Without batches and grams ranks are of the plain SVD, not activation-weighted.
         moments = grams and _second_moments(grams)
         small = factor.factorise(small, plan.ranks, grams=moments)
     return small, drops
 
 
-def _affine_grams(model, batches, layers=None, weights=None):
+def _affine_grams(model, batches, layers=None, tokens=None, weights=None):
     """Return scores.grams [n+1, n+1], mean inputs last; layers None: all to factor."""
-    layers = layers or models.view(model).matrices
-    return scores.grams(model, batches, layers=list(layers), affine=True, weights=weights)
+    layers = list(layers or models.view(model).matrices)
+    how = {"affine": True, "tokens": tokens, "weights": weights}
+    return scores.grams(model, batches, layers=layers, **how)
 
 
 def _second_moments(grams):

@@ -80,6 +80,7 @@ def reconstruct(
     rows_by_layer = _rows(dense, drops)
     _check_same(model, rows_by_layer)
     masks = _checked_masks(model, keep or {})
+    positions = _sweep.positions_of(dense, rows_by_layer, tokens, weights)
     view = models.view(model)
     dense_view = models.view(dense)
     segments = dense_view.layers_along_stream
@@ -101,11 +102,11 @@ def reconstruct(
                 rows = rows_by_layer.get(layer_name, ())
                 if _is_solved(model, layer_name, rows):
                     place = _place(dense_view, view, layer_name, rows)
-                    _weigh(place, (weights or {}).get(layer_name), dense, tokens)
+                    place.positions = positions[layer_name]
                     places.append(place)
-            _advance(places, dense_part, dense_inputs, tokens)
+            _advance(places, dense_part, dense_inputs)
             for place in places:
-                fitted, held_out = _moments(place, part, inputs, tokens)
+                fitted, held_out = _moments(place, part, inputs)
                 share = damping
                 if damping == "held out":
                     share = _chosen(place, fitted, held_out)
@@ -234,8 +235,7 @@ class _Place:
     norm: nn.Module | None = None  # sees the stream in front of it, if the layer ends a block
     dense_norm: nn.Module | None = None
     shift: Tensor | float = 0.0  # of a batch norm's mean against dense's
-    weights: Tensor | None = None  # of the positions of an image
-    prefix: int = 0  # how many of them are always looked at
+    positions: _sweep.Positions | None = None  # at which images are looked at
     targets: list = dataclasses.field(default_factory=list)  # [positions, outputs] of each batch
 
 
@@ -266,39 +266,7 @@ def _place(dense_view, view, name, rows):
     return place
 
 
-def _weigh(place, weights, dense, tokens):
-    """Say in place how much each position counts, so that the mean over those seen is 1."""
-    if weights is None:
-        return
-    place.prefix = getattr(dense, "num_prefix_tokens", 0)
-    patches = len(weights) - place.prefix
-    seen = min(tokens - place.prefix, patches)
-    if seen < 1:
-        raise ValueError(f"tokens={tokens} leaves no patch beside {place.prefix} other tokens")
-    weights = weights.float().clone()  # the caller's stay as they are
-    weights[place.prefix :] *= patches / seen  # each stands for those that are not looked at
-    place.weights = weights * (place.prefix + seen) / len(weights)
-
-
-def _positions(x, number, images, tokens, place=None, layer=None):
-    """Return at most so many positions of each of the images of x, [positions, channels].
-
-    They are the same in all that has as many positions and comes from the batch of that number.
-    place: says how many of an image's positions are always among them.
-    """
-    x = _sweep.channels_last(_sweep.wide(x), layer)
-    x = x.flatten(0, -2)
-    if len(x) <= images * tokens:
-        return x
-    generator = torch.Generator().manual_seed(number)
-    order = torch.randperm(len(x), generator=generator)
-    if place and place.prefix:
-        is_first = order % (len(x) // images) < place.prefix
-        order = torch.cat([order[is_first], order[~is_first]])
-    return x[order[: images * tokens].to(x.device)]
-
-
-def _advance(places, part, stream, tokens):
+def _advance(places, part, stream):
     """Set the targets of places in a part of dense, and move the stream through the part.
 
     places: those of the part. stream: what enters the part, by batch; replaced by what leaves it.
@@ -306,18 +274,19 @@ def _advance(places, part, stream, tokens):
     norms = [place.dense_norm for place in places]
     dense_layers = [place.dense_layer for place in places]
     for number, x in enumerate(stream):
-        sample = number, len(x), tokens
+        batch = number, len(x)
         seen = _watch(part, x, *norms, *dense_layers, part)
         for place in places:
             # 1. The target is what the layer gives in dense, of the outputs that are left.
-            outputs = seen[place.dense_layer][1]
-            target = _positions(outputs, *sample, place, place.dense_layer)[:, place.rows]
+            outputs = _sweep.outputs(seen[place.dense_layer][1], place.dense_layer)
+            target = place.positions(outputs, *batch)[:, place.rows]
             # 2. It is compared where it acts: behind the mean of a batch norm, and LayerScale.
             target = (target + place.shift) * place.dense_scale
             # 3. At the end of a block it is all that the block leaves in the residual stream.
             if place.norm is not None:
-                before = _positions(seen[place.dense_norm][0], *sample, place)
-                target = target + before[:, place.rows] * place.corrects
+                before = _sweep.outputs(seen[place.dense_norm][0])
+                before = place.positions(before, *batch)[:, place.rows]
+                target = target + before * place.corrects
             place.targets.append(target)
         stream[number] = seen[part][1]
 
@@ -336,7 +305,7 @@ class _Moments:
         )
 
 
-def _moments(place, part, stream, tokens):
+def _moments(place, part, stream):
     """Return the _Moments of a layer over the batches to fit on, and over those held out.
 
     part: the module of the model around the layer. stream: what enters part, by batch.
@@ -344,17 +313,14 @@ def _moments(place, part, stream, tokens):
     first = _matrices(place.layer)[0]
     sums = [_Moments(), _Moments()]
     for number, (x, target) in enumerate(zip(stream, place.targets, strict=True)):
-        sample = number, len(x), tokens, place
+        batch = number, len(x)
         seen = _watch(part, x, place.norm, place.layer)
         # 1. The layer has to add what the target has more than the stream in front of it.
         if place.norm is not None:
-            before = _positions(seen[place.norm][0], *sample)
+            before = place.positions(_sweep.outputs(seen[place.norm][0]), *batch)
             target = target - before[:, place.channels] * place.corrects
-        inputs = _sweep.layer_inputs(seen[place.layer][0], first)
-        inputs = _positions(inputs, *sample)
-        weights = inputs.new_ones(len(inputs), 1)
-        if place.weights is not None:
-            weights = _positions(place.weights.to(inputs).repeat(len(x))[:, None], *sample)
+        inputs = place.positions(_sweep.layer_inputs(seen[place.layer][0], first), *batch)
+        weights = place.positions.weights_of(inputs, *batch)
         # 2. Products in single precision are taken about the means of the first batch. About 0
         # their rounding does not cancel where positions are alike: it would outweigh a small
         # variance and be solved for.
@@ -391,7 +357,7 @@ def _moved(moments, centre, target_centre):
 
 def _chosen(place, fitted, held_out):
     """Return the damping whose map, fitted on some positions, is nearest to others' targets."""
-    scale, before, has_bias = _present(place, {}, fitted.gram)
+    _, before, has_bias = _present(place, {}, fitted.gram)
     errors = {}
     for damping in _DAMPINGS:
         weight, bias, _ = _regress(fitted, before, has_bias, damping)

@@ -31,6 +31,7 @@ from vitlab.pruning._sweep import (
     cross_entropy,
     fitting_gram,
     layer_inputs,
+    positions_of,
     wide,
     zeros,
 )
@@ -63,18 +64,20 @@ def measure(
     parameters=None,
     layers=None,
     kinds=("heads", "neurons"),
+    bases=None,
     grams=None,
     damping=1e-3,
     labels="true",
     seed=0,
 ):
-    """Measure scores of weights, rows and units in one pass.
+    """Measure scores of weights, rows, units and directions in one pass.
 
     model, batches: as at the top of this file.
     weights, rows, units: criteria of the functions of these names, which say what they return.
     parameters, grams, damping: options of `weights`.
     layers: option of `rows`.
     kinds: option of `units`.
+    bases: those of `directions`; None: no directions.
     labels: what the loss L of an image is taken by:
       true   cross-entropy with the label of batches
       model  cross-entropy with a label that seed draws from the model's own prediction
@@ -83,7 +86,8 @@ def measure(
              It needs neither labels nor a classifier, and says nothing about one.
     seed: of random, and of labels other than true.
 
-    Returns {"weights": ..., "rows": ..., "units": ...}; a group without criteria comes back empty.
+    Returns {"weights": ..., "rows": ..., "units": ..., "directions": ...}; a group that is not
+    asked for comes back empty.
     Raises ValueError for no criteria at all, unknown names, and a loss or a score that is not
     finite. So it does for missing batches, which only random and magnitude can do without, and for
     a model without classifier unless labels is "none".
@@ -91,8 +95,8 @@ def measure(
     weights = known(weights, WEIGHTS, "criterion")
     rows = known(rows, ROWS, "criterion")
     units = known(units, UNITS, "criterion")
-    if not weights + rows + units:
-        raise ValueError("nothing to measure: give criteria of weights, rows or units")
+    if not (weights + rows + units or bases):
+        raise ValueError("nothing to measure: give criteria of weights, rows or units, or bases")
     plans = {}
     with Sweep(model) as sweep:
         # All plans hook into one sweep. It runs one forward pass for all criteria and, if one of
@@ -103,6 +107,7 @@ def measure(
             plans["rows"] = _plan_rows(sweep, rows, layers)
         if units:
             plans["units"] = _plan_units(sweep, units, kinds)
+        rises = _plan_directions(sweep, bases or {})
         # The control and magnitudes hook nothing: they need no images.
         if sweep.hooked:
             sweep.run(batches, labels=labels, seed=seed)
@@ -113,7 +118,9 @@ def measure(
         for criterion in criteria[group]:
             values = {key: table[criterion](key) for key in shapes}
             scores[group][criterion] = _finite(criterion, values)
-    return scores
+    # A layer that keeps all of its directions loses nothing: entry R is 0.
+    means = {name: functional.pad(rise / sweep.images, (0, 1)) for name, rise in rises.items()}
+    return scores | {"directions": _finite("direction", means)}
 
 
 def weights(model, batches=None, *, criteria, **options):
@@ -188,7 +195,7 @@ def units(model, batches=None, *, criteria, **options):
 
 
 @parallel.first_decides
-def grams(model, batches, *, layers=None, affine=False, weights=None):
+def grams(model, batches, *, layers=None, affine=False, tokens=None, weights=None):
     """Measure the second moments X^T X / tokens of layer inputs, by forward passes only.
 
     model, batches: as at the top of this file.
@@ -196,19 +203,27 @@ def grams(model, batches, *, layers=None, affine=False, weights=None):
         classifier.
     affine: append a constant 1 to the inputs. The tensors are then [n+1, n+1], and their last row
         is the mean input.
-    weights: {layer name: [positions]} of `position_weights`; None: all positions count alike.
+    tokens: number of positions that an image gives a layer, drawn for each batch; None: all. More
+        images tell more than more positions of an image, which are alike.
+    weights: {layer name: [positions]} of `position_weights`; None: all positions count alike. With
+        them tokens before the patches are always looked at.
 
     Returns {layer name: float64 [n, n]}.
-    Raises ValueError for unknown layers, missing batches, inputs that are not finite.
+    Raises ValueError for tokens that leave no patch, unknown layers, missing batches, and inputs
+    that are not finite.
     """
     chosen = _own_layers(model, layers)
-    totals = Grams(affine, weights)
+    totals = Grams(affine, positions_of(model, chosen, tokens, weights))
     with Sweep(model) as sweep:
+
+        def add(name, x):
+            totals.add(name, x, sweep.batches, sweep.size)
+
         for name, layer in chosen.items():
             # X [tokens, n] are the inputs over all images and positions, window padding included.
             # For a convolution of one group they are the patches that its filters see. Then n is
             # channels * k * k, as in weight.flatten(1).
-            sweep.on_value(layer, partial(totals.add, name))
+            sweep.on_value(layer, partial(add, name))
         sweep.run(batches)
     return _finite("gram", {name: totals.mean(name) for name in chosen})
 
@@ -290,31 +305,7 @@ def directions(model, batches, bases, *, labels="true", seed=0):
     r on go, so that it compares with the "fisher" of `units`.
     Raises ValueError as `measure` does.
     """
-    chosen = _own_layers(model, bases)
-    inputs = {}  # of each layer, until its gradients come
-    rises = defaultdict(int)
-
-    def add(name, layer, gradient):
-        u, v = (part.to(gradient) for part in bases[name])
-        x = layer_inputs(inputs.pop(name), layer)
-        # A gate z_i on the part u_i v_i has dL/dz_i = the sum over one image's positions of
-        # (u_i . g)(v_i . x). There g and x are the loss's gradient by the layer's output and its
-        # input.
-        by_position = (x @ v.T) * (gradient @ u)
-        gates = by_position.view(sweep.size, -1, len(v)).sum(1)  # [B, R]
-        # Entry r is E(sum of dL/dz_i over all i >= r)^2 / 2, where E is the mean over images:
-        # signed and summed before it is squared.
-        after = gates.flip(1).cumsum(1).flip(1)
-        rises[name] += after.double().square().sum(0) / 2
-
-    with Sweep(model) as sweep:
-        for name, layer in chosen.items():
-            sweep.hook(layer, partial(inputs.__setitem__, name))
-            sweep.on_output_gradient(layer, partial(add, name, layer))
-        sweep.run(batches, labels=labels, seed=seed)
-    # A layer that keeps all of its directions loses nothing: entry R is 0.
-    means = {name: functional.pad(rises[name] / sweep.images, (0, 1)) for name in chosen}
-    return _finite("direction", means)
+    return measure(model, batches, bases=bases, labels=labels, seed=seed)["directions"]
 
 
 @parallel.first_decides
@@ -551,6 +542,31 @@ def _plan_units(sweep, criteria, kinds):
     table, shapes = _plan_places(sweep, criteria, places)
     table["magnitude"] = lambda key: _unit_squares(view.block(key[0]), key[1]).sqrt()
     return table, shapes
+
+
+def _plan_directions(sweep, bases):
+    """Plan the rises of `directions`, and return them by layer: they are sums over images."""
+    chosen = _own_layers(sweep.model, bases) if bases else {}
+    inputs = {}  # of each layer, until its gradients come
+    rises = dict.fromkeys(chosen, 0.0)
+
+    def add(name, layer, gradient):
+        u, v = (part.to(gradient) for part in bases[name])
+        x = layer_inputs(inputs.pop(name), layer)
+        # A gate z_i on the part u_i v_i has dL/dz_i = the sum over one image's positions of
+        # (u_i . g)(v_i . x). There g and x are the loss's gradient by the layer's output and its
+        # input.
+        by_position = (x @ v.T) * (gradient @ u)
+        gates = by_position.view(sweep.size, -1, len(v)).sum(1)  # [B, R]
+        # Entry r is E(sum of dL/dz_i over all i >= r)^2 / 2, where E is the mean over images:
+        # signed and summed before it is squared.
+        after = gates.flip(1).cumsum(1).flip(1)
+        rises[name] += after.double().square().sum(0) / 2
+
+    for name, layer in chosen.items():
+        sweep.hook(layer, partial(inputs.__setitem__, name))
+        sweep.on_output_gradient(layer, partial(add, name, layer))
+    return rises
 
 
 class _Place(NamedTuple):
