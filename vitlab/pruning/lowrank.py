@@ -12,7 +12,7 @@ where H = None is the identity: the plain squared error. All functions take and 
 are float64, results have W's dtype.
 
 Public: Fit, TINY, damped, iht, low_rank_plus_sparse, neighbours, objective, obs_update, project,
-rank_for, refit, regression, spectrum, svd, threshold_product.
+rank_for, refit, regression, solve, spectrum, svd, threshold_product.
 """
 
 import re
@@ -103,6 +103,13 @@ def damped(gram, damping=1e-3):
     return gram
 
 
+def solve(gram, right):
+    """Return gram^-1 right, of a gram that should be positive definite; see `damped`."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    # Rounding may leave an eigenvalue below 0.
+    return torch.linalg.solve(gram, right) if failed else torch.cholesky_solve(right, factor)
+
+
 def regression(gram, columns):
     """Return transfer [n, k], float64, with which x is nearest to transfer x[columns].
 
@@ -113,7 +120,7 @@ def regression(gram, columns):
     """
     gram = gram.double()
     rows = gram[columns]
-    solution = torch.linalg.solve(rows[:, columns], rows)
+    solution = solve(rows[:, columns], rows)
     transfer = solution.T.contiguous()
     transfer[columns] = torch.eye(len(columns)).to(gram)
     return transfer

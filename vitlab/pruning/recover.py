@@ -56,7 +56,7 @@ def reconstruct(
         before the patches are always looked at. None: all positions count alike.
 
     On the positions seen, no layer is further from its target than before its turn, up to the
-    ridge. The cost is about two forward passes of dense, four of model, and the products. For all
+    ridge. The cost is about one forward pass of dense, three of model, and the products. For all
     images at once, memory holds what enters a block of either model, and the targets of the block.
 
     Raises ValueError if model is not dense without drops, for missing batches or too few to hold
@@ -95,8 +95,8 @@ def reconstruct(
                 dense_inputs = list(images)
             elif name == first_block:
                 # A model adds to the stream between the patch embedding and the first block.
-                inputs = [_watch(model, x, part)[part][0] for x in images]
-                dense_inputs = [_watch(dense, x, dense_part)[dense_part][0] for x in images]
+                inputs = [_watch(model, x, part)[part] for x in images]
+                dense_inputs = [_watch(dense, x, dense_part)[dense_part] for x in images]
             places = []
             for layer_name in layer_names:
                 rows = rows_by_layer.get(layer_name, ())
@@ -200,22 +200,24 @@ class _Enough(Exception):
     """End a forward pass."""
 
 
-def _watch(module, x, *watched):
-    """Return {watched: (its input, its output)} of module on x, up to the last module watched.
+def _watch(module, x, *watched, outputs=False):
+    """Return {watched: its input} of module on x, up to the last module watched.
 
     watched: modules inside module, or None.
+    outputs: return {watched: (its input, its output)}.
     """
     seen = {}
 
-    def record(part, arguments, output):
-        seen[part] = arguments[0], output
+    def record(part, arguments, *output):
+        seen[part] = (arguments[0], *output) if outputs else arguments[0]
         if part is watched[-1]:
             raise _Enough
 
     with ExitStack() as hooks, suppress(_Enough):
         for part in watched:
             if part is not None:
-                hooks.enter_context(part.register_forward_hook(record))
+                register = part.register_forward_hook if outputs else part.register_forward_pre_hook
+                hooks.enter_context(register(record))
         module(x)
     return seen
 
@@ -275,7 +277,7 @@ def _advance(places, part, stream):
     dense_layers = [place.dense_layer for place in places]
     for number, x in enumerate(stream):
         batch = number, len(x)
-        seen = _watch(part, x, *norms, *dense_layers, part)
+        seen = _watch(part, x, *norms, *dense_layers, part, outputs=True)
         for place in places:
             # 1. The target is what the layer gives in dense, of the outputs that are left.
             outputs = _sweep.outputs(seen[place.dense_layer][1], place.dense_layer)
@@ -317,9 +319,9 @@ def _moments(place, part, stream):
         seen = _watch(part, x, place.norm, place.layer)
         # 1. The layer has to add what the target has more than the stream in front of it.
         if place.norm is not None:
-            before = place.positions(_sweep.outputs(seen[place.norm][0]), *batch)
+            before = place.positions(_sweep.outputs(seen[place.norm]), *batch)
             target = target - before[:, place.channels] * place.corrects
-        inputs = place.positions(_sweep.layer_inputs(seen[place.layer][0], first), *batch)
+        inputs = place.positions(_sweep.layer_inputs(seen[place.layer], first), *batch)
         weights = place.positions.weights_of(inputs, *batch)
         # 2. Products in single precision are taken about the means of the first batch. About 0
         # their rounding does not cancel where positions are alike: it would outweigh a small
@@ -348,11 +350,14 @@ def _moved(moments, centre, target_centre):
     """Return moments about 0 of inputs and targets that were taken about these centres."""
     if not moments.positions:
         return moments
-    # (x, 1) = back (x - centre, 1)
-    back = torch.eye(len(moments.gram), dtype=torch.float64, device=centre.device)
-    back[:-1, -1] = centre
-    cross = moments.cross + target_centre[:, None] * moments.gram[-1]
-    return _Moments(back @ moments.gram @ back.T, cross @ back.T, moments.positions)
+    # (x, 1) = (x - centre, 1) + shift
+    shift = nn.functional.pad(centre, (0, 1))
+    total = moments.gram[-1]  # the sum of (x - centre, 1)
+    gram = moments.gram + torch.outer(total + moments.positions * shift, shift)
+    gram += torch.outer(shift, total)
+    cross = moments.cross + torch.outer(target_centre, total)
+    cross += torch.outer(cross[:, -1], shift)
+    return _Moments(gram, cross, moments.positions)
 
 
 def _chosen(place, fitted, held_out):
@@ -398,8 +403,9 @@ def _regress(moments, before, has_bias, damping, mask=None):
         # Inputs that vary less than this vary by rounding alone: keep the weights that are there.
         if covariance.diagonal().mean() > 1e-6 * second.diagonal().mean():
             wanted = cross[rows, :-1] - target_mean[rows, None] * centre
-            wanted = wanted + before[rows] @ (ridged - covariance)  # pulls towards these weights
-            weight[rows] = torch.linalg.solve(ridged, wanted.T).T
+            ridge = (ridged - covariance).diagonal()
+            wanted = wanted + before[rows] * ridge  # pulls towards these weights
+            weight[rows] = lowrank.solve(ridged, wanted.T).T
         if mask is not None and mask[rows].any():
             weight[rows] = lowrank.refit(weight[rows], ridged, mask[rows], start=before[rows])
     return weight, (target_mean - weight @ mean) * has_bias, ridged
