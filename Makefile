@@ -3,6 +3,8 @@ PY ?= python3
 STUDY ?= cifar10-small
 # Timings and small models gain nothing from more cores than this; CORES=64 says otherwise.
 CORES ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+# Tests of a file share what they draw and load, so that a core takes whole files.
+SHARED = -n $(CORES) --dist loadfile
 BIN := .venv/bin
 NAME = $(basename $(notdir $(STUDY)))
 DATA = $(or $(VITLAB_DATA),data)
@@ -72,10 +74,10 @@ readme: install
 
 test: install
 	@echo "Running the tests (make test-long: those too that take minutes)."
-	@$(BIN)/python -m pytest -m "not long" $(ARGS)
+	@$(BIN)/python -m pytest -m "not long" $(SHARED) $(ARGS)
 
 test-long: install
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(SHARED) $(ARGS)
 
 lab: install
 	@$(BIN)/python -m jupyterlab --notebook-dir=. $(ARGS)
