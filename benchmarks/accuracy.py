@@ -26,7 +26,6 @@ nothing of the sort.
 import argparse
 import contextlib
 import copy
-import fcntl
 import fnmatch
 import functools
 import io
@@ -40,6 +39,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from common import SMALL, folder, model_of
+from filelock import FileLock
 from peers import torch_pruning, torch_pruning_to
 
 from vitlab import files, models
@@ -227,14 +227,10 @@ def read():
 
 def change(edit):
     """Write what edit makes of the rows there are, while no other process does."""
-    lock = os.open(folder(), os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder(".accuracy.lock")):
         files.write_atomic(
             folder("accuracy.csv"), edit(read()).convert_dtypes().to_csv(index=False)
         )
-    finally:
-        os.close(lock)
 
 
 def those(table, **key):

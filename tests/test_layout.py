@@ -221,7 +221,13 @@ def test_every_study_has_the_values_of_the_demo(path):
 def test_conda_users_get_the_one_list_of_dependencies():
     text = (ROOT / "environment.yml").read_text()
     lines = text.partition("dependencies:\n")[2].splitlines()
-    assert [line.strip() for line in lines] == ["- python>=3.11", "- pip", "- pip:", "- -e .[all]"]
+    assert [line.strip() for line in lines] == [
+        "- python>=3.11",
+        "- pip",
+        "- pip:",
+        "- -c constraints.txt",
+        "- -e .[all]",
+    ]
 
 
 def test_constraints_name_versions_and_no_addresses():

@@ -263,7 +263,7 @@ def test_notebooks_train_in_two_processes(tmp_path):
             command = [sys.executable, "-m", "vitlab", "run", *asked]
             if (notebook, processes) == ("1_train", "2"):  # from a cell, as docs/clusters.md shows
                 cell = nbformat.v4.new_code_cell(
-                    f"from vitlab.studies import notebooks\nassert notebooks.main({asked}) == 0"
+                    f"from vitlab.__main__ import main\nassert main({['run', *asked]}) == 0"
                 )
                 nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "cell.ipynb")
                 command = [

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from vitlab import files
+from vitlab.__main__ import main
 from vitlab.evaluation import bench
 from vitlab.models import _layers, anatomy
 from vitlab.pruning import _sweep, factor, pool, prune, scores
@@ -297,6 +298,29 @@ def demo_with(tmp_path):
     return write
 
 
+def test_a_study_says_only_what_differs_from_its_base(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "first.yaml").write_text(
+        "base: demo\nmodels: {own: {name: conv_vit}}\ntrain: {epochs: 3}\n"
+        "data: {name: images, augment: {scale: [0.5, 1.0]}}\n"
+    )
+    (folder / "second.yaml").write_text("base: first.yaml\ntrain: {lr: 0.5}\n")
+    demo, second = settings.study("demo"), settings.study(str(folder / "second.yaml"))
+    assert second.train == {**demo.train, "epochs": 3, "lr": 0.5} and second.name == "second"
+    # models and augmentation belong together and are taken whole
+    assert list(second.models) == ["own"] and second.data.augment == {"scale": [0.5, 1.0]}
+    assert second.budget == demo.budget and second.about.startswith("second, which is first but")
+    for base, words in [
+        ("dmeo", "own.yaml: base: unknown study 'dmeo', did you mean 'demo'"),
+        ("none.yaml", f"there is no file {tmp_path / 'none.yaml'}"),
+        ("own.yaml", "own.yaml is based on itself"),
+    ]:
+        (tmp_path / "own.yaml").write_text(f"base: {base}\n")
+        with pytest.raises(ValueError, match=words):
+            settings.study(str(tmp_path / "own.yaml"))
+
+
 @pytest.mark.parametrize(
     "changes, error, words",
     [
@@ -323,7 +347,7 @@ def demo_with(tmp_path):
         (
             {"train.lr": None, "budget.kinds": None},
             ValueError,
-            "own.yaml: train.lr and budget.kinds are missing; demo.yaml has every value$",
+            "own.yaml: train.lr and budget.kinds are missing; demo.yaml has every value, and",
         ),
         (
             {"train.lr": None, "budget.kinds": None, "seeds": 0},
@@ -633,7 +657,7 @@ def test_a_missing_step_is_named_with_its_command(lab):
         lab.need("dense", "1_train")
     for part in ("dense is missing", "run notebooks/1_train.ipynb first", "JupyterLab"):
         assert part in str(error.value)
-    assert "python -m vitlab run 1_train --study demo --model vit --seed 0" in str(error.value)
+    assert "vitlab run 1_train --study demo --model vit --seed 0" in str(error.value)
     lab.path("dense").mkdir()
     assert lab.need("dense", "1_train") == lab.path("dense")
     with pytest.raises(ValueError, match="unknown notebook '1_tain', did you mean '1_train'"):
@@ -1006,7 +1030,7 @@ def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root
     assert json.loads(own.parameters.iloc[0])["models"] == lab.params.models.vit
     with pytest.raises(FileNotFoundError, match="no results of smoke"):
         results._gather("smoke")
-    assert results.main(["smoke"]) == 1 and results.main(["demo"]) == 0
+    assert main(["results", "smoke"]) == 1 and main(["results", "demo"]) == 0
 
 
 def test_a_line_that_was_cut_short_costs_itself_alone(lab, capsys):

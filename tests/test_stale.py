@@ -168,7 +168,7 @@ def test_no_path_leads_to_a_test_image_that_was_trained_on(mine, way):
         return
     with pytest.raises(ValueError, match=words) as error:
         lab.need("dense", "1_train", images)
-    assert "python -m vitlab run 1_train --study" in str(error.value)
+    assert "vitlab run 1_train --study" in str(error.value)
     assert "dense is of another study, or of other images" in str(error.value)
     mine.trained()
     assert lab.need("dense", "1_train", images).is_dir(), "after notebook 1 has run again"

@@ -1,10 +1,11 @@
 """vitlab: what pruning does to a Vision Transformer.
 
 `from vitlab import budget, models` gives the modules that notebooks, the README and the pages of
-docs/methods use. Each is imported at its first use.
+docs/methods use, and `vitlab.budget` does after `import vitlab`. Each is imported at its first use.
 """
 
 import importlib
+import importlib.metadata
 
 _PLACES = """
     models models.checkpoint
@@ -21,8 +22,14 @@ __all__ = [*_DOORS]
 
 def __getattr__(name):
     """Import a module of the list above at its first use."""
+    if name == "__version__":
+        return importlib.metadata.version("vitlab")
     if name in _DOORS:
         return importlib.import_module(_DOORS[name])
     # Python asks here, too, before it imports a file such as vitlab/names.py.
     names = importlib.import_module("vitlab.names")
     raise AttributeError(names.unknown("module of vitlab", name, __all__))
+
+
+def __dir__():
+    return [*__all__, "__version__"]

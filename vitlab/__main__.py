@@ -1,31 +1,194 @@
-"""The command line: `python -m vitlab run 1_train --study demo` and `python -m vitlab results`.
+"""The command line: `vitlab run 1_train --study demo`, or `python -m vitlab run 1_train --study demo`.
 
-Each command imports its own module only, so that `run` starts without torch and matplotlib.
+What a command needs is imported when it runs, so that help and errors do not wait for torch.
 
 Public: main.
 """
 
-import importlib
+import argparse
+import contextlib
+import json
+import shutil
 import signal
+import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
-_COMMANDS = {"run": "vitlab.studies.notebooks", "results": "vitlab.studies.results"}
-_USAGE = """usage: python -m vitlab COMMAND …, with --help for more
+from vitlab import files
 
-  run      execute a notebook without a screen
-  results  print the results of all runs, or compare those of a study with the published ones"""
+_LAB = Path(__file__).with_name("lab")  # where a wheel has the notebooks, see setup.py
 
 
-def main(arguments):
-    """Call the command that the first argument names with the others, and return its exit status."""
-    name, *rest = arguments or ["--help"]
-    if name not in _COMMANDS:
-        print(_USAGE)
-        return 0 if name == "--help" else 2
-    return importlib.import_module(_COMMANDS[name]).main(rest)
+def main(arguments=None):
+    """Call a command, and return its exit status.
+
+    arguments: list of str, such as ["run", "1_train"]. None: those of this process, which then
+        unwinds on SIGTERM, so that no kernel stays behind.
+    """
+    if arguments is None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        arguments = sys.argv[1:]
+    parser = _parser()
+    with contextlib.suppress(ImportError):  # completion in the shell, see docs/package.md
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    arguments = [str(word) for word in arguments]
+    options, others = parser.parse_known_args(arguments)
+    if others and options.call is not _slides:
+        parser.error(f"unknown arguments: {' '.join(others)}")
+    return options.call(options, others if options.call is _slides else arguments)
+
+
+def _parser():
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        "vitlab", description="What pruning does to a Vision Transformer.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"vitlab {version('vitlab')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(call, about, **options):
+        name = call.__name__.strip("_")
+        # Without abbreviations, as --mod could come to mean another option.
+        made = commands.add_parser(
+            name, help=about, description=f"{about}.", allow_abbrev=False, **options
+        )
+        made.set_defaults(call=call)
+        return made.add_argument
+
+    add = command(_init, "make a folder with the notebooks and studies of an installed vitlab")
+    add("folder", help="where to make it; its notebooks/ and slides/ may not be there yet")
+
+    add = command(
+        _run,
+        "execute a notebook without a screen",
+        epilog=_known(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add("notebook", help="number, name or path, such as 3 or 3_global_pruning")
+    add("--study", help="name in notebooks/params, or path of your own .yaml file (demo)")
+    add("--model", help="a name in the study's `models` (the first)")
+    add("--seed", type=int, help="of initial weights, order and draws, from 0 (0)")
+    add(
+        "--set",
+        action="append",
+        metavar="SECTION.VALUE=…",
+        dest="override",
+        help="another value of the study, such as train.epochs=2; may be given again",
+    )
+    add(
+        "-p",
+        action="append",
+        default=[],
+        metavar="NAME=…",
+        dest="parameters",
+        help="another parameter of the notebook's first cell, such as retrain=true",
+    )
+    add("--out", help="where the executed copy goes (the folder of the run)")
+    add("--processes", type=int, default=1, help="how many train together, by torchrun (1)")
+    add(
+        "--log",
+        nargs="?",
+        const="tensorboard",
+        metavar="NAME",
+        help="log trainings to tensorboard (without a name), wandb, mlflow, or another of accelerate",
+    )
+
+    add = command(_results, "print the results of all runs as one CSV table")
+    add("study", nargs="?", help="of this study alone")
+    add(
+        "--compare",
+        action="store_true",
+        help="set them beside the published figures/STUDY/results.csv instead",
+    )
+
+    add = command(_export, "write a checkpoint as one ONNX file, checked against torch")
+    add("checkpoint", help="its folder, such as data/runs/demo/vit/seed0/budget-pool-0.5")
+    add("file", nargs="?", default="model.onnx", help="the file to write (%(default)s)")
+
+    command(
+        _slides,
+        "make slides of a study, and pages of results; all options are its own",
+        add_help=False,
+    )
+    return parser
+
+
+def _known():
+    """Return which notebooks and studies there are, for the help of `run`."""
+    folder = files.repository() / "notebooks"
+    lines = ["notebooks:"]
+    for path in sorted(folder.glob("*.ipynb")):
+        title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        lines.append(f"  {path.stem:17} {title.splitlines()[0].lstrip('# ')}")
+    studies = sorted(path.stem for path in (folder / "params").glob("*.yaml"))
+    if not studies:
+        return "Here are no notebooks: `vitlab init DIR` makes a folder that has them."
+    return "\n".join([*lines, "", f"studies: {', '.join(studies)}"])
+
+
+def _refuse(command, words, status=2):
+    """Print what is wrong, and return the exit status."""
+    print(f"vitlab {command}: {words}", file=sys.stderr)
+    return status
+
+
+def _init(options, arguments):
+    folder = Path(options.folder).expanduser()
+    if not _LAB.is_dir():
+        words = f"this vitlab runs from {files.repository()}, which has its notebooks: work there"
+        return _refuse("init", words)
+    parts = [path.name for path in _LAB.iterdir()]
+    if there := [name for name in parts if (folder / name).exists()]:
+        return _refuse("init", f"{folder} has {' and '.join(there)} already: name another folder")
+    shutil.copytree(_LAB, folder, dirs_exist_ok=True)
+    print(
+        f"{folder} has the notebooks, and studies in notebooks/params. Images and results will go "
+        f"to {folder}/data (or to VITLAB_DATA). Next:\n"
+        f"  cd {folder}\n  vitlab run 0 --study demo    # or: jupyter lab notebooks"
+    )
+    return 0
+
+
+def _run(options, arguments):
+    from vitlab.studies import notebooks
+
+    return notebooks.run(options, arguments)
+
+
+def _results(options, arguments):
+    if options.compare and not options.study:
+        return _refuse("results", "--compare needs a study")
+    from vitlab.studies import results
+
+    return results.show(options.study, compare=options.compare)
+
+
+def _export(options, arguments):
+    folder = Path(options.checkpoint)
+    if not (folder / "model.json").is_file():
+        return _refuse("export", f"{folder.absolute()} is no checkpoint: it has no model.json")
+    from vitlab.evaluation import export
+    from vitlab.models import checkpoint
+
+    try:
+        error = export.to_onnx(checkpoint.load(folder), options.file)
+    except (ValueError, OSError, ModuleNotFoundError) as reason:
+        return _refuse("export", reason, 1)
+    size = Path(options.file).stat().st_size / 1e6
+    print(f"{options.file}: {size:.1f} MB, logits as torch's up to {error:.0e} of the largest")
+    return 0
+
+
+def _slides(options, arguments):
+    try:
+        folder = files.notebooks().with_name("slides")
+    except FileNotFoundError as error:
+        return _refuse("slides", error)
+    return subprocess.call([sys.executable, str(folder), *arguments])
 
 
 if __name__ == "__main__":
-    # Unwind on SIGTERM, so that no kernel stays behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

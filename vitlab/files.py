@@ -1,16 +1,19 @@
 """Find the folders of the project, and write files whole or not at all.
 
-Public: fingerprint, headless, lock, log, make_folder, repository, root, write_atomic.
+Public: fingerprint, headless, lock, log, make_folder, notebooks, progress, repository, root,
+warn_of_other_lab, write_atomic.
 """
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import shutil
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -26,15 +29,65 @@ _ROOM = (
 
 
 def repository():
-    """Return the folder of the repository of this package, or the working folder outside of one."""
+    """Return the folder of the lab, where notebooks, studies, figures and checkpoints lie.
+
+    That is the clone that this package is imported from. A package that was installed without one
+    works in the nearest lab of `vitlab init`, at or above the working folder, else in that folder.
+    """
+    return _clone() or _lab_here() or Path.cwd()
+
+
+def _clone():
+    """Return the folder of the clone that this package is imported from, or None."""
     folder = Path(__file__).parents[1]
-    return folder if (folder / "pyproject.toml").exists() else Path.cwd()
+    return folder if (folder / "pyproject.toml").exists() else None
+
+
+def _lab_here():
+    """Return the nearest folder with studies, at or above the working folder, or None."""
+    here = Path.cwd()
+    labs = (folder for folder in (here, *here.parents) if (folder / "notebooks/params").is_dir())
+    return next(labs, None)
+
+
+def notebooks():
+    """Return the folder of the notebooks. Raises FileNotFoundError, with what to do, for none."""
+    folder = repository() / "notebooks"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there are no notebooks in {folder.parent}: `vitlab init DIR` makes a folder that has "
+            "them; run the same there"
+        )
+    return folder
+
+
+def warn_of_other_lab():
+    """Warn where the working folder lies in another clone or lab than the one that is written to."""
+    clone, here = _clone(), _lab_here()
+    if clone and here and here.resolve() != clone.resolve():
+        warnings.warn(
+            f"this vitlab belongs to {clone} and writes there, not to {here}, where you work: use "
+            "that folder's own environment, or install it into this one (pip install -e .)",
+            stacklevel=3,
+        )
 
 
 def root():
-    """Return the data root: the environment's VITLAB_DATA, else the repository's folder `data`."""
-    chosen = os.environ.get("VITLAB_DATA")
-    return Path(chosen).expanduser().absolute() if chosen else repository() / "data"
+    """Return the data root: the environment's VITLAB_DATA, else the lab's folder `data`.
+
+    Where there is no lab, that folder is made in the working folder, which is said once.
+    """
+    if chosen := os.environ.get("VITLAB_DATA"):
+        return Path(chosen).expanduser().absolute()
+    folder = repository() / "data"
+    if not (repository() / "notebooks").is_dir():
+        _say_where(folder)
+    return folder
+
+
+@functools.cache
+def _say_where(folder):
+    log(f"vitlab keeps images and results in {folder}; VITLAB_DATA names another folder")
 
 
 def fingerprint(path):
@@ -146,9 +199,22 @@ def make_folder(folder):
 def headless():
     """Return whether nobody watches a progress bar.
 
-    `python -m vitlab run` sets VITLAB_HEADLESS to say so.
+    `vitlab run` sets VITLAB_HEADLESS to say so.
     """
     return os.environ.get("VITLAB_HEADLESS", "0") not in ("", "0")
+
+
+def progress(items, title, *, delay=2, **options):
+    """Return items with a bar, which goes when they end; VITLAB_HEADLESS=1 switches bars off.
+
+    items: what is gone through.
+    title: str, what is done meanwhile.
+    delay: seconds before the bar is shown, so that short work has none.
+    options: of tqdm.
+    Of several processes only the first has bars.
+    """
+    hidden = headless() or not parallel.is_first()
+    return tqdm(items, desc=title, delay=delay, leave=False, disable=hidden, **options)
 
 
 def log(text):

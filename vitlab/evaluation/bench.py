@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from vitlab import models, names, parallel
+from vitlab import files, models, names, parallel
 from vitlab.evaluation import cost, evaluate, export, memory
 from vitlab.models import _layers, anatomy, checkpoint
 
@@ -162,7 +162,9 @@ def _rounds(calls, repeats, seconds, device):
     shuffle = random.Random(0).shuffle
     rounds = []
     end = time.perf_counter() + seconds
-    while len(rounds) < repeats and (len(rounds) < 3 or time.perf_counter() < end):
+    for _ in files.progress(range(repeats), "timing"):
+        if len(rounds) >= 3 and time.perf_counter() > end:
+            break
         # In every round each model runs one batch, in a new random order: whatever else the machine
         # does falls on all of them.
         shuffle(order)

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils import skip_init
 from torch.special import entr
 
-from vitlab import names, parallel
+from vitlab import files, names, parallel
 from vitlab.evaluation import cost
 from vitlab.models import anatomy
 
@@ -395,8 +395,10 @@ def _outputs(model, images, call, batch_size, precision):
     model.eval()
     outputs_by_batch = {}
     labels = []
+    batches = images.batches(batch_size, device=device)
+    count = math.ceil(len(images) / batch_size)
     with autocast(device, precision):
-        for i, (x, y) in enumerate(images.batches(batch_size, device=device)):
+        for i, (x, y) in enumerate(files.progress(batches, "evaluating", total=count)):
             labels.append(y)
             # Several processes share out the batches.
             if i % parallel.world_size() == parallel.rank():

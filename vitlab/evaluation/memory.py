@@ -70,6 +70,6 @@ def peak_memory_mb(device):
 def _process_status():
     """Return {name: bytes} of /proc/self/status, {} on systems without it."""
     with suppress(OSError):
-        text = Path("/proc/self/status").read_text()
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
         return {name: 1024 * int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", text)}
     return {}

@@ -31,7 +31,7 @@ def json_beside(path, name):
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is no JSON of named values: {error}") from error
 

@@ -194,7 +194,7 @@ def _record(folder):
             f"no checkpoint in {folder}: no {RECORD}; run the step that saves it first"
         )
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         written = record["format"]
         is_readable = written in _READABLE
         # Here fields that the hash needs may be missing or of another type.

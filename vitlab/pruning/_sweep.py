@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vitlab import names
+from vitlab import files, names
 from vitlab.evaluation import evaluate
 from vitlab.models import anatomy
 from vitlab.pruning import lowrank
@@ -141,7 +141,7 @@ class Sweep(ExitStack):
         if labels == "none" and self.backward:
             self._check_before_classifier()
         with torch.set_grad_enabled(self.backward):
-            for x, y in batches or ():
+            for x, y in files.progress(batches or (), "measuring"):
                 check_images(self.model, y)
                 self.size = len(x)
                 if self.backward:

@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 from functools import partial
 
-from vitlab import models, names
+from vitlab import files, models, names
 from vitlab.evaluation import bench, cost
 from vitlab.pruning import factor, pool, recover, scores, shrink
 
@@ -93,7 +93,8 @@ def candidates(model, batches, *, kinds, grams=None, labels="true"):
     if "ranks" in kinds:
         moments = _second_moments(grams or _affine_grams(model, batches))
         matrices = models.view(model).matrices
-        bases = {name: pool.basis(layer, moments[name]) for name, layer in matrices.items()}
+        layers = files.progress(matrices.items(), "decomposing")
+        bases = {name: pool.basis(layer, moments[name]) for name, layer in layers}
     # Fisher scores and directions are both in loss units, so that they may compete. One backward
     # pass gives both.
     units = [kind for kind in kinds if kind != "ranks"]

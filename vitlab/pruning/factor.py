@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from vitlab import models, names
+from vitlab import files, models, names
 from vitlab.models import _layers, _structure, anatomy
 from vitlab.pruning import _sweep, lowrank
 
@@ -71,7 +71,7 @@ def compress(
     view = models.view(model)
     generator = torch.Generator().manual_seed(seed)
     report = []
-    for name, layer in view.linears(roles).items():
+    for name, layer in files.progress(view.linears(roles).items(), "compressing"):
         # A layer that computes only some rows holds them in a layer of its own.
         path = f"{name}.kept" if isinstance(layer, _layers.RowLinear) else name
         layer = model.get_submodule(path)
@@ -239,7 +239,7 @@ def factorise(model, ranks, *, grams=None, damping=1e-3):
     model = anatomy.copied(model)
     view = models.view(model)
     matrices = view.matrices | view.linears(["head"])
-    for name, rank in ranks.items():
+    for name, rank in files.progress(ranks.items(), "factoring"):
         names.check("layer", name, matrices)
         layer = matrices[name]
         # A layer that was cut into rows or factors has no plain weight to decompose.

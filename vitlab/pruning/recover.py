@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from vitlab import models
+from vitlab import files, models
 from vitlab.models import _layers, _structure, anatomy
 from vitlab.pruning import _sweep, lowrank, prune, shrink
 
@@ -86,7 +86,7 @@ def reconstruct(
     segments = dense_view.layers_along_stream
     _, first_block, *_ = segments  # behind the patch embedding
     with _sweep.Sweep(dense), _sweep.Sweep(model):  # in eval mode; later as they were
-        for name, layer_names in segments.items():
+        for name, layer_names in files.progress(segments.items(), "reconstructing"):
             part = model.get_submodule(name)
             dense_part = dense.get_submodule(name)
             reads_images = name in ("patch_embed", "")

@@ -8,7 +8,7 @@ from collections import defaultdict
 import pandas as pd
 import torch
 
-from vitlab import models, names, parallel
+from vitlab import files, models, names, parallel
 from vitlab.pruning import masks, prune, scores
 
 _AGREEMENT = ["criterion", "kind", "spearman", "units"]
@@ -44,7 +44,7 @@ def curves(model, saliency, batches, *, ratios, per="layer"):
         groups[*place, view.role(layer)].append(name)
     dense_loss = scores.loss(model, batches)
     rows = []
-    for group, parameters in groups.items():
+    for group, parameters in files.progress(groups.items(), "cutting in turn"):
         for ratio in ratios:
             cut = prune.masked(model, _cut(saliency, parameters, ratio))
             loss = scores.loss(cut, batches)
@@ -74,7 +74,8 @@ def ablations(model, batches, *, per_block=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     dense_loss = scores.loss(model, batches)
     rows = []
-    for (name, kind), count in view.units().items():
+    places = view.units().items()
+    for (name, kind), count in files.progress(places, "ablating"):
         units = torch.randperm(count, generator=generator)
         if kind == "neurons":
             # There are too many of them: every unit costs a pass over batches.

@@ -1,22 +1,21 @@
 """Run a notebook without a screen.
 
-`python -m vitlab run 1_train --study demo --model vit --seed 0` checks names and types of all
-parameters first. Then it executes a copy through papermill, with the interpreter that runs this.
+`vitlab run 1_train --study demo --model vit --seed 0` checks names and types of all parameters
+first. Then it executes a copy through papermill, with the interpreter that runs this.
 It keeps that copy in the folder of the run, also when the notebook fails.
 People, the Makefile and the Snakefile all come through this door.
 
 With --processes 2, or started by torchrun, several processes execute the notebook together and
-train data-parallel. From a notebook, `notebooks.main(["1_train", "--processes", "2", ...])` does
-so.
+train data-parallel.
 
-Public: main.
+Public: run.
 """
 
-import argparse
 import ast
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,7 +37,7 @@ def _find_notebook(name):
     """
     if str(name).endswith(".ipynb") and Path(name).is_file():
         return Path(name).resolve()
-    folder = files.repository() / "notebooks"
+    folder = files.notebooks()
     known = sorted(path.stem for path in folder.glob("*.ipynb"))
     wanted = Path(name).name.removesuffix(".ipynb")
     matching = [stem for stem in known if wanted in (stem, stem.split("_")[0])]
@@ -55,7 +54,7 @@ def _parameters_of(path):
     Raises ValueError if it holds more than literals, which papermill would not compute again.
     """
     name = Path(path).name
-    cells = json.loads(Path(path).read_text())["cells"]
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(
@@ -211,13 +210,13 @@ def _parse_value(text):
     return name, value
 
 
-def main(arguments):
-    """Run the command line.
+def run(options, arguments):
+    """Run a notebook as the command line says.
 
-    arguments: list of str.
-    Returns its exit status: 0, 1 for a notebook that failed, 2 for wrong arguments.
+    options: what `vitlab run` knows, as the parser in vitlab/__main__.py gives it.
+    arguments: list of str, the command line itself, for the processes that it may start.
+    Returns the exit status: 0, 1 for a notebook that failed, 2 for wrong arguments.
     """
-    options = _parser().parse_args(arguments)
     if options.processes != 1 and "WORLD_SIZE" not in os.environ:
         return _together(options.processes, arguments)
     begun = time.perf_counter()
@@ -229,47 +228,20 @@ def main(arguments):
             raise ValueError(
                 f"{path.stem} measures one process or writes figures: run it without --processes"
             )
-    except (ValueError, TypeError) as error:
-        print(f"python -m vitlab run: {error}", file=sys.stderr)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"vitlab run: {error}", file=sys.stderr)
         return 2
     name = " ".join(map(str, [path.stem, *parameters.values()]))
     files.log(f"{name}: running")
-    log = {"VITLAB_LOG": "1"} if options.log else {}
+    log = {"VITLAB_LOG": options.log} if options.log else {}
     try:
         with mock.patch.dict(os.environ, log):
             out = _execute(path, parameters, out=options.out)
     except Exception as error:
-        print(f"python -m vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
+        print(f"vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
         return 1
     files.log(f"{name}: done in {time.perf_counter() - begun:.0f} s, {out}")
     return 0
-
-
-def _parser():
-    """Return the parser of the command line."""
-    about = __doc__.split("\n")[0]
-    # Without abbreviations, as --mod could come to mean another option.
-    parser = argparse.ArgumentParser("python -m vitlab run", description=about, allow_abbrev=False)
-    add = parser.add_argument
-    add("notebook", help="number, name or path, such as 3 or 3_global_pruning")
-    add("--study", help="name in notebooks/params, or path of your own .yaml file")
-    add("--model", help="a name in the study's `models`")
-    add("--seed", type=int)
-    add("--set", action="append", metavar="SECTION.VALUE=…", dest="override")
-    add("-p", action="append", default=[], metavar="NAME=…", dest="parameters")
-    add("--out", help="where the executed copy goes (default: the folder of the run)")
-    add(
-        "--processes",
-        type=int,
-        default=1,
-        help="how many train together, by torchrun (%(default)s)",
-    )
-    add(
-        "--log",
-        action="store_true",
-        help="write TensorBoard files of trainings into the run's folder",
-    )
-    return parser
 
 
 def _parameters(options):
@@ -285,12 +257,12 @@ def _parameters(options):
 def _together(processes, arguments):
     """Run this command line in several processes of this machine, which share its cores."""
     if processes < 1:
-        print(f"python -m vitlab run: --processes is at least 1, got {processes}", file=sys.stderr)
+        print(f"vitlab run: --processes is at least 1, got {processes}", file=sys.stderr)
         return 2
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += [f"--nproc-per-node={processes}", "-m", "vitlab", "run"]
+    torchrun += [f"--nproc-per-node={processes}", "-m", "vitlab"]
     process = subprocess.Popen([*torchrun, *map(str, arguments)], env=environment)
     try:
         return process.wait()
@@ -301,10 +273,14 @@ def _together(processes, arguments):
 
 
 def _reason(error):
-    """Return what went wrong in which cell; the executed copy has the whole traceback."""
+    """Return what went wrong in which line; the executed copy has the whole traceback."""
     reason = f"{type(error).__name__}: {error}"
     if hasattr(error, "ename"):
-        lines = [line for line in error.source.splitlines() if line.strip()]
-        cell = f"Cell [{error.exec_count}] `{(lines or [''])[0]}`"
+        lines = error.source.splitlines() or [""]
+        # IPython writes "Cell In[5], line 3" above each of its frames, between escapes for colours.
+        traceback = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
+        found = re.search(rf"\bIn\s?\[{error.exec_count}\], line (\d+)", traceback)
+        number = int(found[1]) if found else 1
+        cell = f"Cell [{error.exec_count}], line {number}, `{lines[number - 1].strip()}`"
         reason = f"{cell} raised\n  {error.ename}: {error.evalue}"
     return "\n  ".join([reason, *getattr(error, "__notes__", [])])

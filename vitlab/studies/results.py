@@ -1,9 +1,8 @@
 """Gather the results of all runs as one table, and compare them with published ones.
 
-Public: main, read.
+Public: read, show.
 """
 
-import argparse
 import json
 import sys
 
@@ -187,7 +186,7 @@ def _gather(name=None):
 def _read_log(path):
     """Return the results in a run's log, and say which lines are none."""
     results = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             result = json.loads(line)
             result["parameters"] = json.dumps(result["parameters"])
@@ -237,27 +236,19 @@ def _comparable(results, key):
     return results.astype(types)[[*key, "top1", "macs"]]
 
 
-def main(arguments):
+def show(study=None, *, compare=False):
     """Print results of all runs as CSV, or whether a study's agree with the published ones.
 
-    `python -m vitlab results [STUDY] [--compare]`
+    study: str, whose results; None for all.
+    compare: bool, whether to set them beside figures/STUDY/results.csv instead.
     Returns the exit status: 0, or 1 without results or where some do not agree.
     """
-    description = "Results of all runs as one CSV table."
-    parser = argparse.ArgumentParser("python -m vitlab results", description=description)
-    parser.add_argument("study", nargs="?", help="of this study alone")
-    parser.add_argument(
-        "--compare", action="store_true", help="set them beside figures/STUDY/results.csv instead"
-    )
-    options = parser.parse_args(arguments)
-    if options.compare and not options.study:
-        parser.error("--compare needs a study")
     try:
-        if options.compare:
-            return _print_comparison(settings.study(options.study).name)
-        print(_gather(options.study).to_csv(index=False), end="")
+        if compare:
+            return _print_comparison(settings.study(study).name)
+        print(_gather(study).to_csv(index=False), end="")
     except (FileNotFoundError, ValueError) as error:
-        print(f"python -m vitlab results: {error}", file=sys.stderr)
+        print(f"vitlab results: {error}", file=sys.stderr)
         return 1
     return 0
 

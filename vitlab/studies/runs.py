@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import uuid
 import warnings
 from collections.abc import Callable
@@ -90,6 +91,7 @@ class Run:
         self.folder = runs / study_label(self.study, self.override) / inner
         self._base = runs / self.study / inner
         files.make_folder(self.folder)
+        files.warn_of_other_lab()
         self._commit = _commit()  # of the code as imported, not as it is when results are saved
 
     @property
@@ -293,7 +295,8 @@ class Run:
 
     def command(self, notebook):
         """Return the command that runs a notebook for this run."""
-        words = ["python -m vitlab run", notebook, "--study", str(self.given)]
+        script = "vitlab" if shutil.which("vitlab") else f"{sys.executable} -m vitlab"
+        words = [script, "run", notebook, "--study", str(self.given)]
         if self.model_name and notebook not in ("0_data", "7_report"):
             words += ["--model", self.model_name, "--seed", str(self.seed)]
         for name, value in self.override.items():
@@ -518,7 +521,7 @@ def _sections_of(notebook):
 def _kept_by(checkpoint):
     """Return what the record of a checkpoint keeps as `extra`, {} where there is no record."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads((checkpoint / "model.json").read_text())["extra"]
+        return json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))["extra"]
     return {}
 
 
@@ -544,7 +547,7 @@ def _split_of(record):
 
 def _last_parameters(log, notebook):
     """Return the parameters with which a notebook last saved results in a run's log, {} for none."""
-    lines = log.read_text().splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     for line in reversed(lines):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut short
             result = json.loads(line)
@@ -644,8 +647,11 @@ def provenance():
 def _commit():
     """Return the short hash of the commit of the code, "unknown" without git.
 
-    The hash ends with "+dirty" if the code was changed since.
+    The hash ends with "+dirty" if the code was changed since. Of an installed package it is the
+    version.
     """
+    if not (files.repository() / "vitlab").is_dir():
+        return version("vitlab")
     if not shutil.which("git"):
         return "unknown"
     head = _git("rev-parse", "--short=10", "HEAD")
@@ -665,6 +671,6 @@ def _processor():
     """Return the name of the processor, as Linux gives it, else its architecture."""
     name = None
     with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return name[1] if name else platform.processor() or platform.machine()

@@ -338,6 +338,7 @@ def study(name, *, seed=None, override=None):
     """Return all values of a study as nested Values; `name` among them is the study's name.
 
     name: a file of notebooks/params without its ending, or the path of a .yaml file of your own.
+        A file may name another study as its `base`, and then says only what differs.
     seed: int, the seed of the run; None stands for the study's first. The values that a study gives
         under `other_seeds` hold for all seeds but the first.
     override: {"section.value": new value}, such as {"train.epochs": 2}, as in `other_seeds`.
@@ -345,14 +346,8 @@ def study(name, *, seed=None, override=None):
     Raises ValueError for a missing value, an empty list, and a value out of its range.
     Raises TypeError for a value of another type than `_Settings` declares.
     """
-    folder = files.repository() / "notebooks" / "params"
-    path = Path(name) if _is_path(name) else folder / f"{name}.yaml"
-    if _is_path(name) and not path.is_file():
-        raise ValueError(f"unknown study {str(name)!r}: there is no file {path.absolute()}")
-    if not path.is_file():
-        words = names.unknown("study", name, sorted(file.stem for file in folder.glob("*.yaml")))
-        raise ValueError(f"{words} Your own is given by the path of its .yaml file.")
-    values = _read_yaml(path)
+    path = _file_of(name)
+    values = _read_study(path)
     other_seeds = values.pop("other_seeds", {})
     for section in _SECTIONS:
         if isinstance(values.get(section), dict):
@@ -366,6 +361,60 @@ def study(name, *, seed=None, override=None):
     if seed not in (None, values.seeds[0]):
         values = values_of_others
     return Values(_replaced(values, override or {}, "override"), name=path.stem)
+
+
+def _file_of(study):
+    """Return the path of the file of a study. Raises ValueError for none."""
+    if _is_path(study):
+        path = Path(study).expanduser()
+        if not path.is_file():
+            raise ValueError(f"unknown study {str(study)!r}: there is no file {path.absolute()}")
+        return path
+    folder = files.notebooks() / "params"
+    path = folder / f"{study}.yaml"
+    if not path.is_file():
+        words = names.unknown("study", study, sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ValueError(f"{words} Your own is given by the path of its .yaml file.")
+    return path
+
+
+def _read_study(path, above=()):
+    """Return the content of a study file, with what it leaves out as its `base` has it.
+
+    above: the files whose base it is, directly or not.
+    Raises ValueError for a base that is not there or leads back to itself.
+    """
+    values = _read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    # A path begins at this file, as all paths in it do.
+    base = path.parent / Path(base).expanduser() if _is_path(base) else base
+    try:
+        base = _file_of(base)
+        above = (*above, path.resolve())
+        if base.resolve() in above:
+            raise ValueError(f"{base.name} is based on itself")
+        inherited = _read_study(base, above)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: base: {error}") from None
+    inherited["about"] = f"{path.stem}, which is {base.stem} but for the values in its file"
+    return _merged(inherited, values)
+
+
+def _merged(base, values):
+    """Return values with those of base where they have none, section by section.
+
+    The models and the augmentation are taken whole from either: they belong together.
+    """
+    merged = Values(base)
+    for name, value in values.items():
+        inner = base.get(name)
+        is_section = isinstance(inner, dict) and isinstance(value, dict)
+        if is_section and name not in ("models", "augment", "other_seeds"):
+            value = _merged(inner, value)
+        merged[name] = value
+    return merged
 
 
 def _is_path(study):
@@ -484,7 +533,10 @@ def _check(values, declared=_Settings, name=""):
         if missing := [_dotted(details, name) for details in errors if details not in wrong]:
             listed = re.sub(r"(.*), ", r"\1 and ", ", ".join(missing))
             are = "are" if missing[1:] else "is"
-            sentences.append(f"{listed} {are} missing; demo.yaml has every value")
+            sentences.append(
+                f"{listed} {are} missing; demo.yaml has every value, and with `base: demo` they "
+                "are taken from there"
+            )
         is_type = wrong and wrong[0]["type"].endswith("_type")
         raise (TypeError if is_type else ValueError)("; ".join(sentences)) from None
 
@@ -528,7 +580,7 @@ def _names_beside(place):
     for name in parents:
         section = section.__annotations__[name]
     names = [".".join([*parents, name]) for name in section.model_fields]
-    return names if parents else [*names, "other_seeds"]
+    return names if parents else [*names, "base", "other_seeds"]
 
 
 def as_lists(value):

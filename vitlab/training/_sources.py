@@ -24,9 +24,8 @@ from filelock import FileLock
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
-from vitlab import files, names, parallel
+from vitlab import files, names
 from vitlab.training import _folders, _shapes
 
 _WHOLE = {"cifar10": 60_000, "caltech101": 8_677}  # images, whatever the layout
@@ -244,7 +243,7 @@ def _identify(source, memory):
     if fingerprint not in known:
         content = hashlib.sha256()
         sides = set()
-        for name in _bar(source.names, f"reading {source.name}"):
+        for name in files.progress(source.names, f"reading {source.name}", unit="image"):
             blob = (source.folder / name).read_bytes()
             content.update(f"{name}\0{len(blob)}\0".encode() + blob)
             # What is no image, or one beyond all bounds, is named when it is decoded.
@@ -268,7 +267,9 @@ def _decode_all(source, folder, shape):
         if images is None:
             decode = functools.partial(_decode, source.folder, shape[1])
             images = pool.imap(decode, source.names, chunksize=32)
-        for row, image in enumerate(_bar(images, f"decoding {source.name}", total=len(store))):
+        title = f"decoding {source.name}"
+        bar = files.progress(images, title, total=len(store), unit="image")
+        for row, image in enumerate(bar):
             if isinstance(image, str):
                 skipped[source.names[row]] = image
             else:
@@ -293,14 +294,9 @@ def _decode(folder, side, name):
         return f"{type(error).__name__}: {str(error).replace(str(path), path.name)}"
 
 
-def _bar(items, title, total=None):
-    hidden = files.headless() or not parallel.is_first()
-    return tqdm(items, desc=title, total=total, unit="image", disable=hidden, leave=False)
-
-
 def read_json(path):
     """Return what a JSON file holds, {} for one that is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}

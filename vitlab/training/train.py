@@ -27,7 +27,6 @@ from timm.optim import create_optimizer_v2
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
 from vitlab import files, parallel
 from vitlab.evaluation import cost, evaluate, memory
@@ -499,7 +498,7 @@ class Training:
         sums = torch.zeros(2, device=device)
         waited = 0.0
         title = f"{self.stage} {epoch + 1}/{recipe.epochs}"
-        bar = tqdm(range(steps), desc=title, leave=False, disable=files.headless())
+        bar = files.progress(range(steps), title, delay=0)
         with _plain_attention(self.model, device), parallel.whole_batch_norms(self.model):
             for step in bar:
                 began = time.perf_counter()

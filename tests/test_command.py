@@ -1,0 +1,111 @@
+"""The command line, and the wheel that brings it with the notebooks."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import yaml
+
+import vitlab
+from vitlab import files
+from vitlab.__main__ import _parser, main
+
+ROOT = files.repository()
+
+
+def vitlab_in(folder, *arguments, package=ROOT):
+    """Run the command line of a package in a folder, and return what came of it."""
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    environment.pop("VITLAB_DATA", None)
+    command = [sys.executable, "-X", "importtime", "-m", "vitlab", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_help_has_words_for_every_option_and_names_the_notebooks(capsys):
+    commands = _parser()._actions[-1]
+    assert set(commands.choices) == {"init", "run", "results", "export", "slides"}
+    for parser in commands.choices.values():
+        assert parser.description and all(action.help for action in parser._actions)
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--help"])
+    said = capsys.readouterr().out
+    assert all(path.stem in said for path in (ROOT / "notebooks").rglob("[!.]*.[iy][pa][ym]*"))
+
+
+def test_help_and_errors_come_without_torch(tmp_path):
+    for arguments, status, words in [
+        (["--version"], 0, vitlab.__version__),
+        (["run", "1", "--study", "dmeo"], 2, "unknown study 'dmeo', did you mean 'demo'"),
+        (["export", "nowhere"], 2, "no checkpoint"),
+        (["init", "lab"], 2, "work there"),
+    ]:
+        done = vitlab_in(tmp_path, *arguments)
+        assert done.returncode == status and words in done.stdout + done.stderr
+        loaded = re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE)
+        assert "vitlab" in loaded and "torch" not in loaded
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The folder of a package as `pip install .` lays it out."""
+    pytest.importorskip("setuptools", "77")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("vitlab", "notebooks", "slides"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = "from setuptools import build_meta; build_meta.build_wheel('out')"
+    subprocess.run([sys.executable, "-c", build], cwd=tree, check=True, capture_output=True)
+    (built,) = (tree / "out").glob("*.whl")
+    zipfile.ZipFile(built).extractall(tree / "site")
+    return tree / "site"
+
+
+def test_a_wheel_brings_a_lab(wheel, tmp_path):
+    bare = vitlab_in(tmp_path, "run", "0", package=wheel)
+    assert bare.returncode == 2 and "`vitlab init DIR` makes a folder" in bare.stderr
+    made = vitlab_in(tmp_path, "init", "lab", package=wheel)
+    assert made.returncode == 0 and "vitlab run 0 --study demo" in made.stdout
+    lab = tmp_path / "lab"
+    for folder in ("notebooks", "slides"):
+        names = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("[!.]*")}
+        names = {name for name in names if "__pycache__" not in name.parts and "." in name.name}
+        assert names and all((lab / name).exists() for name in names)
+    again = vitlab_in(tmp_path, "init", "lab", package=wheel)
+    assert again.returncode == 2 and "already" in again.stderr
+    inside = vitlab_in(lab / "notebooks", "run", "0", "--study", "dmeo", package=wheel)
+    assert "did you mean 'demo'" in inside.stderr
+    assert (wheel / "vitlab" / "py.typed").exists()
+    [entry] = wheel.glob("*.dist-info/entry_points.txt")
+    assert "vitlab = vitlab.__main__:main" in entry.read_text()
+
+
+def test_without_a_lab_the_data_root_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("VITLAB_DATA", raising=False)
+    monkeypatch.setattr(files, "repository", lambda: tmp_path)
+    assert files.root() == files.root() == tmp_path / "data"
+    assert capsys.readouterr().out.count(f"in {tmp_path / 'data'}; VITLAB_DATA names another") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_clone_is_told(tmp_path, monkeypatch):
+    files.warn_of_other_lab()
+    (tmp_path / "notebooks" / "params").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    with pytest.warns(UserWarning, match="writes there, not to"):
+        files.warn_of_other_lab()
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == vitlab.__version__ and cited["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= cited.keys() and cited["license"] == "MIT"
+
+
+def test_modules_are_listed_before_they_are_imported():
+    assert {"budget", "models", "__version__"} <= set(dir(vitlab))
