@@ -83,6 +83,37 @@ def test_reach_says_at_once_what_is_wrong(vit, batch):
         budget.reach(vit, [batch], macs=0.01)
 
 
+@pytest.mark.parametrize(
+    "kept, share", [("*blocks.1", 0.8), ("*.attn.qkv", 0.8), ("patch_embed", 0.95)]
+)
+def test_layers_to_keep_keep_their_weights_and_the_target_is_met(model, batch, kept, share):
+    before = model.state_dict()
+    layers = pool.layers_of(model, [kept, "head"])
+    own = [name for name in before if name.rpartition(".")[0] in layers]
+    kinds = ["heads", "neurons", "width", "filters", "ranks"]
+    found = budget.candidates(model, [batch], kinds=kinds)
+    plan = budget.plan(model, **found, kinds=kinds, keep=[kept, "head"], macs=share)
+    small, _ = budget.cut(model, plan, [batch])
+    solved, _ = budget.reach(model, [batch], keep=[kept, "head"], macs=share)
+    for cut in (small, solved):
+        assert cost.macs(cut) <= share * cost.macs(model) * (1 + 1e-9)
+        assert own and all(torch.equal(cut.state_dict()[name], before[name]) for name in own)
+
+
+def test_layers_to_keep_are_known_by_name(vit, batch):
+    with pytest.raises(ValueError, match=r"layer to keep 'block\.0', did you mean 'blocks\.0'"):
+        budget.reach(vit, [batch], keep=["head", "block.0"], macs=0.5)
+    with pytest.raises(pool.Unreachable, match="1.000 stays"):
+        budget.reach(vit, [batch], keep=["blocks", "patch_embed", "head"], macs=0.5)
+
+
+def test_a_plan_is_printed_in_a_few_lines(model, batch):
+    _, plan = budget.reach(model, [batch], macs=0.6)
+    printed = repr(plan)
+    assert len(printed) < 900 and printed.startswith("Plan: ") and "of the macs stay" in printed
+    assert all(kind in printed for _, kind in plan.drop)
+
+
 # -- the plan
 
 

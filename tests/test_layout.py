@@ -156,7 +156,7 @@ def test_the_package_loads_nothing_before_it_is_used():
 def doors_used():
     """Return the names that notebooks and the README import from vitlab."""
     sources = ["".join(cell["source"]) for path in NOTEBOOKS for cell in code_cells(path)]
-    for page in (ROOT / "README.md", *(ROOT / "docs" / "methods").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         sources += re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     used = set()
     for source in sources:

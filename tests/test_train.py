@@ -95,6 +95,24 @@ def test_its_history_tells_the_precision(vit, precision):
     ]
 
 
+def test_epochs_are_logged_to_the_loggers_that_are_named(vit, tmp_path, monkeypatch):
+    images, recipe = (Blobs(), Blobs(seed=1)), RECIPE | {"epochs": 1}
+    monkeypatch.delenv("VITLAB_LOG", raising=False)
+    train.fit(vit, *images, recipe, folder=tmp_path / "a")
+    assert not list(tmp_path.rglob("*tfevents*")), "nothing is logged unless it is asked for"
+    pytest.importorskip("tensorboard")
+    for number, name in enumerate(["1", "tensorboard"]):
+        monkeypatch.setenv("VITLAB_LOG", name)
+        train.fit(vit, *images, recipe, folder=tmp_path / name)
+        assert len(list(tmp_path.rglob("*tfevents*"))) == number + 1
+    monkeypatch.setenv("VITLAB_LOG", "tensorbord")
+    with pytest.raises(ValueError, match="'tensorbord', did you mean 'tensorboard'"):
+        train.fit(vit, *images, recipe, folder=tmp_path / "b")
+    monkeypatch.setenv("VITLAB_LOG", "tensorboard,aim")
+    with pytest.raises(ModuleNotFoundError, match="aim is missing: pip install aim"):
+        train.fit(vit, *images, recipe, folder=tmp_path / "b")
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_masks_hold_through_momentum_decay_and_averaging(model, ema):
     keep = half_of(model)

@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 
 _PLACES = """
-    models models.checkpoint
+    models models.checkpoint models.hub
     studies.results studies.runs
     evaluation.bench evaluation.cost evaluation.evaluate evaluation.export evaluation.roofline
     pruning.budget pruning.compensate pruning.factor pruning.lowrank pruning.masks pruning.pool

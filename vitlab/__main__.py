@@ -143,7 +143,8 @@ def _init(options, arguments):
     parts = [path.name for path in _LAB.iterdir()]
     if there := [name for name in parts if (folder / name).exists()]:
         return _refuse("init", f"{folder} has {' and '.join(there)} already: name another folder")
-    shutil.copytree(_LAB, folder, dirs_exist_ok=True)
+    compiled = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(_LAB, folder, ignore=compiled, dirs_exist_ok=True)
     print(
         f"{folder} has the notebooks, and studies in notebooks/params. Images and results will go "
         f"to {folder}/data (or to VITLAB_DATA). Next:\n"

@@ -19,7 +19,7 @@ _MOST_CORRECTIONS = 12
 _TOKENS = 16  # positions of an image that tell most of what all do
 
 
-def reach(model, batches, *, labels="true", **target):
+def reach(model, batches, *, labels="true", keep=(), **target):
     """Cut a model to a target without training.
 
     Call it as in `small, plan = budget.reach(model, batches, macs=0.5)`. This is `candidates`,
@@ -30,12 +30,14 @@ def reach(model, batches, *, labels="true", **target):
     batches: a list of (x, y) of calibration images.
     labels: which labels the gradients take, see scores.measure: "none" for a model without
         classifier, and wherever the features count.
+    keep: layers that stay as they are, see `plan`; their weights do, too.
     target: one of macs, params, bytes, latency, and the share to keep, in (0, 1).
 
     Returns the smaller model and its Plan.
     Raises what the four calls raise, such as Unreachable.
     """
     pool.checked_target(target, model)
+    kept = pool.layers_of(model, keep)
     view = models.view(model)
     # A stem of one convolution, for instance, has no filters that may go.
     kinds = [kind for kind in _POOL if kind == "ranks" or view.units([kind])]
@@ -43,13 +45,13 @@ def reach(model, batches, *, labels="true", **target):
     # Bases of ranks and compensation need the same grams: take them once.
     grams = _affine_grams(model, batches, **seen)
     competitors = candidates(model, batches, kinds=kinds, grams=grams, labels=labels)
-    chosen = plan(model, **competitors, kinds=kinds, **target)
+    chosen = plan(model, **competitors, kinds=kinds, keep=keep, **target)
     how = {"grams": grams, "compensate": "least squares"}
     small, drops = cut(model, chosen, batches, **how, **seen)
     # Then all layers are solved for against the dense model (docs/methods/recovery.md), by a ridge
     # that serves images which were not used.
     damping = "held out" if len(batches) >= 4 else 1e-3
-    how = {"drops": drops, "damping": damping}
+    how = {"drops": drops, "damping": damping, "untouched": kept}
     return recover.reconstruct(small, model, batches, **how, **seen), chosen
 
 
@@ -116,6 +118,7 @@ def plan(
     kinds=("heads", "neurons"),
     multiple=8,
     most=None,
+    keep=(),
     batch=8,
     **target,
 ):
@@ -132,14 +135,17 @@ def plan(
     multiple: neurons, channels and filters go in groups of so many, the weakest of a place.
     most: {layer: highest rank to factor it at}, as bench.break_even measures; 0 keeps a layer
         whole. None: all that save MACs.
+    keep: names of layers, or of what they lie in, such as "head", "blocks.0" or
+        "blocks.*.attn.qkv", whose weights stay as they are. A layer that reads or writes the
+        residual stream keeps the width of its stage.
     batch: how many images are timed together, for latency.
     target: a cost and the share of it to keep, in (0, 1). Costs are macs, params, bytes (of weights
         and buffers in memory) and latency (here and now).
 
     Returns a Plan of at most the target. Latency is within 5 % of the target, or has it within its
     quartiles, on this machine.
-    Raises ValueError for other targets, a share outside (0, 1), an unknown kind, missing scores, or
-    factored layers.
+    Raises ValueError for other targets, a share outside (0, 1), an unknown kind or layer to keep,
+    missing scores, or factored layers.
     Raises Unreachable (a ValueError) for a target below what these kinds can reach; it names the
     floor.
     """
@@ -156,7 +162,9 @@ def plan(
     if what == "latency":  # the time of a layer is taken to fall with its MACs
         costs = bench.layer_times(model, table, batch=batch)
     table["cost"] = costs
-    new_search = partial(pool.Search, models.view(model), table, units, thin)
+    view = models.view(model)
+    units, thin = pool.without(units, thin, pool.layers_of(model, keep), view, table)
+    new_search = partial(pool.Search, view, table, units, thin)
     floor = new_search().floor()
     goes = " and ".join(kinds)
 

@@ -3,9 +3,10 @@
 Method: docs/methods/budget.md.
 
 Public: FLOORS, Plan, Search, Unreachable, basis, candidates, check_reachable, checked_target,
-spend, thin_layers.
+layers_of, spend, thin_layers, without.
 """
 
+import fnmatch
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Unreachable(ValueError):
     """Say that a target lies below what the kinds that may go can reach, and name their floor."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Hold what would go, before any weight is touched.
 
@@ -55,6 +56,20 @@ class Plan:
     def predicted(self):
         """Return what the loss is predicted to rise by: the sum over all that goes."""
         return self.table.predicted.sum()
+
+    def __repr__(self):
+        """Return what goes of each kind, and what stays."""
+        saved = self.table.columns[-1]
+        what = saved.removesuffix("_saved")
+        gone = self.table[self.table.dropped > 0].groupby("kind", sort=False)
+        sums = {"units": "sum", "dropped": "sum", "predicted": "sum", saved: "sum"}
+        lines = gone.agg({"block": "count", **sums}).rename(columns={"block": "places"})
+        text = lines.to_string(float_format="{:.4g}".format) if len(lines) else "nothing goes"
+        return (
+            f"Plan: {self.share:.1%} of the {what} stay, the loss is predicted to rise by "
+            f"{self.predicted:.3g}\n{text}\nplan.table has all places, plan.drop and plan.ranks "
+            "what goes there"
+        )
 
 
 def checked_target(target, model):
@@ -119,6 +134,43 @@ def candidates(model, unit_scores, directions, kinds, multiple, most):
             "no directions; give scores.directions of layers to factor, or leave ranks out"
         )
     return units, thin_layers(model, directions, _RANK_MULTIPLE, most)
+
+
+def layers_of(model, names_to_keep):
+    """Return {layer}: the lines of cost.breakdown that some names mean.
+
+    names_to_keep: names of modules, such as "head" or "blocks.0", each with all that is inside, or
+        patterns such as "blocks.*.attn.qkv".
+    Raises ValueError, with the nearest known name, for one that means nothing.
+    """
+    lines = [name for name in cost.breakdown(model).layer if name != "rest"]
+    # Each line with all modules that it lies in.
+    inside = {line: {line[:at] for at, c in enumerate(line + ".") if c == "."} for line in lines}
+    found = set()
+    for name in [names_to_keep] if isinstance(names_to_keep, str) else names_to_keep:
+        meant = {line for line in lines if fnmatch.filter(inside[line], name)}
+        if not meant:
+            known = dict.fromkeys(part for line in lines for part in sorted(inside[line]))
+            raise ValueError(names.unknown("layer to keep", name, known))
+        found |= meant
+    return found
+
+
+def without(units, thin, layers, view, table):
+    """Return units and thin of `candidates` without all that would change some layers.
+
+    layers: those of `layers_of`.
+    view, table: as for `Search`.
+    """
+    frozen = set(layers)
+    for row in table.itertuples():
+        if row.layer in layers:
+            # A layer changes with the units that it reads and with those that it writes.
+            inputs, outputs = _terms(view, row)
+            frozen.update(inputs, *(keys for _, keys in outputs))
+    return tuple(
+        {key: each for key, each in parts.items() if key not in frozen} for parts in (units, thin)
+    )
 
 
 class _Units(NamedTuple):

@@ -25,7 +25,16 @@ _HELD_OUT = 4  # of so many batches one is held out
 
 @torch.no_grad()
 def reconstruct(
-    model, dense, batches, *, drops=(), keep=None, tokens=64, damping=1e-3, weights=None
+    model,
+    dense,
+    batches,
+    *,
+    drops=(),
+    keep=None,
+    untouched=(),
+    tokens=64,
+    damping=1e-3,
+    weights=None,
 ):
     """Return a copy of model whose layers come as near as they can to what dense computes.
 
@@ -45,6 +54,7 @@ def reconstruct(
     drops: what shrink.remove took from dense: one dictionary, or one for each call in their order.
         By it each output finds the one that it stands for.
     keep: {parameter: bool tensor}, the masks of model.
+    untouched: names of layers that are not solved for.
     tokens: number of positions that an image gives a layer, drawn for each batch; the classifier
         sees one. All together should be many more than a layer has inputs.
     damping: ridge towards the weights that are there, see lowrank.damped. It is a share of the
@@ -100,7 +110,7 @@ def reconstruct(
             places = []
             for layer_name in layer_names:
                 rows = rows_by_layer.get(layer_name, ())
-                if _is_solved(model, layer_name, rows):
+                if layer_name not in untouched and _is_solved(model, layer_name, rows):
                     place = _place(dense_view, view, layer_name, rows)
                     place.positions = positions[layer_name]
                     places.append(place)

@@ -21,6 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 from timm.optim import create_optimizer_v2
@@ -28,7 +30,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
-from vitlab import files, parallel
+from vitlab import files, names, parallel
 from vitlab.evaluation import cost, evaluate, memory
 from vitlab.models import anatomy
 from vitlab.pruning import prune
@@ -134,7 +136,8 @@ def fit(
     distil: Distillation, or None to train without a teacher
     stage: name of this training in its history, messages and state file
     folder: keeps a state file of each epoch, from which a killed training goes on
-    log: folder for TensorBoard, which gets the numbers of each epoch
+    log: folder for the numbers of each epoch, by TensorBoard or by the loggers, with commas between,
+        that the environment's VITLAB_LOG names: wandb, mlflow and others of accelerate
 
     Returns a frame with one row an epoch; `Training.epoch` says what its columns mean. Of 0 epochs
     it has one row, of epoch 0.
@@ -142,6 +145,7 @@ def fit(
     for 0 epochs of a new head.
     Raises FloatingPointError when the loss is no longer finite.
     Raises RuntimeError when another process trains the same stage in the same folder.
+    Raises ModuleNotFoundError, with what to install, for a logger that is not there.
     """
     recipe = _recipe(recipe)
     for part in (train, val):
@@ -271,13 +275,25 @@ def _lock(stage, folder):
 def _join(stage, folder, log):
     """Meet the other processes and return the Accelerator.
 
-    It has a tracker for TensorBoard if log or the environment's VITLAB_LOG asks for one.
+    It logs if log or the environment's VITLAB_LOG asks for it: to the loggers that VITLAB_LOG names.
     """
     parallel.join()
-    if folder and os.environ.get("VITLAB_LOG"):
-        log = log or Path(folder, "tensorboard")
-    accelerator = Accelerator(log_with=log and "tensorboard", project_dir=log)
-    accelerator.init_trackers(stage)
+    asked = os.environ.get("VITLAB_LOG", "")
+    if folder and asked:
+        log = log or Path(folder, "logs")
+    loggers = []
+    if log:
+        loggers = ["tensorboard" if name in ("", "1") else name for name in asked.split(",")]
+    there = [str(name) for name in get_available_trackers()]
+    for name in loggers:
+        names.check("logger (VITLAB_LOG)", name, LoggerType.list())
+        if name not in there:
+            raise ModuleNotFoundError(f"{name} is missing: pip install {name}", name=name)
+    accelerator = Accelerator(log_with=loggers or None, project_dir=log and Path(log, stage))
+    # A run is called by study, model, seed and stage.
+    label = "/".join([*Path(folder or "").parts[-4:-1], stage])
+    called = {"wandb": {"name": label}, "mlflow": {"run_name": label}, "trackio": {"name": label}}
+    accelerator.init_trackers("vitlab", init_kwargs=called)
     return accelerator
 
 
