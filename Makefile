@@ -33,7 +33,7 @@ demo smoke: %: install
 study: install
 	@echo "Study $(NAME): running the notebooks that are missing or out of date, on $(CORES) cores."
 	@$(BIN)/snakemake --cores $(CORES) --config study=$(STUDY) $(if $(MODEL),model=$(MODEL)) \
-	    $(if $(SEED),seed=$(SEED)) $(ARGS) || { echo "Study $(NAME) is not complete: the reason stands above."; \
+	    $(if $(SEED),seed=$(SEED)) $(if $(filter demo smoke,$(STUDY)),together=1) $(ARGS) || { echo "Study $(NAME) is not complete: the reason stands above."; \
 	    echo "What is done is kept, and the same command goes on from there."; exit 1; }
 	@# runs of another clone may lie in the data root, and its figures not here
 	@$(if $(filter -n,$(ARGS)),true,[ -d figures/$(NAME) ] || $(BIN)/python -m vitlab run 7_report --study $(STUDY))
@@ -80,7 +80,10 @@ test-long: install
 	@$(BIN)/python -m pytest $(SHARED) $(ARGS)
 
 lab: install
-	@$(BIN)/python -m jupyterlab --notebook-dir=. $(ARGS)
+	@# Kernels by notebooks/kernels have imported torch before the first cell runs; root must be allowed by name.
+	@JUPYTER_PATH="$(CURDIR)/notebooks:$$JUPYTER_PATH" $(BIN)/python -m jupyterlab --notebook-dir=. \
+	    --LabApp.default_url="/lab/tree/notebooks/README.md?factory=Markdown%20Preview" \
+	    $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 bench: install
 	@$(BIN)/python benchmarks $(ARGS)

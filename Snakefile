@@ -3,6 +3,7 @@
 #   snakemake --config study=demo              all of a study (make study STUDY=demo)
 #   snakemake --config study=demo model=vit    one model of it; seed=1 another seed than the study's
 #   snakemake -n --config study=demo           what would be run, and why
+#   snakemake --config study=demo together=1   one job a model for all that trains: torch is imported once (make demo)
 #   snakemake --config study=demo processes=2  train data-parallel, each notebook in two processes (docs/clusters.md)
 #
 # A notebook is done when its executed copy is there. It runs again when its code changes, a value of the study that
@@ -37,13 +38,19 @@ AFTER = {  # step: the steps whose files it reads
     "6_efficiency": ["3_global_pruning", "4_heads_svd_iht", "5_budget"],
 }
 GPU = config.get("gpu", int(shutil.which("nvidia-smi") is not None))
-RUN = "{sys.executable} -m vitlab run {input.notebook} --study {config[study]} --out {output}"
-RUN_MODEL = RUN + " --model {wildcards.model} --seed {wildcards.seed}"
+RUN = "{sys.executable} -m vitlab run {input.notebook} --study {config[study]}"
+OUT = "" if config.get("together") else " --out {output}"
+RUN_MODEL = RUN + " --model {wildcards.model} --seed {wildcards.seed}" + OUT
+# Steps of a job. A tiny study takes longer to import torch in each notebook than to train, so that together they
+# share one kernel; else each is a job, which goes on by itself where another fails.
+JOBS = [[step for step in AFTER if step != "6_efficiency"], ["6_efficiency"]]
+if not config.get("together"):
+    JOBS = [[step] for step in AFTER]
 PROCESSES = int(config.get("processes", 1))
 EACH = f"OMP_NUM_THREADS=$(( {{threads}} > {PROCESSES} ? {{threads}} / {PROCESSES} : 1 )) "
 # Two small trainings on a core each are done sooner than one after the other on both: notebooks that need only the
 # first one share the cores, unless they wait for one GPU.
-BESIDE = {step: 1 if GPU else list(AFTER.values()).count(before) for step, before in AFTER.items()}
+BESIDE = {step: 1 if GPU or config.get("together") else list(AFTER.values()).count(before) for step, before in AFTER.items()}
 THREADS = {step: max(PROCESSES, (workflow.cores or 1) // (len(MODELS) * len(SEEDS) * BESIDE[step])) for step in AFTER}
 
 
@@ -90,30 +97,31 @@ rule data:
         code=lambda w: code("0_data"),
         values=lambda w: values("0_data"),
     shell:
-        RUN
+        RUN + OUT
 
 
-for step, before in AFTER.items():
+for steps in JOBS:
+    before = {name for step in steps for name in AFTER[step]} - {*steps}
 
     rule:
         name:
-            step.partition("_")[2]
+            steps[0].partition("_")[2]
         input:
             data=RUNS / "notebooks/0_data.ipynb",
-            before=[f"{RUNS}/{{model}}/seed{{seed}}/notebooks/{name}.ipynb" for name in before],
-            notebook=ancient(f"notebooks/{step}.ipynb"),
+            before=[f"{RUNS}/{{model}}/seed{{seed}}/notebooks/{name}.ipynb" for name in sorted(before)],
+            notebook=ancient([f"notebooks/{step}.ipynb" for step in steps]),
         output:
-            f"{RUNS}/{{model}}/seed{{seed}}/notebooks/{step}.ipynb",
+            [f"{RUNS}/{{model}}/seed{{seed}}/notebooks/{step}.ipynb" for step in steps],
         params:
-            code=lambda w, step=step: code(step),
-            values=lambda w, step=step: values(step, w.model, int(w.seed)),
+            code=lambda w, steps=steps: "\n".join(map(code, steps)),
+            values=lambda w, steps=steps: "\n".join(values(step, w.model, int(w.seed)) for step in steps),
         # Timing wants the machine for itself. threads sets OMP_NUM_THREADS and the like for each notebook.
-        threads: workflow.cores or 1 if step == "6_efficiency" else THREADS[step]
+        threads: workflow.cores or 1 if steps == ["6_efficiency"] else THREADS[steps[0]]
         resources:
             # One at a time on a GPU (profiles/default allows one); --config gpu=1 asks SLURM for it.
-            gpu=GPU * (1 if step == "6_efficiency" else PROCESSES),
+            gpu=GPU * (1 if steps == ["6_efficiency"] else PROCESSES),
         shell:
-            RUN_MODEL if step == "6_efficiency" or PROCESSES == 1 else EACH + RUN_MODEL + f" --processes {PROCESSES}"
+            RUN_MODEL if steps == ["6_efficiency"] or PROCESSES == 1 else EACH + RUN_MODEL + f" --processes {PROCESSES}"
 
 
 RESULTS = expand(
@@ -136,4 +144,4 @@ rule report:
     params:
         code=lambda w: code("7_report"),
     shell:
-        RUN
+        RUN + OUT

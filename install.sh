@@ -49,4 +49,11 @@ if ! $install; then
     fi
     fail "Installation failed (all of it: $LOG). The same command goes on from here."
 fi
+# git takes notebooks without outputs: one that was opened and run is unchanged to it. Without .venv it takes them as
+# they are.
+if git rev-parse --git-dir >/dev/null 2>&1; then
+    .venv/bin/python -m nbstripout --install
+    git config filter.nbstripout.extrakeys "metadata.language_info"
+    git config filter.nbstripout.required false
+fi
 touch .venv/.installed

@@ -20,6 +20,7 @@ import io
 import json
 from contextlib import suppress
 from functools import cache, cached_property, partial
+from pathlib import Path
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -53,7 +54,7 @@ _STATES = {"masked": "0.85", "goes with its unit": _style.COLORS[1], "kept": _st
 
 
 def _checkpoints(lab):
-    """Return {"study/model/seed/name": folder} of all checkpoints that can be explored.
+    """Return {"study/model/seed/name": folder} of all checkpoints, those without images last.
 
     lab: a Run
     Raises FileNotFoundError, with the commands that make a checkpoint, if there are none.
@@ -66,19 +67,25 @@ def _checkpoints(lab):
         study, model, seed = checkpoint_id(folder)
         folders[f"{study}/{model}/seed{seed}/shipped"] = folder
 
-    # The checkpoints of lab come first, then others of its study and model, then dense ones.
-    def order(label):
-        is_of_lab = folders[label].parent == lab.folder
-        is_of_model = f"{lab.study}/{lab.model_name}/" in label
-        return not is_of_lab, not is_of_model, not label.endswith("/dense"), label
+    # The checkpoints of lab come first, then others of its study and model, then dense ones. Those
+    # of other models whose images are not here come last.
+    lacks = {
+        study: _lacks_images(study, lab) for study in {label.split("/")[0] for label in folders}
+    }
 
-    # Overridden runs other than lab are left out. So are models with layers that were factored or
-    # lost rows: a budget cannot remove units of those.
+    def order(label):
+        study, model, _, _ = label.split("/")
+        is_of_lab = folders[label].parent == lab.folder
+        is_of_model = (study, model) == (lab.study, lab.model_name)
+        is_dense = label.endswith("/dense")
+        return not is_of_lab, not is_of_model, bool(lacks[study]), not is_dense, label
+
+    # Overridden runs other than lab are left out.
     chosen = {}
     for label in sorted(folders, key=order):
         folder = folders[label]
         is_overridden = "+" in label and folder.parent != lab.folder
-        if not is_overridden and _is_plain(folder):
+        if not is_overridden and _layers_of(folder) is not None:
             chosen[label] = folder
     if chosen:
         return chosen
@@ -88,13 +95,28 @@ def _checkpoints(lab):
     )
 
 
-def _is_plain(folder):
-    """Return whether a folder has the record of a checkpoint whose linear layers are all plain."""
+def _layers_of(folder):
+    """Return the types of a checkpoint's linear layers, None for a folder that is no checkpoint."""
     # A folder without a record, or with a broken one, is no checkpoint.
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         layers = json.loads((folder / checkpoint.RECORD).read_text())["structure"]["layers"]
-        return all(layer["type"] == "Linear" for layer in layers.values())
-    return False
+        return {layer["type"] for layer in layers.values()}
+    return None
+
+
+def _lacks_images(study, lab):
+    """Return which images of a study are not here, "" if they are. Nothing is downloaded."""
+    places = {"cifar10": ("cifar10", "cifar-10-batches-py"), "caltech101": ("caltech101",)}
+    try:
+        study = study.partition("+")[0]
+        given = lab.given if study == lab.study else study
+        name = settings.study(given).data.name
+        if name not in settings.DATASETS:
+            settings.find(given, name)
+    except (ValueError, TypeError, OSError) as error:
+        return str(error).splitlines()[0]
+    folders = [files.root() / place for place in places.get(name, ())]
+    return f"no images of {name}" if folders and not any(map(Path.is_dir, folders)) else ""
 
 
 # -- cuts
@@ -117,6 +139,7 @@ class _Subject:
             study = lab.given if study == lab.study else study
             lab = runs.open_run(study, model, int(seed.removeprefix("seed")))
         self.lab = lab
+        self.folder = folder
         self.model = checkpoint.load(folder, device=device)
         self.weights, self.units = self._scores(folder)
         self.plan = cache(
@@ -163,17 +186,65 @@ class _Subject:
         """Return {block: {role: name of the weight}} of weights with scores, in forward order."""
         view = models.view(self.model)
         weights = {}
+        linears = view.linears()
         for name in self.weights["taylor"]:
-            layer = name.removesuffix(".weight")
+            layer = next(layer for layer in linears if name.startswith(f"{layer}."))
             block = view.block_of(name)
             # A patch merging lies in no block, and counts as one of its own.
             block_name = block.name if block else layer.rpartition(".")[0]
-            weights.setdefault(block_name, {})[view.role(layer)] = name
+            # A factored layer has several weights: its first one is "qkv first.weight".
+            part = name.removeprefix(layer).strip(".")
+            role = f"{view.role(layer)} {part}".removesuffix(" weight").removesuffix(".weight")
+            weights.setdefault(block_name, {})[role] = name
         return weights
+
+    def parts(self, name):
+        """Return {"q": rows, "k": rows, "v": rows} of a weight whose rows are these, else {}."""
+        block = models.view(self.model).block_of(name)
+        if block is None or not block.num_heads or not name.startswith(f"{block.name}.attn.qkv."):
+            return {}
+        queries, values = block.num_heads * block.qk_dim, block.num_heads * block.head_dim
+        rows = {"q": queries, "k": queries, "v": values}
+        return rows if sum(rows.values()) == len(self.weights["taylor"][name]) else {}
+
+    def code(self, criterion, sparsity, unit_criterion, macs):
+        """Return the lines of Python that make the model of `cut`, given the same."""
+        calibration = self.lab.params.calibration
+        given = f'"{self.lab.given}", "{self.lab.model_name}", {self.lab.seed}'
+        if self.lab.override:
+            given += f", {self.lab.override}"
+        lines = [
+            "from vitlab import budget, checkpoint, data, masks, prune, runs, scores",
+            "",
+            f"lab = runs.open_run({given})",
+            "images = data.load(**lab.data)",
+            f'model = checkpoint.load("{self.folder}")',
+            "measured = scores.measure(",
+            "    model,",
+            "    lab.calibration(images.train),",
+            f'    weights=["{criterion}"],',
+            f'    units=["{unit_criterion}"],',
+            f'    labels="{calibration.labels}",',
+            f"    seed={self.lab.seed},",
+            ")",
+            f'keep = masks.keep_largest(measured["weights"]["{criterion}"], sparsity={sparsity})',
+            "small = prune.masked(model, keep)",
+        ]
+        if macs < 1:
+            lines += [
+                f'plan = budget.plan(model, measured["units"]["{unit_criterion}"], macs={macs})',
+                "small, _ = budget.cut(small, plan)",
+            ]
+        return "\n".join(lines)
 
     @cached_property
     def floor(self):
-        """Return the least share of the MACs, in hundredths, that a plan can keep."""
+        """Return the least share of the MACs, in hundredths, that a plan can keep.
+
+        It is 1 where layers are factored or lost rows: plans remove units of whole layers.
+        """
+        if _layers_of(self.folder) - {"Linear"}:
+            return 1
 
         def is_reached(hundredth):
             with suppress(pool.Unreachable):
@@ -330,6 +401,7 @@ class _LayerPicture:
         self.mask.grid(False)
         self.mask.set_ylabel("row (output)")
         self.title = self.mask.set_title("", fontsize=11)
+        self.parts = []  # lines and letters of queries, keys and values
         self.stairs = [self.panel.stairs([0], [1, 2], fill=True, color=color) for color in colors]
         self.line = self.panel.axvline(1, color="0.1", linewidth=1.5)
         self.panel.set_xscale("log")
@@ -343,14 +415,27 @@ class _LayerPicture:
         self.moving = [self.image, self.title, *self.stairs, self.line]
         plt.setp(self.moving, animated=True)  # canvas.draw leaves these artists out
 
-    def show(self, name, criterion, scores):
+    def show(self, name, criterion, scores, parts=None):
         """Change to another layer or criterion.
 
         name: name of the layer's weight
         criterion: name of the criterion, for the axis
         scores: {name: tensor} of all layers
+        parts: {letter: number of rows} of what the rows are, from the first one on
         """
         rows, columns = scores[name].shape
+        for artist in self.parts:
+            artist.remove()
+        self.parts, end = [], 0
+        for letter, count in (parts or {}).items():
+            middle = 1 - (end + count / 2) / rows
+            self.parts.append(
+                self.mask.text(1.01, middle, letter, transform=self.mask.transAxes, va="center")
+            )
+            end += count
+            if end < rows:
+                self.parts.append(self.mask.axhline(end, color="black", linewidth=1))
+        plt.setp(self.parts, animated=True)
         self.image.set_extent((0, columns, rows, 0))
         self.mask.set_xlabel(f"input of {name.removesuffix('.weight')}")
         # All layers share an axis. The lowest thousandth of the scores is counted in its first bin.
@@ -391,7 +476,7 @@ class _LayerPicture:
             self.canvas.draw()
             self.background = self.canvas.copy_from_bbox(self.figure.bbox)
         self.canvas.restore_region(self.background)
-        for artist in self.moving:
+        for artist in self.moving + self.parts:
             artist.axes.draw_artist(artist)
         file = io.BytesIO()
         pixels = np.asarray(self.canvas.buffer_rgba())
@@ -427,46 +512,68 @@ class Explorer:
         for widget in self.choices:
             widget.observe(self._move, "value")
         self.button.on_click(self._test)
+        self.code_button.observe(self._show_code, "value")
 
     def _make_widgets(self):
-        wide = {"width": "400px", "max_width": "100%"}
-        narrow = {"max_width": "100%", "overflow": "auto"}
+        # Two controls of a row fit into 500 px, so that all stay above the pictures on a small
+        # screen, and what people ask for first, accuracy, stands beside them.
         wrapped = {"flex_flow": "row wrap", "align_items": "center"}
-        dropdown = ipywidgets.Dropdown
+        beside = {"flex_flow": "row wrap", "align_items": "flex-start"}
+        style = {"description_width": "100px"}
+
+        def dropdown(width, description="", **options):
+            layout = {"width": width, "max_width": "100%"}
+            return ipywidgets.Dropdown(
+                description=description, layout=layout, style=style, **options
+            )
+
+        narrow = {"max_width": "100%", "overflow": "auto"}
         output = partial(ipywidgets.HTML, layout=narrow)
         picture = partial(ipywidgets.Image, layout=narrow)
         slider = partial(
             ipywidgets.FloatSlider,
             step=0.01,
             readout_format=".0%",
-            layout=wide,
-            style={"description_width": "110px"},
+            layout={"width": "340px", "max_width": "100%"},
+            style=style,
         )
-        self.checkpoint = dropdown(description="checkpoint", options=[*self.folders], layout=wide)
-        self.block = dropdown(description="block")
-        self.layer = dropdown(description="layer")
+        self.checkpoint = dropdown("500px", "checkpoint", options=self._options())
+        self.block, self.layer = dropdown("300px", "block"), dropdown("200px")
         self.sparsity = slider(0.5, description="weights masked", max=0.99)
-        self.criterion = dropdown(description="weights by", options=_WEIGHTS)
+        self.criterion = dropdown("160px", options=[(f"by {name}", name) for name in _WEIGHTS])
         self.macs = slider(0.8, description="MACs kept", max=1)
-        self.unit_criterion = dropdown(description="units by", options=_UNITS)
-        self.button = ipywidgets.Button(description="test on images")
+        self.unit_criterion = dropdown(
+            "160px", options=[(f"units by {name}", name) for name in _UNITS]
+        )
+        self.button = ipywidgets.Button(description="test on images", button_style="primary")
+        self.code_button = ipywidgets.ToggleButton(description="as code")
         self.status, self.heads, self.table, self.answer = output(), output(), output(), output()
+        self.code = ipywidgets.Textarea(layout={"display": "none", "width": "100%"}, rows=18)
         self.layer_image, self.test_image = picture(), picture()
-        layer = [self.block, self.layer]
         weights = [self.sparsity, self.criterion]
         units = [self.macs, self.unit_criterion]
+        layer = [self.block, self.layer]
         self.choices = [*layer, *weights, *units]
         rows = [
-            [self.checkpoint, *layer],
-            weights,
-            units,
+            [self.checkpoint, self.button, self.code_button],
+            [ipywidgets.HBox(weights), ipywidgets.HBox(units)],
             [self.status],
+            [self.answer],
+            [self.code],
+            [ipywidgets.HBox(layer)],
             [self.layer_image],
-            [self.heads, self.table],
-            [self.button, self.answer],
-            [self.test_image],
         ]
-        self.box = ipywidgets.VBox([ipywidgets.HBox(row, layout=wrapped) for row in rows])
+        rows = [ipywidgets.HBox(row, layout=wrapped) for row in rows]
+        tables = ipywidgets.HBox([self.heads, self.table], layout=beside)
+        self.box = ipywidgets.VBox([*rows, tables, self.test_image])
+
+    def _options(self):
+        """Return (words, label) of each checkpoint; words say why one cannot be tested."""
+        options = []
+        for label in self.folders:
+            lacks = _lacks_images(label.split("/")[0], self.lab)
+            options.append((f"{label} \N{EM DASH} {lacks}" if lacks else label, label))
+        return options
 
     def show(self):
         """Display the widgets; headless, where nobody can move them, their pictures and tables."""
@@ -505,6 +612,10 @@ class Explorer:
             widget.options = [*options]
             widget.index = 0
         self.macs.min = floor
+        self.macs.disabled = self.unit_criterion.disabled = floor == 1
+        self.status.value = ""
+        if floor == 1:
+            self.status.value = "Its layers were cut before: their weights can go, units cannot."
         self._move()
 
     def _move(self, change=None):
@@ -515,7 +626,8 @@ class Explorer:
         layers = self.subject.layers[self.block.value]
         name = layers.get(self.layer.value, next(iter(layers.values())))
         if self.shown != (name, criterion):
-            self.layer_picture.show(name, criterion, self.subject.weights[criterion])
+            scores_by_name, parts = self.subject.weights[criterion], self.subject.parts(name)
+            self.layer_picture.show(name, criterion, scores_by_name, parts)
             self.shown = name, criterion
         keep = self.cut.keep[name]
         stay = self.cut.stay.get(name, torch.ones_like(keep))
@@ -523,15 +635,23 @@ class Explorer:
         self.layer_image.value = self.layer_picture.png()
         self.heads.value = _units_table(self.subject.units[unit_criterion], self.cut.drop)
         self.table.value = _costs_table(self.dense, self.cut)
-        self.status.value = (
-            f"{sparsity:.0%} of the weights masked by {criterion}, "
-            f"units removed by {unit_criterion} to {macs:.0%} of the MACs"
-        )
+        if change and self.answer.value and change["owner"] not in (self.block, self.layer):
+            self.answer.value = (
+                f'<span style="opacity:.5">Before the last move: {self.tested}</span>'
+            )
+        self._show_code()
+
+    def _show_code(self, change=None):
+        """Show the lines of Python that make the present cut, or hide them."""
+        self.code.layout.display = None if self.code_button.value else "none"
+        choice = self.criterion.value, round(self.sparsity.value, 2)
+        choice += self.unit_criterion.value, round(self.macs.value, 2)
+        self.code.value = self.subject.code(*choice)
 
     def _test(self, button):
         self.answer.value = "testing …"
         try:
-            self.answer.value = self._compared()
+            self.tested = self.answer.value = self._compared()
         except Exception as error:
             self.answer.value = _in_red(error)
 
@@ -556,10 +676,10 @@ class Explorer:
         warning = "The prediction is off by more than 3 times: choose by what is measured. "
         return (
             f"Of {count} validation images dense gets <b>{dense} ({dense / count:.1%})</b> right, "
-            f"cut <b>{cut} ({cut / count:.1%})</b>; {self.status.value}. On the calibration images "
-            f"the loss changes by <b>{rise:+.2g}</b> nats, predicted: {predicted:+.2g}. "
+            f"cut <b>{cut} ({cut / count:.1%})</b>. On the calibration images the loss changes by "
+            f"<b>{rise:+.2g}</b> nats, predicted: {predicted:+.2g}. "
             f"{'' if is_near else _in_red(warning)}"
-            "Below, those whose prediction moved most, as label: dense → cut."
+            "At the bottom, those whose prediction moved most, as label: dense → cut."
         )
 
 

@@ -207,9 +207,9 @@ def test_validation_images_are_tested_on_the_model_that_is_shown(explorer):
         correct = evaluate.accuracy(model, val).correct
         assert f"<b>{correct} ({correct / 12:.1%})</b>" in explorer.answer.value
     assert "Of 12 validation images" in explorer.answer.value
-    assert (
-        "95% of the weights" in explorer.answer.value and explorer.test_image.value[1:4] == b"PNG"
-    )
+    assert explorer.test_image.value[1:4] == b"PNG"
+    explorer.sparsity.value = 0.9  # what was tested is another cut now
+    assert explorer.answer.value.count("Before the last move: Of 12 validation images") == 1
 
 
 def test_the_measured_rise_stands_beside_the_one_predicted_of_the_same_images(explorer):
@@ -238,6 +238,26 @@ def test_missing_images_are_reported_below_the_button(explorer, monkeypatch):
     explorer.subject.__dict__.pop("images", None)
     explorer.button.click()
     assert "no images here" in explorer.answer.value
+
+
+def test_the_lines_of_code_make_the_model_that_is_shown(explorer):
+    for explorer.sparsity.value, explorer.macs.value in [(0.4, 1), (0.3, 0.95)]:
+        names = {}
+        exec(explorer.code.value, names)
+        x = torch.randn(2, 3, 16, 16)
+        assert torch.equal(names["small"](x), explorer.cut.model(x))
+        assert cost.macs(names["small"]) == cost.macs(explorer.cut.model)
+
+
+def test_lines_part_queries_keys_and_values(explorer):
+    explorer.layer.value = "qkv"
+    rows, _ = states(explorer).shape
+    lines = explorer.layer_picture.parts
+    assert [part.get_text() for part in lines if hasattr(part, "get_text")] == ["q", "k", "v"]
+    ends = [part.get_ydata()[0] for part in lines if hasattr(part, "get_ydata")]
+    assert ends == [rows / 3, 2 * rows / 3]
+    explorer.layer.value = "fc1"
+    assert explorer.layer_picture.parts == []
 
 
 # -- scores and checkpoints
@@ -284,7 +304,6 @@ def test_another_checkpoint_or_calibration_is_another_key(lab, vit):
 def test_what_can_be_explored_is_listed_own_and_dense_ones_first(lab, vit):
     checkpoint.save(vit, lab.path("another"))
     checkpoint.save(vit, lab.path("dense"))
-    checkpoint.save(factor.compress(vit, ratio=0.5, method="svd", multiple=1)[0], lab.path("thin"))
     checkpoint.save(vit, runs.open_run("demo", "swin", 3).path("dense"))
     folders = explore._checkpoints(lab)
     assert list(folders)[:3] == [
@@ -292,9 +311,10 @@ def test_what_can_be_explored_is_listed_own_and_dense_ones_first(lab, vit):
         "smoke/vit/seed0/another",
         "demo/swin/seed3/dense",
     ]
-    assert list(folders)[3].endswith("/seed0/shipped") and not [
-        label for label in folders if "thin" in label
-    ]
+    assert list(folders)[3].endswith("/seed0/shipped"), "its images are not here"
+    said = {label: words for words, label in explore.Explorer(lab)._options()}
+    assert said[list(folders)[0]] == list(folders)[0]
+    assert said["cifar10-small/vit/seed0/shipped"].endswith("shipped — no images of cifar10")
     transferred = explore._checkpoints(runs.open_run("caltech101-small", "swin-transfer"))
     assert next(iter(transferred)) == "caltech101-small/swin-transfer/seed0/shipped"
 
@@ -341,6 +361,18 @@ def test_a_model_that_was_cut_before_can_be_cut_further(lab, vit):
     assert (states(explorer) >= 0).all() and states(explorer).shape == (64, 32)
     explorer.macs.value = explorer.macs.min
     assert cost.macs(explorer.cut.model) <= explorer.macs.min * cost.macs(cut)
+
+
+def test_weights_of_factored_layers_can_be_masked_and_units_stay(lab, vit):
+    thin, _ = factor.compress(vit, ratio=0.5, method="svd", multiple=1)
+    checkpoint.save(thin, lab.path("dense"))
+    explorer = explore.Explorer(lab)
+    assert explorer.layer.options[0] == "qkv first" and explorer.macs.disabled
+    explorer.sparsity.value = 0.25
+    weights = explorer.subject.weights["taylor"]
+    zeros = sum(int((explorer.cut.model.get_parameter(name) == 0).sum()) for name in weights)
+    assert zeros == round(0.25 * sum(score.numel() for score in weights.values()))
+    assert not explorer.cut.drop and "units cannot" in explorer.status.value
 
 
 def test_a_checkpoint_that_cannot_be_opened_says_why_and_the_last_one_stays(lab, vit):

@@ -393,7 +393,7 @@ def test_a_changed_report_reruns_itself_alone_and_a_failure_keeps_the_others_goi
     assert steps("-n") == {"report"}
     assert steps() == {"report"} and steps("-n") == set()
     study = tree / "notebooks" / "params" / "demo.yaml"
-    study.write_text(study.read_text().replace("epochs: 8", "epochs: 9"))
+    study.write_text(study.read_text().replace("epochs: 6", "epochs: 9"))
     runner = tree / "vitlab" / "__main__.py"
     runner.write_text(
         "import sys\nif '5_budget' in sys.argv[2]:\n    sys.exit('no budget')\n"

@@ -63,11 +63,11 @@ def _parser():
 
     add = command(
         _run,
-        "execute a notebook without a screen",
+        "execute notebooks without a screen",
         epilog=_known(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add("notebook", help="number, name or path, such as 3 or 3_global_pruning")
+    add("notebook", nargs="+", help="number, name or path, such as 3 or 3_global_pruning")
     add("--study", help="name in notebooks/params, or path of your own .yaml file (demo)")
     add("--model", help="a name in the study's `models` (the first)")
     add("--seed", type=int, help="of initial weights, order and draws, from 0 (0)")

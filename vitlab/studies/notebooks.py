@@ -5,6 +5,9 @@ first. Then it executes a copy through papermill, with the interpreter that runs
 It keeps that copy in the folder of the run, also when the notebook fails.
 People, the Makefile and the Snakefile all come through this door.
 
+Several notebooks (`vitlab run 3 4 5`) run one after the other in one kernel, which imports torch
+once, and is emptied between them.
+
 With --processes 2, or started by torchrun, several processes execute the notebook together and
 train data-parallel.
 
@@ -95,11 +98,12 @@ def _check(path, parameters):
     return values
 
 
-def _execute(path, parameters, *, out=None):
+def _execute(path, parameters, *, out=None, kernel=None):
     """Execute a copy of a notebook, and return the path of that copy.
 
     path: of the notebook.
     parameters: {name: value}; the others keep the notebook's values.
+    kernel: what `_kernel` yields, to be used for more than this notebook; None starts one.
     out: where to keep the copy; by default in `notebooks/` in the folder of the run. It is there
         only when the notebook has run to its end. Before, it is called <name>.running.ipynb, and
         after an error <name>.failed.ipynb.
@@ -112,6 +116,9 @@ def _execute(path, parameters, *, out=None):
     import papermill
     from nbclient.exceptions import DeadKernelError
 
+    if kernel is None:
+        with _kernel() as kernel:
+            return _execute(path, parameters, out=out, kernel=kernel)
     values = _check(path, parameters)
     parameters = {name: values[name] for name in [*parameters, *({"model"} & values.keys())]}
     if str(values["study"]).endswith((".yaml", ".yml")):  # the kernel works in another folder
@@ -127,7 +134,9 @@ def _execute(path, parameters, *, out=None):
     failed = out.with_suffix(".failed.ipynb")
     files.make_folder(out.parent)
     lock = out.with_name(f".{out.stem}.lock")
-    with files.lock(lock, f"{out.stem} of this run"), _kernel() as config:
+    with files.lock(lock, f"{out.stem} of this run"):
+        if kernel.has_kernel:
+            _empty(kernel)
         try:
             papermill.execute_notebook(
                 path,
@@ -135,11 +144,11 @@ def _execute(path, parameters, *, out=None):
                 parameters,
                 kernel_name="python3",
                 language="python",
+                km=kernel,
                 progress_bar=False,
                 stdout_file=sys.stdout if parallel.is_first() else None,
                 stderr_file=sys.stderr,
                 cwd=Path(path).parent,
-                config=config,
             )
         except BaseException as error:
             if running.exists():
@@ -158,9 +167,21 @@ def _execute(path, parameters, *, out=None):
 
 @contextlib.contextmanager
 def _kernel():
-    """Yield the configuration of a quiet kernel of this interpreter; others may start beside it."""
+    """Yield the manager of a quiet kernel of this interpreter; others may start beside it.
+
+    The first notebook starts the kernel, and at the end it is shut down.
+    """
     from ipykernel.kernelspec import write_kernel_spec
+    from jupyter_client import AsyncKernelManager
+    from jupyter_core.utils import run_sync
     from traitlets.config import Config
+
+    class Kernel(AsyncKernelManager):
+        made = None  # the newest connection, which nbclient closes only with the kernel
+
+        def client(self, **options):
+            self.made = super().client(**options)
+            return self.made
 
     with tempfile.TemporaryDirectory(prefix="nb", ignore_cleanup_errors=True) as folder:
         # A kernel spec in this folder comes before any that the user installed for another Python.
@@ -174,7 +195,21 @@ def _kernel():
         if os.name == "posix" and len(folder) < 80:
             config.KernelManager = Config(transport="ipc", ip=f"{folder}/k")
         with mock.patch.dict(os.environ, _environment(folder)):
-            yield config
+            kernel = Kernel(kernel_name="python3", config=config)
+            try:
+                yield kernel
+            finally:
+                if kernel.has_kernel:
+                    kernel.made.stop_channels()
+                    run_sync(kernel.shutdown_kernel)(now=True)
+
+
+def _empty(kernel):
+    """Forget the names of the notebook before in a kernel that goes on, and its connection."""
+    from jupyter_core.utils import run_sync
+
+    run_sync(kernel.made.execute_interactive)("%reset -f", silent=True)
+    kernel.made.stop_channels()
 
 
 def _environment(folder):
@@ -219,28 +254,34 @@ def run(options, arguments):
     """
     if options.processes != 1 and "WORLD_SIZE" not in os.environ:
         return _together(options.processes, arguments)
-    begun = time.perf_counter()
     try:
-        path = _find_notebook(options.notebook)
+        paths = [_find_notebook(notebook) for notebook in options.notebook]
         parameters = _parameters(options)
-        _check(path, parameters)
-        if parallel.world_size() > 1 and path.stem in _ONE_PROCESS:
-            raise ValueError(
-                f"{path.stem} measures one process or writes figures: run it without --processes"
-            )
+        if options.out and len(paths) > 1:
+            raise ValueError(f"--out names the copy of one notebook, and here are {len(paths)}")
+        for path in paths:
+            _check(path, parameters)
+            if parallel.world_size() > 1 and path.stem in _ONE_PROCESS:
+                raise ValueError(
+                    f"{path.stem} measures one process or writes figures: run it without "
+                    "--processes"
+                )
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"vitlab run: {error}", file=sys.stderr)
         return 2
-    name = " ".join(map(str, [path.stem, *parameters.values()]))
-    files.log(f"{name}: running")
     log = {"VITLAB_LOG": options.log} if options.log else {}
-    try:
-        with mock.patch.dict(os.environ, log):
-            out = _execute(path, parameters, out=options.out)
-    except Exception as error:
-        print(f"vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
-        return 1
-    files.log(f"{name}: done in {time.perf_counter() - begun:.0f} s, {out}")
+    with _kernel() as kernel:
+        for path in paths:
+            begun = time.perf_counter()
+            name = " ".join(map(str, [path.stem, *parameters.values()]))
+            files.log(f"{name}: running")
+            try:
+                with mock.patch.dict(os.environ, log):
+                    out = _execute(path, parameters, out=options.out, kernel=kernel)
+            except Exception as error:
+                print(f"vitlab run: {name} failed. {_reason(error)}", file=sys.stderr)
+                return 1
+            files.log(f"{name}: done in {time.perf_counter() - begun:.0f} s, {out}")
     return 0
 
 

@@ -3,7 +3,8 @@
 A run is one model and one seed of a study. It writes to `<data
 root>/runs/<study>/<model>/seed<seed>/`. Notebooks open a run with `open_run` and never name a path.
 
-Public: IDENTITY, LOG, Run, checkpoint_id, open_run, provenance, study_label, with_first_columns.
+Public: IDENTITY, LOG, Run, checkpoint_id, open_run, provenance, study_label, watch,
+with_first_columns.
 """
 
 import contextlib
@@ -57,12 +58,29 @@ def open_run(study_name, model=None, seed=0, override=None):
     Raises what `settings.study` raises, and ValueError for an unknown model.
     Raises TypeError for another seed, PermissionError where the folder cannot be written.
     """
-    values = settings.study(study_name, seed=seed if model else None, override=override)
-    if model is not None:
-        names.check(f"model of study {values.name}:", model, values.models)
-    if settings.checked("seed", 0, seed) < 0:
-        raise TypeError(f"seed should be an integer of at least 0, got {seed}")
+    try:
+        values = settings.study(study_name, seed=seed if model else None, override=override)
+        if model is not None:
+            names.check(f"model of study {values.name}:", model, values.models)
+        if settings.checked("seed", 0, seed) < 0:
+            raise TypeError(f"seed should be an integer of at least 0, got {seed}")
+    except (TypeError, ValueError) as error:
+        # What is wrong stands in the parameters cell: IPython shows this in place of a traceback.
+        lines = [f"{type(error).__name__}: {error}"]
+        error._render_traceback_ = lambda: lines
+        raise
     return Run(study_name, values, model, seed, settings.as_lists(override or {}))
+
+
+def watch(items, title):
+    """Return items with a bar for the outer loop of a notebook: title, and how many are done.
+
+    items: what is gone through, with or without a length.
+    title: str, what is done, in a word or two.
+    """
+    items = items if hasattr(items, "__len__") else list(items)
+    form = "{desc}: {n_fmt} of {total_fmt} {bar} {elapsed} {postfix}"
+    return files.progress(items, title, delay=0, bar_format=form)
 
 
 @dataclass
@@ -440,6 +458,7 @@ class _Results:
     save_model: function of (model, folder), of extra and masks, such as checkpoint.save. It saves each
         model that is added with the name of a checkpoint. None saves no models.
     results, histories: lists of dicts and of frames, what was collected so far.
+    bar: that of `watch`, or None.
     """
 
     run: Run
@@ -449,6 +468,12 @@ class _Results:
     save_model: Callable | None = None
     results: list = field(default_factory=list)
     histories: list = field(default_factory=list)
+    bar: object = None
+
+    def watch(self, items):
+        """Return items with the bar of `watch`, which also names the newest result."""
+        self.bar = watch(items, self.notebook)
+        return self.bar
 
     def cut(self, **columns):
         """Return a Cut, whose results and histories all have these columns."""
@@ -497,6 +522,9 @@ class _Cut:
         if model is not None:
             result |= self.log.measure(model, self.log.images.test)
             self._save(model, result, masks)
+            if self.log.bar is not None:
+                words = f"{result['method']}, {stage}: {result['top1']:.1f} %"
+                self.log.bar.set_postfix_str(words)
         self.log.results.append(result)
         return result
 

@@ -325,6 +325,11 @@ class Training:
             file = Path(folder, f"{self.stage}.state.pt") if folder else None
             self.start(file)
             history = self.state["history"]
+            if history:
+                files.log(
+                    f"{self.stage}: taken from an earlier run ({history[-1]['epoch']} of "
+                    f"{self.recipe.epochs} epochs, val {self.state['best']['top1']:.1f} %)"
+                )
             for epoch in range(len(history) - self.recipe.head, self.recipe.epochs):
                 row = self.epoch(epoch)
                 self.validate(row)
