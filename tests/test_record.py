@@ -251,6 +251,10 @@ def test_an_unknown_study_names_the_nearest_and_all():
         ValueError, match="unknown study 'dmo', did you mean 'demo'.*cifar10-small.*path"
     ):
         settings.study("dmo")
+    with pytest.raises(ValueError, match="'dmo', did you mean 'demo'") as error:
+        runs.open_run("dmo", "vit")
+    [line] = error.value._render_traceback_()  # all that IPython shows of it
+    assert line.startswith("ValueError: unknown study 'dmo', did you mean 'demo'")
 
 
 def test_a_study_of_ones_own_is_a_path(tmp_path):
@@ -710,6 +714,17 @@ def test_rows_without_method_or_stage_are_refused(lab, rows):
 def test_a_target_is_a_number(lab):
     with pytest.raises(ValueError, match="50 percent"):
         lab.save_results("1_train", [ROW | {"target": "50 percent"}])
+
+
+def test_a_bar_counts_the_outer_loop_and_names_the_newest_result(lab, monkeypatch):
+    monkeypatch.setenv("VITLAB_HEADLESS", "0")
+    log = lab.results("3_global_pruning", SimpleNamespace(test=[]), lambda *_: {"top1": 75.25})
+    shown = []
+    for ratio in log.watch(iter([0.5, 0.9])):
+        log.cut(method="units", target=ratio).add("cut", "a model")
+        shown.append(str(log.bar))
+    assert shown[0].startswith("3_global_pruning: 0 of 2")
+    assert shown[0].endswith("units, cut: 75.2 %")
 
 
 def test_results_of_a_notebook_are_those_of_rows_and_histories_written_by_hand(lab):

@@ -144,6 +144,7 @@ def test_the_command_line_says_what_is_wrong_and_starts_nothing(tmp_path, capsys
         (["7", "--model", "vit"], "7_report.ipynb is about the whole study and takes no model"),
         (["0", "--seed", "1"], "0_data.ipynb is about the whole study and takes no seed"),
         (["99"], "unknown notebook '99'"),
+        (["1", "2", "--out", "copy.ipynb"], "--out names the copy of one notebook"),
     ]:
         assert main(["run", *arguments]) == 2
         assert words in capsys.readouterr().err
@@ -169,6 +170,16 @@ def test_a_notebook_is_found_by_number_name_and_path(tmp_path, monkeypatch):
         ValueError, match="unknown notebook '3_globl_pruning', did you mean '3_global_pruning'"
     ):
         notebooks._find_notebook("3_globl_pruning")
+
+
+def test_several_notebooks_share_a_kernel_that_forgets_their_names(tmp_path, data_root):
+    say = "import os\nprint(os.getpid(), 'x' in globals())\nx = 1"
+    paths = [notebook(tmp_path / name, say) for name in ("a.ipynb", "b.ipynb")]
+    with notebooks._kernel() as kernel:
+        done = [notebooks._execute(path, {}, kernel=kernel) for path in paths]
+    cells = [json.loads(path.read_text())["cells"][-1] for path in done]
+    first, second = (cell["outputs"][0]["text"][0].split() for cell in cells)
+    assert first == second and first[1] == "False"
 
 
 def test_the_same_notebook_of_the_same_run_is_not_executed_twice_at_once(tmp_path):

@@ -287,7 +287,9 @@ def test_a_damaged_state_costs_one_epoch_and_a_second_process_is_refused(
     assert trained == [6, 7, 8] and again.train_loss.equals(
         expected.train_loss
     )  # of 3 steps an epoch the last
-    assert "dense.state.pt cannot be read" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "dense.state.pt cannot be read" in said
+    assert "dense: taken from an earlier run (2 of 3 epochs, val " in said
     other = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(tmp_path / ".dense.lock")],
         stdin=subprocess.PIPE,

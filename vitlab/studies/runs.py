@@ -683,10 +683,13 @@ def _commit():
     if not shutil.which("git"):
         return "unknown"
     head = _git("rev-parse", "--short=10", "HEAD")
-    changed = _git("diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks")
+    # Unlike `git diff`, this notes which notebooks changed by their outputs alone, so that git strips
+    # each of them (see install.sh) once a save and not once a run.
+    code = ["--", "vitlab", "notebooks", "benchmarks"]
+    changed = _git("status", "--porcelain", "--untracked-files=no", *code)
     if head.returncode:
         return "unknown"
-    return head.stdout.strip() + ("+dirty" if changed.returncode else "")
+    return head.stdout.strip() + ("+dirty" if changed.stdout else "")
 
 
 def _git(*words):
