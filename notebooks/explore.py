@@ -356,7 +356,7 @@ def _units_table(units, drop):
     drop: {(block, kind): indices} of the units that go
     """
     color = _STATES["goes with its unit"]
-    lines = [("block", "neurons that stay", "heads, by score")]
+    lines = [("block", "neurons that stay", "score of each head; struck out: it goes")]
     for block in dict.fromkeys(block for block, _ in units):
         count = len(units.get((block, "neurons"), ()))
         left = count - len(drop.get((block, "neurons"), ()))
@@ -519,7 +519,7 @@ class Explorer:
         # screen, and what people ask for first, accuracy, stands beside them.
         wrapped = {"flex_flow": "row wrap", "align_items": "center"}
         beside = {"flex_flow": "row wrap", "align_items": "flex-start"}
-        style = {"description_width": "100px"}
+        style = {"description_width": "110px"}
 
         def dropdown(width, description="", **options):
             layout = {"width": width, "max_width": "100%"}
@@ -534,7 +534,7 @@ class Explorer:
             ipywidgets.FloatSlider,
             step=0.01,
             readout_format=".0%",
-            layout={"width": "340px", "max_width": "100%"},
+            layout={"width": "350px", "max_width": "100%"},
             style=style,
         )
         self.checkpoint = dropdown("500px", "checkpoint", options=self._options())
