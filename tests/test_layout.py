@@ -191,6 +191,10 @@ def test_a_notebook_is_stripped_and_starts_with_a_question_and_literal_parameter
     assert parameters["study"] == "demo" and parameters["override"] == {}
     for cell in code_cells(path):
         assert not cell["outputs"] and cell["execution_count"] is None, "run nbstripout on it"
+    for cell in cells:
+        assert not "".join(cell["source"]).startswith("**"), (
+            "a heading leads to it from the contents"
+        )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)

@@ -79,7 +79,7 @@ def watch(items, title):
     title: str, what is done, in a word or two.
     """
     items = items if hasattr(items, "__len__") else list(items)
-    form = "{desc}: {n_fmt} of {total_fmt} {bar} {elapsed} {postfix}"
+    form = "{desc}: {n_fmt} of {total_fmt} {bar} {elapsed}{postfix}"
     return files.progress(items, title, delay=0, bar_format=form)
 
 
