@@ -44,7 +44,7 @@ study: install
 	@echo "Executed notebooks: $(DATA)/runs/$(NAME)/notebooks/ and $(DATA)/runs/$(NAME)/*/seed*/notebooks/"
 	@for run in $(DATA)/runs/$(NAME)/*/seed*; do \
 	    echo "Checkpoints in $$run: $$(cd $$run && ls -d */model.json 2>/dev/null | sed 's,/.*,,' | paste -sd' ' -)"; done
-	@echo "Export one: $(BIN)/python -c \"from vitlab import checkpoint, export; export.to_onnx(checkpoint.load('FOLDER'), 'small.onnx')\""
+	@echo "Export one: $(BIN)/python -m vitlab export FOLDER small.onnx"
 
 reproduce: install
 	@[ -f figures/$(NAME)/results.csv ] || { echo "figures/$(NAME) has no results to compare with."; exit 1; }

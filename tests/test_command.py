@@ -31,6 +31,10 @@ def test_help_has_words_for_every_option_and_names_the_notebooks(capsys):
     for parser in commands.choices.values():
         assert parser.description and all(action.help for action in parser._actions)
     with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert vitlab.__version__ in capsys.readouterr().out
+    assert main(["init", "lab"]) == 2 and "work there" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
         main(["run", "--help"])
     said = capsys.readouterr().out
     assert all(path.stem in said for path in (ROOT / "notebooks").rglob("[!.]*.[iy][pa][ym]*"))
@@ -38,10 +42,8 @@ def test_help_has_words_for_every_option_and_names_the_notebooks(capsys):
 
 def test_help_and_errors_come_without_torch(tmp_path):
     for arguments, status, words in [
-        (["--version"], 0, vitlab.__version__),
         (["run", "1", "--study", "dmeo"], 2, "unknown study 'dmeo', did you mean 'demo'"),
         (["export", "nowhere"], 2, "no checkpoint"),
-        (["init", "lab"], 2, "work there"),
     ]:
         done = vitlab_in(tmp_path, *arguments)
         assert done.returncode == status and words in done.stdout + done.stderr
@@ -109,3 +111,11 @@ def test_the_citation_is_of_this_version():
 
 def test_modules_are_listed_before_they_are_imported():
     assert {"budget", "models", "__version__"} <= set(dir(vitlab))
+
+
+def test_bars_are_for_slow_work_that_somebody_watches(monkeypatch, capsys):
+    for headless, delay, words in [("0", 0, "deciding"), ("0", 60, ""), ("1", 0, "")]:
+        monkeypatch.setenv("VITLAB_HEADLESS", headless)
+        assert list(files.progress(range(3), "deciding", delay=delay)) == [0, 1, 2]
+        said = capsys.readouterr().err
+        assert words in said and bool(words) == bool(said.strip())

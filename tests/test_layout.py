@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import vitlab
 from vitlab.files import repository
 from vitlab.studies import notebooks, settings
 
@@ -150,7 +151,8 @@ def test_tables_load_no_matplotlib():
 def test_the_package_loads_nothing_before_it_is_used():
     loaded = {name for name in loaded_by("import vitlab") if name.startswith("vitlab")}
     assert loaded == {"vitlab"}
-    assert "torch" not in loaded_by("import vitlab\nfrom vitlab import runs, results")
+    assert not {"torch", "pandas"} & loaded_by(f"from vitlab import {', '.join(vitlab.__all__)}")
+    assert "torch" in loaded_by("from vitlab import masks\nassert callable(masks.keep_largest)")
 
 
 def doors_used():
@@ -167,8 +169,6 @@ def doors_used():
 
 
 def test_the_package_offers_what_notebooks_and_pages_use():
-    import vitlab
-
     assert set(vitlab.__all__) == doors_used()
     for name in vitlab.__all__:
         assert getattr(vitlab, name).__name__.startswith("vitlab.")
