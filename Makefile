@@ -19,10 +19,12 @@ help:
 	@echo "make study STUDY=NAME      all notebooks of a study of notebooks/params: $(basename $(notdir $(wildcard notebooks/params/*.yaml)))"
 	@echo "                           MODEL=vit one model of it, SEED=1 another seed, CORES=2, ARGS=-n to see what would run"
 	@echo "make reproduce STUDY=NAME  its results again, beside the published ones; MODEL=vit of one model, SEEDS='0 1'"
-	@echo "make figures STUDY=NAME    its figures, tables and slides again, from the results there are"
-	@echo "make slides STUDY=NAME     its slides, from the tables and pictures in figures/: .pptx and one HTML file"
+	@echo "make figures STUDY=NAME    its figures, tables and slides again, from the results there are;"
+	@echo "                           ARGS='-p titled=true' with a title and their source in the pictures"
+	@echo "make slides STUDY=NAME     a talk of twelve slides, from the tables and pictures in figures/: .pptx and one HTML file;"
+	@echo "                           ARGS='--long --only 3,9 --template FILE.potx' with an appendix, some of them, your own look"
 	@echo "make html STUDY=NAME       its executed notebooks as pages, one file each, beside them"
-	@echo "make readme                the results in README.md and docs/results.md again, from the tables in figures/"
+	@echo "make readme                the results and the picture in README.md, and docs/results.md again, from the tables in figures/"
 	@echo "make smoke                 every notebook with next to no training, to see that all of it runs"
 	@echo "make bench                 what things cost, and what a cut brings in time, beside the peers"
 	@echo "make lint                  style of code and notebooks"
@@ -56,7 +58,7 @@ reproduce: install
 	@VITLAB_DATA=$(AGAIN) $(BIN)/python -m vitlab results $(STUDY) --compare
 
 figures: install
-	@$(BIN)/python -m vitlab run 7_report --study $(STUDY)
+	@$(BIN)/python -m vitlab run 7_report --study $(STUDY) $(ARGS)
 	@$(BIN)/python slides $(STUDY)
 	@echo "Figures and tables: figures/$(NAME)/"
 

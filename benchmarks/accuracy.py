@@ -35,7 +35,6 @@ import time
 from itertools import product
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from common import SMALL, folder, model_of
@@ -47,7 +46,7 @@ from vitlab.evaluation import bench, cost, evaluate
 from vitlab.models import checkpoint
 from vitlab.pruning import budget, factor, recover, scores
 from vitlab.pruning.ranks import allocate, uniform
-from vitlab.report import _style, plots, tables
+from vitlab.report import plots, tables
 from vitlab.studies import runs
 from vitlab.training import data, train
 
@@ -186,35 +185,26 @@ def peer(criterion, given, share, **options):
 
 
 CRITERIA = ("magnitude", "Taylor")
-FAMILIES = {
-    "vitlab, pool": {"vitlab, pool": pool},
-    "vitlab, units": {"vitlab, units": functools.partial(units_of, KINDS)},
-    "vitlab, units, cut alone": {
-        "vitlab, units, cut alone": functools.partial(units_of, KINDS, solved=False)
-    },
-    "vitlab, single kinds": {
-        "vitlab, ranks": ranks,
-        "vitlab, heads and neurons": functools.partial(units_of, ("heads", "neurons")),
-        **{f"vitlab, {kind}": functools.partial(units_of, (kind,)) for kind in KINDS},
-    },
-    "random units": {"random units": random_units},
-    "Torch-Pruning": {
+TOOLS = {
+    "vitlab, pool": pool,
+    "vitlab, units": functools.partial(units_of, KINDS),
+    "vitlab, units, cut alone": functools.partial(units_of, KINDS, solved=False),
+    "vitlab, ranks": ranks,
+    "vitlab, heads and neurons": functools.partial(units_of, ("heads", "neurons")),
+    **{f"vitlab, {kind}": functools.partial(units_of, (kind,)) for kind in KINDS},
+    "random units": random_units,
+    **{
         f"Torch-Pruning, {word}, {way}": functools.partial(peer, word, ranked=way)
         for word, way in product(CRITERIA, ("global", "isomorphic", "uniform"))
     },
-    "Torch-Pruning, heads and neurons": {
+    **{
         f"Torch-Pruning, {word}, heads and neurons": functools.partial(peer, word, everything=False)
         for word in CRITERIA
     },
-    "SVD": {
-        "SVD, whitened": functools.partial(svd, True),
-        "SVD, plain": functools.partial(svd, False),
-    },
-    "dense": {
-        "dense": lambda given, share: (copy.deepcopy(given.dense), "the control: nothing is cut")
-    },
+    "SVD, whitened": functools.partial(svd, True),
+    "SVD, plain": functools.partial(svd, False),
+    "dense": lambda given, share: (copy.deepcopy(given.dense), "the control: nothing is cut"),
 }
-TOOLS = {name: make for family in FAMILIES.values() for name, make in family.items()}
 
 
 # -- rows
@@ -238,16 +228,6 @@ def those(table, **key):
     return functools.reduce(
         lambda a, b: a & b, (table[name] == value for name, value in key.items())
     )
-
-
-def chosen(table):
-    """table, of whose fine-tuned rows those stay that have the learning rate which is best on val at the first seed,
-    of equal ones the lowest."""
-    order = {"seed": False, "val_top1": True, "lr": False}
-    tuned = table[table.stage == "finetuned"].sort_values([*order], ascending=[*order.values()])
-    best = tuned.drop_duplicates(ABOUT, keep="last").set_index(ABOUT).lr
-    own = pd.MultiIndex.from_frame(table[ABOUT]).map(best.to_dict())
-    return table[(table.stage != "finetuned") | (table.lr == own)]
 
 
 def keep(key, **row):
@@ -300,7 +280,7 @@ def measure(given, share, tool, *, rates=None, epochs=1, images=None):
         )
     earlier = table[those(table, **{name: key[name] for name in ABOUT}) & (table.seed < given.seed)]
     if not rates and not next_rate(earlier):
-        rates = chosen(earlier).lr.dropna().unique()
+        rates = tables.best_rates(earlier).lr.dropna().unique()
 
     def missing():
         tuned = (now := read())[those(now, **key, stage="finetuned")]
@@ -422,7 +402,7 @@ def mean_and_range(values, form="{:.1f}"):
 
 def summary(table, model, share):
     """One line a tool: MACs, top-1, its differences to vitlab's pool, paired by seed, learning rate, and speed-up."""
-    every, table = table, chosen(table)
+    every, table = table, tables.best_rates(table)
     own, lines = table[those(table, model=model, budget=share)], []
     dense = table[those(table, model=model, tool="dense")].macs.max()
     for tool in [tool for tool in TOOLS if tool in set(own.tool)]:
@@ -476,7 +456,7 @@ STAGES = {"cut": "cut", "finetuned": "fine-tuned"}
 def table_and_figure():
     """accuracy.md and the figure, from the rows there are."""
     table, text = read(), []
-    controls = chosen(table[table.tool == "dense"])
+    controls = tables.best_rates(table[table.tool == "dense"])
     for model, share in product(
         dict.fromkeys(table.model), sorted(set(table.budget) - {1.0}, reverse=True)
     ):
@@ -507,51 +487,13 @@ def table_and_figure():
     )
     files.write_atomic(folder("accuracy.md"), "\n".join(text))
     said = tables.caption(table.assign(study="benchmark", data="CIFAR-10 (JPEG)", split_seed=0))
-    said += " Of each family the tool that is best on test at that budget, of those with the most seeds there; "
+    said += " Torch-Pruning by the setting that is best on test at that budget, of those with the most seeds there; "
     said += "bars from the lowest to the highest seed."
-    plots.save(figure(table), folder("accuracy"), caption=said)
+    if (table.tool == "dense").any():
+        plots.save(plots.peers(tables.peers(table)), folder("accuracy"), caption=said)
 
 
 CONTROL = {"cut": "dense", "finetuned": "dense, fine-tuned as much"}
-
-
-@_style.styled
-def figure(table):
-    """Test top-1 (%) over the budget, after the cut and after fine-tuning; models below each other, a line a family."""
-    table = chosen(table)
-    names = list(dict.fromkeys(table.model))
-    families = [family for family in FAMILIES if family != "dense"]
-    figure, panels = plt.subplots(len(names), 2, figsize=(10.5, 3.4 * len(names)), squeeze=False)
-    look = _style.looks(families)
-    for (line, model), (column, (stage, word)) in product(
-        zip(panels, names, strict=True), enumerate(STAGES.items())
-    ):
-        ax, own = line[column], table[those(table, model=model, stage=stage)]
-        for family in families:
-            mine = own[own.tool.isin(FAMILIES[family])].set_index(["budget", "tool"]).top1
-            each = (
-                mine.groupby(level=["budget", "tool"])
-                .agg(["count", "mean"])
-                .sort_values(["count", "mean"])
-            )
-            best = mine[mine.index.isin(each.groupby("budget").tail(1).index)]
-            label = family + (
-                f" (best of {len(FAMILIES[family])})" if len(FAMILIES[family]) > 1 else ""
-            )
-            _style.mean_and_range(ax, best.groupby("budget"), label=label, **look[family])
-        dense = own[own.tool == "dense"].top1.mean()
-        ax.axhline(
-            dense, color="0.35", linewidth=1, zorder=0, label="dense (right: fine-tuned as much)"
-        )
-        ax.xaxis.set_major_formatter("{x:.0%}")
-        ax.set(
-            xlabel="MACs kept",
-            ylabel=f"{model}, {word}:\ntest top-1 (%)",
-            xticks=sorted(set(own.budget) - {1}),
-        )
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
-    return figure
 
 
 # -- the commands

@@ -101,8 +101,7 @@ def draw_cuts(table):
         said += f"{rows.threads.iloc[0]}; {source['device']}, commit {source['commit']}, {source['date'][:10]}; "
         said += "python benchmarks --only cuts."
         name = case.lower()
-        plots.save(plots.speedup_bars(rows), folder(f"speedup-{name}"), caption=said)
-        plots.save(plots.roofline(rows), folder(f"roofline-{name}"), caption=said)
+        plots.save(plots.speedups(rows), folder(f"speedup-{name}"), caption=said)
 
 
 def widths(rounds):

@@ -15,11 +15,23 @@ def main(arguments=None):
     parser = argparse.ArgumentParser("python slides", description=__doc__)
     parser.add_argument("study", help="name of a study, or path of its .yaml file")
     parser.add_argument("--out", help="the folder to write to (default: figures/STUDY/slides)")
+    parser.add_argument(
+        "--long", action="store_true", help="with an appendix: all tables and pictures"
+    )
+    parser.add_argument("--only", help="numbers of the slides to write, such as 3,9")
+    parser.add_argument("--template", help="a .potx or .pptx whose master and layout are taken")
     options = parser.parse_args(arguments)
     name = re.sub(r"\.ya?ml$", "", Path(options.study).name)
     try:
-        deck.write(files.repository() / "figures" / name, options.out)
-    except FileNotFoundError as error:
+        only = [int(number) for number in options.only.split(",")] if options.only else None
+        deck.write(
+            files.repository() / "figures" / name,
+            options.out,
+            long=options.long,
+            only=only,
+            template=options.template,
+        )
+    except (FileNotFoundError, ValueError) as error:
         print(f"slides: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:

@@ -15,13 +15,19 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib import font_manager
-from PIL import Image, ImageFont
+from PIL import ImageFont
 
 import findings
 from vitlab import files
 
 WIDTH, HEIGHT = 13.333, 7.5  # inches of a slide
 PADDING = 0.2  # inches beside the text of a cell, both sides together
+MARGIN = 0.35  # inches at the left and right of a slide
+GAP = 0.1  # inches between two pictures
+TOP = 1.3  # inches above the body, for the title
+BODY = 5.3  # inches of the body: pictures, points or a table
+LEAST = 14  # points of a table's text
+CAPTION = 12  # points of a caption and a source
 
 # -- PowerPoint
 
@@ -86,73 +92,40 @@ def _column_width(name, cells, size):
     return max(broken, *(_width(cell, size) for cell in cells)) + PADDING
 
 
-def _fit_at(table, size, room, wrap):
-    """Return (widths, heights) in inches of a table's columns and lines at one size, in points.
+def _fit_table(table, largest, width, height):
+    """Return (size in points, widths of columns, heights of lines in inches), as large as fits.
 
-    room: inches that there are. wrap: whether the widest column gives way where there are too few.
+    largest: size to begin with. width, height: inches that there are. Below LEAST points there is no fit: None.
     """
-    widths = [_column_width(name, table[name], size) for name in table]
-    if wrap:
+    for size in range(largest, LEAST - 1, -1):
+        widths = [_column_width(name, table[name], size) for name in table]
+        # The widest column gives way where there are too few inches.
         widest = widths.index(max(widths))
-        widths[widest] -= max(0, sum(widths) - room)
-    heights = []
-    for number, line in enumerate([[*table.columns], *table.itertuples(index=False)]):
-        counts = []
-        for cell, width in zip(line, widths, strict=True):
-            counts.append(lines_of(cell, size, width - PADDING + 1e-6, bold=number == 0))
-        heights.append(_height(max(counts), size) + 0.1)
-    return widths, heights
-
-
-def _fit_table(table, largest, rooms, height):
-    """Return (size in points, widths of columns, heights of lines in inches), as large as fits, or None.
-
-    largest: size to begin with. rooms: widths to try, inches. height: inches that there are.
-    Cells are broken only where none of the six largest sizes fits without. Below 8 points there is no fit.
-    """
-    tries = [(size, rooms[0], False) for size in range(largest, largest - 6, -1)]
-    tries.append((largest - 5, rooms[-1], False))
-    tries += [(size, rooms[-1], True) for size in range(largest - 5, 7, -1)]
-    for size, room, wrap in tries:
-        widths, heights = _fit_at(table, size, room, wrap)
-        if sum(widths) <= room + 1e-6 and sum(heights) <= height:
+        widths[widest] -= max(0, sum(widths) - width)
+        heights = []
+        for number, line in enumerate([[*table.columns], *table.itertuples(index=False)]):
+            counts = []
+            for cell, room in zip(line, widths, strict=True):
+                counts.append(lines_of(cell, size, room - PADDING + 1e-6, bold=number == 0))
+            heights.append(_height(max(counts), size) + 0.1)
+        if sum(heights) <= height:
             return size, widths, heights
     return None
 
 
-def _ratio(picture):
-    """Return width over height of a picture file."""
-    with Image.open(picture) as image:
-        return image.width / image.height
+def arrange(pictures, width, height):
+    """Return (left, top, width, height) in inches of pictures beside each other, as large as fits.
 
-
-def arrange(slide, top, height):
-    """Return (left, top) of a slide's table, what `_fit_table` says of it, and (width, height) of the picture.
-
-    All is in inches, between top and top + height. Picture and table stand side by side, or the table below where
-    the picture is larger then.
-    Raises ValueError for a table that fits neither way.
+    pictures: paths. width, height: inches that there are.
     """
-    choices = []
-    if slide.picture is None:
-        if fit := _fit_table(slide.table, 22, [12.33], height):
-            size, widths, heights = fit
-            stretch = min(1.5, 12.33 / sum(widths))
-            fit = (size, [width * stretch for width in widths], heights)
-            choices.append(((0.5, top), fit, (0, 0)))
-    else:
-        ratio = _ratio(slide.picture)
-        spare = 11.93 - ratio * (height - 0.35)  # what a narrow picture leaves to the table
-        if fit := _fit_table(slide.table, 16, [max(5, spare), max(6, spare)], height):
-            beside = sum(fit[1])
-            wide = min(11.93 - beside, ratio * (height - 0.35))
-            choices.append(((12.83 - beside, top), fit, (wide, wide / ratio)))
-        if fit := _fit_table(slide.table, 13, [12.33], height - 1):
-            wide = min(12.33, ratio * (height - 0.5 - sum(fit[2])))
-            choices.append(((0.5, top + wide / ratio + 0.45), fit, (wide, wide / ratio)))
-    if not choices:
-        raise ValueError(f"a table is too large for its slide: {slide.title}")
-    return max(choices, key=lambda choice: choice[2][0])
+    room = (width - GAP * (len(pictures) - 1)) / len(pictures)
+    places = []
+    for number, path in enumerate(pictures):
+        wide, high = findings.inches(path)
+        scale = min(room / wide, height / high)
+        left = number * (room + GAP) + (room - scale * wide) / 2
+        places.append((left, 0.0, scale * wide, scale * high))
+    return places
 
 
 def _is_number(cells):
@@ -160,32 +133,81 @@ def _is_number(cells):
     return all(re.fullmatch(r"[+−]?[\d.,]*(\u00a0%)?", cell) for cell in cells)
 
 
-def to_pptx(slides, *, title, date):
-    """Return the bytes of a .pptx of 13.33 x 7.5 inches.
+def to_pptx(slides, *, title, date, template=None):
+    """Return the bytes of a .pptx.
 
-    slides: list of Slide. Tables are native, pictures the png as it is, in full resolution.
+    slides: list of Slide. Tables are native, pictures the png as it is, in full resolution; the speaker's notes hold
+        table, note and source.
     title, date ("2026-11-24"): properties of the file.
+    template: path of a .pptx or .potx, whose master, size and layout with a title alone are taken (None: 13.33 x 7.5
+        inches, plain).
     Raises ModuleNotFoundError without python-pptx.
     """
     import pptx
     from pptx.util import Inches
 
-    deck = pptx.Presentation()
-    _widen(deck)
-    deck.slide_width, deck.slide_height = Inches(WIDTH), Inches(HEIGHT)
+    deck = pptx.Presentation(_as_presentation(template) if template else None)
+    if template:
+        _empty(deck)
+    else:
+        _widen(deck)
+        deck.slide_width, deck.slide_height = Inches(WIDTH), Inches(HEIGHT)
     properties = deck.core_properties
     properties.title = title
     properties.author = properties.last_modified_by = "vitlab"
     properties.created = properties.modified = pd.Timestamp(date).to_pydatetime()
-    layout = deck.slide_layouts[5]  # a title alone
+    layout = _title_layout(deck)
     number = _slide_number(layout)
     for content in slides:
         slide = deck.slides.add_slide(layout)
-        slide.shapes._spTree.append(
-            copy.deepcopy(number._element)
-        )  # python-pptx leaves it in the layout
-        _fill(slide, content)
+        if number is not None:  # python-pptx leaves it in the layout
+            slide.shapes._spTree.append(copy.deepcopy(number._element))
+        sides = deck.slide_width.inches, deck.slide_height.inches
+        _fill(slide, content, *sides, opening=content is slides[0] and bool(content.points))
+        slide.notes_slide.notes_text_frame.text = notes(content)
     return _same_bytes(deck)
+
+
+def _as_presentation(template):
+    """Return a template file as one that python-pptx opens: a .potx says so in its list of types."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(template) as old, zipfile.ZipFile(made, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == "[Content_Types].xml":
+                data = data.replace(
+                    b"presentationml.template.main", b"presentationml.presentation.main"
+                )
+            new.writestr(name, data)
+    made.seek(0)
+    return made
+
+
+def _empty(deck):
+    """Take the slides that a template has out of it."""
+    ids = deck.slides._sldIdLst
+    for one in list(ids):
+        deck.part.drop_rel(one.rId)
+        ids.remove(one)
+
+
+def _title_layout(deck):
+    """Return the layout with a title and fewest other places to fill."""
+    from pptx.enum.shapes import PP_PLACEHOLDER
+
+    small = (PP_PLACEHOLDER.DATE, PP_PLACEHOLDER.FOOTER, PP_PLACEHOLDER.SLIDE_NUMBER)
+
+    def others(layout):
+        kinds = [shape.placeholder_format.type for shape in layout.placeholders]
+        return PP_PLACEHOLDER.TITLE not in kinds, len([kind for kind in kinds if kind not in small])
+
+    return min(deck.slide_layouts, key=others)
+
+
+def notes(content):
+    """Return the speaker's notes of a slide as text: what is shown, note, table and source."""
+    table = "" if content.table is None else content.table.to_string(index=False)
+    return "\n\n".join(filter(None, [content.shows, content.note, table, content.source]))
 
 
 def _widen(deck):
@@ -206,32 +228,63 @@ def _slide_number(layout):
 
     for shape in layout.placeholders:
         if shape.placeholder_format.type == PP_PLACEHOLDER.SLIDE_NUMBER:
-            shape.left, shape.top, shape.width, shape.height = map(Inches, (12.2, 6.8, 0.63, 0.25))
+            shape.left, shape.top, shape.width, shape.height = map(Inches, (12.3, 6.95, 0.68, 0.3))
             return shape
 
 
-def _fill(slide, content):
-    """Put title, table, picture, note and source on an empty slide."""
+def _fill(slide, content, width, height, *, opening=False):
+    """Put title, body and caption on an empty slide of a size in inches.
+
+    The body is pictures at full width, else points, else a table. opening: whether the title is large.
+    Raises ValueError for a table that does not fit.
+    """
     from pptx.util import Inches
 
-    _write(slide.shapes.title, content.title, (0.5, 0.3, 12.33, 1.05), range(28, 17, -1), bold=True)
-    top = 1.5
-    height = 4.7 if content.note else 5.2
-    place, fit, (wide, high) = arrange(content, top, height)
-    _write_table(slide, content.table, place, *fit)
-    if content.picture:
-        drawn = slide.shapes.add_picture(str(content.picture), *map(Inches, (0.5, top, wide, high)))
-        drawn._element.nvPicPr.cNvPr.set("descr", content.shows)
-        _write(
-            _box(slide),
-            content.shows,
-            (0.5, top + high + 0.05, wide, 0.3),
-            range(11, 6, -1),
-            grey=True,
-        )
-    if content.note:
-        _write(_box(slide), content.note, (0.5, 6.3, 12.33, 0.45), range(12, 6, -1))
-    _write(_box(slide), content.source, (0.5, 6.85, 11.6, 0.4), range(10, 5, -1), grey=True)
+    wide = width - 2 * MARGIN
+    body = height - HEIGHT + BODY
+    above = 2.4 if opening else 0  # inches more than above other slides
+    title = (MARGIN, 0.2 + above / 3, wide, 1.0 + above / 2)
+    sizes = range(44, 27, -1) if opening else range(28, 19, -1)
+    _write(slide.shapes.title, content.title, title, sizes, bold=True)
+    if content.pictures:
+        has_names = len(content.pictures) > 1
+        top = TOP + (0.3 if has_names else 0)
+        places = arrange(content.pictures.values(), wide, body - (top - TOP))
+        for (name, path), (left, _, *size) in zip(content.pictures.items(), places, strict=True):
+            if has_names:
+                _write(_box(slide), name, (MARGIN + left, TOP, size[0], 0.28), [14], center=True)
+            drawn = slide.shapes.add_picture(str(path), *map(Inches, (MARGIN + left, top, *size)))
+            drawn._element.nvPicPr.cNvPr.set("descr", f"{name} {content.shows}".strip())
+    elif content.points:
+        step = min(0.95, (body - above) / len(content.points))
+        for number, point in enumerate(content.points):
+            top = TOP + 0.1 + above + number * step
+            place = (MARGIN + 0.3, top, wide - 0.6, step - 0.1)
+            _write(_box(slide), point, place, range(24, 15, -1))
+    elif content.table is not None:
+        fit = _fit_table(content.table, 22, wide, body)
+        if fit is None:
+            raise ValueError(f"a table is too large for its slide: {content.title}")
+        _write_table(slide, content.table, (MARGIN, TOP), *fit)
+    caption = f"{content.shows} {_short(content.source)}".strip()
+    place = (MARGIN, height - 0.75, wide - 0.8, 0.5)
+    _write(_box(slide), _shortened(caption, place[2]), place, [CAPTION], grey=True)
+
+
+def _short(source):
+    """Return study and seeds of a source; files, machines and commits stand in the notes."""
+    _, _, rest = source.partition(". ")
+    return rest.partition(";")[0].rstrip(".") + "."
+
+
+def _shortened(text, width):
+    """Return as much of a text as two lines of a caption hold; the whole stands in the notes."""
+    words = text.split(" ")
+    if lines_of(text, CAPTION, width) <= 2:
+        return text
+    while lines_of(" ".join(words) + " …", CAPTION, width) > 2:
+        words.pop()
+    return " ".join(words) + " …"
 
 
 def _same_bytes(deck):
@@ -250,7 +303,7 @@ def _box(slide):
     return slide.shapes.add_textbox(0, 0, 0, 0)
 
 
-def _write(shape, text, place, sizes, *, bold=False, grey=False):
+def _write(shape, text, place, sizes, *, bold=False, grey=False, center=False):
     """Write a text into a shape at (left, top, width, height) in inches, as large as fits."""
     from pptx.enum.text import MSO_ANCHOR, MSO_AUTO_SIZE
     from pptx.util import Inches
@@ -262,17 +315,18 @@ def _write(shape, text, place, sizes, *, bold=False, grey=False):
     frame.auto_size = MSO_AUTO_SIZE.NONE
     frame.vertical_anchor = MSO_ANCHOR.MIDDLE if bold else MSO_ANCHOR.TOP
     size = _fit_text(text, sizes, *place[2:], bold=bold)
-    _add_paragraph(frame, text, size, color="666666" if grey else "1A1A1A", bold=bold)
+    side = "CENTER" if center else "LEFT"
+    _add_paragraph(frame, text, size, color="595959" if grey else "1A1A1A", bold=bold, side=side)
 
 
-def _add_paragraph(frame, text, size, *, color, bold=False, right=False):
-    """Write one paragraph as all of the text of a frame. size: points."""
+def _add_paragraph(frame, text, size, *, color, bold=False, side="LEFT"):
+    """Write one paragraph as all of the text of a frame. size: points. side: LEFT, CENTER or RIGHT."""
     from pptx.dml.color import RGBColor
     from pptx.enum.text import PP_ALIGN
     from pptx.util import Pt
 
     paragraph = frame.paragraphs[0]
-    paragraph.alignment = PP_ALIGN.RIGHT if right else PP_ALIGN.LEFT
+    paragraph.alignment = PP_ALIGN[side]
     run = paragraph.add_run()
     run.text = text or "\u00a0"  # an empty cell would be as high as the template's text
     run.font.name = "Arial"
@@ -310,7 +364,8 @@ def _write_cell(cell, text, size, line, right):
     cell.fill.solid()
     cell.fill.fore_color.rgb = RGBColor.from_string(tint)
     color = "FFFFFF" if is_header else "1A1A1A"
-    _add_paragraph(cell.text_frame, text, size, color=color, bold=is_header, right=right)
+    side = "RIGHT" if right else "LEFT"
+    _add_paragraph(cell.text_frame, text, size, color=color, bold=is_header, side=side)
 
 
 # -- HTML
@@ -321,29 +376,29 @@ body { margin: 0; }
 section { box-sizing: border-box; min-height: 100vh; padding: 3vh 4vw 2vh; scroll-snap-align: start;
   display: flex; flex-direction: column; gap: 1.5vh; border-bottom: 1px solid #ddd; }
 h2 { margin: 0; font-size: clamp(1.2rem, 2.1vw, 2.4rem); line-height: 1.2; }
-.body { flex: 1; display: flex; gap: 2vw; align-items: flex-start; }
-figure { margin: 0; flex: 1 1 0; min-width: 0; }
-img { display: block; width: 100%; height: auto; max-height: 66vh; object-fit: contain; object-position: left top; }
-.tall { flex-direction: column; }
-.tall figure { flex: none; width: 100%; }
-.tall figure + .table { max-width: 100%; }
-figcaption, footer { color: #666; font-size: clamp(0.7rem, 0.85vw, 1rem); }
-.table { max-width: 100%; overflow-x: auto; }
-figure + .table { flex: 0 1 auto; max-width: 46%; }
-table { border-collapse: collapse; font-size: clamp(0.75rem, 1vw, 1.3rem); }
-.alone table { font-size: clamp(0.8rem, 1.5vw, 2rem); }
+.opening h2 { margin-top: 18vh; font-size: clamp(1.6rem, 3.4vw, 4rem); }
+.body { flex: 1; display: flex; gap: 1vw; justify-content: center; align-items: flex-start; }
+figure { margin: 0; flex: 1 1 0; min-width: 0; text-align: center; }
+figure b { font-size: clamp(1rem, 1.2vw, 1.5rem); }
+img { display: block; width: 100%; height: auto; max-height: 70vh; object-fit: contain; }
+ul { font-size: clamp(1.1rem, 1.9vw, 2.2rem); line-height: 1.35; margin: 0; align-self: flex-start; flex: 1; }
+li { margin-bottom: 0.6em; }
+footer { color: #595959; font-size: clamp(1rem, 1.1vw, 1.2rem); }
+details { font-size: clamp(0.9rem, 1vw, 1.1rem); }
+.table { max-width: 100%; overflow-x: auto; flex: 1; }
+table { border-collapse: collapse; font-size: clamp(0.95rem, 1.4vw, 1.6rem); }
 th, td { padding: 0.35em 0.6em; text-align: left; vertical-align: middle; }
 th { background: #404040; color: #fff; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number, td:first-child { white-space: nowrap; }
 tr:nth-child(even) td { background: #f2f2f2; }
-p { margin: 0; font-size: clamp(0.75rem, 0.95vw, 1.1rem); }
 @media screen and (max-width: 60rem) { section { min-height: 0; padding: 1rem; } .body { flex-direction: column; }
-  figure, figure + .table { flex: none; width: 100%; max-width: 100%; } html { scroll-snap-type: none; } }
-@media print { @page { size: 13.33in 7.5in; margin: 0; } html { font-size: 12px; }
+  figure { flex: none; width: 100%; } html { scroll-snap-type: none; } }
+@media print { @page { size: 13.33in 7.5in; margin: 0; } html { font-size: 16px; }
   section { height: 7.5in; min-height: 0; break-after: page; break-inside: avoid; border: 0;
     padding: 0.4in 0.5in 0.2in; }
-  img { max-height: 4.6in; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+  img { max-height: 5in; } details { display: none; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 SCRIPT = """
 addEventListener("keydown", event => {
@@ -374,31 +429,35 @@ def to_html(slides, *, title):
 
 
 def _section(slide, number, count):
-    """Return one slide as lines of HTML."""
-    layout = " alone"
-    figure = ""
-    if slide.picture:
-        layout = "" if _ratio(slide.picture) < 2.5 else " tall"
-        figure = (
-            f"<figure>{_image(slide)}<figcaption>{html.escape(slide.shows)}</figcaption></figure>"
-        )
+    """Return one slide as lines of HTML: pictures, else points, else the table, which otherwise folds away."""
+    table = "" if slide.table is None else f'<div class="table">{_html_table(slide.table)}</div>'
+    if slide.pictures:
+        body = "".join(_figure(name, path, slide.shows) for name, path in slide.pictures.items())
+    elif slide.points:
+        points = (f"<li>{html.escape(point)}</li>" for point in slide.points)
+        body = f"<ul>{''.join(points)}</ul>"
+    else:
+        body, table = table, ""
+    words = html.escape(f"{slide.note} {slide.source}".strip())
+    opening = ' class="opening"' if number == 1 and slide.points else ""
     return [
-        f'<section id="slide-{number}">\n<h2>{html.escape(slide.title)}</h2>',
-        f'<div class="body{layout}">{figure}',
-        f'<div class="table">{_html_table(slide.table)}</div>\n</div>',
-        f"<p>{html.escape(slide.note)}</p>" if slide.note else "",
-        f"<footer>{html.escape(slide.source)} {number} / {count}</footer>\n</section>",
+        f'<section id="slide-{number}"{opening}>\n<h2>{html.escape(slide.title)}</h2>',
+        f'<div class="body">{body}</div>',
+        f"<footer>{html.escape(f'{slide.shows} {_short(slide.source)}'.strip())} {number} / {count}</footer>",
+        f"<details><summary>Notes</summary>{table}{words}</details>\n</section>",
     ]
 
 
-def _image(slide):
-    """Return the picture of a slide as an img with its data within."""
-    svg = slide.picture.with_suffix(".svg")
-    kind, path = "png", slide.picture
+def _figure(name, path, shows):
+    """Return a picture with its name above, its data within."""
+    svg = path.with_suffix(".svg")
+    kind = "png"
     if svg.is_file() and svg.stat().st_size < path.stat().st_size:
         kind, path = "svg+xml", svg
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(slide.shows)}" src="data:image/{kind};base64,{data}">'
+    above = f"<b>{html.escape(name)}</b>" if name else ""
+    words = html.escape(f"{name} {shows}".strip())
+    return f'<figure>{above}<img alt="{words}" src="data:image/{kind};base64,{data}"></figure>'
 
 
 def _html_table(table):
@@ -417,19 +476,25 @@ def _html_line(cells, tag, sides):
     return f"<tr>{''.join(marked)}</tr>"
 
 
-def write(folder, out=None):
+def write(folder, out=None, *, long=False, only=None, template=None):
     """Write slides.html and slides.pptx of a folder of tables and pictures, and return both paths.
 
     out: the folder to write to (default: `slides` in the folder).
-    Raises FileNotFoundError for a folder without results.csv, and ModuleNotFoundError without python-pptx, then with
-    slides.html written.
+    long: whether the appendix follows. only: the numbers of the slides to write, from 1 (None: all).
+    template: path of a .pptx or .potx for the .pptx.
+    Raises FileNotFoundError for a folder without results.csv, ValueError for a number that no slide has, and
+    ModuleNotFoundError without python-pptx, then with slides.html written.
     """
-    slides = findings.slides(folder)
-    out = Path(out or Path(folder) / "slides")
+    slides = findings.slides(folder, long=long)
     title = slides[0].title
     dates = re.findall(r"\d{4}-\d\d-\d\d", slides[0].source)
-    date = dates[0] if dates else "2000-01-01"
+    if only:
+        if not all(1 <= number <= len(slides) for number in only):
+            raise ValueError(f"there are slides 1 to {len(slides)}, got {only}")
+        slides = [slides[number - 1] for number in only]
+    out = Path(out or Path(folder) / "slides")
     files.write_atomic(out / "slides.html", to_html(slides, title=title))
-    files.write_atomic(out / "slides.pptx", to_pptx(slides, title=title, date=date))
+    made = to_pptx(slides, title=title, date=dates[0] if dates else "2000-01-01", template=template)
+    files.write_atomic(out / "slides.pptx", made)
     files.log(f"{len(slides)} slides: {out / 'slides.pptx'}, {out / 'slides.html'}")
     return out / "slides.pptx", out / "slides.html"

@@ -1,106 +1,83 @@
-"""The slides of a study: for each a title, a table, a picture where there is one, and a source. No torch.
+"""The slides of a study: for each a title, pictures of all models, a table for the notes, and a source. No torch.
 
-A title is a short sentence. Its numbers are those of one line of the table beside it.
+A title is a short sentence. Its numbers are those of the table.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import pages
 import pandas as pd
 import published
+from PIL import Image
 from published import SOLVED, TRAINED, Absent, model_name, number, share, signed
 
 from vitlab import files
-from vitlab.report import tables
+from vitlab.report import plots, tables
 
-MOST = 8  # lines of a slide's table
-WHAT = {"unstructured": "weights", "structured": "rows"}
+LINES = 11  # of a table on one slide
+HALF = (6.25, 5.0)  # inches of each of two pictures on a slide
+WHOLE = (12.63, 5.2)  # inches of one picture
+PIXELS = 200  # of a picture to an inch, as plots.save writes it
+WEIGHTS = {"unstructured": "weights", "structured": "rows"}
 two_digits = partial(number, digits=2)
 
 # Columns of slides' tables: their header, and how a value is written.
 COLUMNS = {
-    "arrives": ("arrives", share),
-    "back": ("won back, no training", number),
-    "before": ("dense (%)", number),
-    "after": ("cut (%)", number),
+    "after": ("after the cut (%)", number),
+    "block": ("block", str),
     "change": ("change (points)", signed),
-    "cost": ("of the dense", published.COSTS.get),
     "criterion": ("score", str),
-    "cut": ("after the cut (%)", number),
-    "cuts": ("cuts", "{:.0f}".format),
-    "epoch": ("epoch", "{:.0f}".format),
+    "cut": ("right after the cut (%)", number),
     "epochs": ("epochs", "{:.0f}".format),
-    "finetuned": ("fine-tuned (%)", number),
-    "ideal": ("promised if zeros were free", number),
-    "images": ("images", "{:.0f}".format),
     "increase": ("loss (nats)", partial(signed, digits=3)),
-    "kind": ("kind", str),
+    "kept": ("kept", share),
     "layer": ("layer", str),
-    "left": ("won back, fine-tuned", number),
-    "limit": ("at most", share),
-    "lost": ("points lost", number),
+    "least": ("least (times as fast)", number),
+    "lost": ("change (points)", lambda lost: signed(-lost)),
     "macs": ("MACs (M)", published.millions),
-    "max": ("most (%)", signed),
     "mean_per_class": ("mean of classes (%)", number),
-    "meter": ("meter", str),
-    "min": ("least (%)", signed),
     "model": ("model", model_name),
+    "most": ("most (times as fast)", number),
     "name": ("cut", str),
     "params": ("parameters (M)", published.millions),
     "promised": ("promised by the MACs", number),
     "ratio": ("share cut", share),
     "seeds": ("seeds", "{:.0f}".format),
-    "series": ("cut", str),
-    "share": ("share of dense", share),
-    "spearman": ("rank correlation", two_digits),
-    "speedup": ("measured (times as fast)", number),
-    "spread_finetuned": ("spread, fine-tuned", "{:.3f}".format),
-    "spread_pruned": ("spread, pruned", "{:.3f}".format),
-    "spread_unpruned": ("spread, unpruned", "{:.3f}".format),
+    "share": ("share of MACs", share),
     "stage": ("stage", lambda stage: tables.STAGES.get(stage, stage)),
     "target": ("share cut or kept", share),
-    "times": ("measured / predicted", two_digits),
+    "tool": ("tool", str),
     "top1": ("top-1 (%)", number),
-    "train_top1": ("training (%)", number),
     "trained": ("fine-tuned (%)", number),
-    "training_mb": ("training memory (MB)", "{:,.0f}".format),
-    "untrained": ("untrained (%)", number),
-    "untrained_change": ("change (points)", signed),
-    "trained_change": ("change, fine-tuned", signed),
-    "val_top1": ("val (%)", number),
-    "zero_finetuned": ("zeros, fine-tuned", share),
-    "zero_pruned": ("zeros, pruned", share),
-    "zeros": ("zeros among all parameters", share),
+    "trained_change": ("fine-tuned (points)", signed),
+    "untrained": ("nothing trained (%)", number),
+    "untrained_change": ("nothing trained (points)", signed),
+    "val_top1": ("val top-1 (%)", number),
+    "way": ("runtime", str),
 }
 
 
 @dataclass(frozen=True)
 class Slide:
-    """Hold one slide.
+    """Hold one slide: a picture or two, else points of text, else a table.
 
-    title: one sentence. table: a frame of strings.
-    picture: path of a .png, perhaps with an .svg beside it. shows: what is on the picture.
-    note: how to read the table. source: files, study, seeds, machine, commit.
+    title: one sentence. pictures: {words above it: path of a .png, perhaps with an .svg beside it}.
+    points: sentences. table: a frame of strings, in the notes where something else is shown.
+    shows: what is on the pictures. note: what else to say. source: files, study, seeds, machines, commits.
     """
 
     title: str
-    table: pd.DataFrame
-    picture: Path | None = None
+    pictures: dict[str, Path] | None = None
+    points: tuple[str, ...] = ()
+    table: pd.DataFrame | None = None
     shows: str = ""
     note: str = ""
     source: str = ""
 
 
 # -- tables
-
-
-def present(results):
-    """Return results as they are. Raises Absent where there are none."""
-    if results.empty:
-        raise Absent("there are no results for it")
-    return results
 
 
 def columns_of(results, names):
@@ -119,47 +96,34 @@ def columns_of(results, names):
     return pd.DataFrame(cells)
 
 
-def crossed(results, down, across, value):
-    """Return a slide's table of one column's values: a line for each value of `down`, a column for each of `across`."""
-    _, write = COLUMNS[value]
-    wide = results.pivot_table(index=down, columns=across, values=value, sort=False).head(MOST)
-    cells = wide.map(lambda one: "" if pd.isna(one) else write(one))
-    return cells.reset_index(names=COLUMNS.get(down, ("", str))[0]).rename_axis(columns=None)
-
-
-def with_target(names, targets):
-    """Return names of cuts with the share cut or kept behind them."""
-    behind = targets.map(lambda target: "" if pd.isna(target) else f", {share(target)}")
-    return names + behind
-
-
 def comparable(results):
-    """Return the results of the most seeds: means over fewer are not ranked with them; no random controls.
+    """Return the results of the most seeds: means over fewer are not ranked with them; no controls.
 
-    Where all are random controls, they stay.
+    Where all are controls, they stay.
     """
     results = results[results.seeds == results.seeds.max()]
-    chosen = results[~results.series.map(tables.is_random)]
+    chosen = results[~results.name.map(tables.is_control)]
     return results if chosen.empty else chosen
 
 
-def summary(study, model, kinds):
+def summary(study, kinds):
     """Return lines of summary.csv of some kinds of target, with names, the best untrained and trained stage, changes.
 
-    Columns besides: series, name, untrained, trained (best of the stages, %), untrained_change and trained_change
+    Columns besides: name, untrained, trained (best of the stages, %), untrained_change and trained_change
     (points against dense), share (MACs of dense), seeds.
+    Raises Absent where there are none.
     """
-    lines = study.read("summary", model)
+    lines = study.read("summary")
     lines = lines.reindex(columns=lines.columns.union([*tables.STAGES, "macs"], sort=False))
-    lines = present(lines[lines.target_kind.isin(kinds)])
+    lines = lines[lines.target_kind.isin(kinds) & lines.model.isin(study.models)]
+    if lines.empty:
+        raise Absent(f"summary.csv has no target of {' or '.join(kinds)}")
     if "seeds" not in lines:
         lines = lines.assign(seeds=1)
-    series = tables.series(lines)
     untrained = lines[["cut", *SOLVED]].max(axis=1)
     trained = lines[TRAINED].max(axis=1)
     return lines.assign(
-        series=series,
-        name=with_target(series, lines.target),
+        name=tables.series(lines),
         untrained=untrained,
         trained=trained,
         untrained_change=untrained - lines.dense,
@@ -168,17 +132,290 @@ def summary(study, model, kinds):
     )
 
 
-def timed(study, model=None):
-    """Return lines of efficiency.csv, means over seeds, with what the MACs promise and how much of it arrives."""
-    keys = ["model", "method", "form", "target_kind", "target"]
-    lines = published.mean_over_seeds(study.read("efficiency", model), keys)
-    dense_macs = lines[lines.method == "dense"].groupby("model").macs.mean()
-    dense_macs = lines.model.map(dense_macs)
-    lines = lines.assign(promised=dense_macs / lines.macs, ideal=dense_macs / lines.macs_ideal)
-    lines = present(lines[(lines.method != "dense") & lines.speedup.notna()])
-    series = tables.series(lines)
-    arrives = lines.speedup / lines.promised
-    return lines.assign(series=series, name=with_target(series, lines.target), arrives=arrives)
+def best_budgets(study):
+    """Return the cut that loses least without training, of each model and share of a budget.
+
+    All slides that speak of budgets speak of these, so that none answers a question in its own way.
+    Returns a frame as `summary`'s, of targets of a half and below; and the kind of the budget.
+    """
+    lines = summary(study, [*published.BUDGETS])
+    kind = lines.target_kind.iloc[0]
+    lines = lines[(lines.target_kind == kind) & (lines.target <= 0.5)].dropna(subset="untrained")
+    best = [
+        comparable(own).sort_values("untrained", kind="stable").tail(1)
+        for _, own in lines.groupby(["model", "target"], sort=False)
+    ]
+    if not best:
+        raise Absent("summary.csv has no budget of a half or less")
+    return pd.concat(best).sort_values(["target", "model"], ascending=False), kind
+
+
+def _each(lines, write):
+    """Return what `write` says of each line, with its model before it, as one text with commas."""
+    lines = lines.sort_values("model", ascending=False, kind="stable")  # the ViT first
+    return ", ".join(f"{pages.family_of(line.model)} {write(line)}" for line in lines.itertuples())
+
+
+def _budget_words(lines, kind):
+    """Return words such as "Half the MACs, nothing trained: ViT 0.0, Swin −0.3 points (one pool)"."""
+    parts = []
+    for target, own in lines.groupby("target", sort=False):
+        methods = own.name.unique()
+        if len(methods) == 1:
+            words = _each(own, lambda line: signed(line.untrained_change))
+            words += f" points of top-1 ({methods[0]})"
+        else:
+            words = _each(own, lambda line: f"{signed(line.untrained_change)} ({line.name})")
+        parts.append(f"{published.part_of(target, kind)}: {words}")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:]
+
+
+# -- one function a slide
+
+
+def claim(study):
+    """Say what the study found, in one sentence."""
+    models = " and ".join(pages.family_of(model) for model in reversed(study.models))
+    dense = _each(study.dense.reset_index(), lambda line: f"{number(line.top1)} %")
+    points = [
+        f"{published.listed(study.results, 'data')}: {models}, trained and cut in many ways.",
+        f"Dense top-1: {dense}.",
+        f"Seeds {tables.seeds_of(study.results)}.",
+    ]
+    try:
+        best, kind = best_budgets(study)
+    except Absent:
+        return Slide(f"What pruning does to {models}", points=tuple(points))
+    best = best[best.target == best.target.max()]
+    title = _budget_words(best, kind).replace(":", " less, nothing trained:", 1)
+    return Slide(
+        title.replace("Half the", "Half of the").replace(" less,", ","),
+        points=tuple(points),
+        table=columns_of(best, "model name target untrained untrained_change seeds"),
+    )
+
+
+def what_is_cut(study):
+    """Show what each cut does to a matrix."""
+    model = study.models[-1]
+    return Slide(
+        "What is cut: single weights, rows, heads, neurons, ranks",
+        {"": study.picture(f"cuts-{model}")},
+        shows=f"What is left of one layer of the {model_name(model)}, weight by weight.",
+        note="Zeros stay in the matrix and cost time; what is removed makes it smaller. "
+        "IHT (iterative hard thresholding) chooses the weights that are added to few singular directions.",
+    )
+
+
+def sensitivity(study):
+    """Show which layers the loss depends on."""
+    lines = published.mean_over_seeds(study.read("table-curves"), ["model", "ratio", "layer"])
+    lines = lines[(lines.ratio == lines.ratio.max()) & lines.model.isin(study.models)]
+    lines = lines.sort_values("increase", ascending=False)
+    worst = lines.drop_duplicates("model")
+    words = _each(worst, lambda line: f"{line.layer} ({signed(line.increase, 3)} nats)")
+    table = lines.groupby("model", sort=False).head(LINES // 2)
+    return Slide(
+        f"Where it hurts most: {words}",
+        study.pictures("sensitivity"),
+        table=columns_of(table, "model layer ratio increase"),
+        shows=f"Rise of the loss when one layer alone loses {share(worst.ratio.max())} of its weights.",
+    )
+
+
+def criteria(study):
+    """Show what each score keeps, before any training."""
+    keys = ["model", "criterion", "method", "target"]
+    lines = published.mean_over_seeds(study.read("table-criteria"), keys)
+    lines = lines[(lines.method == "unstructured") & lines.model.isin(study.models)]
+    if lines.empty:
+        raise Absent("table-criteria.csv has no cuts of single weights")
+    lines = lines[lines.target == lines.target.max()]
+    ranked = lines.sort_values("val_top1", ascending=False)
+    best = ranked.drop_duplicates("model")
+    controls = lines[lines.criterion == "magnitude"]
+    title = (
+        f"{share(lines.target.max())} of the weights zeroed by sensitivity: "
+        f"{_each(best, lambda line: number(line.val_top1))} % top-1"
+    )
+    if len(controls):
+        title += f"; by magnitude {_each(controls, lambda line: number(line.val_top1))}"
+    return Slide(
+        title,
+        study.pictures("criteria"),
+        table=columns_of(ranked, "model criterion target val_top1"),
+        shows="Top-1 on val right after the cut, by score: weights and rows.",
+        note="Scores: Fisher and Taylor see gradients, magnitude the weights alone, random nothing.",
+    )
+
+
+def weights_and_rows(study):
+    """Show what cuts of weights and rows cost, after fine-tuning."""
+    lines = summary(study, ["sparsity"])
+    lines = lines[lines.method.isin(WEIGHTS) & lines.finetuned.notna() & (lines.form == "masked")]
+    if lines.empty:
+        raise Absent("summary.csv has no fine-tuned cuts of weights and rows")
+    lines = lines.assign(name=lines.method.map(WEIGHTS))
+    most = lines[lines.target == lines.target.max()].sort_values("model", ascending=False)
+    words = [
+        f"of the {name} {_each(own, lambda line: signed(line.trained_change))} points"
+        for name, own in most.groupby("name", sort=False)
+    ]
+    return Slide(
+        f"Mission (a): {share(most.target.max())} cut by sensitivity, fine-tuned: {'; '.join(words)}",
+        study.pictures("recovery"),
+        table=columns_of(lines, "model name target cut trained trained_change seeds"),
+        shows="Points of test top-1 lost, after the cut and after fine-tuning.",
+        note="Masked models execute all MACs. Hollow marks between: least squares, without training.",
+    )
+
+
+def heads_svd_iht(study):
+    """Show what heads, SVD and iterative hard thresholding cost."""
+    lines = summary(study, ["ratio"])
+    lines = lines[lines.trained.notna() & (lines.target == lines.target.max())]
+    lines = lines.sort_values(["model", "seeds", "trained"], ascending=False, kind="stable")
+    if lines.empty:
+        raise Absent("summary.csv has no fine-tuned cuts of heads")
+    best = pd.concat([comparable(own).head(1) for _, own in lines.groupby("model", sort=False)])
+    words = _each(best, lambda line: f"{signed(line.trained_change)} points ({line.name})")
+    table = lines.groupby("model", sort=False).head(LINES // 2)
+    return Slide(
+        f"Mission (b): {share(best.target.max())} of heads and layers cut, fine-tuned: {words}",
+        study.pictures("heads_svd_iht"),
+        table=columns_of(table, "model name target cut trained trained_change share seeds"),
+        shows="Points of test top-1 lost over the share cut of heads and of each layer, fine-tuned.",
+        note="Share: MACs of the dense model. Random heads and directions are the control.",
+    )
+
+
+def budgets(study):
+    """Show what half and a quarter of the cost leave, step by step."""
+    best, kind = best_budgets(study)
+    return Slide(
+        _budget_words(best, kind).replace(": ", ", nothing trained: ", 1),
+        study.pictures(f"ladder-{kind}"),
+        table=columns_of(best, "model name target untrained untrained_change trained seeds"),
+        shows="Points of test top-1 lost after each step of recovery; hollow: nothing trained.",
+        note="The best of all methods by test top-1, which favours the lucky one a little.",
+    )
+
+
+def kept(study):
+    """Show where the best budget was cut."""
+    lines = study.read("table-kept")
+    kinds = [kind for _, kind, target in study.budgets() if target == 0.5]
+    if not kinds:
+        raise Absent("no budget of a half")
+    lines = lines[(lines.target == 0.5) & lines.model.isin(study.models)]
+    lines = lines[lines.method == lines.groupby("model").method.transform("first")]
+    lines = lines[lines.kept.notna() & lines["where"].str.contains("blocks")]
+    means = lines.assign(kept=lines.kept / lines.whole)
+    means = means.groupby(["model", "where"], sort=False).kept.mean().reset_index(name="kept")
+    means = means.rename(columns={"where": "block"})
+    most = means.sort_values("kept", kind="stable").drop_duplicates("model", keep="last")
+    method = ", ".join(map(tables.method_words, lines.method.unique()))
+    words = _each(most, lambda line: f"{line.block} ({share(line.kept)})")
+    return Slide(
+        f"At half the {published.COSTS[kinds[0]]}, {method} keeps most of: {words}",
+        study.pictures(f"kept-{kinds[0]}-0.5"),
+        table=columns_of(means.head(2 * LINES), "model block kept"),
+        shows="Heads, neurons and ranks that stay, in percent of the dense model's; seed 0.",
+        note="Kept: mean over heads, neurons and ranks of a block.",
+    )
+
+
+def trade_off(study):
+    """Show all methods over the share of the cost."""
+    best, kind = best_budgets(study)
+    lines = summary(study, [kind])
+    lines = lines[lines.target == best.target.min()].dropna(subset="untrained")
+    lines = lines.sort_values(["model", "untrained"], ascending=False, kind="stable")
+    deepest = best[best.target == best.target.min()]
+    uniform = lines[lines.method == "svd"].sort_values("model", ascending=False)
+    title = _budget_words(deepest, kind)
+    if len(uniform):
+        words = _each(uniform, lambda line: signed(line.untrained_change))
+        title += f"; {uniform.name.iloc[0]}: {words}"
+    return Slide(
+        title,
+        study.pictures("tradeoff"),
+        table=columns_of(lines, "model name target untrained untrained_change trained seeds"),
+        shows="Points of test top-1 lost over the share of MACs left; nothing trained where not said.",
+    )
+
+
+def peers(study):
+    """Show what Torch-Pruning loses at the same share of the MACs."""
+    file = study.folder.parent / "bench" / "accuracy.csv"
+    if not (file.is_file() and published.listed(study.results, "data").startswith("CIFAR-10")):
+        raise Absent("bench/accuracy.csv is of CIFAR-10, or missing")
+    lines = tables.peers(pd.read_csv(file))
+    seeds = ", ".join(map(str, sorted(lines.seed.unique())))
+    lines = published.mean_over_seeds(lines, ["model", "name", "tool", "share"])
+    return Slide(
+        pages.peer_sentence(lines),
+        {"": file.with_suffix(".png")},
+        table=columns_of(
+            lines.sort_values(["model", "share"], ascending=False),
+            "model name tool share top1 lost",
+        ),
+        shows="Points of test top-1 lost over the share of MACs left. A benchmark of its own: of the dense models of "
+        "seed 0, with other calibration images than the study.",
+        note="Of Torch-Pruning the setting that is best on test at each share. It has nothing that solves "
+        "layers anew without labels.",
+        source=f"Source: bench/accuracy.csv, accuracy.png. Small models on CIFAR-10 (JPEG), seeds {seeds}.",
+    )
+
+
+def faster(study):
+    """Show how much of what the MACs promise arrives, by runtime."""
+    times = tables.like_for_like(study.read("table-runtimes"))
+    times = times[(times.batch == times.batch.max()) & times.model.isin(study.models)]
+    times = times[times.cut_speedup.notna() & (times.promised > 1.01)]
+    keys = ["model", "checkpoint", "runtime", "precision"]
+    groups = times.groupby(keys, sort=False)
+    # Times compare within one run, so that several runs are a range.
+    lines = groups.cut_speedup.agg(least="min", most="max").join(groups.promised.mean())
+    lines = lines.reset_index()
+    lines = lines.assign(
+        name=lines.checkpoint.str.removeprefix("budget-"), way=lines.runtime + " " + lines.precision
+    )
+    if lines.empty:
+        raise Absent("table-runtimes.csv has no cut")
+    smallest = lines[lines.promised > 0.99 * lines.groupby("model").promised.transform("max")]
+    ends = smallest.groupby("model").agg(least=("least", "min"), most=("most", "max"))
+    ends = ends.join(smallest.groupby("model").promised.max()).reset_index()
+    words = _each(
+        ends.sort_values("model", ascending=False),
+        lambda line: (
+            f"{number(line.least)} to {number(line.most)} times as fast "
+            f"(promised: {number(line.promised)})"
+        ),
+    )
+    part = published.part_of(round(1 / smallest.promised.max(), 2), "macs")
+    return Slide(
+        f"Really faster? With {part}, in the same runtime: {words}",
+        study.pictures("speedup"),
+        table=columns_of(lines, "model name way promised least most"),
+        shows="Times as fast as dense in the same runtime; a mark is one run on one processor.",
+        note=f"{_zeros(study)}{how_timed(study)}",
+    )
+
+
+def _zeros(study):
+    """Return a sentence on what masked weights do not save; "" where they were not timed."""
+    try:
+        lines = study.read("efficiency")
+    except Absent:
+        return ""
+    lines = lines[(lines.form == "masked") & (lines.target_kind == "sparsity")]
+    lines = lines[lines.speedup.notna() & lines.method.isin(WEIGHTS)]
+    if lines.empty:
+        return ""
+    least, most = number(lines.speedup.min()), number(lines.speedup.max())
+    return f"Zeros in dense tensors: {least} to {most} times as fast as dense. "
 
 
 def how_timed(study):
@@ -186,460 +423,152 @@ def how_timed(study):
     results = study.results[study.results.latency_ms.notna()]
     results = results[results.batch == results.batch.max()]
     threads = " or ".join(published.distinct(results, "threads"))
-    precision = published.listed(results, "precision")
     return (
-        f"Batches of {results.batch.max():g} images, threads: {threads}; {precision}; "
+        f"Batches of {results.batch.max():g} images, threads: {threads}; "
         "medians of ratios within rounds that time all models in turns."
     )
 
 
-def best_first(lines, column):
-    """Return the MOST best lines by a column, those of the most seeds first."""
-    return lines.sort_values(["seeds", column], ascending=False, kind="stable").head(MOST)
+TAKE_HOME = (  # beginnings of claims; of what other slides tell on val images none
+    "Half of the MACs**",
+    "A quarter of the MACs**",
+    "A quarter by random",
+    "by SVD + IHT, fine-tuned",
+    "Zeros save no time",
+    "of the rows removed** save",
+)
 
 
-# -- one function a slide
-
-
-def title_slide(study):
-    """Show what the study is."""
-    dense = [
-        f"{model_name(model)} {number(top1)} % top-1" for model, top1 in study.dense.top1.items()
+def conclusion(study):
+    """Say what to take home, and how the numbers came about."""
+    claims = pages.claims(study)
+    points = [
+        claim.removeprefix("- ").replace("**", "")
+        for words in TAKE_HOME
+        for claim in claims
+        if words in claim
     ]
-    facts = {"data": published.listed(study.results, "data"), "dense models": ", ".join(dense)}
-    for fact in ("seed", "device", "commit"):
-        facts[fact] = published.listed(study.results, fact)
-    facts["date"] = max(published.distinct(study.results, "date"))[:10]
-    names = " and ".join(map(model_name, study.models or study.dense.index))
-    table = pd.DataFrame(facts.items(), columns=["study", study.folder.name])
-    return Slide(f"What pruning does to {names} on {facts['data']}", table)
-
-
-def dense_models(study):
-    """Show how good the dense models are."""
-    lines = tables.beside_dense(study.read("dense"), "top1")
-    change = (lines.top1 - lines.dense_top1).where(lines.stage != "dense")
-    lines = published.mean_over_seeds(
-        lines.assign(change=change), ["model", "stage", "epochs"]
-    ).head(MOST)
-    best = lines[lines.stage == "dense"].sort_values("top1").iloc[-1]
-    return Slide(
-        f"The dense {model_name(best.model)} reaches {number(best.top1)}\u00a0% top-1",
-        columns_of(lines, "model stage epochs top1 change mean_per_class params macs seeds"),
-        note="“Dense, same epochs” is the control: what as many epochs as the cut models get do to the dense model.",
-    )
-
-
-def sensitivity(study, model):
-    """Show which layers the loss depends on."""
-    lines = published.mean_over_seeds(study.read("table-curves", model), ["ratio", "layer"])
-    lines = lines[lines.ratio == lines.ratio.max()].sort_values("increase", ascending=False)
-    worst = lines.iloc[0]
-    return Slide(
-        f"The {model_name(model)} depends most on {worst.layer}: {signed(worst.increase, 3)} nats",
-        columns_of(pd.concat([lines.head(MOST - 1), lines.tail(1)]), "layer ratio increase"),
-        study.picture(f"sensitivity-{model}"),
-        f"Rise of the loss when one layer alone loses {share(worst.ratio)} of its weights.",
-        "The most sensitive layers, and the least sensitive one.",
-    )
-
-
-def agreement(study, model):
-    """Show which scores rank units as brute force does."""
-    lines = published.mean_over_seeds(study.read("table-agreement", model), ["criterion", "kind"])
-    lines = present(lines.dropna(subset="spearman"))
-    best = lines.loc[lines.spearman.idxmax()]
-    return Slide(
-        f"{model_name(model)}: {best.criterion} ranks {best.kind} best, rank correlation {two_digits(best.spearman)}",
-        crossed(lines, "kind", "criterion", "spearman"),
-        study.picture(f"agreement-{model}"),
-        "Rank correlation between score and measured rise of the loss when one unit goes.",
-        "Rank correlations are in [−1, 1]; random is what chance gives.",
-    )
-
-
-def criteria(study, model):
-    """Show what each score keeps, before any training."""
-    keys = ["criterion", "method", "target"]
-    lines = published.mean_over_seeds(study.read("table-criteria", model), keys).replace(
-        {"method": WHAT}
-    )
-    lines = lines.assign(name=with_target(lines.method, lines.target))
-    most = lines[lines.target == lines.target.max()]
-    best = most.loc[most.val_top1.idxmax()]
-    return Slide(
-        f"{share(best.target)} of the {best.method} cut by {best.criterion}: "
-        f"the {model_name(model)} keeps {number(best.val_top1)}\u00a0%",
-        crossed(lines, "criterion", "name", "val_top1"),
-        note="Top-1 (%) on val right after the cut, masked, by score and share cut.",
-    )
-
-
-def global_pruning(study, model):
-    """Show what cuts of weights and rows cost, after fine-tuning."""
-    lines = summary(study, model, ["sparsity"])
-    lines = present(lines[lines.method.isin(WHAT) & lines.finetuned.notna()])
-    change = lines.finetuned - lines.dense
-    lines = lines.assign(change=change).tail(MOST)
-    most = comparable(lines)
-    worst = most[most.target == most.target.max()].sort_values("change").iloc[-1]
-    return Slide(
-        f"{share(worst.target)} of the {WHAT[worst.method]} cut, fine-tuned: "
-        f"{signed(worst.change)} points ({model_name(model)})",
-        columns_of(lines, "name cut finetuned change macs seeds"),
-        study.picture(f"recovery-{model}"),
-        "Test top-1 after the cut and after each step of recovery; lines: the dense model.",
-        "Masked models execute all MACs. Change: fine-tuned against dense.",
-    )
-
-
-def training(study, model):
-    """Show accuracy over the epochs of fine-tuning."""
-    keys = ["method", "target", "epoch"]
-    lines = published.mean_over_seeds(study.read("training", model), keys)
-    lines = present(lines[lines.method.isin(WHAT)].tail(MOST))
-    lines = lines.assign(name=with_target(lines.method, lines.target))
-    return Slide(
-        f"How the masked {model_name(model)} comes back in {lines.epoch.max():g} epochs of fine-tuning",
-        columns_of(lines, "name epoch train_top1 val_top1 training_mb"),
-        study.picture(f"training-{model}"),
-        "Top-1 on training images over the epochs of fine-tuning.",
-    )
-
-
-def weights(study, model):
-    """Show what fine-tuning does to the zeros and to the weights that stay."""
-    keys = ["method", "target", "stage"]
-    bins = study.read("table-distributions", model)
-    bins = bins[bins.role == "all"]
-    middle = (bins.left + bins.right) / 2
-    bins = bins.assign(square=bins["count"] * middle**2)
-    zeros = bins.groupby([*keys, "seed"]).zeros.first().groupby(keys).sum()
-    sums = bins.groupby(keys)[["count", "square"]].sum()
-    spread = (sums.square / sums["count"]) ** 0.5
-    both = pd.DataFrame({"zero": zeros / (zeros + sums["count"]), "spread": spread})
-    wide = both.unstack("stage").sort_index(ascending=False).tail(MOST)
-    wide.columns = [f"{quantity}_{stage}" for quantity, stage in wide.columns]
-    wide = wide.reset_index()
-    wide = wide.assign(name=with_target(wide.method, wide.target))
-    most = wide.loc[wide.target.idxmax()]
-    return Slide(
-        f"Fine-tuned, the {model_name(model)} keeps {share(most.zero_finetuned)} zeros ({most['name']})",
-        columns_of(
-            wide, "name zero_pruned zero_finetuned spread_unpruned spread_pruned spread_finetuned"
-        ),
-        study.picture(f"weights-{model}"),
-        f"Weights of all prunable layers, seed {bins.seed.min():g}; hatched: exact zeros.",
-        "Spread: root mean square of the weights that are not zero, over all seeds.",
-    )
-
-
-def heads_svd_iht(study, model):
-    """Show what heads, SVD and iterative hard thresholding cost."""
-    lines = summary(study, model, ["ratio"])
-    lines = present(lines[lines.trained.notna() & (lines.target == lines.target.max())])
-    lines = lines.sort_values("seeds", ascending=False, kind="stable").head(MOST)
-    candidates = comparable(lines)
-    best = candidates.loc[candidates.trained_change.idxmax()]
-    return Slide(
-        f"{share(best.target)} of heads and layers cut: {best.series} costs the {model_name(model)} least, "
-        f"{signed(best.trained_change)} points",
-        columns_of(lines, "name cut trained trained_change share seeds"),
-        study.picture(f"heads_svd_iht-{model}"),
-        "Test top-1 over the share cut of heads and layers.",
-        "Share: MACs of the dense model.",
-    )
-
-
-def budget(study, model, kind, target):
-    """Show what one budget leaves, without training and with it."""
-    lines = summary(study, model, [kind])
-    lines = present(lines[lines.target.eq(target)].dropna(subset="untrained"))
-    count = len(lines)
-    lines = best_first(lines.assign(best=lines[["untrained", "trained"]].max(axis=1)), "best")
-    candidates = comparable(lines)
-    best = candidates.loc[candidates.untrained.idxmax()]
-    return Slide(
-        f"{_part(target, kind)}, nothing trained: "
-        f"{signed(best.untrained_change)} points ({model_name(model)}, {best.series})",
-        columns_of(lines, "series untrained untrained_change trained trained_change seeds"),
-        study.picture(f"ladder-{kind}-{target:g}-{model}"),
-        "Test top-1 after each step of recovery; hollow: without training.",
-        f"The best of {count} by test top-1, which favours the lucky one a little.",
-    )
-
-
-def recovered(study):
-    """Show what is won back without training."""
-    lines = summary(study, None, [*published.BUDGETS])
-    solved = lines[SOLVED].max(axis=1)
-    is_cut = lines.cut.notna() & solved.notna() & (lines.target < 1)
-    lines = lines.assign(
-        lost=lines.dense - lines.cut, back=solved - lines.cut, left=lines.trained - lines.cut
-    )
-    lines = present(best_first(lines[is_cut & ~lines.series.map(tables.is_random)], "back"))
-    best = lines.iloc[0]
-    return Slide(
-        f"Solved anew, without training: {number(best.back)} of {number(best.lost)} points won back "
-        f"({model_name(best.model)}, {best['name']})",
-        columns_of(lines, "model name cut lost back left seeds"),
-        note="Won back: the best of folding, least squares and reconstruction, "
-        "in points above the model after the cut.",
-    )
-
-
-def audit(study, model):
-    """Show whether scores foretell the loss."""
-    lines = published.mean_over_seeds(study.read("audit-spearman", model), ["criterion", "kind"])
-    lines = lines.rename(columns={"ratio": "times"}).dropna(subset="times")
-    lines = present(lines[lines.times > 0])
-    lines = lines.sort_values("times", key=lambda times: np.log(times).abs(), kind="stable")
-    best = lines.iloc[0]
-    return Slide(
-        f"{model_name(model)}: the loss rises {two_digits(best.times)} times as much as {best.criterion} "
-        f"foretells for {best.kind}",
-        columns_of(_ends(lines), "criterion kind cuts spearman times"),
-        study.picture(f"audit-{model}"),
-        "Measured over predicted rise of the loss; on the diagonal the prediction is right.",
-        "Medians over the cuts of a seed, before any recovery; the four nearest to 1 and the four furthest.",
-    )
-
-
-def classes(study, model, kind, target):
-    """Show which classes a cut forgets."""
-    lines = study.read("table-classes", model)
-    lines = lines[lines.target_kind.eq(kind) & lines.target.eq(target)].dropna(subset="change")
-    lines = present(lines).astype({"class": str})
-    method = published.listed(lines, "method")
-    lines = published.mean_over_seeds(lines, ["class"]).sort_values("change", kind="stable")
-    lines = lines.assign(name=lines["class"].str[:24])
-    worst = lines.iloc[0]
-    table = columns_of(_ends(lines), "name images before after change")
-    return Slide(
-        f"{_part(target, kind)}: the {model_name(model)} forgets {worst['name']} most, "
-        f"{signed(worst.change)} points",
-        table.rename(columns={"cut": "class"}),
-        study.picture(f"classes-{kind}-{target:g}-{model}"),
-        "Change of top-1 by class; in brackets its test images.",
-        f"The most forgotten classes and the least, by {method}.",
-    )
-
-
-def _part(target, kind):
-    """Return words such as "Half the MACs", to begin a sentence."""
-    words = published.part_of(target, kind)
-    return words[0].upper() + words[1:]
-
-
-def _ends(lines):
-    """Return the first and the last of some lines, MOST in all."""
-    first = lines.head(MOST // 2)
-    rest = lines.iloc[len(first) :]
-    return pd.concat([first, rest.tail(MOST // 2)])
-
-
-def trade_off(study, model, cost):
-    """Show the models that no other beats in accuracy and cost."""
-    whole = [*tables.DENSE_POINTS]
-    results = study.untimed[study.untimed.model == model]
-    results = results.assign(series=tables.series(results))
-    results = tables.beside_dense(results, "top1", cost)
-    change = results.top1 - results.dense_top1
-    results = results.assign(change=change, share=results[cost] / results[f"dense_{cost}"])
-    results = results[results.stage.isin([*whole, "reconstructed", *TRAINED])]
-    results = results[results[cost].notna() & results.top1.notna()]
-    keys = ["series", "target", "stage"]
-    lines = tables.over_seeds(results[[*keys, "seed", "top1", "change", "share", cost]], keys)
-    is_dense = lines.stage.isin(whole)
-    # Means over fewer seeds are not ranked with those over all.
-    ranked = lines[is_dense | (lines.seeds == lines.seeds[~is_dense].max())]
-    front = ranked[tables.pareto(ranked[cost], ranked.top1)].sort_values(cost, kind="stable")
-    cuts = present(comparable(front[~front.stage.isin(whole)]))
-    # The cheapest cut within a point of dense; where none is, the one that loses least.
-    near = cuts[cuts.change >= -1].head(1)
-    if near.empty:
-        near = cuts.sort_values("change").tail(1)
-    best = near.iloc[0]
-    others = front.drop(near.index).sort_values("top1", ascending=False).head(MOST - 1)
-    front = pd.concat([near, others]).sort_values(cost)
-    front = front.assign(name=with_target(front.series, front.target))
-    return Slide(
-        f"{share(best.share)} of the {published.COSTS[cost]}: {signed(best.change)} points "
-        f"({model_name(model)}, {best.series}, {tables.STAGES[best.stage]})",
-        columns_of(front, "name stage share top1 change"),
-        study.picture(f"tradeoff-{cost}-{model}"),
-        f"Test top-1 over {published.COSTS[cost]}; ringed: no other model is better and cheaper.",
-        "Behind a cut: the share cut of weights, rows and layers; of budgets the share kept.",
-    )
-
-
-def best_under_a_limit(study, model):
-    """Show the best model under each limit of cost, chosen on validation images."""
-    lines = study.read("best", model)
-    lowest = sorted(set(lines.limit))[:2]
-    lines = lines[lines.limit.isin(lowest)].head(MOST)
-    lines = lines.assign(
-        change=lines.top1 - lines.dense, name=with_target(lines.method, lines.target)
-    )
-    chosen_on = " and ".join(published.distinct(lines, "chosen_on"))
-    return Slide(
-        f"The best {model_name(model)} under each limit",
-        columns_of(lines, "cost limit name stage change seeds"),
-        study.picture(f"tradeoff-params-{model}"),
-        "Test top-1 over parameters; ringed: no other model is better and smaller.",
-        f"Chosen on {chosen_on} images; behind each the share cut, of budgets the share kept.",
-    )
-
-
-def speed(study, model):
-    """Show how much of what the MACs promise arrives."""
-    lines = best_first(timed(study, model), "speedup")
-    best = comparable(lines).iloc[0]
-    return Slide(
-        f"The fastest {model_name(model)} is {number(best.speedup)} times as fast as dense ({best['name']}); "
-        f"its MACs promise {number(best.promised)}",
-        columns_of(lines, "name promised speedup arrives top1 seeds"),
-        study.picture(f"tradeoff-relative_latency-{model}"),
-        "Test top-1 over measured time of one batch.",
-        how_timed(study),
-    )
-
-
-def zeros(study):
-    """Show what masked weights do not save."""
-    lines = timed(study)
-    lines = lines[(lines.form == "masked") & (lines.target_kind == "sparsity")]
-    lines = present(best_first(lines.assign(zeros=1 - lines.nonzero / lines.params), "ideal"))
-    most = lines.iloc[0]
-    return Slide(
-        f"{most['name']} masked: {number(most.speedup)} times as fast as dense ({model_name(most.model)})",
-        columns_of(lines, "model name zeros ideal speedup top1 seeds"),
-        note=f"Masked weights are zeros in dense tensors, multiplied like any number. {how_timed(study)}",
-    )
-
-
-def runtimes(study, model):
-    """Show the speed in several runtimes."""
-    keys = ["checkpoint", "runtime", "precision", "batch"]
-    lines = published.mean_over_seeds(study.read("table-runtimes", model), keys)
-    lines = lines[lines.batch == lines.batch.max()]
-    lines = lines.assign(
-        way=lines.runtime + " " + lines.precision,
-        name=lines.checkpoint.str.removeprefix("budget-"),
-    )
-    best = comparable(lines.assign(series=lines.checkpoint)).sort_values("speedup").iloc[-1]
-    return Slide(
-        f"The fastest {model_name(model)} in any runtime: {best['name']} in {best.way}, {number(best.speedup)} times",
-        crossed(lines, "name", "way", "speedup"),
-        study.picture(f"speedup-{model}"),
-        "Times as fast as dense; thin lines: promised by the MACs.",
-        f"Times as fast as the dense model, eager in float32, in batches of {lines.batch.max():g} images.",
-    )
-
-
-def meters(study):
-    """Show whether other counters agree with the closed form."""
-    lines = study.read("meters")
-    columns = [column for column in lines if column.endswith(" / macs")]
-    lines = lines.melt(["model"], columns, "meter", "ratio").dropna()
-    meter = lines.meter.str.removeprefix("macs_").str.removesuffix(" / macs")
-    lines = lines.assign(meter=meter, off=100 * (lines.ratio - 1))
-    ends = lines.groupby(["meter", "model"], sort=False).off.agg(["min", "max"]).reset_index()
-    return Slide(
-        "Other counters of MACs beside the closed form",
-        columns_of(present(ends.head(MOST + 1)), "meter model min max"),
-        note="Difference to vitlab’s closed form over all models timed. torchprofile counts norms, too; "
-        "thop leaves out the two matrix products of attention.",
-    )
+    if not points:
+        raise Absent("no claim can be made")
+    return Slide("What to take home", points=tuple(points), note=" ".join(method(study).values()))
 
 
 def method(study):
-    """Show how the numbers came about."""
+    """Return how the numbers came about: {word: sentence}."""
     results = study.results
+    facts = {}
     splits = study.read("table-data").drop_duplicates("split").set_index("split").images
     top1 = study.dense.top1.max() / 100
     error = two_digits(100 * (top1 * (1 - top1) / splits["test"]) ** 0.5)
     images = [f"{splits.get(split, 0):,}" for split in ("train", "val", "test")]
-    facts = {
-        "images (train, val, test)": ", ".join(images),
-        f"standard error of {number(100 * top1)} % top-1": f"{error} points",
-        "seeds": f"{tables.seeds_of(results)}; split {published.listed(results, 'split_seed')}",
-        "MACs": "multiply-accumulates of one image, closed form; FLOPs = 2 × MACs; masked models execute all",
-        "time": how_timed(study) if results.latency_ms.notna().any() else "not measured",
-        "choice": "scores from training images, the best epoch by val; top-1 is on test where nothing else stands",
-        "software": f"torch {published.listed(results, 'torch')}, timm {published.listed(results, 'timm')}",
-        "commit": published.listed(results.sort_values("date"), "commit"),
-    }
-    table = pd.DataFrame(facts.items(), columns=["method", study.folder.name])
-    return Slide(
-        f"{splits['test']:,} test images: a top-1 has a standard error of {error} points", table
+    facts["images"] = f"Images (train, val, test): {', '.join(images)}."
+    facts["error"] = f"A top-1 of {number(100 * top1)} % has a standard error of {error} points."
+    facts["choice"] = "Scores from training images, the best epoch by val; top-1 is on test."
+    facts["MACs"] = "MACs of one image in closed form; masked models execute all."
+    facts["software"] = (
+        f"torch {published.listed(results, 'torch')}, timm {published.listed(results, 'timm')}."
     )
+    return facts
 
 
 # -- all slides
 
-# The slides of a deck in their order: the function, what it is made for, and the files that it reads.
-ORDER = [
-    (title_slide, "study", "results.csv"),
-    (dense_models, "study", "dense.csv"),
-    (sensitivity, "model", "table-curves.csv"),
-    (agreement, "model", "table-agreement.csv"),
-    (criteria, "model", "table-criteria.csv"),
-    (global_pruning, "model", "summary.csv"),
-    (training, "model", "training.csv"),
-    (weights, "model", "table-distributions.csv"),
-    (heads_svd_iht, "model", "summary.csv"),
-    (budget, "budget", "summary.csv"),
-    (recovered, "study", "summary.csv"),
-    (audit, "model", "audit-spearman.csv"),
-    (classes, "budget", "table-classes.csv"),
-    (trade_off, "macs", "results.csv"),
-    (trade_off, "bytes_disk", "results.csv"),
-    (best_under_a_limit, "model", "best.csv"),
-    (speed, "model", "efficiency.csv"),
-    (zeros, "study", "efficiency.csv"),
-    (runtimes, "model", "table-runtimes.csv"),
-    (meters, "study", "meters.csv"),
-    (method, "study", "results.csv"),
+# The talk in its order: the function, and the file that it reads.
+TALK = [
+    (claim, "results.csv"),
+    (what_is_cut, "results.csv"),
+    (sensitivity, "table-curves.csv"),
+    (criteria, "table-criteria.csv"),
+    (weights_and_rows, "summary.csv"),
+    (heads_svd_iht, "summary.csv"),
+    (budgets, "summary.csv"),
+    (kept, "table-kept.csv"),
+    (trade_off, "summary.csv"),
+    (peers, "results.csv"),
+    (faster, "table-runtimes.csv"),
+    (conclusion, "summary.csv"),
 ]
 
 
-def plan(study):
-    """Return (function, its arguments after the study, file) of each slide, in their order."""
-    arguments = {
-        "study": [()],
-        "model": [(model,) for model in study.models],
-        "budget": study.budgets(),
-        "macs": [(model, "macs") for model in study.models],
-        "bytes_disk": [(model, "bytes_disk") for model in study.models],
-    }
-    return [(make, each, file) for make, subject, file in ORDER for each in arguments[subject]]
-
-
-def slides(folder):
+def slides(folder, *, long=False):
     """Return the slides of a folder of tables and pictures.
 
     A slide for which something is missing is left out, and a line printed that says what.
+    long: whether an appendix follows, with the tables of the talk and all other pictures.
     Raises FileNotFoundError where results.csv is missing.
     """
     study = published.Published(folder)
     made = []
-    for make, arguments, file in plan(study):
+    for make, file in TALK:
         try:
-            slide = make(study, *arguments)
+            slide = make(study)
+            source = slide.source or source_of(study, slide, file)
         except Absent as reason:
-            files.log(f"no slide {' '.join(map(str, (make.__name__, *arguments)))}: {reason}")
+            files.log(f"no slide {make.__name__}: {reason}")
             continue
-        made.append(replace(slide, source=source_of(study, slide, file, *arguments[:1])))
+        made.append(replace(slide, source=source))
+    return [*made, *appendix(study, made)] if long else made
+
+
+def appendix(study, talk):
+    """Return slides with the tables of the talk, and with all other pictures of the folder."""
+    made = []
+    dense = published.mean_over_seeds(study.read("dense"), ["model", "stage", "epochs"])
+    names = "model stage epochs top1 mean_per_class params macs seeds"
+    shown = Slide("Dense models, and the same after more epochs", table=columns_of(dense, names))
+    shown = replace(shown, source=source_of(study, shown, "dense.csv"))
+    for slide in [shown, *talk]:
+        if slide.table is None:
+            continue
+        for start in range(0, len(slide.table), LINES):
+            part = slide.table.iloc[start : start + LINES].reset_index(drop=True)
+            title = (
+                slide.title if slide is shown else f"In numbers: {slide.title.partition(':')[0]}"
+            )
+            made.append(Slide(title, table=part, note=slide.note, source=slide.source))
+    seen = {path for slide in talk for path in (slide.pictures or {}).values()}
+    return [*made, *_other_pictures(study, seen)]
+
+
+def _other_pictures(study, seen):
+    """Return a slide for each kind of picture that the talk does not show; two models side by side where they fit."""
+    kinds = {}
+    for path in sorted(study.folder.glob("*.png")):
+        for model in study.models:
+            if path not in seen and path.stem.endswith(f"-{model}"):
+                kinds.setdefault(path.stem.removesuffix(f"-{model}"), {})[model_name(model)] = path
+    made = []
+    for kind, pictures in kinds.items():
+        fits = all(
+            wide <= HALF[0] and high <= HALF[1] for wide, high in map(inches, pictures.values())
+        )
+        groups = [pictures] if fits else [{name: path} for name, path in pictures.items()]
+        words = max((name for name in plots.TITLES if kind.startswith(name)), key=len, default=kind)
+        title = plots.TITLES.get(words, kind)
+        if rest := kind.removeprefix(words).strip("-").split("-"):
+            title += _of_target(*rest)
+        for group in groups:
+            slide = Slide(title, group)
+            made.append(replace(slide, source=source_of(study, slide, "results.csv")))
     return made
 
 
-def source_of(study, slide, file, model=None):
+def _of_target(kind, target=None):
+    """Return words such as ": half the MACs" for what stands in the name of a picture's file; else ""."""
+    if kind not in published.BUDGETS or target is None:
+        return ""
+    return f": {published.part_of(float(target), kind)}"
+
+
+def inches(picture):
+    """Return width and height of a picture file."""
+    with Image.open(picture) as image:
+        return image.width / PIXELS, image.height / PIXELS
+
+
+def source_of(study, slide, file):
     """Return the line that says where a slide comes from."""
-    results = study.results
+    results = study.results[study.results.model.isin(study.models)]
     table = study.read(file.removesuffix(".csv"))
-    if model is not None:
-        results = results[results.model == model]
-        table = table[table.model == model]
-    files = [file] if slide.picture is None else [file, slide.picture.name]
-    return study.source(files, results, tables=[table])
+    names = [file, *(path.name for path in (slide.pictures or {}).values())]
+    return study.source(names, results, tables=[table])

@@ -3,7 +3,7 @@
 `python slides/pages.py README.md` writes what the tables of figures/ say after `<!-- results -->` and
 `<!-- results of STUDY -->`, up to `<!-- /results -->`.
 
-Public: fill, main, results.
+Public: claims, family_of, fill, hero, main, peer_sentence, results.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import pandas as pd
 import published
 
 from vitlab import files
-from vitlab.report import tables
+from vitlab.report import plots, tables
 
 STUDIES = ("cifar10-small", "caltech101-small")  # of the front page
 LABELS = {  # method and form: what was done, in the order of a table
@@ -123,7 +123,7 @@ MARKS = re.compile(r"(<!-- results(?: of ([\w-]+))? -->\n).*?(<!-- /results -->)
 # -- sentences
 
 
-def _claims(study, front):
+def claims(study, front=False):
     """Return the claims as lines of Markdown; those of cuts that were not run are left out.
 
     front: whether they have the first model's numbers only. Else they have those of all models.
@@ -141,13 +141,15 @@ def _claims(study, front):
 def _of_first_model(study, models, place):
     """Return what stands for a place in braces: the first model's name, or one of its numbers."""
     if place == "model":
-        return _family(models[0])
+        return family_of(models[0])
     return _value(study, models[0], *_parts(place))
 
 
 def _of_all_models(study, models, place):
     """Return one number of each model with its name, such as "ViT −1.8, Swin −2.7"."""
-    return ", ".join(f"{_family(model)} {_value(study, model, *_parts(place))}" for model in models)
+    return ", ".join(
+        f"{family_of(model)} {_value(study, model, *_parts(place))}" for model in models
+    )
 
 
 def _parts(place):
@@ -199,7 +201,7 @@ def _present(cuts, column, model, method):
     return values
 
 
-def _family(model):
+def family_of(model):
     """Return ViT for vit-transfer."""
     return published.model_name(model).partition("-")[0]
 
@@ -255,8 +257,8 @@ def _columns(results, front):
     """
     models = sorted(set(results.model), reverse=True)
     if front:
-        models = _one_of_each_family(models, results)
-    families = [_family(model) for model in models]
+        models = _one_of_eachfamily(models, results)
+    families = [family_of(model) for model in models]
     names = {}
     for model, family in zip(models, families, strict=True):
         is_only = families.count(family) == 1
@@ -264,7 +266,7 @@ def _columns(results, front):
     return names
 
 
-def _one_of_each_family(models, results):
+def _one_of_eachfamily(models, results):
     """Return one model of each family, in their order."""
     with_weights = results[results.weights.notna()] if "weights" in results else results.head(0)
     given = set(with_weights.model)
@@ -272,7 +274,7 @@ def _one_of_each_family(models, results):
     best = {}
     for model in models:
         rank = (lines[model], model in given)
-        family = _family(model)
+        family = family_of(model)
         if family not in best or rank > best[family][0]:
             best[family] = (rank, model)
     return [model for _, model in best.values()]
@@ -383,9 +385,9 @@ def results(folders, *, page, front=False):
         sentences.append(f"MACs and parameters are those of the {_data(first)} models.")
     sentences += _seed_note(pd.concat(lines.values()))
     text = _markdown(_table(studies, lines, names)) + "\n\n" + "\n".join(sentences)
-    if claims := _claims(first, front):
-        text = f"Found on {_data(first)}:\n\n" + "\n".join(claims) + f"\n\n{text}"
-    return f"{_front_picture(first, links[first])}\n\n{text}" if front else text
+    if found := claims(first, front):
+        text = f"Found on {_data(first)}:\n\n" + "\n".join(found) + f"\n\n{text}"
+    return f"{_front_picture(page)}\n\n{text}" if front else text
 
 
 def _markdown(table):
@@ -396,13 +398,65 @@ def _markdown(table):
     return "\n".join(f"|{'|'.join(line)}|" for line in lines)
 
 
-def _front_picture(study, link):
-    """Return the picture of the deepest budget of the last model; "" without budgets."""
-    budgets = study.budgets()
-    if not budgets:
+def _front_picture(page):
+    """Return the picture of the front page, with its sentence; "" where there is no benchmark."""
+    bench = files.repository() / "figures" / "bench" / "accuracy.csv"
+    if not bench.is_file():
         return ""
-    model, kind, target = budgets[-1]
-    return f"![Top-1 after each step of recovery]({link}/ladder-{kind}-{target:g}-{model}.png)"
+    link = Path(os.path.relpath(bench.parents[1] / "hero.png", page)).as_posix()
+    return f"![{peer_sentence(_hero_lines(bench))}]({link})"
+
+
+def peer_sentence(lines):
+    """Say what is lost at the smallest share, beside Torch-Pruning.
+
+    lines: means over seeds of what tables.peers returns.
+    """
+    least = lines[lines.share == lines.share.min()]
+    lost = least.pivot_table(index="model", columns="name", values="lost", sort=False)[[*PEERS]]
+    part = published.part_of(lines.share.min(), "macs")
+    if len(lost) == 1:
+        ours, tuned, cut = map(published.number, lost.iloc[0])
+        return (
+            f"With {part} a {lost.index[0]} loses {ours} points of top-1, nothing trained; "
+            f"Torch-Pruning’s best loses {tuned} after fine-tuning and {cut} without"
+        )
+    ours, tuned = (
+        ", ".join(
+            f"{family_of(model.split()[-1])} {published.signed(-value)}"
+            for model, value in lost[name].items()
+        )
+        for name in PEERS[:2]
+    )
+    return (
+        f"{part[0].upper()}{part[1:]}, nothing trained: {ours} points of top-1; "
+        f"Torch-Pruning’s best, fine-tuned: {tuned}"
+    )
+
+
+PEERS = ("vitlab, nothing trained", "Torch-Pruning, fine-tuned", "Torch-Pruning, as cut")
+HERO = "small ViT"  # the model of the front page's picture
+
+
+def _hero_lines(bench):
+    """Return the means over seeds of the front page's picture."""
+    lines = tables.peers(pd.read_csv(bench))
+    lines = lines[lines.model == HERO]
+    return published.mean_over_seeds(lines, ["model", "name", "tool", "share"])
+
+
+def hero(folder):
+    """Draw the front page's picture, hero.png and hero.svg, from bench/accuracy.csv of a folder."""
+    bench = folder / "bench" / "accuracy.csv"
+    lines = tables.peers(pd.read_csv(bench))
+    seeds = ", ".join(map(str, sorted(lines.seed.unique())))
+    caption = (
+        f"CIFAR-10 (JPEG), {HERO}; means and ranges over seeds {seeds}, which draw calibration images and the order of "
+        "fine-tuning, of one dense model. Torch-Pruning by the setting that is best on test at each share. "
+        "Numbers: bench/accuracy.md."
+    )
+    drawn = plots.peers(lines, models=[HERO])
+    plots.save(drawn, folder / "hero", caption=caption, title=peer_sentence(_hero_lines(bench)))
 
 
 def fill(text, *, page):
@@ -429,7 +483,10 @@ def main(arguments=None):
     parser.add_argument(
         "pages", nargs="+", type=Path, help="pages in Markdown with marks, such as README.md"
     )
-    for page in parser.parse_args(arguments).pages:
+    names = parser.parse_args(arguments).pages
+    if any(page.resolve() == files.repository() / "README.md" for page in names):
+        hero(files.repository() / "figures")
+    for page in names:
         try:
             text = fill(page.read_text(), page=page.resolve().parent)
         except FileNotFoundError as error:

@@ -15,7 +15,7 @@ from vitlab.report.tables import seeds_of
 
 PARTS = {0.25: "a quarter of the", 0.5: "half the", 0.75: "three quarters of the"}
 BUDGETS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "measured time"}
-COSTS = BUDGETS | {"bytes_disk": "bytes on disk", "relative_latency": "measured time"}
+COSTS = BUDGETS | {"bytes_disk": "bytes on disk"}
 SOLVED = ["folded", "compensated", "reconstructed"]  # stages without training
 TRAINED = ["finetuned", "distilled"]
 
@@ -105,7 +105,7 @@ class Published:
             raise FileNotFoundError(_how_to_make(self.folder))
         self.results = self.read("results")
         self.untimed = self.results[self.results.latency_ms.isna()]
-        is_dense = self.untimed.stage.isin([*tables.DENSE_POINTS])
+        is_dense = self.untimed.stage.isin(tables.DENSE_STAGES)
         cut = self.untimed[~is_dense & self.untimed.top1.notna()]
         dense = self.untimed[self.untimed.stage == "dense"]
         self.dense = dense.groupby("model").mean(numeric_only=True)
@@ -133,6 +133,14 @@ class Published:
         if not path.is_file():
             raise Absent(f"{path.name} is missing")
         return path
+
+    def pictures(self, name):
+        """Return {model's name: path} of a picture NAME-MODEL.png, the ViT first. Raises Absent for none."""
+        paths = {model: self.folder / f"{name}-{model}.png" for model in reversed(self.models)}
+        found = {model_name(model): path for model, path in paths.items() if path.is_file()}
+        if not found:
+            raise Absent(f"{name}-{self.models[-1]}.png is missing")
+        return found
 
     def budgets(self):
         """Return (model, target_kind, target) of all budgets below 1, the mildest first."""

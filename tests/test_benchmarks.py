@@ -12,6 +12,7 @@ import torch
 from vitlab import files, models
 from vitlab.evaluation import cost
 from vitlab.models import checkpoint
+from vitlab.report import tables
 from vitlab.training import _shapes, data
 
 ROOT = files.repository()
@@ -140,7 +141,7 @@ def test_the_first_seed_tries_learning_rates_until_val_falls_and_others_take_its
         (1, 1e-4),
         (1, 1e-3),
     ]
-    left = accuracy.chosen(rows)
+    left = tables.best_rates(rows)
     assert set(left.lr.dropna()) == {1e-4} and left.top1.to_list() == [0.5, 35, 35, 25]
     line = accuracy.summary(rows.replace({"tool": {"dense": "vitlab, pool"}}), "m", 1.0).iloc[0]
     assert line["learning rate"] == "0.0001" and line["fine-tuned"] == "30.0 (25.0 to 35.0)"
@@ -170,23 +171,6 @@ def test_the_table_counts_seeds_of_a_stage_and_marks_those_that_cannot_reach_it(
     assert lines.seeds.to_list() == ["2 / 1", "1", "1"]
     assert lines["pool − tool, cut"].to_list() == ["", "+1.00", ""]
     assert lines.cut.to_list() == ["81.0 (80.0 to 82.0)", "79.0", "70.0"]
-
-
-def test_the_figure_takes_of_a_family_what_is_best_of_the_most_seeds(accuracy):
-    tops = {"dense": [90.0], "vitlab, ranks": [10.7] * 3, "vitlab, heads": [88.0]}
-    rows = [
-        (tool, 0.5, seed, "cut", top1)
-        for tool, each in tops.items()
-        for seed, top1 in enumerate(each)
-    ]
-    table = pd.DataFrame(rows, columns=["tool", "budget", "seed", "stage", "top1"]).assign(
-        model="m", val_top1=1.0, lr=1
-    )
-    assert (
-        table.groupby("tool").top1.mean()["vitlab, ranks"] != 10.7
-    )  # which would be a bar of negative length
-    drawn = {line.get_label(): line for line in accuracy.figure(table).axes[0].containers}
-    assert drawn["vitlab, single kinds (best of 6)"].lines[0].get_ydata().tolist() == [10.7]
 
 
 GROUPS = [

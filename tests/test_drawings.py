@@ -109,7 +109,7 @@ def test_cuts_are_drawn_cell_by_cell():
     crossed = [patch for patch in ax.patches if patch.get_hatch()]
     assert [(patch.get_y(), patch.get_height()) for patch in crossed] == [(20, 20)]
     words = [text.get_text() for text in ax.texts]
-    assert {"unstructured 90%", "rows", "svd", "×", "U\n40 × 4"} <= set(words)
+    assert {"weights, 90%", "rows", "SVD, equal shares", "×", "U, 40 × 4"} <= set(words)
     with pytest.raises(ValueError, match="no layer to draw"):
         drawings.layers(masked.head(0))
 
@@ -220,9 +220,8 @@ def test_energy_ends_at_one_and_break_even_is_the_closed_form(model, batch):
     measured = frame.assign(faster=frame.layer.map(bench.break_even(speed)))
     figure = drawings.spectra(measured)
     roles = frame.role.unique()
-    above, below = figure.axes[: len(roles)], figure.axes[len(roles) :]
     assert titles(figure) == list(roles)
-    for role, ax in zip(roles, below, strict=True):
+    for role, ax in zip(roles, figure.axes, strict=True):
         own = frame[frame.role == role]
         marks = [line for line in ax.lines if line.get_marker() == "o"]
         dashed = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
@@ -230,7 +229,7 @@ def test_energy_ends_at_one_and_break_even_is_the_closed_form(model, batch):
         assert dashed == pytest.approx(
             sorted(set((own.break_even / own[["m", "n"]].min(axis=1)).round(6))), abs=1e-5
         )
-    assert above[0].get_yscale() == "log"
+    assert figure.axes[0].get_yscale() == "log"
 
 
 # -- kept width
@@ -266,16 +265,11 @@ def test_kept_width_is_the_models_own(model, batch):
     without = shrink.remove(model, {(block.name, "block"): [0]})
     left = inside.widths(model, without).set_index(["where", "kind"]).kept
     assert left[block.name, "heads"] == left[block.name, "neurons"] == 0
-    figure = drawings.widths(table.reset_index())
-    assert {"heads", "neurons", "rank of fc1"} <= set(titles(figure)) and "width" not in titles(
-        figure
-    )
-    heads = figure.axes[titles(figure).index("heads")]
-    shares = [bar.get_width() for bar in heads.containers[1]]
-    assert shares == [each.num_heads / view.block(each.name).num_heads for each in after.blocks]
-    assert f"{block.num_heads - 1} of {block.num_heads}" in [
-        text.get_text() for text in heads.texts
-    ]
+    ax = drawings.widths(table.reset_index())
+    kinds = [tick.get_text() for tick in ax.get_xticklabels()]
+    assert {"heads", "neurons", "rank of fc1"} <= set(kinds) and "width" not in kinds
+    share = 100 * (block.num_heads - 1) / block.num_heads
+    assert f"{share:.0f}" in [text.get_text() for text in ax.texts]
 
 
 # -- attention
@@ -384,14 +378,14 @@ def test_attention_before_and_after(model, split):
 
 def test_attention_is_drawn_for_each_image_before_and_after(model, split):
     frame = inside.attention_maps(model, model, split, [4, 0, 8]).assign(label="ring")
-    count = frame.block.nunique()
     figure = drawings.attention_maps(frame, split)
     shown = [image.get_array() for ax in figure.axes for image in ax.images]
-    assert len(shown) == 3 * (1 + 2 * count) and titles(figure) == ["ring"] * 3
-    assert (shown[0] == split.images[4]).all()
-    first = frame[(frame.image == 4) & (frame.block == frame.block.iloc[0])]
-    assert np.asarray(shown[3]).ravel().tolist() == first.before.tolist()
-    assert len([1 for ax in drawings.attention_maps(frame).axes for _ in ax.images]) == 6 * count
+    assert len(shown) == 3 * 5 and titles(figure) == ["image", "dense", "cut"]
+    assert (shown[0] == split.images[4]).all()  # the photograph, alone and below both maps
+    last = frame[(frame.image == 4) & (frame.block == frame.block.iloc[-1])]
+    assert np.asarray(shown[2]).ravel().tolist() == last.before.tolist()
+    assert np.asarray(shown[4]).ravel().tolist() == last.after.tolist()
+    assert len(drawings.attention_maps(frame, split, most=1).axes) == 3 + 1
 
 
 def test_the_same_drawing_is_the_same_bytes(swin, split, tmp_path):
@@ -399,11 +393,12 @@ def test_the_same_drawing_is_the_same_bytes(swin, split, tmp_path):
         method="dense", layer="proj"
     )
     gone = picture.assign(method="gone", cells=["x" * len(line) for line in picture.cells])
+    maps = inside.attention_maps(swin, swin, split, [0])
     makers = {
         "cuts": lambda: drawings.layers(pd.concat([picture, gone])),
         "spectra": lambda: drawings.spectra(inside.spectra(swin)),
         "kept": lambda: drawings.widths(inside.widths(swin, swin)),
-        "attention": lambda: drawings.attention_maps(inside.attention_maps(swin, swin, split, [0])),
+        "attention": lambda: drawings.attention_maps(maps, split),
     }
     for (name, make), number in itertools.product(makers.items(), (1, 2)):
         plots.save(make(), tmp_path / f"{name}{number}")

@@ -11,6 +11,7 @@ import pytest
 from invented import COMMITTED, FIGURES, invent
 
 from vitlab import files
+from vitlab.report import tables
 from vitlab.studies import settings
 
 
@@ -84,7 +85,7 @@ def test_cells_are_the_means_of_their_rows(folder):
 def test_claims_are_read_from_the_results(name):
     """The numbers of the claims again, from results.csv alone."""
     study = published.Published(FIGURES / name)
-    claims = pages._claims(study, front=False)
+    claims = pages.claims(study, front=False)
     assert len(claims) == len(pages.CLAIMS)
     results = pd.read_csv(FIGURES / name / "results.csv")
     results = results[results.latency_ms.isna()].set_index(["model", "seed"])
@@ -146,9 +147,9 @@ def test_claims_are_read_from_the_results(name):
 @pytest.mark.parametrize("name", COMMITTED)
 def test_each_claim_of_the_front_page_has_one_number_of_the_first_model(name):
     study = published.Published(FIGURES / name)
-    front = pages._claims(study, front=True)
+    front = pages.claims(study, front=True)
     assert len(front) == len(pages.FRONT_CLAIMS)
-    for claim, whole in zip(front, pages._claims(study, front=False), strict=False):
+    for claim, whole in zip(front, pages.claims(study, front=False), strict=False):
         (value,) = re.findall(r"[−+]?\d+\.\d+", claim)
         assert value in re.search(r"ViT ([^,]+), Swin", whole)[1]
         assert "the ViT" in claim and "Swin" not in claim
@@ -156,7 +157,7 @@ def test_each_claim_of_the_front_page_has_one_number_of_the_first_model(name):
 
 def test_what_was_not_run_is_not_claimed(invented, tmp_path):
     study = published.Published(shutil.copytree(invented, tmp_path / "made"))
-    claims = pages._claims(study, front=False)
+    claims = pages.claims(study, front=False)
     assert not any("magnitude" in claim or "one pool" in claim for claim in claims)
     summary = pd.read_csv(study.folder / "summary.csv")
     mixed = summary[summary.method == "heads+svd"]
@@ -165,10 +166,10 @@ def test_what_was_not_run_is_not_claimed(invented, tmp_path):
     finetuned = [*[1.0] * (len(summary) - 2), 60.04, 79.94]  # of the Swin, then of the ViT
     summary = summary.assign(dense=80.0, finetuned=finetuned)
     summary.to_csv(study.folder / "summary.csv", index=False)
-    (claim,) = [claim for claim in pages._claims(study, front=False) if "IHT, fine-tuned" in claim]
+    (claim,) = [claim for claim in pages.claims(study, front=False) if "IHT, fine-tuned" in claim]
     assert claim.endswith("by SVD + IHT, fine-tuned: ViT −0.1, Swin −20.0 points.")
     summary[summary.model == "vit"].to_csv(study.folder / "summary.csv", index=False)
-    assert not any("SVD + IHT" in claim for claim in pages._claims(study, front=False))
+    assert not any("SVD + IHT" in claim for claim in pages.claims(study, front=False))
 
 
 def by_hand(folder, rows):
@@ -201,9 +202,7 @@ def test_lines_by_hand(tmp_path):
         ("vit", 0, "unheard of", "removed", "macs", 0.5, "reconstructed", 3),
     ]
     text = pages.results([by_hand(tmp_path, rows)], page=tmp_path, front=True)
-    assert text.startswith(
-        "![Top-1 after each step of recovery](made/ladder-macs-0.25-vit.png)\n\n||"
-    )
+    assert re.match(r"!\[With a quarter of the MACs .*\]\(.*figures/hero\.png\)\n\n\|\|", text)
     assert table_of(text)["ViT top-1 (%)"].to_dict() == {
         "dense": "80.5±0.5",
         "dense, same epochs": "80.5±0.5",
@@ -278,6 +277,19 @@ def test_what_has_no_spread_is_said_to_be_of_one_seed(tops, note):
 
 
 # -- the front page
+
+
+def test_the_picture_of_the_front_page_is_what_the_benchmark_says(tmp_path):
+    shutil.copytree(FIGURES / "bench", tmp_path / "bench")
+    pages.hero(tmp_path)
+    for ending in ("svg", "png", "txt"):
+        name = f"hero.{ending}"
+        assert (tmp_path / name).read_bytes() == (FIGURES / name).read_bytes(), "make readme"
+    lines = tables.peers(pd.read_csv(FIGURES / "bench" / "accuracy.csv"))
+    lines = lines[(lines.model == pages.HERO) & (lines.share == 0.25)]
+    drawn = (tmp_path / "hero.svg").read_text()
+    for lost in lines.groupby("name").lost.mean():
+        assert published.number(lost) in drawn  # in the sentence above
 
 
 def numbers_told(text):

@@ -17,10 +17,11 @@ from vitlab.report import _style, tables
 
 # Weights that stay, by the letter of their size in the cells of inside.layers.
 _BLUES = dict(zip("abcdefghi", plt.get_cmap("Blues")(np.linspace(0.45, 1, 9)), strict=True))
-_REMOVED = {"facecolor": "#fbe3d0", "edgecolor": _style.COLORS[3], "linewidth": 0}
+_REMOVED = {"facecolor": "#fbe3d0", "edgecolor": _style.BAD, "linewidth": 0}
 # The sign before a part that stands beside another: W = U × V + S.
 _SIGNS = {"V": "×", "S": "+"}
-_SMALL = {"fontsize": 8, "color": "0.35"}
+_SMALL = {"color": "0.35"}
+_BLUE = _style.COLORS["pool"]
 # The |w| up to which magnitude alone would have cut as many weights.
 _THRESHOLD = {"color": "0.1", "linestyle": ":"}
 
@@ -41,7 +42,9 @@ def layers(frame):
     """
     if frame.empty:
         raise ValueError("no layer to draw")
-    titles = tables.in_words(frame, {"method": "{}", "target": "{:.0%}"}, " ")
+    words = frame.method.map(tables.method_words).str.replace("macs", "MACs")
+    words = frame.assign(method=words)
+    titles = tables.in_words(words, {"method": "{}", "target": "{:.0%}"}, ", ")
     keys = [column for column in ("method", "target", "layer") if column in frame]
     groups = frame.assign(title=titles).groupby(keys, sort=False, dropna=False)
     figure, ax = plt.subplots()
@@ -70,39 +73,44 @@ def _arrange(ax, pictures, high):
     for rows in pictures:
         columns = rows.groupby("part", sort=False).cells.first().str.len()
         # A narrow picture takes as much room as its title.
-        widths.append(max((columns + gap).sum(), 1.05 * high) + 1.5 * gap)
-    # One line takes about six square matrices, or the widest picture.
-    line = max(6.5 * high, *widths)
+        title = 0.058 * high * len(rows.title.iloc[0])
+        widths.append(max((columns + gap).sum(), title, 1.05 * high) + gap)
+    # One line takes about eight square matrices, or the widest picture.
+    line = max(8 * high, *widths)
     x = y = 0.0
     tall = 0
     for rows, width in zip(pictures, widths, strict=True):
         if x and x + width > line:
             x = 0.0
-            y = y + tall + 5.5 * gap
+            y = y + tall + 4.9 * gap
             tall = 0
         _picture(ax, rows, x, y, gap)
         x += width
         tall = max(tall, rows.row.max() + 1)
     width = min(line, sum(widths))
     height = y + tall
-    ax.set(xlim=(-gap / 2, width), ylim=(height + 3 * gap, -3.4 * gap), aspect="equal")
-    cell = 10 / line  # inches
-    ax.figure.set_size_inches(max(5.5, cell * width), cell * (height + 6.4 * gap) + 0.4)
+    ax.set(xlim=(-gap / 2, width), ylim=(height + 1.8 * gap, -3.2 * gap), aspect="equal")
+    cell = _style.WIDE[0] / line  # inches
+    ax.figure.set_size_inches(max(5.5, cell * width), cell * (height + 5 * gap) + 0.4)
 
 
 def _picture(ax, rows, x, y, gap):
     """Draw the matrices of one layer in a row, with signs between and their sizes below."""
-    ax.text(x, y - 1.6 * gap, rows.title.iloc[0], fontsize=10, va="bottom")
-    ax.text(x, y - 0.5 * gap, rows.layer.iloc[0], va="bottom", **_SMALL)
+    ax.text(x, y - 1.6 * gap, rows.title.iloc[0], va="bottom")
+    layer = rows.layer.iloc[0]
+    if layer.startswith("layers."):  # of a Swin: short names leave room
+        layer = layer.replace("layers.", "").replace("blocks.", "")
+    ax.text(x, y - 0.3 * gap, layer, va="bottom", **_SMALL)
     left = x
     for part, cells in rows.groupby("part", sort=False).cells:
         letters = np.array([*map(list, cells)])
         m, n = letters.shape
         if x > left:
             sign = _SIGNS.get(part, "")
-            ax.text(x - gap / 2, y + m / 2, sign, ha="center", va="center", fontsize=10)
+            ax.text(x - gap / 2, y + m / 2, sign, ha="center", va="center")
         _matrix(ax, letters, x, y)
-        ax.text(x, y + m + 0.3 * gap, f"{part}\n{m} × {n}", va="top", **_SMALL)
+        words = f"{part}, {m} × {n}"
+        ax.text(x, y + m + 0.2 * gap, words, va="top", **_SMALL)
         x += n + gap
 
 
@@ -132,70 +140,54 @@ def _matrix(ax, letters, x, y):
 
 @_style.styled
 def widths(frame):
-    """Draw how much of each place is left, as a share of the dense model.
+    """Draw how much of each place is left, in percent of the dense model's: the darker, the less.
 
-    There is a panel for each kind and a bar for each block (or stage, convolution, layer), with
-    "kept of whole" beside it.
+    There is a line for each block (or stage, convolution, layer) and a column for each kind. Kinds
+    of which nothing went are left out, except heads and neurons.
 
     frame: columns where, kind, kept and whole, as inside.widths returns it.
-    Returns a Figure.
+    Returns the Axes.
     """
-    # Kinds of which nothing went are left out, except heads and neurons.
     sums = frame.groupby("kind", sort=False)[["kept", "whole"]].sum()
     kinds = sums.index[(sums.kept < sums.whole) | sums.index.isin(["heads", "neurons"])]
-    frame = frame[frame.kind.isin(kinds)]
-    # All panels have the same places, so that their bars stand side by side.
-    numbers, places = pd.factorize(frame["where"])
-    frame = frame.assign(place=numbers)
-    kinds = frame.groupby("kind", sort=False)
-    figure, panels = _style.panels_beside(kinds, 1.6, 1.55, 1 + 0.3 * len(places))
-    for ax, kind, widths in panels:
-        ax.barh(widths.place, 1, 0.75, color="0.92")
-        ax.barh(widths.place, widths.kept / widths.whole, 0.75, color=_style.COLORS[0])
-        for row in widths.itertuples():
-            ax.text(1.04, row.place, f"{row.kept} of {row.whole}", fontsize=8, va="center")
-        ax.set(xlim=(0, 1), xticks=[0, 0.5, 1])
-        ax.set_title(kind, fontsize=11)
-        ax.xaxis.set_major_formatter("{x:.0%}")
-        ax.tick_params(axis="x", labelsize=9)
-        ax.grid(False, axis="y")
-    # The names of places stand at the left panel alone, the first one on top.
-    left = figure.axes[0]
-    left.set_yticks(range(len(places)), places, fontsize=9)
-    left.set_ylim(len(places) - 0.4, -0.6)
-    figure.supxlabel("share of the dense model's that stays")
-    return figure
+    frame = frame[frame.kind.isin(kinds)].assign(left=100 * frame.kept / frame.whole)
+    # Short names leave room: "0.blocks.1" for "layers.0.blocks.1".
+    places = frame["where"].str.replace("layers.", "").str.replace(".reduction", "")
+    table = _table(frame.assign(block=places), "kind", "left")
+    width = 1.4 + 0.09 * places.str.len().max() + 0.5 * table.shape[1]
+    label = "share that stays (%)"
+    ax = _heat(table, width, label=label, fmt=".0f", least=0, most=100)
+    ax.set_xticks(ax.get_xticks(), table.columns, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set(xlabel="", ylabel="")
+    return ax
 
 
 @_style.styled
 def weight_histograms(frame):
-    """Draw distributions of weights: a panel for each stage, a row for each method and target.
+    """Draw distributions of weights before and after a cut: a panel for each stage.
 
     Counts are on a logarithmic axis. Dotted lines show the |w| up to which magnitude would have cut
-    as many.
+    as many. Of several methods and targets the first method's largest target is drawn.
 
-    frame: as inside.weights returns it, with the columns method and target. All groups have the
-        same stages.
+    frame: as inside.weights returns it, with the columns method and target.
     Returns a Figure.
     """
-    stages = frame.stage.unique()
-    groups = frame.groupby(["method", "target"], sort=False)
-    size = (1.2 + 2.9 * len(stages), 0.7 + 2.1 * len(groups))
-    figure, panels = plt.subplots(
-        len(groups), len(stages), figsize=size, sharey=True, squeeze=False
-    )
+    frame = frame[frame.method == frame.method.iloc[0]]
+    frame = frame[frame.target == frame.target.max()]
+    stages = frame.groupby("stage", sort=False)
+    figure, panels = _style.panels_beside(stages, *_style.WIDE)
     limit = frame.right.max()
-    for line, ((method, target), group) in zip(panels, groups, strict=True):
-        line[0].set_ylabel(f"{method} {target:.0%}\nweights")
-        for ax, (_, bins) in zip(line, group.groupby("stage", sort=False), strict=True):
-            _histogram(ax, bins, limit)
-    for ax, stage in zip(panels[0], stages, strict=True):
+    for ax, stage, bins in panels:
+        _histogram(ax, bins, limit)
         ax.set_title(tables.STAGES.get(stage, stage))
     # The axis starts below 1, which would have no height otherwise.
-    panels[0, 0].set_ylim(0.5, 2 * max(frame["count"].max(), frame.zeros.max()))
-    figure.supxlabel("value of the weight")
+    first = figure.axes[0]
+    first.set_ylim(0.5, 2 * max(frame["count"].max(), frame.zeros.max()))
+    first.set_ylabel("weights (log axis)")
+    name = tables.method_words(frame.method.iloc[0])
+    figure.supxlabel(f"value of the weight; {frame.target.iloc[0]:.0%} of the {name} cut")
     # The first stage has all that is drawn; both lines have one name.
-    artists, labels = panels[0, 0].get_legend_handles_labels()
+    artists, labels = first.get_legend_handles_labels()
     handles = dict(zip(labels, artists, strict=True))
     figure.legend(handles.values(), handles, loc="outside right center")
     return figure
@@ -207,7 +199,7 @@ def _histogram(ax, bins, limit):
     # What the masks will let go is light, behind what they keep.
     if bins.survivors.sum() < bins["count"].sum():
         ax.stairs(bins["count"], edges, fill=True, color="0.75", label="will go")
-    ax.stairs(bins.survivors, edges, fill=True, color=_style.COLORS[0], label="stay")
+    ax.stairs(bins.survivors, edges, fill=True, color=_BLUE, label="stay")
     threshold = bins.threshold.iloc[0]
     label = "where magnitude\nwould cut as many"
     for place in (-threshold, threshold):
@@ -238,12 +230,12 @@ def weight_violins(frame):
     frame = frame.assign(place=places)
     roles = frame.role.unique()
     first, last = frame.stage.unique()[[0, -1]]
-    size = (1.6 + 0.9 * max(5, len(blocks)), 0.9 + 1.15 * len(roles))
+    size = (1.6 + 0.9 * max(5, len(blocks)), 0.9 + 0.95 * len(roles))
     figure, panels = plt.subplots(len(roles), 1, figsize=size, sharex=True, squeeze=False)
     for ax, (role, bins) in zip(panels.flat, frame.groupby("role", sort=False), strict=True):
         after = bins[bins.stage == last]
         _violins(ax, bins[bins.stage == first], "count", side="low", color="0.7")
-        _violins(ax, after, "survivors", side="high", color=_style.COLORS[0])
+        _violins(ax, after, "survivors", side="high", color=_BLUE)
         _zeros(ax, after)
         _limits(ax, bins)
         ax.set_ylabel(role)
@@ -254,7 +246,7 @@ def weight_violins(frame):
     figure.supylabel("value of the weight")
     handles = [
         Patch(color="0.7", label=tables.STAGES.get(first, first)),
-        Patch(color=_style.COLORS[0], label=tables.STAGES.get(last, last)),
+        Patch(color=_BLUE, label=tables.STAGES.get(last, last)),
         plt.Line2D([], [], label="where magnitude would cut as many", **_THRESHOLD),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
@@ -288,7 +280,7 @@ def _violins(ax, bins, column, *, side, color):
 
 def _zeros(ax, bins):
     """Write the share of zeros of each block at the bottom of the axes."""
-    words = {"fontsize": 8, "color": "0.25", "ha": "center", "va": "bottom"}
+    words = {"color": "0.25", "ha": "center", "va": "bottom"}
     for place, rows in bins.groupby("place"):
         zeros = rows.zeros.iloc[0]  # the same in each bin
         share = zeros / (zeros + rows["count"].sum())
@@ -302,15 +294,14 @@ def _limits(ax, bins):
         ax.axhline(height, linewidth=1, **_THRESHOLD)
     filled = bins[bins["count"] > 0]
     reach = filled[["left", "right"]].abs().max(axis=None)
-    ax.set_ylim(-1.5 * reach, 1.1 * reach)  # with room for words below
+    ax.set_ylim(-1.9 * reach, 1.1 * reach)  # with room for words below
     ax.grid(False, axis="x")
 
 
 @_style.styled
 def spectra(frame):
-    """Draw singular values (above, of the largest) and the energy up to each rank (below).
+    """Draw singular values, as shares of the largest: a panel for each role, a line for each block.
 
-    Energy is the share of the squares. There is a panel for each role and a line for each block.
     Dashed is the rank at which two thin layers have as many MACs as one.
 
     frame: as inside.spectra returns it. A column faster puts a small mark on each line: the rank up
@@ -323,21 +314,15 @@ def spectra(frame):
     frame = frame.assign(full=full, relative=frame.sigma / largest, share=frame["rank"] / full)
     groups = frame.groupby("role", sort=False)
     colors = _style.shades(frame.block.dropna().unique())
-    size = (1.8 + 1.9 * len(groups), 4.4)
-    figure, panels = plt.subplots(
-        2, len(groups), figsize=size, sharex=True, sharey="row", squeeze=False
-    )
-    for (above, below), (role, lines) in zip(panels.T, groups, strict=True):
-        _spectra_of_role(above, below, lines, colors)
-        above.set_title(role)
-        below.xaxis.set_major_formatter("{x:.0%}")
-        below.set(xlim=(0, 1.02), xticks=[0, 0.5, 1])
+    figure, panels = _style.panels_beside(groups, *_style.WIDE)
+    for ax, role, lines in panels:
+        _spectra_of_role(ax, lines, colors)
+        ax.set(title=role, xlim=(0, 1.02), xticks=[0, 0.5, 1])
+        ax.xaxis.set_major_formatter("{x:.0%}")
     # Four decades are enough: what is smaller is rounding.
     floor = max(frame.relative[frame.relative > 0].min(), 1e-4)
-    above, below = panels[:, 0]
-    above.set(yscale="log", ylim=(floor, 1.5), ylabel="singular value,\nof the largest")
-    below.set(ylim=(0, 1.03), ylabel="energy up to the rank")
-    below.yaxis.set_major_formatter("{x:.0%}")
+    first = figure.axes[0]
+    first.set(yscale="log", ylim=(floor, 1.5), ylabel="singular value, of the largest")
     figure.supxlabel("rank, as a share of the full rank")
     looks = {block: {"color": color} for block, color in colors.items()}
     looks["break-even in MACs"] = {"color": "0.1", "linestyle": "--"}
@@ -350,71 +335,63 @@ def spectra(frame):
     return figure
 
 
-def _spectra_of_role(above, below, frame, colors):
+def _spectra_of_role(ax, frame, colors):
     """Draw the lines of one role's layers, with marks where they are faster, and the break-even."""
     for _, line in frame.groupby("layer", sort=False):
         first = line.iloc[0]
         look = {"color": colors.get(first.block, "0.3"), "linewidth": 1.3}
-        above.plot(line.share, line.relative, **look)
-        below.plot(line.share, line.energy, **look)
+        ax.plot(line.share, line.relative, **look)
         if "faster" in line and first.faster > 0:
             share = first.faster / first.full
             # The rank lies between two that the frame has.
-            energy = np.interp(share, line.share, line.energy)
-            below.plot(share, energy, marker="o", markersize=5, **look)
+            ax.plot(share, np.interp(share, line.share, line.relative), "o", markersize=5, **look)
     # Layers of one shape have one line; their shares differ by rounding.
     for share in (frame.break_even / frame.full).round(6).unique():
-        for ax in (above, below):
-            ax.axvline(share, color="0.1", linestyle="--", linewidth=1)
+        ax.axvline(share, color="0.1", linestyle="--", linewidth=1)
 
 
 @_style.styled
-def attention_maps(frame, images=None):
-    """Draw where two models look, on several images.
+def attention_maps(frame, images, *, most=3):
+    """Draw where two models look, over the photographs: bright is what receives attention.
 
-    There is a column for each image, and for each block a row before and one after the cut.
+    There is a line for each image: the photograph, then the last block before and after the cut.
 
-    frame: as inside.attention_maps returns it; a column label, if there is one, is written above
+    frame: as inside.attention_maps returns it; a column label, if there is one, is written beside
         each image.
-    images: the data.Split that the places are of, whose pictures then stand on top.
+    images: the data.Split that the places are of.
+    most: images to draw; the first ones.
     Returns a Figure.
     """
-    shown = frame.image.unique()
-    blocks = frame.groupby("block", sort=False)
-    above = int(images is not None)  # rows of pictures
-    count = above + 2 * len(blocks)
-    size = (1.9 + 1.25 * len(shown), 0.6 + 1.25 * count)
-    figure, panels = plt.subplots(count, len(shown), figsize=size, squeeze=False)
-    for ax in panels.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.grid(False)
-        sns.despine(ax=ax, left=True, bottom=True)
-    if above:
-        panels[0, 0].set_ylabel("image", fontsize=9)
-        for ax, image in zip(panels[0], shown, strict=True):
-            ax.imshow(images.store[images.indices[image]])
-    for i, (block, maps) in enumerate(blocks):
-        _attention(figure, panels[above + 2 * i :][:2], block, maps)
-    if "label" in frame:
-        labels = frame.groupby("image", sort=False).label.first()
-        for ax, label in zip(panels[0], labels, strict=True):
-            ax.set_title(str(label)[:14], fontsize=9)
+    frame = frame[frame.block == frame.block.iloc[-1]]
+    shown = frame.image.unique()[:most]
+    size = (6.4, 0.5 + 1.95 * len(shown))
+    figure, panels = plt.subplots(len(shown), 3, figsize=size, squeeze=False)
+    for line, image in zip(panels, shown, strict=True):
+        maps = frame[frame.image == image]
+        picture = images.store[images.indices[image]]
+        # Both models have one scale; the largest value would darken all others.
+        top = maps[["before", "after"]].quantile(0.98).max()
+        for ax, when in zip(line, [None, "before", "after"], strict=True):
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            sns.despine(ax=ax, left=True, bottom=True)
+            if when is None:
+                ax.imshow(picture)
+                continue
+            table = maps.pivot(index="row", columns="column", values=when)
+            high, wide = picture.shape[:2]
+            ax.imshow(picture, alpha=0.35)
+            extent = (-0.5, wide - 0.5, high - 0.5, -0.5)
+            look = {"cmap": "rocket", "vmin": 0, "vmax": top, "alpha": 0.65}
+            drawn = ax.imshow(table, extent=extent, **look)
+        if "label" in maps:
+            line[0].set_ylabel(str(maps.label.iloc[0])[:14])
+    for ax, title in zip(panels[0], ["image", "dense", "cut"], strict=True):
+        ax.set_title(title)
+    bar = figure.colorbar(drawn, ax=list(panels.flat), shrink=0.8, extend="max")
+    bar.set_ticks([0, top], labels=["little", "much"])
+    bar.set_label(f"attention received in {frame.block.iloc[0]}")
     return figure
-
-
-def _attention(figure, panels, block, maps):
-    """Draw the maps of one block: a row before and one after the cut, with one colour bar."""
-    # Both rows have the same scale. The largest value would darken all others.
-    top = maps[["before", "after"]].quantile(0.98).max()
-    words = {"before": "dense", "after": "cut"}
-    for axes, when in zip(panels, words, strict=True):
-        axes[0].set_ylabel(f"{block}\n{words[when]}", fontsize=9)
-        for ax, (_, of_image) in zip(axes, maps.groupby("image", sort=False), strict=True):
-            table = of_image.pivot(index="row", columns="column", values=when)
-            picture = ax.imshow(table, cmap="rocket", vmin=0, vmax=top)
-    bar = figure.colorbar(picture, ax=list(panels.flat), shrink=0.9, extend="max")
-    bar.ax.tick_params(labelsize=9)
-    bar.set_label("attention received,\ntimes the equal share", fontsize=9)
 
 
 @_style.styled
@@ -426,8 +403,8 @@ def heads(frame, *, value="score", label="score of the head"):
     label: words of the colour bar.
     Returns the Axes.
     """
-    table = _table(frame, "head", value)
-    ax = _heat(table, 2.6 + 0.8 * table.shape[1], label=label, fmt=".2g")
+    table = 1000 * _table(frame, "head", value)
+    ax = _heat(table, 3 + 0.5 * table.shape[1], label=f"{label}, × 1,000", fmt=".1f")
     if "kept" in frame:
         removed = frame[~frame.kept.astype(bool)]
         # The cross lies in the upper right corner of its cell, beside the number.
@@ -459,13 +436,13 @@ def _table(frame, columns, value):
     return means.unstack(sort=False)
 
 
-def _heat(table, width, *, label, fmt):
+def _heat(table, width, *, label, fmt, least=None, most=None):
     """Draw a table as colours and numbers, and return the Axes.
 
     width: inches.
-    label: of the colour bar; fmt: of the numbers.
+    label: of the colour bar; fmt: of the numbers; least, most: ends of the colours.
     """
-    ax = _style.new_axes(width, 1.1 + 0.42 * len(table))
+    ax = _style.new_axes(width, 1.1 + min(0.42, 4 / len(table)) * len(table))
     # Cells without a value stay empty.
     sns.heatmap(
         table,
@@ -473,9 +450,10 @@ def _heat(table, width, *, label, fmt):
         fmt=fmt,
         cbar_kws={"label": label},
         annot=True,
-        annot_kws={"fontsize": 9},
         linewidths=0.5,
-        cmap="rocket_r",
+        cmap="rocket_r" if most is None else "rocket",
+        vmin=least,
+        vmax=most,
     )
     ax.tick_params(left=False, bottom=False)
     ax.tick_params(axis="y", rotation=0)
@@ -532,7 +510,7 @@ def changed_images(images, frame):
     is_right = frame.after == frame.label
     colors = np.select(
         [is_right & ~was_right, was_right & ~is_right],
-        [_style.COLORS[2], _style.COLORS[3]],
+        [_style.GOOD, _style.BAD],
         "0.1",
     )
     for ax, color in zip(figure.axes, colors, strict=False):

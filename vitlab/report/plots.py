@@ -1,19 +1,19 @@
 """Draw the results of a study: frames in, Axes or Figures out. No torch.
 
-Colour and marker both stand for the method. Axes carry units and have no title, which the slide
-has.
+A colour stands for a method, in all figures. Axes carry units and have no title; the sentence of
+TITLES stands above where a figure is saved with it.
 
-Public: accuracy_curve, agreement, class_change, draw_each, ladder, prediction_audit, probes,
-recovery, roofline, save, sensitivity_curves, speedup_bars, tradeoff, training_curves.
+Public: TITLES, accuracy_curve, agreement, class_change, criteria, draw_each, ladder, peers,
+prediction_audit, probes, recovery, save, sensitivity_curves, speedups, tradeoff, training_curves.
 """
 
 import functools
-from itertools import cycle
+import re
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from IPython.display import display
 from matplotlib import ticker
 from matplotlib.lines import Line2D
@@ -22,45 +22,68 @@ from vitlab import files
 from vitlab.names import check
 from vitlab.report import _style, tables
 from vitlab.report._style import (
+    BAD,
     COLORS,
-    DENSE,
+    CONTROL,
+    FLOOR,
+    GOOD,
     HALF,
-    KINDS,
-    LINES,
-    MARKERS,
+    TEXT,
     WIDE,
-    error_bars,
+    color_of,
+    label_lines,
     legend_beside,
     looks,
-    mean_and_range,
+    loss_axis,
     new_axes,
     panels_beside,
-    shades,
+    range_bars,
     styled,
 )
-from vitlab.report.tables import DENSE_POINTS, STAGES, TOP1, caption
+from vitlab.report.tables import STAGES, TOP1, caption
+
+MOST = 6  # series of a figure; more cannot be told apart
+TITLES = {  # of figures, by the first part of their files' names
+    "ablations": "What the loss rises by without one head",
+    "agreement": "Does a score rank units as brute force does?",
+    "audit": "The predicted rise of the loss, and the measured one",
+    "classes": "What was forgotten, by class",
+    "criteria": "What each score keeps, before any training",
+    "cuts": "What each cut leaves of a layer",
+    "foundation": "What features are still good for, without labels",
+    "heads": "Which heads went, and how they scored",
+    "heads_svd_iht": "What heads, SVD and IHT cost",
+    "kept": "What was kept, and where",
+    "ladder": "Half and a quarter of the MACs: what each step of recovery wins back",
+    "recovery": "What cuts of weights and rows cost, and what fine-tuning wins back",
+    "sensitivity": "Where it hurts: one layer cut alone",
+    "speedup": "What a cut brings in time, in the same runtime",
+    "spectra": "How fast singular values fall",
+    "tradeoff": "What accuracy costs",
+    "training": "Fine-tuning after a cut",
+    "weights": "What is left of the weights",
+    "weights-by-layer": "Which weights survive, block by block",
+}
+_TRAINED = ["finetuned", "distilled"]
 
 
-def _named_cuts(results):
-    """Return the results of models with a cut, with the column series."""
-    cuts = tables.only_cuts(results)
+def _cuts_of(results):
+    """Return the results of models with a cut, with the columns series and lost (points)."""
+    cuts = tables.only_cuts(results.assign(lost=tables.lost_points(results)))
+    cuts = cuts.dropna(subset="lost")
     return cuts.assign(series=tables.series(cuts))
 
 
-def _legend_entry(ax, label, **style):
-    """Name a style of ax.plot in the legend without drawing a point."""
-    ax.plot([], [], label=label, **style)
+def _by_rank(names):
+    """Return names of series in the order of tables.METHODS, each once, controls behind their own."""
+    words = [*tables.METHODS.values()]
 
+    def rank(name):
+        own = [word for word in words if f"{name}, ".startswith(f"{word}, ")]
+        place = words.index(max(own, key=len)) if own else len(words)
+        return place, tables.is_control(name), name
 
-def _legend_of(ax, colors, markers):
-    """Name in the legend what colours and markers stand for, as both stand for different things.
-
-    colors, markers: {name: colour or marker}.
-    """
-    for name, color in colors.items():
-        _legend_entry(ax, name, color=color, linewidth=6)
-    for name, marker in markers.items():
-        _legend_entry(ax, name, color="0.4", linestyle="", marker=marker)
+    return sorted(dict.fromkeys(names), key=rank)
 
 
 # -- accuracy
@@ -68,396 +91,395 @@ def _legend_of(ax, colors, markers):
 
 @styled
 def training_curves(history):
-    """Draw accuracy over the epochs: a panel for each method, a line for each target.
+    """Draw accuracy on val over the epochs: a panel for each method, a line for each target.
 
-    history: lines of history.csv with method, target, epoch and train_top1 (%); several seeds
-        become mean and range.
+    history: lines of history.csv with method, target, epoch and val_top1 (%), or train_top1 where
+        nothing was measured on val; several seeds become mean and range.
     Returns a Figure.
     """
-    figure, panels = panels_beside(history.groupby("method", sort=False), 1, 3.4)
-    # A target has one colour in all panels.
-    styles = looks(sorted(history.target.dropna().unique()))
+    column = "val_top1" if history.get("val_top1", history.epoch * np.nan).notna().any() else None
+    column = column or "train_top1"
+    figure, panels = panels_beside(history.groupby("method", sort=False), *HALF)
+    ends = {ax: {} for ax, *_ in panels}
     for ax, method, rows in panels:
-        for target, line in rows.groupby("target", dropna=False):
+        name = tables.method_words(method)
+        lines = rows.groupby("target", dropna=False)
+        for (target, line), dash in zip(lines, ["-", "--", ":", "-."] * len(lines), strict=False):
             # Without a target, the line is of the dense model.
-            label = f"{target:.0%} cut" if pd.notna(target) else method
-            look = styles.get(target, DENSE)
-            mean_and_range(ax, line.groupby("epoch").train_top1, label=label, **look)
-        ax.set_title(method)
-        ax.set_xlabel("epoch")
+            label = f"{target:.0%}" if pd.notna(target) and target else "dense"
+            ranges = tables.ranges_of(line.groupby("epoch")[column])
+            color = color_of(name) or "0.2"
+            range_bars(ax, ranges, color=color, linestyle=dash, marker=".")
+            ends[ax][label] = (ranges["mean"].iloc[-1], color)
+        ax.set(title=f"share of {name} cut" if name != "dense" else name, xlabel="epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend()
-    figure.axes[0].set_ylabel("training top-1 (%)")
+    for ax, names in ends.items():  # when the common axis has its ends
+        label_lines(ax, names)
+    words = {"val_top1": "val", "train_top1": "training"}
+    figure.axes[0].set_ylabel(f"{words[column]} top-1 (%)")
     return figure
 
 
 @styled
 def accuracy_curve(results):
-    """Draw test top-1 (%) over the share cut.
+    """Draw the points of test top-1 lost over the share cut, at the last stage of each cut.
 
-    Bars are the range over seeds. Grey lines are the dense model's.
+    Bars are the range over seeds. The thin grey line is the dense model after as many epochs.
 
-    results: results.csv of one model, whose targets are shares that go.
+    results: results.csv of one model, whose targets are shares that go, and of the dense model.
     Returns the Axes.
     """
-    ax = new_axes(*WIDE)
-    cuts = _named_cuts(results)
-    # A series has a colour, a stage a kind of line.
-    styles = looks(cuts.series)
-    for (name, stage), line in cuts.groupby(["series", "stage"], sort=False):
-        look = styles[name] | LINES.get(stage, {})
-        mean_and_range(ax, line.groupby("target").top1, **look)
-    # A series of fewer seeds than others is named with them.
-    for name, mark in tables.marks(cuts, "series").items():
-        _legend_entry(ax, name + mark, **styles[name])
-    for stage, look in LINES.items():
-        if stage in set(cuts.stage):
-            _legend_entry(ax, STAGES[stage], color="0.35", **look)
-    _dense_lines(ax, results, cuts)
-    ax.set(xlabel="share cut")
+    ax = new_axes(*HALF)
+    cuts = _cuts_of(results)
+    order = cuts.stage.map([*STAGES].index)
+    last = order.groupby([cuts.series, cuts.target]).transform("max")
+    cuts = cuts[order == last]
+    # Controls come last; of more series than can be told apart the first stay.
+    names = sorted(_by_rank(cuts.series), key=tables.is_control)[:MOST]
+    control = _same_epochs(ax, results)
+    _loss_lines(ax, cuts, names, "target", tables.marks(cuts, "series"), more=control)
+    ax.set(xlabel="share cut", xticks=sorted(set(cuts.target)))
     ax.xaxis.set_major_formatter("{x:.0%}")
-    _accuracy_axis(ax, cuts.top1.min(), results.top1.max())
-    legend_beside(ax)
+    loss_axis(ax, cuts.lost[cuts.series.isin(names)].max())
     return ax
 
 
+def _loss_lines(ax, cuts, names, x, marks, *, label=True, more=None):
+    """Draw a line of points lost over a column x for each name of a series, and write it beside.
+
+    more: {name: (height, colour)} of more words to write there.
+    """
+    styles = looks(names)
+    ends = dict(more or {})
+    for name in names:
+        line = cuts[cuts.series == name]
+        ranges = tables.ranges_of(line.assign(lost=line.lost.clip(FLOOR)).groupby(x).lost)
+        range_bars(ax, ranges, markersize=6, **styles[name])
+        ends[name + marks[name]] = (ranges["mean"].iloc[-1], styles[name]["color"])
+    loss_axis(ax, cuts.lost[cuts.series.isin(names)].max())
+    if label:
+        label_lines(ax, {_broken(name): end for name, end in ends.items()})
+
+
+def _broken(name):
+    """Return a name in short lines, without a break before a seed's number."""
+    return textwrap.fill(name.replace("seed ", "seed\u00a0"), 16)
+
+
+def _same_epochs(ax, results):
+    """Draw a line at what the dense model loses in as many epochs, and return its name and end."""
+    lost = tables.lost_points(results)[results.stage == "dense+epochs"].mean()
+    if pd.isna(lost):
+        return {}
+    ax.axhline(max(lost, FLOOR), color=CONTROL, linestyle="--", linewidth=1, zorder=0)
+    return {"dense, as many epochs": (max(lost, FLOOR), CONTROL)}
+
+
 @styled
-def tradeoff(results, x="macs", *, names=()):
-    """Draw test top-1 (%) over a cost.
+def tradeoff(results, x="macs"):
+    """Draw the points of test top-1 lost over the share of a cost that is left.
 
-    Points are means over seeds, bars their range. Rings and a dark step line are at the points that
-    no other beats.
+    A line goes through the targets of each series, at most six; what has no name is faint. Of a
+    series that was reconstructed this is shown, without training; others are fine-tuned.
 
-    results: results.csv of one model. Masked models stand where their dense tensors put them.
-    x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, latency_ms, memory_mb, or
-        relative_latency. The caller makes that column as 1 / speedup from results of several
-        sessions.
-    names: `series` of more results, so that each looks the same in several figures.
+    results: results.csv of one model, the dense results among them. Masked models stand where their
+        dense tensors put them.
+    x: macs, macs_ideal, params, nonzero, bytes_disk, bytes_memory, and of one run latency_ms or
+        memory_mb.
     Returns the Axes.
     Raises ValueError for another column or where no result has it.
     """
     check("cost", x, tables.costs_of(results))
-    final = _final_results(results.rename(columns={x: "cost"}))
-    if final.empty:
+    results = results.assign(model=results.get("model", ""))
+    both = tables.beside_dense(results, x)
+    cuts = _cuts_of(both.assign(left=both[x] / both[f"dense_{x}"]))
+    cuts = cuts[cuts.stage.isin(["reconstructed", *_TRAINED])].dropna(subset="left")
+    if cuts.empty:
         raise ValueError(
-            f"no fine-tuned, reconstructed or dense result has {x}; it is measured in 6_efficiency"
+            f"no fine-tuned or reconstructed result has {x}; it is measured in 6_efficiency"
         )
-    unit, factor = tables.AXES[x]
-    points = _final_points(final, factor)
-    dense = {STAGES[stage]: look for stage, look in DENSE_POINTS.items()}
-    # A series has a colour and a marker. Controls are grey: the dense model, the same with as many
-    # epochs of training, and random cuts.
-    styles = looks([*names, *points.series]) | dense
-    marks = tables.marks(final, "series")
-    height = max(4.4, 1.2 + 0.23 * len(marks))  # inches: the legend has as many lines
-    ax = new_axes(WIDE[0] + 1, height)
-    _front(ax, points)
-    # Dense models come first, then random cuts, then all others.
-    series = sorted(
-        points.series.unique(), key=lambda name: (name not in dense, not tables.is_random(name))
+    # Of each series, the first of these stages that it has.
+    order = cuts.stage.map(["reconstructed", *_TRAINED].index)
+    cuts = cuts[order == order.groupby(cuts.series).transform("min")]
+    keys = ["series", "target_kind", "target"]
+    cuts = cuts.assign(place=cuts.groupby(keys, dropna=False).left.transform("mean").round(6))
+    # Named are those of all seeds that save something; of one colour the first.
+    groups = cuts.groupby("series")
+    saves = groups.place.min() < 0.99
+    saves &= groups.seed.nunique() == groups.seed.nunique().max()
+    names = {}
+    for name in _by_rank(cuts.series[cuts.series.map(saves)]):
+        color = color_of(name)
+        if color and (name == tables.METHODS["random"] or not tables.is_control(name)):
+            names.setdefault(color, name)
+    names = [*names.values()][:MOST]
+    ax = new_axes(*HALF)
+    others = cuts[~cuts.series.isin(names)]
+    rest = others.groupby([*keys, "place"], dropna=False).lost.mean().clip(FLOOR)
+    places = rest.index.get_level_values("place")
+    ax.scatter(places, rest, s=18, color="0.8", zorder=1, label="_others")
+    marks = tables.marks(cuts, "series").where(lambda mark: mark.index.isin(names), "")
+    trained = cuts.groupby("series").stage.first().isin(_TRAINED)
+    marks = trained.map({True: ", fine-tuned", False: ""}) + marks
+    _loss_lines(ax, cuts, names, "place", marks, label=False)
+    loss_axis(ax, cuts.lost.max())
+    words, _ = tables.AXES[x]
+    words = words.partition(" (")[0].replace(" of one image", "")
+    ax.set(xlabel=f"{words}, as a share of the dense model's", xlim=(1.05, cuts.place.min() - 0.03))
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    if len(others):
+        ax.text(0.02, 0.02, "dots: other cuts", transform=ax.transAxes, color="0.45")
+    # The line of each series ends at its smallest model.
+    ends = cuts[cuts.place == cuts.groupby("series").place.transform("min")]
+    ends = ends.groupby("series").lost.mean().clip(FLOOR)
+    styles = looks(names)
+    label_lines(
+        ax,
+        {_broken(name + marks[name]): (ends[name], styles[name]["color"]) for name in names},
     )
-    for name in series:
-        line = points[points.series == name]
-        _line(ax, line, styles[name], name + marks[name])
-    if (points.stage == "reconstructed").any():
-        label = "hollow: reconstructed,\nnot trained"
-        ax.scatter([], [], s=40, label=label, facecolor="white", edgecolor="0.35")
-    ax.set(xlabel=unit)
-    _accuracy_axis(ax, final.top1.min(), final.top1.max())
-    legend_beside(ax)
     return ax
-
-
-def _final_results(results):
-    """Return the results of the last stage of each cut, and of dense models of the same seeds."""
-    results = results.dropna(subset=["cost", "top1"])
-    results = results[
-        results.stage.isin([*DENSE_POINTS, "reconstructed", "finetuned", "distilled"])
-    ]
-    cuts = tables.only_cuts(results)
-    if len(cuts):
-        results = results[results.seed.isin(cuts.seed)]
-    words = results.stage.where(results.stage.isin(DENSE_POINTS)).map(STAGES)
-    results = results.assign(
-        series=words.fillna(tables.series(results)), is_distilled=results.stage == "distilled"
-    )
-    # What was distilled was fine-tuned before, which is not its last stage.
-    cut = results.groupby(["series", "target_kind", "target"], dropna=False)
-    return results[(results.stage != "finetuned") | ~cut.is_distilled.transform("any")]
-
-
-def _final_points(results, factor):
-    """Return a point for each series, target and stage of the final results.
-
-    factor: of the cost, to the unit of its axis.
-    Returns a frame with these columns and seeds (a tuple), cost_mean, cost_below, cost_above,
-    top1_mean, top1_below and top1_above.
-    """
-    keys = ["series", "target_kind", "target", "stage"]
-    groups = results.groupby(keys, sort=False, dropna=False)
-    cost = tables.ranges_of(groups.cost) * factor
-    top1 = tables.ranges_of(groups.top1)
-    seeds = tables.sets_of_seeds(results, keys).rename("seeds")
-    points = pd.concat([cost.add_prefix("cost_"), top1.add_prefix("top1_"), seeds], axis=1)
-    return points.reset_index()
-
-
-def _front(ax, points):
-    """Ring the points that no other of as many seeds beats, and join them by a step line."""
-    is_dense = points.stage.isin(DENSE_POINTS)
-    counts = points.seeds.map(len)
-    # Cuts of fewer seeds than others stand back: a single one may be lucky. Dense models stay.
-    most = counts[~is_dense].max()
-    ranked = points[is_dense | (counts == most)]
-    best = ranked[tables.pareto(ranked.cost_mean, ranked.top1_mean)].sort_values("cost_mean")
-    # The line goes on to the right edge, as a dearer model need not be worse than the last one.
-    edge = points.cost_mean.max() + 0.04 * np.ptp(points.cost_mean)
-    costs = [*best.cost_mean, edge]
-    heights = [*best.top1_mean, best.top1_mean.iloc[-1]]
-    look = {"linewidth": 1.2, "color": "0.25"}
-    ax.plot(costs, heights, drawstyle="steps-post", zorder=1, **look)
-    ring = {"s": 150, "zorder": 5, "facecolor": "none", "edgecolor": "0.25", "linewidth": 1.2}
-    ax.scatter(best.cost_mean, best.top1_mean, **ring)
-    label = "best for its cost"
-    if len(ranked) < len(points):
-        label += f",\nof {most:g} seeds"
-    _legend_entry(ax, label, color="0.25", marker="o", markersize=11, markerfacecolor="none")
-
-
-def _line(ax, points, look, label):
-    """Draw the points of one series, with a line across if they are of dense models."""
-    color = look["color"]
-    # What is reconstructed was not trained yet and has a hollow marker.
-    for is_hollow, part in points.groupby(points.stage == "reconstructed"):
-        _points(ax, part.sort_values("cost_mean"), look, is_hollow)
-    if points.stage.iloc[0] in DENSE_POINTS:
-        top1 = points.top1_mean.mean()
-        ax.axhline(top1, color=color, linewidth=0.8, linestyle=":", zorder=0)
-    ax.scatter([], [], s=55, label=label, **look)
-
-
-def _points(ax, points, look, is_hollow):
-    """Draw points of one series with bars for their range and, if trained, a line through them."""
-    places = points.cost_mean, points.top1_mean
-    color = look["color"]
-    if is_hollow:
-        hollow = {"s": 30, "zorder": 4, "facecolor": "white", "linewidth": 1.4}
-        ax.scatter(*places, marker=look["marker"], edgecolor=color, **hollow)
-    else:
-        # Filled points lie below the hollow ones of the same series, those of dense models on top.
-        ax.scatter(*places, s=60, **{"zorder": 3} | look)
-        ax.plot(*places, color=color, linewidth=0.8, alpha=0.5, zorder=1)
-    x = points[["cost_below", "cost_above"]].to_numpy().T
-    y = points[["top1_below", "top1_above"]].to_numpy().T
-    if x.any() or y.any():
-        ax.errorbar(*places, xerr=x, yerr=y, fmt="none", ecolor=color, zorder=2)
-
-
-_FILLS = {  # colour and hatch of a stage's bars
-    "cut": ("0.85", "///"),
-    "folded": (COLORS[8], "--"),
-    "compensated": (COLORS[9], ".."),
-    "reconstructed": (COLORS[1], "xx"),
-    "finetuned": (COLORS[0], ""),
-    "distilled": (COLORS[2], "\\\\"),
-}
 
 
 @styled
 def recovery(results):
-    """Draw test top-1 (%) of every cut as bars: after it and after each step of recovery.
+    """Draw the points of test top-1 that each cut has lost, and what each stage wins back.
 
-    Bars are means over seeds. Grey lines are the dense model's.
+    A line of marks for each cut: hollow ones are of no training, the last is written out in percent.
 
     results: results.csv of one model.
     Returns the Axes.
     """
-    cuts = _named_cuts(results)
-    # A name has a line for each part, as names stand side by side below the bars.
-    targets = cuts.target.map("{:.0%}".format)
-    cuts["name"] = cuts.series.str.replace(", ", "\n") + "\n" + targets
-    marks = tables.marks(cuts, "name").str.replace(", ", "\n", n=1)
-    heights = cuts.groupby(["name", "stage"]).top1.mean().unstack().reindex(marks.index)
-    # Bars of a cut stand in the order in which it went through the stages.
-    stages = [stage for stage in STAGES if stage in heights]
-    ax = _bar_axes(marks.index + marks, 0.2 + 0.175 * max(4, len(stages)))
-    heights = heights[stages].rename(columns=STAGES)
-    fills = map(_FILLS.get, stages)
-    _bar_groups(ax, heights, fills, form="{:.0f}", fontsize=9, pad=0.5)
-    _dense_lines(ax, results, cuts.dropna(subset="top1"))
-    ax.set(ylabel=TOP1, ylim=(0, 105))
-    legend_beside(ax)
+    cuts = _cuts_of(results)
+    cuts["name"] = cuts.series + cuts.target.map(", {:.0%}".format)
+    cuts["name"] = cuts.name + cuts.name.map(tables.marks(cuts, "name"))
+    rank = {name: place for place, name in enumerate(_by_rank(cuts.series))}
+    cuts = cuts.sort_values("target", kind="stable")
+    cuts = cuts.sort_values("series", key=lambda names: names.map(rank), kind="stable")
+    names = cuts.name.drop_duplicates().tolist()
+    ax = new_axes(HALF[0], max(2.2, 1.1 + 0.36 * len(names)))
+    for place, name in enumerate(names):
+        own = cuts[cuts.name == name]
+        color = color_of(own.series.iloc[0]) or "0.2"
+        stages = [stage for stage in STAGES if stage in set(own.stage)]
+        lost = own.groupby("stage").lost.mean().clip(FLOOR)[stages]
+        ax.plot(lost, [place] * len(lost), color=color, linewidth=1.5, zorder=1)
+        for stage, value in lost.items():
+            face = color if stage in _TRAINED else "white"
+            ax.scatter(value, place, s=60, facecolor=face, edgecolor=color, linewidth=1.6, zorder=2)
+        top1 = own.groupby("stage").top1.mean()[stages]
+        words = " → ".join(f"{top1[stage]:.1f}" for stage in dict.fromkeys([stages[0], stages[-1]]))
+        ax.text(1.02, place, words + " %", transform=ax.get_yaxis_transform(), va="center")
+    loss_axis(ax, cuts.lost.max(), axis="x")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(False, axis="y")
+    handles = [_mark("white", "nothing trained"), _mark("0.3", "fine-tuned")]
+    ax.figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return ax
 
 
-def _bar_axes(names, space):
-    """Return Axes that are wide enough for a group of bars over each name.
-
-    space: inches for the bars of one group; a long word of a name may take more.
-    """
-    words = "\n".join(names).split("\n")
-    space = max(space, 0.2 + 0.095 * max(map(len, words)))
-    ax = new_axes(max(WIDE[0], 3 + space * len(names)), WIDE[1])
-    ax.set_xticks(range(len(names)), names, fontsize=10)
-    ax.grid(False, axis="x")
-    return ax
-
-
-def _bar_groups(ax, heights, fills, *, form, fontsize, pad, spreads=None):
-    """Draw a group of bars for each row of a frame, with a bar for each column, and numbers above.
-
-    heights: a frame; its columns name the bars in the legend.
-    fills: (colour, hatch) of each column.
-    form: of the numbers, such as "{:.0f}"; fontsize: theirs; pad: of the box around them.
-    spreads: frames of the lengths of error bars below and above, or None for bars without.
-    """
-    # A group is 0.8 wide, in the middle over its tick.
-    width = 0.8 / heights.shape[1]
-    middle = (heights.shape[1] - 1) / 2
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": pad}
-    for i, (label, (color, hatch)) in enumerate(zip(heights, fills, strict=False)):
-        look = {"color": color, "hatch": hatch, "edgecolor": "0.2", "label": label}
-        if spreads:
-            look |= {"yerr": [frame[label] for frame in spreads]}
-        places = np.arange(len(heights)) + (i - middle) * width
-        bars = ax.bar(places, heights[label], width, **look)
-        ax.bar_label(bars, fmt=form, fontsize=fontsize, padding=2, bbox=box)
+def _mark(face, label, marker="o"):
+    """Return a handle for a legend: a mark of a colour."""
+    look = {"marker": marker, "linestyle": "", "color": "0.3", "markerfacecolor": face}
+    return Line2D([], [], label=label, markersize=8, **look)
 
 
 @styled
-def ladder(results, *, names=()):
-    """Draw test top-1 (%) after each step of recovery from one cut, in the order of the steps.
+def criteria(frame):
+    """Draw what each score keeps right after the cut: a line for each score, a mark for each kind.
 
-    Points are means over seeds, bars their range; hollow ones are of no training. Grey lines are
-    the dense model's.
-
-    results: results.csv of one model and one budget (target_kind and target), and of the dense
-        model.
-    names: `series` of more results, so that each looks the same in several figures.
+    frame: columns criterion, method, target (share cut) and val_top1 (%), as notebook 3 leaves it;
+        only the largest target is drawn.
     Returns the Axes.
-    Raises ValueError for results of several budgets, or of none.
     """
-    cuts = _named_cuts(results[results.stage.isin(STAGES) & results.top1.notna()])
-    budgets = cuts[["target_kind", "target"]].drop_duplicates().values.tolist()
-    if len(budgets) != 1:
-        raise ValueError(
-            f"a ladder is of one budget, and the results have {len(budgets)}: {budgets}"
+    frame = frame[frame.target == frame.target.max()]
+    means = frame.groupby(["criterion", "method"]).val_top1.mean().unstack()
+    means = means.loc[means.max(axis=1).sort_values(ascending=False).index]
+    ax = new_axes(HALF[0], max(2.4, 1.5 + 0.42 * len(means)))
+    places = np.arange(len(means))
+    handles = []
+    for method, marker in zip(means, "osD^", strict=False):
+        color = COLORS.get(method, "0.2")
+        ax.scatter(means[method], places, s=70, color=color, marker=marker, zorder=3)
+        handles.append(
+            _mark(color, f"{frame.target.max():.0%} of the {_words(method)} cut", marker)
         )
-    stages = [stage for stage in STAGES if stage in set(cuts.stage)]
-    cuts["step"] = cuts.stage.map(stages.index)
-    # The legend goes from the best at its last step to the worst.
-    last = cuts.groupby(["series", "step"]).top1.mean().groupby("series").last()
-    order = last.sort_values(ascending=False, kind="stable").index
-    # Equal points stand side by side.
-    cuts["step"] += 0.025 * (cuts.series.map(order.get_loc) - (len(order) - 1) / 2)
-    styles = looks([*names, *cuts.series])
-    marks = tables.marks(cuts, "series")
-    ax = new_axes(max(WIDE[0], 3.5 + 1.2 * len(stages)), 4.4)
-    for name in order:
-        line = cuts[cuts.series == name]
-        look = styles[name] | {"markersize": 7}
-        mean_and_range(ax, line.groupby("step").top1, label=name + marks[name], **look)
-        # White points cover those of the line.
-        untrained = line[~line.stage.isin(["finetuned", "distilled"])]
-        points = untrained.groupby("step").top1.mean()
-        ax.plot(points, markerfacecolor="white", linestyle="", zorder=3, **look)
-    _dense_lines(ax, results, cuts)
-    words = [STAGES[stage].replace(", ", ",\n") for stage in stages]
-    ax.set_xticks(range(len(stages)), words)
-    ax.set(xlabel="step of recovery", xlim=(-0.3, len(stages) - 0.7))
-    _accuracy_axis(ax, cuts.top1.min(), results.top1.max())
-    legend_beside(ax)
+        handles[-1].set_color(color)
+    low, high = means.min(axis=1), means.max(axis=1)
+    ax.hlines(places, low, high, color="0.8", zorder=1)
+    for place, row in enumerate(means.itertuples(index=False)):
+        words = " / ".join(f"{value:.0f}" for value in row)
+        ax.text(1.02, place, words, transform=ax.get_yaxis_transform(), va="center")
+    ax.set_yticks(places, means.index)
+    for tick in ax.get_yticklabels():
+        if tables.is_control(tick.get_text()):
+            tick.set_color("0.45")
+    ax.set(xlim=(0, 100), ylim=(len(means) - 0.5, -0.5))
+    ax.set(xlabel="val top-1 right after the cut (%)")
+    ax.figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return ax
 
 
-def _dense_lines(ax, results, cuts):
-    """Draw grey lines at the mean top-1 of the dense model."""
-    # The model with as many epochs of training is dash-dotted. Each set of seeds that cuts have
-    # gets lines of its own, so that all are held against dense models of their own seeds. The lines
-    # of the largest set are the darkest.
-    sets = tables.sets_of_seeds(cuts, ["series", "target", "stage"]).unique()
-    color = "0.35"
-    for seeds in sorted(sets, key=len, reverse=True):
-        mark = tables.of_seeds(seeds) if len(sets) > 1 else ""
-        dense = results[results.seed.isin(seeds)]
-        for stage, line in (("dense", "-"), ("dense+epochs", "-.")):
-            top1 = dense.top1[dense.stage == stage]
-            if len(top1):
-                look = {"color": color, "linestyle": line, "linewidth": 1, "zorder": 0}
-                ax.axhline(top1.mean(), label=STAGES[stage] + mark, **look)
-        color = "0.65"
+def _words(method):
+    return tables.method_words(method)
 
 
-def _accuracy_axis(ax, low, high):
-    """Set a y axis of accuracy that is logarithmic downwards from the best, in percent.
+@styled
+def ladder(results):
+    """Draw the points of test top-1 lost after each step of recovery, in the order of the steps.
 
-    low, high: percent, what is to be seen.
+    There is a panel for each share that is kept. Points are means over seeds, bars their range;
+    hollow ones are of no training. The thin grey line is the dense model after as many epochs.
+
+    results: results.csv of one model and one kind of target, and of the dense model.
+    Returns a Figure.
+    Raises ValueError for results of several kinds of target, or of none.
     """
-    # A point that is lost near the best takes more room than one far below. The logarithm counts
-    # from two points above the best.
-    zero = high + 2
+    cuts = _cuts_of(results[results.stage.isin(STAGES) & results.top1.notna()])
+    kinds = sorted(set(cuts.target_kind))
+    if len(kinds) != 1:
+        raise ValueError(f"a ladder is of one kind of budget, and the results have {kinds}")
+    cuts = cuts[cuts.stage != "folded"]  # which changes little, and stays in the tables
+    stages = [stage for stage in STAGES if stage in set(cuts.stage)]
+    names = _by_rank(cuts.series)
+    # What has no colour of its own stays in the tables.
+    names = [name for name in names if color_of(name) or len(names) < MOST][:MOST]
+    cuts = cuts[cuts.series.isin(names)]
+    cuts = cuts.assign(step=cuts.stage.map(stages.index))
+    styles = looks(names)
+    panels = cuts.sort_values("target", ascending=False).groupby("target", sort=False)
+    figure, panels = panels_beside(panels, HALF[0], HALF[1] + 0.3)
+    for ax, target, own in panels:
+        own_names = [name for name in names if name in set(own.series)]
+        marks = tables.marks(own, "series")
+        _loss_lines(ax, own, own_names, "step", marks, label=ax is figure.axes[-1])
+        for name in own_names:  # white marks cover those of the line
+            line = own[(own.series == name) & ~own.stage.isin(_TRAINED)]
+            points = line.groupby("step").lost.mean().clip(FLOOR)
+            look = styles[name] | {"markersize": 6, "linestyle": "", "zorder": 3}
+            ax.plot(points, markerfacecolor="white", **look)
+        ax.set_title(f"{target:.0%} of the {kinds[0].replace('macs', 'MACs')}")
+        words = ["least squares" if one == "compensated" else STAGES[one] for one in stages]
+        words = [word.replace("fine-tuned, distilled", "distilled") for word in words]
+        ax.set_xticks(range(len(stages)), words, rotation=45, ha="right", rotation_mode="anchor")
+        ax.set_xlim(-0.3, len(stages) - 0.7)
+    _share_loss_axis(figure.axes, cuts.lost.max())
+    first = figure.axes[0]
+    if _same_epochs(first, results):
+        words = "dashed: dense,\nas many epochs"
+        first.text(0.03, 0.03, words, transform=first.transAxes, color="0.35")
+    return figure
 
-    def to_place(value):
-        return -np.log(np.maximum(zero - value, 1e-6))
 
-    def to_value(place):
-        return zero - np.exp(-place)
+@styled
+def peers(lines, *, models=None):
+    """Draw the points of top-1 that other tools and this one lose over the share of MACs left.
 
-    bottom = zero - 1.12 * (zero - low)
-    top = high + 0.4
-    ax.set_yscale("function", functions=(to_place, to_value))
-    ax.set(ylabel=TOP1, ylim=(bottom, top))
-    # Ticks are at multiples of 10, then of 5, 2 and 1 where there is room between two of them.
-    least = (to_place(top) - to_place(bottom)) / 14
-    ticks = []
-    for step in (10, 5, 2, 1):
-        first = max(0, bottom, high - 10 * step)  # fine steps on top only
-        for tick in np.arange(np.ceil(first / step) * step, top, step):
-            gaps = np.abs(to_place(tick) - to_place(np.array(ticks)))
-            if (gaps > least).all():
-                ticks.append(tick)
-    ax.yaxis.set_major_locator(ticker.FixedLocator(sorted(ticks)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(ticker.NullLocator())
+    There is a panel for each model. Others are grey.
+
+    lines: as tables.peers returns it.
+    models: those to draw (None: all).
+    Returns a Figure.
+    """
+    models = [*(models or dict.fromkeys(lines.model))]
+    size = WIDE if len(models) > 1 else (7.6, 4.0)
+    figure, panels = plt.subplots(1, len(models), figsize=size, sharey=True, squeeze=False)
+    worst = lines.lost.max()
+    for ax, model in zip(panels[0], models, strict=True):
+        loss_axis(ax, worst)
+        ax.set_xlim(1.03, 0.22)
+        ends = {}
+        for name, line in lines[lines.model == model].groupby("name", sort=False):
+            ours = name.startswith("vitlab")
+            look = {"color": COLORS["pool"] if ours else CONTROL, "linewidth": 3 if ours else 1.6}
+            look |= {"linestyle": "--" if "as cut" in name else "-", "marker": "o" if ours else "s"}
+            ranges = tables.ranges_of(line.assign(lost=line.lost.clip(FLOOR)).groupby("share").lost)
+            range_bars(ax, ranges, markersize=8 if ours else 6, zorder=3 if ours else 2, **look)
+            ends[name.replace(", ", ",\n")] = (ranges["mean"].iloc[0], look["color"])
+        label_lines(ax, ends, size=TEXT + 1)
+        ax.set(xlabel="share of the MACs that is left", xticks=[1, 0.75, 0.5, 0.25])
+        ax.xaxis.set_major_formatter("{x:.0%}")
+        ax.set_title(model)
+    _share_loss_axis(panels[0], worst)
+    return figure
+
+
+def _share_loss_axis(panels, worst):
+    """Give panels one axis of points lost, whose words stand at the first alone."""
+    for ax in panels:
+        loss_axis(ax, worst)
+        if ax is not panels[0]:
+            ax.set_ylabel("")
+            ax.tick_params(labelleft=False)
 
 
 # -- speed
 
 
 @styled
-def speedup_bars(table):
-    """Draw how many times as fast as the first model the others are.
+def speedups(times):
+    """Draw what a cut brings in time beside the dense model in the same runtime.
 
-    A short line shows what the MACs promise.
+    What a runtime alone brings to the dense model stands apart, on top. A mark is one run on one
+    processor: nothing is averaged. Upright lines are what the MACs promise.
 
-    table: as roofline.bounds returns it, with columns model, speedup, speedup_q1, speedup_q3,
-        promised, and runtime, precision and batch where these vary. Several results of one model
-        and way (seeds) become their mean.
+    times: as roofline.bounds returns it, of one batch, with columns model (or checkpoint, the name
+        of what was cut), runtime, precision, speedup, promised and achieved_here; a column run
+        names the processor of each line.
     Returns the Axes.
     """
-    names = table.model.unique()
-    ways = _ways(table)
-    order = ways.unique()
-    quartiles = ["speedup_q1", "speedup", "speedup_q3"]
-    means = table.groupby([table.model, ways])[quartiles].mean()
-    # The mean over seeds may lie beside the quartiles of one of them.
-    means["below"] = (means.speedup - means.speedup_q1).clip(lower=0)
-    means["above"] = (means.speedup_q3 - means.speedup).clip(lower=0)
-    heights = means.speedup.unstack().loc[names, order]
-    spreads = [means[side].unstack().loc[names] for side in ("below", "above")]
-    # Each model has a group of bars with quartiles, a bar for each way of running it.
-    ax = _bar_axes(names, 0.25 + 0.3 * len(order))
-    fills = zip(cycle(COLORS), cycle(["", "///", "..", "xx", "\\\\", "++"]), strict=True)
-    words = {"form": "{:.1f}", "fontsize": 8, "pad": 0.3}
-    _bar_groups(ax, heights, fills, spreads=spreads, **words)
-    promised = table.groupby("model").promised.mean()[names]
-    places = np.arange(len(names))
-    label = "promised by the MACs"
-    ax.hlines(promised, places - 0.45, places + 0.45, label=label, color="0.1", linewidth=1.2)
-    ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
-    ax.set(ylabel=f"times as fast as\n{names[0]}")
-    legend_beside(ax)
+    times = tables.like_for_like(times)
+    if "checkpoint" in times:
+        times = times.assign(model=times.checkpoint)
+    if "run" not in times:
+        times = times.assign(run="")
+    times = times.assign(way=_ways(times))
+    # What fewer runs have timed than others stays in the tables.
+    counts = times.groupby("model", sort=False).run.nunique()
+    first, *cut = counts.index[counts == counts.max()]
+    ways = [*times.way.unique()]
+    runs = dict(zip(times.run.unique(), "osD^vP", strict=False))
+    groups = [("the runtime alone, dense model", first, "runtime_speedup", ways[1:])]
+    groups += [(_model_words(name), name, "cut_speedup", ways) for name in cut]
+    groups = [group for group in groups if group[-1]]
+    ax = new_axes(HALF[0], 1.2 + 0.27 * sum(len(group[-1]) + 1.15 for group in groups))
+    place = 0.0
+    ticks = {}
+    for words, name, column, own in groups:
+        # A tick further left than the axes would be: the heading of its group.
+        ax.text(0, place, words, transform=ax.get_yaxis_transform(), va="center", weight="bold")
+        top = place + 0.5
+        for way in own:
+            place += 1
+            ticks[place] = way
+            line = times[(times.model == name) & (times.way == way)]
+            color = "0.45" if column == "runtime_speedup" else COLORS["pool"]
+            for run, value in zip(line.run, line[column], strict=True):
+                ax.scatter(value, place, s=45, marker=runs[run], color=color, alpha=0.85, zorder=3)
+        if column == "cut_speedup":
+            for promised in times[times.model == name].promised.round(2).unique():
+                ax.vlines(promised, top, place + 0.5, color="0.1", linewidth=1.5)
+        place += 1.15
+    ax.axvline(1, color="0.35", linewidth=0.8, zorder=0)
+    ax.set_yticks([*ticks], ticks.values())
+    ax.set(xscale="log", ylim=(place - 0.5, -0.6), xlabel="times as fast (log axis)")
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    ax.grid(False, axis="y")
+    handles = [_mark("0.3", run, marker) for run, marker in runs.items() if run]
+    handles.append(Line2D([], [], color="0.1", linewidth=1.5, label="promised by the MACs"))
+    ax.figure.legend(handles=handles, loc="outside upper center", ncols=2, columnspacing=1)
     return ax
+
+
+def _model_words(name):
+    """Return what was cut, such as "one pool, 50% of the MACs" for the checkpoint budget-pool-0.5."""
+    found = re.fullmatch(r"budget-(.+)-([\d.]+)", name)
+    if not found:
+        return name
+    return f"{tables.method_words(found[1])}, {float(found[2]):.0%} of the MACs left"
 
 
 def _ways(table):
@@ -467,81 +489,33 @@ def _ways(table):
     return tables.in_words(table[varied], formats, ", ")
 
 
-@styled
-def roofline(table):
-    """Draw the work done per second over the work per byte, under the machine's ceilings.
-
-    There is a point for each result and a line for each precision.
-
-    table: as roofline.bounds returns it.
-    Returns the Axes.
-    """
-    table = table.assign(
-        way=_ways(table),
-        intensity=table.batch_macs / table.batch_bytes,
-        rate=table.batch_macs / (1000000 * table.latency_ms),  # 10^9 MACs per second
-    )
-    colors = dict(zip(table.model.unique(), cycle(COLORS), strict=False))
-    markers = dict(zip(table.way.unique(), cycle(MARKERS), strict=False))
-    ax = new_axes(WIDE[0], max(4.2, 0.8 + 0.25 * len(colors)))
-    _ceilings(ax, table)
-    places = {name: place for place, name in enumerate(colors)}
-    for (name, way), points in table.groupby(["model", "way"], sort=False):
-        # The points of earlier models are larger, and show behind later ones at the same place.
-        place = places[name]
-        look = {"s": max(24, 160 * 0.6**place), "zorder": 2 + place / 100}
-        look |= {"color": colors[name], "marker": markers[way]}
-        ax.scatter(points.intensity, points.rate, edgecolor="white", **look)
-    markers.pop("", None)  # where nothing varies there is no way to name
-    _legend_of(ax, colors, markers)
-    ax.set(xscale="log", yscale="log", xlabel="MACs per byte moved", ylabel="10⁹ MACs per second")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_locator(ticker.NullLocator())
-    legend_beside(ax)
-    return ax
-
-
-def _ceilings(ax, table):
-    """Draw the rate that the machine allows at each intensity (MACs per byte), by precision."""
-    intensity = np.geomspace(table.intensity.min() / 2, table.intensity.max() * 2, 200)
-    for precision, rows in table.groupby("precision", sort=False):
-        top = rows.macs_per_s.max() / 1e9
-        # At the left of the line is the rate of the memory, at its right that of matrix products.
-        # Caches make small operations faster than the memory is: hence a band.
-        slow = np.minimum(top, intensity * (rows.bytes_per_s.min() / 1e9))
-        fast = np.minimum(top, intensity * (rows.bytes_per_s.max() / 1e9))
-        line = "-" if precision == "float32" else "--"
-        ax.plot(intensity, fast, color="0.3", linestyle=line, label=f"ceiling, {precision}")
-        ax.fill_between(intensity, slow, fast, color="0.9", zorder=0)
-
-
 # -- scores and predictions
 
 
 @styled
 def sensitivity_curves(frame):
-    """Draw the rise of the loss (nats) over the share cut from one layer alone, by role and block.
+    """Draw the rise of the loss (nats) over the share cut from one layer alone, or from one role.
 
-    frame: columns role, block, ratio, increase, as sensitivity.curves returns it.
-    Returns a Figure.
+    The three that rise most have a colour and their name, the others are grey.
+
+    frame: columns ratio, increase, and layer or role, as sensitivity.curves returns it.
+    Returns the Axes.
     """
-    # There is a panel for each role and a line for each block, whose colour says how deep it lies.
-    colors = shades(frame.block.dropna().unique())
-    figure, panels = panels_beside(frame.groupby("role", sort=False), 1, 2.6)
-    for ax, role, rows in panels:
-        for block, line in rows.groupby("block", sort=False, dropna=False):
-            color = colors.get(block, "0.3")  # a layer outside of blocks is grey
-            ax.plot(line.ratio, line.increase, marker=".", color=color)
-        ax.set(xlabel=f"share of {role} cut")
-    figure.axes[0].set(ylabel="rise of the loss (nats)")
-    # No panel need have all blocks, so that the legend has handles of its own.
-    handles = [
-        Line2D([], [], color=color, marker=".", label=block) for block, color in colors.items()
-    ]
-    legend_beside(ax, handles=handles)
-    return figure
+    name = "layer" if "layer" in frame and frame.layer.notna().all() else "role"
+    worst = frame[frame.ratio == frame.ratio.max()].sort_values("increase", ascending=False)
+    named = dict(zip(worst[name].head(3), [*COLORS.values()], strict=False))
+    ax = new_axes(*HALF)
+    for each, line in frame.groupby(name, sort=False):
+        color = named.get(each, "0.75")
+        width = 2.2 if each in named else 1
+        ax.plot(line.ratio, line.increase, marker=".", color=color, linewidth=width)
+    # From a thousandth of a nat on the axis is logarithmic: below, and below zero, it is straight.
+    ax.set_yscale("symlog", linthresh=1e-3)
+    ends = worst.set_index(name).increase
+    label_lines(ax, {each: (ends[each], color) for each, color in named.items()})
+    ax.set(xlabel=f"share of one {name} cut", ylabel="rise of the loss (nats, log axis from 0.001)")
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    return ax
 
 
 _PROBES = {  # columns of `probes`
@@ -563,15 +537,18 @@ def probes(frame):
     Returns a Figure.
     """
     long = frame.melt(["method", "target"], [*_PROBES], "way", "top1")
-    figure, panels = panels_beside(long.groupby("way", sort=False), 2, 2.6)
-    styles = looks(frame.method)
+    groups = long.groupby("way", sort=False)
+    figure, panels = panels_beside(groups, 2 + 2.6 * len(groups), HALF[1])
+    styles = looks(frame.method.map(tables.method_words))
     for ax, way, rows in panels:
         dense = rows[rows.method == "dense"].top1.mean()
-        ax.axhline(dense, color=DENSE["color"], label="dense")
+        ax.axhline(dense, color="0.35", label="dense")
         cuts = rows[rows.method != "dense"]
         for method, line in cuts.groupby("method", sort=False):
-            mean_and_range(ax, line.groupby("target").top1, label=method, **styles[method])
-        ax.set_title(_PROBES[way], fontsize=11)
+            ranges = tables.ranges_of(line.groupby("target").top1)
+            words = tables.method_words(method)
+            range_bars(ax, ranges, label=words, **styles[words])
+        ax.set_title(_PROBES[way])
     kinds = ", ".join(frame.target_kind.unique()).replace("macs", "MACs")
     figure.supxlabel(f"share of {kinds} kept")
     figure.axes[0].set(ylabel=TOP1)
@@ -581,68 +558,64 @@ def probes(frame):
 
 @styled
 def agreement(frame):
-    """Draw the rank correlation between score and measured rise of the loss as bars.
+    """Draw the rank correlation between score and measured rise of the loss, for heads and neurons.
 
-    There is a bar for each criterion and kind of unit.
+    A panel for each kind of unit has a bar for each criterion, the best on top; of several seeds the
+    mean, and marks for each.
 
     frame: columns criterion, kind, spearman, as sensitivity.agreement returns it.
-    Returns the Axes.
+    Returns a Figure.
     """
-    width = max(HALF[0], 2.2 + 0.95 * frame.criterion.nunique())
-    ax = new_axes(width, HALF[1])
-    # Several seeds become a mean, with a bar from the lowest to the highest.
-    sns.barplot(frame, x="criterion", y="spearman", hue="kind", errorbar=("pi", 100), ax=ax)
-    ax.axhline(0, color="0.3", linewidth=0.8)
-    bottom = min(0, frame.spearman.min() - 0.1)
-    ax.set(xlabel="", ylabel="rank correlation with\nmeasured rise of the loss", ylim=(bottom, 1))
-    legend_beside(ax)
-    return ax
+    frame = frame[frame.kind.isin(["heads", "neurons"])].dropna(subset="spearman")
+    groups = frame.groupby("kind", sort=False)
+    means = frame.groupby(["criterion", "kind"]).spearman.mean().unstack()
+    order = means.sort_values(means.columns[0], ascending=False).index
+    size = (HALF[0], 1.2 + 0.4 * len(order))
+    figure, panels = panels_beside(groups, *size)
+    for ax, kind, rows in panels:
+        color = [CONTROL if tables.is_control(name) else COLORS["pool"] for name in order]
+        ax.barh(range(len(order)), means[kind].reindex(order), 0.6, color=color)
+        places = rows.criterion.map([*order].index)
+        ax.scatter(rows.spearman, places, s=16, color="white", edgecolor="0.2", zorder=3)
+        ax.axvline(0, color="0.3", linewidth=0.8)
+        ax.set(title=kind, xlim=(-1, 1), ylim=(len(order) - 0.5, -0.5))
+        ax.set_xticks([-1, 0, 1])
+        ax.grid(False, axis="y")
+    figure.axes[0].set_yticks(range(len(order)), order)
+    figure.supxlabel("rank correlation with the measured rise of the loss")
+    return figure
 
 
 @styled
 def prediction_audit(frame):
-    """Draw the measured over the predicted rise of the loss (nats), both logarithmic.
+    """Draw the measured over the predicted rise of the loss (nats) of budgets, both logarithmic.
 
-    Each cut has a point. What is below the lowest decade shown, so also 0 and less, is drawn hollow
-    on the dotted edge.
+    Each cut has a point, and the legend says how many times too low predictions were. Shown are
+    the pool, units and ranks, by Fisher's criterion; all others are in the table.
 
     frame: columns criterion, kind, predicted, measured.
     Returns the Axes.
     Raises ValueError where no value is above 0.
     """
     frame = frame.dropna(subset=["predicted", "measured"])
-    values = frame[["predicted", "measured"]].astype(float)
-    top = values.max(axis=None)
-    if not top > 0:
+    shown = frame[frame.kind.isin(["pool", "units", "ranks"]) & (frame.criterion == "fisher")]
+    frame = frame if shown.empty else shown
+    # Smaller rises than a millinat are rounding, as in tables.audit_table.
+    values = frame[["predicted", "measured"]]
+    frame = frame[(values > 0).all(axis=1) & (values.max(axis=1) >= 1e-3)]
+    if frame.empty:
         raise ValueError("no rise of the loss is above 0: logarithmic axes have nothing to show")
-    # The lowest decade is the one of the smallest value above 0, but at most four under the top.
-    lowest = max(values[values > 0].min(axis=None), top / 1e4)
-    floor = 10 ** np.floor(np.log10(lowest))
-    frame = frame.assign(is_below=(values < floor).any(axis=1), **values.clip(floor))
-    # A criterion has a colour, a kind a marker (KINDS has 13).
-    styles = looks(frame.criterion)
-    colors = {criterion: styles[criterion]["color"] for criterion in frame.criterion}
-    markers = dict(zip(frame.kind.unique(), cycle(KINDS), strict=False))
-    # The legend has as many lines, in inches.
-    height = max(4.4, 1.4 + 0.23 * (len(colors) + len(markers)))
-    ax = new_axes(height + 2.4, height)
-    _diagonal(ax, np.array([floor / 1.5, 1.8 * top]))
-    for (criterion, kind), cuts in frame.groupby(["criterion", "kind"], sort=False):
-        for is_below, part in cuts.groupby("is_below"):
-            fill = colors[criterion]
-            edge = "white"
-            if is_below:
-                fill, edge = edge, fill
-            look = {"marker": markers[kind], "facecolor": fill, "edgecolor": edge}
-            look |= {"s": 45, "zorder": 2 + is_below}
-            # Without clipping, points on the edge are whole.
-            ax.scatter(part.predicted, part.measured, clip_on=False, **look)
-    _legend_of(ax, colors, markers)
-    if frame.is_below.any():
-        hollow = {"color": "0.4", "linestyle": "", "marker": "o", "markerfacecolor": "white"}
-        _legend_entry(ax, f"hollow: below {floor:g}", **hollow)
-        for line in (ax.axhline, ax.axvline):
-            line(floor, color="0.35", linestyle=":", linewidth=0.8)
+    values = frame[["predicted", "measured"]]
+    ax = new_axes(*HALF)
+    _diagonal(ax, np.array([values.min(axis=None) / 2, values.max(axis=None) * 2]))
+    styles = looks(frame.kind.map(tables.method_words))
+    for kind, cuts in frame.groupby("kind", sort=False):
+        words = tables.method_words(kind)
+        look = {"color": styles[words]["color"], "marker": styles[words]["marker"]}
+        times = cuts.measured / cuts.predicted
+        if times.max() > 3:
+            words += f":\nup to {times.max():.0f} × too low"
+        ax.scatter(cuts.predicted, cuts.measured, s=55, zorder=3, label=words, **look)
     legend_beside(ax)
     return ax
 
@@ -653,7 +626,7 @@ def _diagonal(ax, reach):
     reach: array of the ends of both axes, in nats.
     """
     # On the diagonal the prediction is right, in the grey band within a factor of three.
-    band = {"color": "0.93", "zorder": 0, "label": "within a factor of 3"}
+    band = {"color": "0.93", "zorder": 0, "label": "within a\nfactor of 3"}
     ax.fill_between(reach, reach / 3, reach * 3, **band)
     ax.plot(reach, reach, color="0.35", linewidth=1, zorder=1, label="as predicted")
     ax.set(
@@ -674,7 +647,7 @@ def _diagonal(ax, reach):
 def class_change(frame):
     """Draw the change of top-1 (percentage points) by class, the most forgotten on top.
 
-    Of more than 30 classes the 12 worst and the 12 best are drawn.
+    Of more than twelve classes the six worst and the six best are drawn.
 
     frame: columns class, images and change, as evaluate.compare gives them; several results of a
         class (seeds) become mean and range.
@@ -686,29 +659,29 @@ def class_change(frame):
     if changes.empty:
         raise ValueError("no class has a change of its top-1 to show")
     changes = changes.sort_values("mean", kind="stable")
-    hidden = len(changes) - 24
+    hidden = len(changes) - 12
     places = np.arange(len(changes), dtype=float)
-    is_long = len(changes) > 30
+    is_long = hidden > 0
     if is_long:
         # A gap between both halves says how many are not shown.
-        changes = pd.concat([changes.head(12), changes.tail(12)])
-        places = np.r_[:12, 13.5:25.5]
-    ax = new_axes(6.4, 1 + 0.24 * (places[-1] + 1))
+        changes = pd.concat([changes.head(6), changes.tail(6)])
+        places = np.r_[:6, 7.2:13.2]
+    ax = new_axes(HALF[0], 1 + 0.27 * (places[-1] + 1))
     means = changes["mean"]
-    bars = ax.barh(places, means, 0.75, color=np.where(means < 0, COLORS[3], COLORS[0]))
-    lengths = error_bars(changes)
-    if lengths is None:
-        ax.bar_label(bars, fmt="{:+.1f}", fontsize=8, padding=3)
-    else:
+    bars = ax.barh(places, means, 0.75, color=np.where(means < 0, BAD, GOOD))
+    lengths = changes[["below", "above"]].to_numpy().T
+    if lengths.any():
         look = {"fmt": "none", "ecolor": "0.2", "elinewidth": 1}
         ax.errorbar(means, places, xerr=lengths, **look)
+    else:
+        ax.bar_label(bars, fmt="{:+.1f}", padding=3)
     if is_long:
-        _gap(ax, f"… {hidden} classes between …", 12.25)
+        _gap(ax, f"… {hidden} classes between …", 6.1)
     ax.axvline(0, color="0.35", linewidth=0.8)
     # The number of its images stands behind each name: of few, one weighs much.
     counts = frame.groupby("class").images.first()
-    words = [f"{str(name)[:24]} ({counts[name]:g})" for name in changes.index]
-    ax.set_yticks(places, words, fontsize=9)
+    words = [f"{str(name)[:18]} ({counts[name]:g})" for name in changes.index]
+    ax.set_yticks(places, words)
     ax.set(xlabel="change of top-1 (percentage points)", ylim=(places[-1] + 0.7, -0.7))
     ax.margins(x=0.12)
     ax.grid(False, axis="y")
@@ -718,7 +691,7 @@ def class_change(frame):
 def _gap(ax, words, height):
     """Write words across the axes at a height of the y axis."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    look = {"fontsize": 9, "color": "0.35", "ha": "center", "va": "center", "bbox": box}
+    look = {"color": "0.35", "ha": "center", "va": "center", "bbox": box}
     ax.text(0.5, height, words, transform=ax.get_yaxis_transform(), **look)
 
 
@@ -730,20 +703,28 @@ def _file_part(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-_PER = {"model": ["model"], "target": ["model", "target_kind", "target"]}
+_PER = {
+    "model": ["model"],
+    "kind": ["model", "target_kind"],
+    "target": ["model", "target_kind", "target"],
+}
 
 
 @_style.styled
-def save(drawn, path, *, caption=None):
+def save(drawn, path, *, caption=None, title=None):
     """Write a Figure as path + ".svg", ".pdf" and ".png", and its caption as ".txt".
 
     drawn: a Figure or Axes of it.
     path: without ending.
     caption: text.
+    title: a sentence to write above the picture, with the caption small below it, for pictures that
+        leave their page; None for a picture alone.
     Returns the Figure, to be displayed.
     """
     # svg goes into slides, pdf into papers, png into pages.
     figure = drawn.figure
+    if title:
+        _write_into(figure, title, caption or "")
     for ending, date in (("svg", "Date"), ("pdf", "CreationDate"), ("png", "Software")):
         # Without the date, or the version of matplotlib, the same drawing gives the same bytes.
         files.write_atomic(
@@ -762,6 +743,17 @@ def save(drawn, path, *, caption=None):
     return figure
 
 
+def _write_into(figure, title, provenance):
+    """Write a title above a figure, and small below it where its numbers come from."""
+    width = figure.get_figwidth()
+    lines = textwrap.wrap(title, int(9.5 * width))
+    small = textwrap.wrap(provenance, int(19 * width))
+    line = 1 / figure.get_figheight()  # an inch
+    above = 1 + line * 0.25 * len(lines)
+    figure.text(0, above, "\n".join(lines), fontsize=TEXT + 3, weight="bold", va="top")
+    figure.text(0, -0.1 * line, "\n".join(small), fontsize=7, color="0.4", va="top")
+
+
 def draw_each(
     tables,
     name,
@@ -773,6 +765,7 @@ def draw_each(
     table=None,
     note="",
     controls=None,
+    titled=False,
     **options,
 ):
     """Draw, save and show a figure for each model, or for each model and target.
@@ -782,21 +775,21 @@ def draw_each(
         draw_each = partial(plots.draw_each, results=results, folder=lab.figures)
         draw_each(tables, "agreement", plots.agreement)
         batches = "Batches of {batch} images."
-        draw_each(tables, "speedup", plots.speedup_bars, table="runtimes", note=batches)
+        draw_each(tables, "speedup", plots.speedups, table="runtimes", note=batches)
         plan = "{method}, {target:g} x {target_kind}."
         draw_each(single, "kept", drawings.widths, per="target", note=plan)
-        budgets = {"ladder": reached}
-        draw_each(budgets, "ladder", plots.ladder, per="target", controls=dense, names=names)
+        draw_each({"ladder": reached}, "ladder", plots.ladder, per="kind", controls=dense)
 
     tables: {name: frame}, of which the figures draw one.
     name: first part of the files' names, and of the table.
     draw: a function from the results of one figure to a Figure or Axes, such as one of this module.
     results: results.csv of all models and seeds.
     folder: Path for the files.
-    per: "model" or "target" (with its kind, target_kind).
+    per: "model", "kind" (of target, target_kind) or "target" (with its kind).
     table: name of the table where it is another one.
     note: last sentence of the caption, with {column} for a value of the first result.
     controls: results that are drawn before those of the same model, such as the dense model's.
+    titled: whether the sentence of TITLES and the caption stand in the picture.
     options: handed on to draw.
     """
     found = tables.get(table or name)
@@ -817,4 +810,5 @@ def draw_each(
         parts = [_file_part(part) for part in target if pd.notna(part)]
         path = folder / "-".join([name, *parts, model])
         text = f"{caption(*source)} {words}".rstrip()
-        display(save(draw(group, **options), path, caption=text))
+        title = f"{TITLES.get(name, name)} ({model})" if titled else None
+        display(save(draw(group, **options), path, caption=text, title=title))

@@ -1,8 +1,8 @@
 """Compute the statistics of a study's results: frames in, frames out. No matplotlib, no torch.
 
-Public: AXES, DENSE_POINTS, STAGES, TOP1, audit_table, beside_dense, best_under, caption,
-check_places, costs_of, in_words, is_random, marks, of_seeds, only_cuts, over_seeds, pareto,
-ranges_of, save_table, seeds_of, series, sets_of_seeds.
+Public: AXES, DENSE_STAGES, METHODS, STAGES, TOP1, audit_table, beside_dense, best_rates, best_under, caption,
+check_places, costs_of, in_words, is_control, like_for_like, lost_points, marks, method_words,
+of_seeds, only_cuts, over_seeds, peers, ranges_of, save_table, seeds_of, series, sets_of_seeds.
 """
 
 import itertools
@@ -28,10 +28,23 @@ STAGES = {  # in the order in which a model goes through them
     "finetuned": "fine-tuned",
     "distilled": "fine-tuned, distilled",
 }
-DENSE_POINTS = {  # stages of models without a cut; their points lie on top of others
-    "head": {"color": "0.75", "marker": "*", "zorder": 4.5},
-    "dense": {"color": "0.1", "marker": "*", "zorder": 4.5},
-    "dense+epochs": {"color": "0.5", "marker": "*", "zorder": 4.5},
+DENSE_STAGES = ("head", "dense", "dense+epochs")  # of models without a cut
+METHODS = {  # in the words of figures and slides
+    "pool": "one pool",
+    "pool+ranks": "units, then ranks",
+    "ranks": "ranks",
+    "units": "units",
+    "heads+neurons": "heads and neurons",
+    "width": "width",
+    "svd": "SVD, equal shares",
+    "random": "random units",
+    "unstructured": "weights",
+    "structured": "rows",
+    "heads+svd": "heads, SVD",
+    "heads+iht": "heads, IHT",
+    "heads+threshold": "heads, SVD, threshold",
+    "heads+svd+iht entries": "heads, SVD + IHT weights",
+    "heads+svd+iht columns": "heads, SVD + IHT columns",
 }
 TOP1 = "test top-1 (%)"
 AXES = {  # costs, as column: (label with unit, factor to that unit)
@@ -42,28 +55,33 @@ AXES = {  # costs, as column: (label with unit, factor to that unit)
     "bytes_disk": ("size on disk (MB)", 1e-6),
     "bytes_memory": ("weights in memory (MB)", 1e-6),
     "latency_ms": ("latency of one batch (ms)", 1),
-    "relative_latency": ("latency of one batch, as a share of the dense model's", 1),
     "memory_mb": ("peak memory (MB)", 1),
 }
 _LIMITS = (0.75, 0.5, 0.25)  # shares of the dense model's cost
 _SLACK = 0.01  # a limit may be exceeded by this share, as budgets are met to within a hundredth
 
 
-def is_random(name):
-    """Return whether a series is of random cuts, which are the control for others.
+def is_control(name):
+    """Return whether a series is of cuts by chance or by magnitude, the controls for others.
 
     name: a name as `series` gives it.
     """
-    return "random" in str(name).replace(",", "").split()
+    return not {"random", "magnitude"}.isdisjoint(str(name).replace(",", "").split())
+
+
+def method_words(method):
+    """Return a method in the words of figures, such as "rows, random" for "structured, random"."""
+    first, *rest = str(method).split(", ")
+    return ", ".join([METHODS.get(first, first), *rest])
 
 
 def series(results):
     """Name the line of each result: its method, with form and criterion where there are several.
 
     results: a frame with the column method and, optionally, form and criterion.
-    Returns a Series of strings.
+    Returns a Series of strings, in the words of METHODS.
     """
-    names = results.method.astype(str)
+    names = results.method.map(method_words)
     # A method of one form has nothing to be told apart by.
     for column in ("form", "criterion"):
         if column in results:
@@ -116,6 +134,77 @@ def beside_dense(results, *columns):
     return results.join(dense.add_prefix("dense_"), on=["model", "seed"])
 
 
+def lost_points(results):
+    """Return the points of top-1 that each result has lost, against the dense model of its seed.
+
+    results: a frame with dense results among the others.
+    Returns a Series; nan where the model and seed have no dense result.
+    """
+    if "model" not in results:
+        results = results.assign(model="")
+    both = beside_dense(results, "top1")
+    return both.dense_top1 - both.top1
+
+
+def like_for_like(times):
+    """Tell what a cut brings in time apart from what the runtime brings.
+
+    Times compare only within one run, on one processor, so each line stays what it is: nothing is
+    averaged over seeds, which may have run on different ones.
+
+    times: as roofline.bounds returns it.
+    Returns times with the columns
+    cut_speedup: times as fast as the dense model in the same runtime, precision and batch
+    runtime_speedup: times as fast as the dense model is there as the first way of the table
+    """
+    cut_speedup = times.achieved_here * times.promised
+    return times.assign(cut_speedup=cut_speedup, runtime_speedup=times.speedup / cut_speedup)
+
+
+def peers(table):
+    """Tell what this package and Torch-Pruning lose at equal MACs, from the rows of a benchmark.
+
+    Of the other tool the best of its settings stands, by test top-1 at each share, of those of the
+    most seeds: a choice in its favour.
+
+    table: figures/bench/accuracy.csv.
+    Returns a frame of a line per model, name, share and seed with lost, in points of top-1.
+    """
+    table = best_rates(table)
+    dense = table[(table.tool == "dense") & (table.stage == "cut")].groupby("model").top1.mean()
+    table = table.assign(lost=table.model.map(dense) - table.top1, share=table.budget)
+    is_peer = table.tool.str.startswith("Torch-Pruning")
+    parts = {
+        "vitlab, nothing trained": (table.tool == "vitlab, pool") & (table.stage == "cut"),
+        "Torch-Pruning, fine-tuned": is_peer & (table.stage == "finetuned"),
+        "Torch-Pruning, as cut": is_peer & (table.stage == "cut"),
+    }
+    lines = []
+    for name, chosen in parts.items():
+        rows = table[chosen]
+        keys = ["model", "share", "tool"]
+        each = rows.groupby(keys).lost.agg(["count", "mean"]).reset_index()
+        each = each.sort_values(["count", "mean"], ascending=[False, True], kind="stable")
+        best = each.drop_duplicates(["model", "share"])[keys]
+        lines.append(rows.merge(best, on=keys).assign(name=name))
+    columns = ["model", "name", "tool", "share", "seed", "top1", "lost"]
+    return pd.concat(lines)[columns].reset_index(drop=True)
+
+
+def best_rates(table):
+    """Return rows of a benchmark of which the fine-tuned ones have the best learning rate on val.
+
+    Of each tool, model and budget that rate is chosen at the first seed; of equal ones the lowest.
+    """
+    about = ["tool", "model", "budget"]
+    tuned = table[table.stage == "finetuned"]
+    order = {"seed": False, "val_top1": True, "lr": False}
+    tuned = tuned.sort_values([*order], ascending=[*order.values()])
+    best = tuned.drop_duplicates(about, keep="last").set_index(about).lr
+    own = pd.MultiIndex.from_frame(table[about]).map(best.to_dict())
+    return table[(table.stage != "finetuned") | (table.lr == own)]
+
+
 def seeds_of(results):
     """Say in words which seeds results are of.
 
@@ -142,7 +231,7 @@ def seeds_of(results):
 
 def only_cuts(results):
     """Return the results of models with a cut."""
-    return results[~results.stage.isin(DENSE_POINTS)]
+    return results[~results.stage.isin(DENSE_STAGES)]
 
 
 def _listed(numbers):
@@ -185,28 +274,13 @@ def ranges_of(groups):
     return pd.DataFrame({"mean": mean, "below": mean - table["min"], "above": table["max"] - mean})
 
 
-def pareto(cost, value):
-    """Find the points that no other beats.
-
-    cost, value: Series of one index; low cost and high value are good.
-    Returns a bool Series.
-    """
-    # The comparisons have points down and their rivals across. One point beats another by costing
-    # at most as much and being worth more, or by costing less and being worth as much.
-    costs = cost.to_numpy()[:, None]
-    values = value.to_numpy()[:, None]
-    by_value = (costs >= costs.T) & (values < values.T)
-    by_cost = (costs > costs.T) & (values <= values.T)
-    return pd.Series(~(by_value | by_cost).any(axis=1), cost.index)
-
-
 def best_under(results, cost):
     """Find the best model at three quarters, half and a quarter of the dense model's cost.
 
     The best has the highest `val_top1` of those that have one, else the highest test top-1.
 
     results: results.csv of any models and seeds, the dense ones among them.
-    cost: a column, such as macs, params, bytes_disk, latency_ms or relative_latency.
+    cost: a column, such as macs, params, bytes_disk, or of a single run latency_ms.
     Returns a frame of a line per model and limit:
         model, cost, limit: the limit is a share of the dense model's cost, of the same seed
         method, ..., stage: of the best cut; method is "none" where nothing fits, and the rest is
