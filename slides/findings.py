@@ -380,7 +380,8 @@ def faster(study):
     lines = groups.cut_speedup.agg(least="min", most="max").join(groups.promised.mean())
     lines = lines.reset_index()
     lines = lines.assign(
-        name=lines.checkpoint.str.removeprefix("budget-"), way=lines.runtime + " " + lines.precision
+        name=lines.checkpoint.map(tables.checkpoint_words),
+        way=lines.runtime + " " + lines.precision,
     )
     if lines.empty:
         raise Absent("table-runtimes.csv has no cut")
@@ -533,12 +534,12 @@ def appendix(study, talk):
 def _other_pictures(study, seen):
     """Return a slide for each kind of picture that the talk does not show; two models side by side where they fit."""
     kinds = {}
-    for path in sorted(study.folder.glob("*.png")):
+    for path in sorted(study.folder.glob("*.png"), reverse=True):
         for model in study.models:
             if path not in seen and path.stem.endswith(f"-{model}"):
                 kinds.setdefault(path.stem.removesuffix(f"-{model}"), {})[model_name(model)] = path
     made = []
-    for kind, pictures in kinds.items():
+    for kind, pictures in sorted(kinds.items()):
         fits = all(
             wide <= HALF[0] and high <= HALF[1] for wide, high in map(inches, pictures.values())
         )
@@ -548,7 +549,8 @@ def _other_pictures(study, seen):
         if rest := kind.removeprefix(words).strip("-").split("-"):
             title += _of_target(*rest)
         for group in groups:
-            slide = Slide(title, group)
+            name = f" ({next(iter(group))})" if len(group) == 1 else ""
+            slide = Slide(title + name, group)
             made.append(replace(slide, source=source_of(study, slide, "results.csv")))
     return made
 

@@ -446,7 +446,7 @@ def test_no_mark_lies_between_two_processors(timed):
     assert marks == [2, 2, 2, 2, 3, 30]  # the cut in two runtimes and runs; the runtime in two runs
     assert words_of(ax) == {
         "the runtime alone, dense model",
-        "one pool, 25% of the MACs left",
+        "one pool, 25% left",
     }
     (promise,) = [each for each in ax.collections if type(each).__name__ == "LineCollection"]
     assert promise.get_segments()[0][0][0] == 4

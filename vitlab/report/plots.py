@@ -8,7 +8,6 @@ prediction_audit, probes, recovery, save, sensitivity_curves, speedups, tradeoff
 """
 
 import functools
-import re
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -441,7 +440,7 @@ def speedups(times):
     ways = [*times.way.unique()]
     runs = dict(zip(times.run.unique(), "osD^vP", strict=False))
     groups = [("the runtime alone, dense model", first, "runtime_speedup", ways[1:])]
-    groups += [(_model_words(name), name, "cut_speedup", ways) for name in cut]
+    groups += [(tables.checkpoint_words(name), name, "cut_speedup", ways) for name in cut]
     groups = [group for group in groups if group[-1]]
     ax = new_axes(HALF[0], 1.2 + 0.27 * sum(len(group[-1]) + 1.15 for group in groups))
     place = 0.0
@@ -472,14 +471,6 @@ def speedups(times):
     handles.append(Line2D([], [], color="0.1", linewidth=1.5, label="promised by the MACs"))
     ax.figure.legend(handles=handles, loc="outside upper center", ncols=2, columnspacing=1)
     return ax
-
-
-def _model_words(name):
-    """Return what was cut, such as "one pool, 50% of the MACs" for the checkpoint budget-pool-0.5."""
-    found = re.fullmatch(r"budget-(.+)-([\d.]+)", name)
-    if not found:
-        return name
-    return f"{tables.method_words(found[1])}, {float(found[2]):.0%} of the MACs left"
 
 
 def _ways(table):

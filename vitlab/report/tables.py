@@ -1,8 +1,9 @@
 """Compute the statistics of a study's results: frames in, frames out. No matplotlib, no torch.
 
-Public: AXES, DENSE_STAGES, METHODS, STAGES, TOP1, audit_table, beside_dense, best_rates, best_under, caption,
-check_places, costs_of, in_words, is_control, like_for_like, lost_points, marks, method_words,
-of_seeds, only_cuts, over_seeds, peers, ranges_of, save_table, seeds_of, series, sets_of_seeds.
+Public: AXES, DENSE_STAGES, METHODS, STAGES, TOP1, audit_table, beside_dense, best_rates,
+best_under, caption, check_places, checkpoint_words, costs_of, in_words, is_control, like_for_like,
+lost_points, marks, method_words, of_seeds, only_cuts, over_seeds, peers, ranges_of, save_table,
+seeds_of, series, sets_of_seeds.
 """
 
 import itertools
@@ -73,6 +74,15 @@ def method_words(method):
     """Return a method in the words of figures, such as "rows, random" for "structured, random"."""
     first, *rest = str(method).split(", ")
     return ", ".join([METHODS.get(first, first), *rest])
+
+
+def checkpoint_words(name):
+    """Return what was cut, such as "one pool, 50% left" for budget-pool-0.5."""
+    kind, _, rest = name.partition("-")
+    method, _, share = rest.rpartition("-")
+    if kind != "budget" or not method:
+        return name
+    return f"{method_words(method)}, {float(share):.0%} left"
 
 
 def series(results):
