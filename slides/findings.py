@@ -3,6 +3,7 @@
 A title is a short sentence. Its numbers are those of the table.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,7 @@ def _budget_words(lines, kind):
             words += f" points of top-1 ({methods[0]})"
         else:
             words = _each(own, lambda line: f"{signed(line.untrained_change)} ({line.name})")
+            words = words.replace(" (", " points of top-1 (", 1)
         parts.append(f"{published.part_of(target, kind)}: {words}")
     text = "; ".join(parts)
     return text[0].upper() + text[1:]
@@ -177,7 +179,8 @@ def _budget_words(lines, kind):
 def claim(study):
     """Say what the study found, in one sentence."""
     models = " and ".join(pages.family_of(model) for model in reversed(study.models))
-    dense = _each(study.dense.reset_index(), lambda line: f"{number(line.top1)} %")
+    dense = study.dense.loc[study.models].reset_index()
+    dense = _each(dense, lambda line: f"{number(line.top1)} %")
     points = [
         f"{published.listed(study.results, 'data')}: {models}, trained and cut in many ways.",
         f"Dense top-1: {dense}.",
@@ -430,46 +433,33 @@ def how_timed(study):
     )
 
 
-TAKE_HOME = (  # beginnings of claims; of what other slides tell on val images none
-    "Half of the MACs**",
-    "A quarter of the MACs**",
-    "A quarter by random",
-    "by SVD + IHT, fine-tuned",
-    "Zeros save no time",
-    "of the rows removed** save",
-)
-
-
 def conclusion(study):
-    """Say what to take home, and how the numbers came about."""
-    claims = pages.claims(study)
-    points = [
-        claim.removeprefix("- ").replace("**", "")
-        for words in TAKE_HOME
-        for claim in claims
-        if words in claim
-    ]
+    """Say what to take home, in the sentences of the talk, and how the numbers came about."""
+    points = []
+    for make in (budgets, peers, weights_and_rows, heads_svd_iht, faster):
+        with contextlib.suppress(Absent):
+            points.append(f"{make(study).title}.")
+    zeros = _zeros(study).strip()
+    points += [zeros] if zeros else []
     if not points:
-        raise Absent("no claim can be made")
-    return Slide("What to take home", points=tuple(points), note=" ".join(method(study).values()))
+        raise Absent("no slide has a finding")
+    return Slide("What to take home", points=tuple(points), note=" ".join(method(study)))
 
 
 def method(study):
-    """Return how the numbers came about: {word: sentence}."""
-    results = study.results
-    facts = {}
+    """Return sentences on how the numbers came about."""
     splits = study.read("table-data").drop_duplicates("split").set_index("split").images
     top1 = study.dense.top1.max() / 100
     error = two_digits(100 * (top1 * (1 - top1) / splits["test"]) ** 0.5)
     images = [f"{splits.get(split, 0):,}" for split in ("train", "val", "test")]
-    facts["images"] = f"Images (train, val, test): {', '.join(images)}."
-    facts["error"] = f"A top-1 of {number(100 * top1)} % has a standard error of {error} points."
-    facts["choice"] = "Scores from training images, the best epoch by val; top-1 is on test."
-    facts["MACs"] = "MACs of one image in closed form; masked models execute all."
-    facts["software"] = (
-        f"torch {published.listed(results, 'torch')}, timm {published.listed(results, 'timm')}."
-    )
-    return facts
+    versions = [f"{name} {published.listed(study.results, name)}" for name in ("torch", "timm")]
+    return [
+        f"Images (train, val, test): {', '.join(images)}.",
+        f"A top-1 of {number(100 * top1)} % has a standard error of {error} points.",
+        "Scores from training images, the best epoch by val; top-1 is on test.",
+        "MACs of one image in closed form; masked models execute all.",
+        f"{', '.join(versions)}.",
+    ]
 
 
 # -- all slides

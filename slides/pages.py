@@ -429,8 +429,8 @@ def peer_sentence(lines):
         for name in PEERS[:2]
     )
     return (
-        f"{part[0].upper()}{part[1:]}, nothing trained: {ours} points of top-1; "
-        f"Torch-Pruning’s best, fine-tuned: {tuned}"
+        f"Beside Torch-Pruning, {part}, of one model each: {ours} points of top-1, nothing trained; "
+        f"its best, fine-tuned: {tuned}"
     )
 
 

@@ -389,7 +389,7 @@ def test_sensitivity_curves_name_the_three_that_rise_most():
     frame.columns = ["layer", "ratio", "increase"]
     ax = plots.sensitivity_curves(frame)
     assert words_of(ax) == {"layer 2", "layer 3", "layer 4"} and len(ax.lines) == 5
-    by_role = frame.rename(columns={"layer": "role"})
+    by_role = frame.rename(columns={"layer": "role"}).assign(layer="all")
     assert "share of one role cut" in plots.sensitivity_curves(by_role).get_xlabel()
 
 

@@ -489,10 +489,10 @@ def sensitivity_curves(frame):
 
     The three that rise most have a colour and their name, the others are grey.
 
-    frame: columns ratio, increase, and layer or role, as sensitivity.curves returns it.
+    frame: columns layer, role, ratio and increase, as sensitivity.curves returns it.
     Returns the Axes.
     """
-    name = "layer" if "layer" in frame and frame.layer.notna().all() else "role"
+    name = "role" if (frame.layer == "all").all() else "layer"
     worst = frame[frame.ratio == frame.ratio.max()].sort_values("increase", ascending=False)
     named = dict(zip(worst[name].head(3), [*COLORS.values()], strict=False))
     ax = new_axes(*HALF)
