@@ -49,8 +49,7 @@ if ! $install; then
     fi
     fail "Installation failed (all of it: $LOG). The same command goes on from here."
 fi
-# git takes notebooks without outputs: one that was opened and run is unchanged to it. Without .venv it takes them as
-# they are.
+# git takes notebooks without outputs, so that one that was run has no diff. Without .venv it takes them as they are.
 if git rev-parse --git-dir >/dev/null 2>&1; then
     .venv/bin/python -m nbstripout --install
     git config filter.nbstripout.extrakeys "metadata.language_info"

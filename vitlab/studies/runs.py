@@ -8,6 +8,7 @@ with_first_columns.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -110,7 +111,7 @@ class Run:
         self._base = runs / self.study / inner
         files.make_folder(self.folder)
         files.warn_of_other_lab()
-        self._commit = _commit()  # of the code as imported, not as it is when results are saved
+        self._commit = _commit(files.repository())  # of the code as imported, not as it is later
 
     @property
     def model(self):
@@ -664,7 +665,7 @@ def provenance():
 
     return {
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": _commit(files.repository()),
         "torch": version("torch"),
         "timm": version("timm"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
@@ -672,24 +673,23 @@ def provenance():
     }
 
 
-def _commit():
-    """Return the short hash of the commit of the code, "unknown" without git.
+@functools.cache  # git strips every notebook that was run to tell
+def _commit(repository):
+    """Return the short hash of the commit of the code in a folder, "unknown" without git.
 
     The hash ends with "+dirty" if the code was changed since. Of an installed package it is the
     version.
     """
-    if not (files.repository() / "vitlab").is_dir():
+    if not (repository / "vitlab").is_dir():
         return version("vitlab")
     if not shutil.which("git"):
         return "unknown"
     head = _git("rev-parse", "--short=10", "HEAD")
-    # Unlike `git diff`, this notes which notebooks changed by their outputs alone, so that git strips
-    # each of them (see install.sh) once a save and not once a run.
-    code = ["--", "vitlab", "notebooks", "benchmarks"]
-    changed = _git("status", "--porcelain", "--untracked-files=no", *code)
+    # Notebooks count without their outputs, which git strips where install.sh could tell it to.
+    changed = _git("diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks")
     if head.returncode:
         return "unknown"
-    return head.stdout.strip() + ("+dirty" if changed.stdout else "")
+    return head.stdout.strip() + ("+dirty" if changed.returncode else "")
 
 
 def _git(*words):
