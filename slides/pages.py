@@ -1,9 +1,10 @@
 """Write results of studies into README.md and other pages, between their marks. No torch.
 
-`python slides/pages.py README.md` writes what the tables of figures/ say after `<!-- results -->` and
-`<!-- results of STUDY -->`, up to `<!-- /results -->`.
+`python slides/pages.py README.md` writes what the tables of figures/ say between `<!-- results -->` or
+`<!-- results of STUDY -->` and `<!-- /results -->`, and the sentence and picture of the front page between
+`<!-- claim -->` and `<!-- /claim -->`.
 
-Public: claims, family_of, fill, hero, main, peer_sentence, results.
+Public: claims, family_of, fill, headline, hero, main, peer_sentence, results.
 """
 
 import argparse
@@ -54,21 +55,13 @@ LABELS = {  # method and form: what was done, in the order of a table
 }
 FRONT = [  # cuts and stages of the front page
     "dense dense",
-    "dense dense+epochs",
     "unstructured masked finetuned",
     "structured removed finetuned",
-    "heads+svd+iht entries masked finetuned",
     "heads+svd+iht columns factored finetuned",
-    "svd factored reconstructed",
-    "pool+ranks factored reconstructed",
     "pool factored reconstructed",
 ]
 # Sentences above a table. In braces: the name of the model, or method, form and target of a cut and one of its numbers.
 FRONT_CLAIMS = [  # of the first model
-    "**Half of the MACs**, cut from one pool of units and ranks: without training, "
-    "the {model}'s top-1 changes by {pool factored 0.5 reconstructed} points.",
-    "**A quarter of the MACs**, cut likewise: "
-    "the {model}'s top-1 changes by {pool factored 0.25 reconstructed} points.",
     "**Nine tenths of the weights zeroed** by sensitivity: "
     "nothing is trained, and the {model} keeps {unstructured masked 0.9 top1} top-1.",
     "**Nine tenths zeroed by magnitude**, for comparison: "
@@ -117,7 +110,7 @@ CLAIMS = [  # of every model
     "**Channels alone, to 0.9**: {width alone 0.9 rise} nats.",
     "**Filters of the stem alone, to 0.9**: {filters alone 0.9 rise} nats.",
 ]
-MARKS = re.compile(r"(<!-- results(?: of ([\w-]+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKS = re.compile(r"(<!-- (claim|results)(?: of ([\w-]+))? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 # -- sentences
@@ -314,7 +307,7 @@ def _seed_note(lines):
 # -- pages
 
 
-def _table(studies, lines, names):
+def _table(studies, lines, names, costs):
     """Return the table: a line for each cut; top-1 of each model of all studies, then costs of the first study's."""
     columns = {}
     for study in studies:
@@ -323,7 +316,7 @@ def _table(studies, lines, names):
             lines[study], names[study], "top1", _spread, prefix, "top-1 (%)"
         )
     first = studies[0]
-    for measure, header in {"macs": "MACs (M)", "nonzero": "non-zero (M)"}.items():
+    for measure, header in costs.items():
         columns |= _column_of_each_model(
             lines[first], names[first], measure, _mean_millions, "", header
         )
@@ -367,7 +360,7 @@ def results(folders, *, page, front=False):
 
     folders: of published tables, one a study.
     page: the folder from which links go.
-    front: whether to show the few lines of the front page only, below a picture of the deepest budget.
+    front: whether to show the few lines of the front page only, without where they come from.
     Raises FileNotFoundError for a folder without results.csv.
     """
     studies = [published.Published(folder) for folder in folders]
@@ -379,15 +372,33 @@ def results(folders, *, page, front=False):
         lines[study] = every[every.model.isin(names[study])]
         links[study] = Path(os.path.relpath(study.folder, page)).as_posix()
     sentences = []
-    for study in studies:
+    for study in [] if front else studies:
         sentences += _origin(study, lines[study], names[study], links[study])
     if len(studies) > 1:
-        sentences.append(f"MACs and parameters are those of the {_data(first)} models.")
+        sentences.append(f"MACs are those of the {_data(first)} models.")
     sentences += _seed_note(pd.concat(lines.values()))
-    text = _markdown(_table(studies, lines, names)) + "\n\n" + "\n".join(sentences)
+    costs = {"macs": "MACs (M)"} if front else {"macs": "MACs (M)", "nonzero": "non-zero (M)"}
+    text = _markdown(_table(studies, lines, names, costs)) + "\n\n" + "\n".join(sentences)
     if found := claims(first, front):
         text = f"Found on {_data(first)}:\n\n" + "\n".join(found) + f"\n\n{text}"
-    return f"{_front_picture(page)}\n\n{text}" if front else text
+    return text
+
+
+def headline(study, *, page):
+    """Return what half of the MACs cost the models of a study, and the picture of the front page.
+
+    study: a Published. page: the folder from which links go.
+    """
+    changes = {
+        family_of(model): _value(study, model, "pool", "factored", 0.5, "reconstructed")
+        for model in sorted(study.models, reverse=True)
+    }
+    by_family = " and ".join(f"{change} ({family})" for family, change in changes.items())
+    said = (
+        "Cut a ViT or Swin of timm to half of its multiply-accumulates (MACs), without training: "
+        f"top-1 on {_data(study)} changes by {by_family} points."
+    )
+    return f"{said}\n\n{_front_picture(page)}"
 
 
 def _markdown(table):
@@ -468,9 +479,13 @@ def fill(text, *, page):
     figures = files.repository() / "figures"
 
     def block(mark):
-        names = [mark[2]] if mark[2] else STUDIES
-        folders = [figures / name for name in names]
-        return f"{mark[1]}{results(folders, page=page, front=not mark[2])}\n{mark[3]}"
+        begin, what, study, end = mark.groups()
+        folders = [figures / name for name in ([study] if study else STUDIES)]
+        if what == "claim":
+            words = headline(published.Published(folders[0]), page=page)
+        else:
+            words = results(folders, page=page, front=not study)
+        return f"{begin}{words}\n{end}"
 
     return MARKS.sub(block, text)
 
