@@ -202,7 +202,7 @@ def start(path, *arguments):
 
 DRAWN = """import pandas as pd
 from vitlab import plots
-axes = plots.agreement(pd.DataFrame({"criterion": ["a"], "kind": ["b"], "spearman": [0.5]}))"""
+axes = plots.agreement(pd.DataFrame({"criterion": ["a"], "kind": ["heads"], "spearman": [0.5]}))"""
 
 
 def test_two_notebooks_at_once_one_of_which_fails(tmp_path, data_root):

@@ -1,7 +1,7 @@
 """Give all figures one look that reads on slides and in grey. No torch.
 
-Public: COLORS, CONTROL, FLOOR, HALF, STYLE, WIDE, color_of, label_lines, legend_beside, looks,
-loss_axis, new_axes, panels_beside, range_bars, shades, styled.
+Public: BAD, COLORS, CONTROL, FLOOR, GOOD, HALF, STYLE, TEXT, TOGETHER, WIDE, color_of, label_lines,
+legend_beside, looks, loss_axis, new_axes, panels_beside, range_bars, shades, styled.
 """
 
 import functools
