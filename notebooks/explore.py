@@ -47,7 +47,7 @@ _UNITS = ("fisher", "taylor", "michel")
 _SHOWN = 12  # how many validation images are shown
 _TESTED = 256  # how many validation images accuracy is measured on
 _BINS = 60  # bins of a histogram
-_STATES = {"masked": "0.85", "goes with its unit": _style.COLORS[1], "kept": _style.COLORS[0]}
+_STATES = {"masked": "0.85", "goes with its unit": _style.BAD, "kept": _style.COLORS["pool"]}
 
 
 # -- checkpoints

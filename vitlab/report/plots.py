@@ -41,7 +41,7 @@ from vitlab.report._style import (
 )
 from vitlab.report.tables import STAGES, TOP1, caption
 
-MOST = 6  # series of a figure; more cannot be told apart
+_MOST = 6  # series of a figure; more cannot be told apart
 TITLES = {  # of figures, by the first part of their files' names
     "ablations": "What the loss rises by without one head",
     "agreement": "Does a score rank units as brute force does?",
@@ -134,7 +134,7 @@ def accuracy_curve(results):
     last = order.groupby([cuts.series, cuts.target]).transform("max")
     cuts = cuts[order == last]
     # Controls come last; of more series than can be told apart the first stay.
-    names = sorted(_by_rank(cuts.series), key=tables.is_control)[:MOST]
+    names = sorted(_by_rank(cuts.series), key=tables.is_control)[:_MOST]
     control = _same_epochs(ax, results)
     _loss_lines(ax, cuts, names, "target", tables.marks(cuts, "series"), more=control)
     ax.set(xlabel="share cut", xticks=sorted(set(cuts.target)))
@@ -211,7 +211,7 @@ def tradeoff(results, x="macs"):
         color = color_of(name)
         if color and (name == tables.METHODS["random"] or not tables.is_control(name)):
             names.setdefault(color, name)
-    names = [*names.values()][:MOST]
+    names = [*names.values()][:_MOST]
     ax = new_axes(*HALF)
     others = cuts[~cuts.series.isin(names)]
     rest = others.groupby([*keys, "place"], dropna=False).lost.mean().clip(FLOOR)
@@ -343,7 +343,7 @@ def ladder(results):
     stages = [stage for stage in STAGES if stage in set(cuts.stage)]
     names = _by_rank(cuts.series)
     # What has no colour of its own stays in the tables.
-    names = [name for name in names if color_of(name) or len(names) < MOST][:MOST]
+    names = [name for name in names if color_of(name) or len(names) < _MOST][:_MOST]
     cuts = cuts[cuts.series.isin(names)]
     cuts = cuts.assign(step=cuts.stage.map(stages.index))
     styles = looks(names)
