@@ -312,7 +312,8 @@ def kept(study):
     if not kinds:
         raise Absent("no budget of a half")
     lines = lines[(lines.target == 0.5) & lines.model.isin(study.models)]
-    lines = lines[lines.method == lines.groupby("model").method.transform("first")]
+    first = lines.groupby("model")[["method", "seed"]].transform("first")
+    lines = lines[(lines.method == first.method) & (lines.seed == first.seed)]  # as drawn
     lines = lines[lines.kept.notna() & lines["where"].str.contains("blocks")]
     means = lines.assign(kept=lines.kept / lines.whole)
     means = means.groupby(["model", "where"], sort=False).kept.mean().reset_index(name="kept")
