@@ -162,7 +162,7 @@ def _loss_lines(ax, cuts, names, x, marks, *, label=True, more=None):
 
 def _broken(name):
     """Return a name in short lines, without a break before a seed's number."""
-    return textwrap.fill(name.replace("seed ", "seed\u00a0"), 16)
+    return textwrap.fill(name.replace("seed ", "seed\u00a0"), 16, break_on_hyphens=False)
 
 
 def _same_epochs(ax, results):
