@@ -3,7 +3,7 @@
 A colour stands for a method, in all figures. Axes carry units and have no title; the sentence of
 TITLES stands above where a figure is saved with it.
 
-Public: MOST, TITLES, accuracy_curve, agreement, class_change, criteria, draw_each, ladder, peers,
+Public: TITLES, accuracy_curve, agreement, class_change, criteria, draw_each, ladder, peers,
 prediction_audit, probes, recovery, save, sensitivity_curves, speedups, tradeoff, training_curves.
 """
 
