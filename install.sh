@@ -51,8 +51,8 @@ if ! $install; then
 fi
 # git takes notebooks without outputs, so that one that was run has no diff. Without .venv it takes them as they are.
 if git rev-parse --git-dir >/dev/null 2>&1; then
-    .venv/bin/python -m nbstripout --install
-    git config filter.nbstripout.extrakeys "metadata.language_info"
-    git config filter.nbstripout.required false
+    .venv/bin/python -m nbstripout --install && git config filter.nbstripout.required false &&
+        git config filter.nbstripout.extrakeys metadata.language_info ||
+        echo "git could not be told to leave out the outputs of notebooks: see nbstripout --install."
 fi
 touch .venv/.installed

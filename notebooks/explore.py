@@ -356,7 +356,7 @@ def _units_table(units, drop):
     drop: {(block, kind): indices} of the units that go
     """
     color = _STATES["goes with its unit"]
-    lines = [("block", "neurons that stay", "score of each head; struck out: it goes")]
+    lines = [("block", "neurons that stay", "scores of heads")]
     for block in dict.fromkeys(block for block, _ in units):
         count = len(units.get((block, "neurons"), ()))
         left = count - len(drop.get((block, "neurons"), ()))

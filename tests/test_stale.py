@@ -144,7 +144,7 @@ WAYS = {  # what happens after notebook 1, and the words that notebooks 2 to 5 s
         lambda mine: mine.edit("models", vit={"name": "conv_vit", "depth": 6}),
         "model.depth: 3 then, 6 now",
     ),
-    "epochs": (lambda mine: mine.edit("train", epochs=40), "settings.epochs: 8 then, 40 now"),
+    "epochs": (lambda mine: mine.edit("train", epochs=40), "settings.epochs: 6 then, 40 now"),
     "image added": (lambda mine: draw(mine.folder / "images/a/x.png", 99), "images.content: 'im"),
     "image replaced": (lambda mine: draw(mine.folder / "images/a/00.png", 99), "images.content"),
     "image removed": (remove_one, "images.content: 'images-"),
