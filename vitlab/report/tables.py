@@ -7,7 +7,6 @@ seeds_of, series, sets_of_seeds.
 """
 
 import itertools
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -424,7 +423,7 @@ def save_table(frame, path, *, formats=(), kinds=("csv", "md", "tex")):
         return
     # As objects, integers stay integers beside missing values.
     cells = frame.astype(object)
-    text = cells.apply(lambda column: column.map(partial(_cell, form=formats.get(column.name))))
+    text = cells.apply(lambda column: column.map(_cell, form=formats.get(column.name)))
     sides = ["right" if pd.api.types.is_numeric_dtype(kind) else "left" for kind in frame.dtypes]
     letters = "".join(side[0] for side in sides)
     tex = text.style.hide(axis="index")

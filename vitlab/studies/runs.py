@@ -596,7 +596,7 @@ def _changes(then, now):
         record = {name: record[name] for name in said}
         if "settings" in said:
             record["settings"] = settings.without_defaults("train", record["settings"])
-        [row] = pd.json_normalize([json.loads(json.dumps(record))]).to_dict("records") or [{}]
+        [row] = pd.json_normalize(json.loads(json.dumps(record))).to_dict("records")
         flat.append(row)
     then, now = flat
     lines = []
