@@ -33,7 +33,7 @@ def test_reach_is_the_four_calls(any_model, batch):
     scored = budget.candidates(any_model, batches, kinds=kinds, grams=grams)
     expected_plan = budget.plan(any_model, **scored, kinds=kinds, macs=0.6)
     how = {"compensate": "least squares", "grams": grams, **seen}
-    expected, drops = budget.cut(any_model, expected_plan, batches, **how)
+    expected, drops = budget.cut(any_model, expected_plan, batches[::2], **how)
     damping = "held out" if len(batches) >= 4 else 1e-3
     how = {"drops": drops, "damping": damping, **seen}
     expected = recover.reconstruct(expected, any_model, batches, **how)

@@ -565,6 +565,7 @@ def test_without_gradients_there_is_no_graph(model, batch):
         ["magnitude", "wanda", "obs"],
         ["variance"],
         ["random", "variance"],
+        [],
     ]
     scores.measure(model, weights=["random"], units=["magnitude"])
     assert len(passes) == 2  # and some need no data
@@ -912,6 +913,7 @@ def test_statistics_are_float32_or_better(vit, batch, dtype):
     found = scores.measure(
         vit, batches, weights=scores.WEIGHTS[1:], rows=scores.ROWS[1:], units=scores.UNITS[1:]
     )
+    assert found.pop("directions") == {}
     found["width"] = scores.units(vit, batches, criteria=["fisher", "variance"], kinds=CHANNELS)
     for criteria in found.values():
         assert {value.dtype for tensors in criteria.values() for value in tensors.values()} == {

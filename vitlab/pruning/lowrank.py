@@ -120,9 +120,11 @@ def regression(gram, columns):
     """
     gram = gram.double()
     rows = gram[columns]
-    solution = solve(rows[:, columns], rows)
-    transfer = solution.T.contiguous()
+    others = torch.ones(len(gram), dtype=bool, device=gram.device)
+    others[columns] = False
+    transfer = gram.new_zeros(len(gram), len(columns))
     transfer[columns] = torch.eye(len(columns)).to(gram)
+    transfer[others] = solve(rows[:, columns], rows[:, others]).T
     return transfer
 
 
