@@ -12,6 +12,7 @@ import torch
 from conftest import toy
 
 from vitlab import files
+from vitlab.evaluation import cost
 from vitlab.models import _layers, anatomy
 from vitlab.pruning import compensate, factor, pool, prune, recover, scores, shrink
 from vitlab.training import data
@@ -74,6 +75,21 @@ def test_timings_stand_in_the_table_that_they_name(page):
                 if abs(each / scale - float(told)) <= within
             ]
             assert near, f"{told} is not in {' or '.join(tables)}"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not (files.root() / "cifar10").is_dir(), reason="needs CIFAR-10 in the data folder"
+)
+def test_the_front_page_cuts_a_trained_model_to_half(capsys, monkeypatch):
+    """Its lines, run as they stand: a plan of half the MACs, and at most a point of top-1 lost."""
+    monkeypatch.chdir(ROOT)
+    code = re.search(r"^```python\n(.*?)^```$", DOCS[0].read_text(), re.MULTILINE | re.DOTALL)[1]
+    made = {}
+    exec(code, made)
+    before, after = map(float, capsys.readouterr().out.split(" -> "))
+    assert before > 84 and after > before - 1
+    assert cost.macs(made["small"]) <= 0.5 * cost.macs(made["model"])
 
 
 @pytest.fixture
