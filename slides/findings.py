@@ -158,7 +158,7 @@ def _each(lines, write):
 
 
 def _budget_words(lines, kind):
-    """Return words such as "Half the MACs, nothing trained: ViT 0.0, Swin −0.3 points (one pool)"."""
+    """Return words such as "Half the MACs: ViT 0.0, Swin −0.3 points of top-1 (one pool)"."""
     parts = []
     for target, own in lines.groupby("target", sort=False):
         methods = own.name.unique()
@@ -171,6 +171,11 @@ def _budget_words(lines, kind):
         parts.append(f"{published.part_of(target, kind)}: {words}")
     text = "; ".join(parts)
     return text[0].upper() + text[1:]
+
+
+def _untrained_words(lines, kind):
+    """Return `_budget_words`, and that nothing is trained."""
+    return _budget_words(lines, kind).replace(": ", ", nothing trained: ", 1)
 
 
 # -- one function a slide
@@ -191,9 +196,8 @@ def claim(study):
     except Absent:
         return Slide(f"What pruning does to {models}", points=tuple(points))
     best = best[best.target == best.target.max()]
-    title = _budget_words(best, kind).replace(":", " less, nothing trained:", 1)
     return Slide(
-        title.replace("Half the", "Half of the").replace(" less,", ","),
+        _untrained_words(best, kind).replace("Half the", "Half of the"),
         points=tuple(points),
         table=columns_of(best, "model name target untrained untrained_change seeds"),
     )
@@ -297,7 +301,7 @@ def budgets(study):
     """Show what half and a quarter of the cost leave, step by step."""
     best, kind = best_budgets(study)
     return Slide(
-        _budget_words(best, kind).replace(": ", ", nothing trained: ", 1),
+        _untrained_words(best, kind),
         study.pictures(f"ladder-{kind}"),
         table=columns_of(best, "model name target untrained untrained_change trained seeds"),
         shows="Points of test top-1 lost after each step of recovery; hollow: nothing trained.",
@@ -325,7 +329,8 @@ def kept(study):
         f"At half the {published.COSTS[kinds[0]]}, {method} keeps most of: {words}",
         study.pictures(f"kept-{kinds[0]}-0.5"),
         table=columns_of(means.head(2 * LINES), "model block kept"),
-        shows="Heads, neurons and ranks that stay, in percent of the dense model's; seed 0.",
+        shows="Heads, neurons and ranks that stay, in percent of the dense model's; "
+        f"seed {published.listed(lines, 'seed')}.",
         note="Kept: mean over heads, neurons and ranks of a block.",
     )
 

@@ -106,6 +106,7 @@ def test_another_clone_is_told(tmp_path, monkeypatch):
 def test_the_citation_is_of_this_version():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == vitlab.__version__ and cited["cff-version"] == "1.2.0"
+    assert f"version = {{{vitlab.__version__}}}" in (ROOT / "README.md").read_text()
     assert {"message", "title", "authors"} <= cited.keys() and cited["license"] == "MIT"
 
 

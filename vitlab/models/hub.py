@@ -45,9 +45,8 @@ def card(folder, title, *, about="", license=None):
     said = {"architecture": record["recipe"]["name"], "image size": record["recipe"]["image_size"]}
     said |= {"cut": any(record["structure"].values())}
     for name, value in record["extra"].items():
-        if isinstance(
-            value, str | int | float
-        ):  # what runs keep of a training is no line of a table
+        # What runs keep of a training is no line of a table.
+        if isinstance(value, str | int | float):
             said[name] = value
     mean, std = record.get("normalise") or (None, None)
     said |= {"mean of images": mean, "deviation of images": std}

@@ -66,7 +66,7 @@ def reconstruct(
         before the patches are always looked at. None: all positions count alike.
 
     On the positions seen, no layer is further from its target than before its turn, up to the
-    ridge. The cost is about one forward pass of dense, three of model, and the products. For all
+    ridge. The cost is about two forward passes of dense, three of model, and the products. For all
     images at once, memory holds what enters a block of either model, and the targets of the block.
 
     Raises ValueError if model is not dense without drops, for missing batches or too few to hold
@@ -114,6 +114,8 @@ def reconstruct(
                     place = _place(dense_view, view, layer_name, rows)
                     place.positions = positions[layer_name]
                     places.append(place)
+            if reads_images and not places:  # nothing to solve for, nor a stream to move
+                continue
             _advance(places, dense_part, dense_inputs)
             for place in places:
                 fitted, held_out = _moments(place, part, inputs)
