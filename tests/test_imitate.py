@@ -42,6 +42,30 @@ def test_answers_are_the_teachers(teacher, tmp_path):
     assert all(map(torch.equal, first, again)) and len(list(tmp_path.iterdir())) == 2
 
 
+def test_new_views_are_answered_in_passing(teacher, tmp_path):
+    found = lessons(teacher, None, views=None, augment=True, mixup=0.5)
+    epochs = [list(found.batches(24, shuffle=True, epoch=epoch)) for epoch in (0, 1, 0)]
+    for batches in epochs:
+        for x, y in batches:
+            assert torch.allclose(y, imitate.say(teacher, x), atol=1e-5)
+    (first, _), (second, _), (again, _) = (batches[0] for batches in epochs)
+    assert first.equal(again) and not first.equal(second)
+    with pytest.raises(ValueError, match="need a folder"):
+        lessons(teacher, None, views=2)
+
+
+def test_mixed_images_lie_between_an_image_and_the_next(teacher):
+    plain, mixed = (
+        next(lessons(teacher, None, views=None, mixup=alpha).batches(24))[0] for alpha in (0, 1)
+    )
+    shares = (mixed - plain).flatten(1).norm(dim=1) / (plain.roll(1, 0) - plain).flatten(1).norm(
+        dim=1
+    )
+    expected = torch.lerp(plain, plain.roll(1, 0), shares[:, None, None, None])
+    assert torch.allclose(mixed, expected, atol=1e-5)
+    assert 0 < shares.min() < shares.max() < 1
+
+
 def test_a_teacher_says_its_class_token_and_the_mean_of_its_patches(teacher, vit, swin):
     x = Blobs(4).x
     tokens = teacher.forward_features(x)  # the class token, four registers, the patches

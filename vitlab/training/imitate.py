@@ -1,6 +1,7 @@
 """Teach a model the features of another one, on images without labels.
 
-The teacher answers each view of an image once, and its answers are kept on disk.
+The teacher answers each view of an image once, and its answers are kept on disk. Where views never
+come again, it answers in passing.
 
 Public: Lessons, fit, say.
 """
@@ -42,25 +43,34 @@ class Lessons:
     teacher: the model; it is put into evaluation mode
     parts: pairs (data.Split, how many images of it each batch has); an epoch ends where the first
         split does
-    folder: where the answers are kept, a file for each epoch of views
-    views: int >= 1; after so many epochs the same views come again
+    folder: where the answers are kept, a file for each epoch of views; None without views
+    views: int >= 1; after so many epochs the same views come again. None for new ones in each
+        epoch, which pays where the teacher is quick, as on a GPU
     augment: what `data.Split.batches` accepts
+    mixup: alpha >= 0 of the Beta distribution of how much each image gets of the next one, before
+        the teacher answers; 0 is off
     precision: of the teacher, a word of `evaluate.precision_on`
 
-    Raises ValueError for splits that are normalised otherwise than each other or the teacher.
+    Raises ValueError for splits that are normalised otherwise than each other or the teacher, and
+    for views without a folder.
+    Source of mixup: Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and
+    consistent", where the teacher answers the very image that the student sees.
     """
 
     teacher: torch.nn.Module
     parts: list
-    folder: Path
-    views: int = 1
+    folder: Path | None
+    views: int | None = 1
     augment: bool | dict = False
+    mixup: float = 0.0
     precision: str = "auto"
     mean: tuple = field(init=False)
     std: tuple = field(init=False)
 
     def __post_init__(self):
         self.teacher.eval()
+        if self.views and not self.folder:
+            raise ValueError("views that come again need a folder for the teacher's answers")
         for split, _ in self.parts:
             evaluate.check_normalised(self.teacher, split)
         moments = {(split.mean, split.std) for split, _ in self.parts}
@@ -71,6 +81,8 @@ class Lessons:
             "parts": [(split.identity, images) for split, images in self.parts],
             "augment": self.augment,
         }
+        if self.mixup:  # answers without it keep the name that they had before there was one
+            settings["mixup"] = self.mixup
         # The teacher's classifier has no part in its answers, and may be new in each process.
         heads = anatomy.classifier_names(self.teacher)
         body = {
@@ -94,16 +106,26 @@ class Lessons:
         batch_size: that of the lessons
         options: augment and drop_last have no say here, as views are fixed and batches are full
         """
-        view = epoch % self.views
+        view = epoch % self.views if self.views else epoch
         options = {"shuffle": shuffle, "seed": seed, "epoch": view, "augment": self.augment}
         parts = [
             split.batches(images, device=device, drop_last=True, **options)
             for split, images in self.parts
         ]
-        file = Path(self.folder, f"{self.identity[:16]}-{seed}-{int(shuffle)}-{view}.npy")
+        name = f"{self.identity[:16]}-{seed}-{int(shuffle)}-{view}.npy"
+        file = Path(self.folder, name) if self.views else None
         for number, drawn in enumerate(zip(*parts, strict=False)):
             x = torch.cat([x for x, _ in drawn])
-            yield x, self._answer(x, file, slice(number * batch_size, (number + 1) * batch_size))
+            if self.mixup:
+                x = self._mixed(x, np.random.default_rng([seed, view, number]))
+            rows = slice(number * batch_size, (number + 1) * batch_size)
+            yield x, self._answer(x, file, rows) if file else self._said(x)
+
+    def _mixed(self, x, rng):
+        """Return images [B, 3, S, S], each with its own share of the next one."""
+        shares = rng.beta(self.mixup, self.mixup, (len(x), 1, 1, 1))
+        shares = torch.from_numpy(shares).float().to(x.device)
+        return torch.lerp(x, x.roll(1, 0), shares)
 
     def _answer(self, x, file, rows):
         """Return the features of images from these rows of a file, which the teacher fills."""
