@@ -1,5 +1,6 @@
 """The command line, and the wheel that brings it with the notebooks."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -101,6 +102,16 @@ def test_another_clone_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "notebooks")
     with pytest.warns(UserWarning, match="writes there, not to"):
         files.warn_of_other_lab()
+
+
+def test_a_copied_folder_that_nobody_installed_works(capsys, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and "vitlab unknown" in capsys.readouterr().out
 
 
 def test_the_citation_is_of_this_version():

@@ -5,7 +5,6 @@ docs/methods use, and `vitlab.budget` does after `import vitlab`. Each is import
 """
 
 import importlib
-import importlib.metadata
 
 _PLACES = """
     models models.checkpoint models.hub
@@ -23,7 +22,7 @@ __all__ = [*_DOORS]
 def __getattr__(name):
     """Import a module of the list above at its first use."""
     if name == "__version__":
-        return importlib.metadata.version("vitlab")
+        return importlib.import_module("vitlab.files").version()
     if name in _DOORS:
         return importlib.import_module(_DOORS[name])
     # Python asks here, too, before it imports a file such as vitlab/names.py.

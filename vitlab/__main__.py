@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from vitlab import files
@@ -46,7 +45,7 @@ def _parser():
     parser = argparse.ArgumentParser(
         "vitlab", description="What pruning does to a Vision Transformer.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"vitlab {version('vitlab')}")
+    parser.add_argument("--version", action="version", version=f"vitlab {files.version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(call, about, **options):

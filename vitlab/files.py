@@ -1,13 +1,14 @@
 """Find the folders of the project, and write files whole or not at all.
 
 Public: fingerprint, headless, lock, log, make_folder, notebooks, progress, repository, root,
-warn_of_other_lab, write_atomic.
+version, warn_of_other_lab, write_atomic.
 """
 
 import contextlib
 import errno
 import functools
 import hashlib
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -59,6 +60,14 @@ def notebooks():
             "them; run the same there"
         )
     return folder
+
+
+def version():
+    """Return the version of vitlab, "unknown" for a copied folder that nobody installed."""
+    try:
+        return importlib.metadata.version("vitlab")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def warn_of_other_lab():

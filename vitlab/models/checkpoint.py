@@ -9,13 +9,12 @@ import contextlib
 import hashlib
 import json
 import os
-from importlib.metadata import version
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from vitlab import parallel
+from vitlab import files, parallel
 from vitlab.models import _packed, _structure, build
 
 RECORD = "model.json"
@@ -50,12 +49,12 @@ def save(model, folder, *, extra=None, dtype=None, masks=None, name=None, option
     # Weights come back as they are, whether masks were applied or not. Where they were, the stored
     # bits serve both: at 90 % zeros a float32 file has 13 % of its size.
     tensors, shapes = _packed.pack(_tensors(model, dtype), masks)
-    files = {WEIGHTS: safetensors.torch.save(tensors)}
+    contents = {WEIGHTS: safetensors.torch.save(tensors)}
     if bits := _bits_apart(masks, tensors):
-        files[_MASKS] = safetensors.torch.save(bits)
+        contents[_MASKS] = safetensors.torch.save(bits)
     record = {
         "format": _FORMAT,
-        "vitlab": version("vitlab"),
+        "vitlab": files.version(),
         "recipe": recipe,
         "structure": cut,
         "packed": shapes,
@@ -63,15 +62,15 @@ def save(model, folder, *, extra=None, dtype=None, masks=None, name=None, option
         "masks": {name: list(mask.shape) for name, mask in masks.items()},
         "classes": getattr(model, "class_names", None),
         "extra": extra or {},
-        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
     }
     record = json.loads(json.dumps(record))  # as it will be read
     record["sha256"]["record"] = _own_hash(record)
-    files[RECORD] = json.dumps(record, indent=1).encode()
+    contents[RECORD] = json.dumps(record, indent=1).encode()
     # A save that fails or is killed leaves the older checkpoint as it was.
     try:
         if parallel.is_first():
-            _write(folder, files)
+            _write(folder, contents)
     except OSError as error:
         raise type(error)(
             error.errno,
@@ -204,7 +203,7 @@ def _record(folder):
         raise ValueError(f"{path} is no checkpoint's record: {error!r}; save it again") from error
     if not is_readable:
         raise ValueError(
-            f"{path} has format {written}, this vitlab ({version('vitlab')}) reads up to format "
+            f"{path} has format {written}, this vitlab ({files.version()}) reads up to format "
             f"{_FORMAT}: install the version that wrote it ({record.get('vitlab')}) "
             "or save it again"
         )

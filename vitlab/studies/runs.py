@@ -681,7 +681,7 @@ def _commit(repository):
     version.
     """
     if not (repository / "vitlab").is_dir():
-        return version("vitlab")
+        return files.version()
     if not shutil.which("git"):
         return "unknown"
     head = _git("rev-parse", "--short=10", "HEAD")
