@@ -20,10 +20,10 @@ import torch
 
 from vitlab import data, files, imitate, models, runs, train
 
-EPOCHS = 32  # of 90,112 images
+EPOCHS = 8  # of 89,600 images
 # Images of each study in a batch, and how often an epoch has each image: CIFAR-10 has seven times as many.
 PARTS = {"caltech101-dinov2": (256, 8), "cifar10-dinov2": (256, 1)}
-RECIPE = train.Recipe(epochs=EPOCHS, lr=0.002, warmup_epochs=1.0, precision="bf16")
+RECIPE = train.Recipe(epochs=EPOCHS, lr=0.002, batch_size=512, precision="bf16")
 AUGMENT = {"scale": [0.25, 1.0], "flip": True}
 # New views in each epoch, some of them mixed: a few thousand photographs are soon known by heart.
 VIEWS = {"views": None, "augment": AUGMENT, "mixup": 0.2, "precision": "bf16"}
@@ -58,6 +58,7 @@ def main(epochs=EPOCHS, more=False):
         "settings": vars(recipe) | VIEWS | {"images of a batch, and how often": PARTS},
         "images": [images.identity for images in splits.values()],
         "history": earlier + history.to_dict("records"),
+        "made": runs.provenance(),
     }
     save(swin, path, record)
 
