@@ -3,6 +3,7 @@
     python benchmarks [--only passes masks_of_vit_b …] [--rounds 7] [--threads 2]
     python benchmarks --only accuracy  # takes many hours, so it is not among the others; see accuracy.py
     python benchmarks --only targets  # some 20 minutes; needs CIFAR-10, too
+    python benchmarks --only foundation  # minutes on a GPU, many hours on two cores; see foundation.py
     python benchmarks --only steps --rounds 3  # some 15 minutes; needs Caltech-101 and weights of DINOv2
 
 Everything that is compared runs interleaved in one process, in a new random order each round, and ratios are taken
@@ -14,6 +15,7 @@ import argparse
 import os
 
 import accuracy
+import foundation
 import methods
 import peers
 import speed
@@ -22,7 +24,7 @@ import targets
 import torch
 
 USUAL = methods.CASES | peers.CASES | speed.CASES
-CASES = USUAL | accuracy.CASES | targets.CASES | steps.CASES
+CASES = USUAL | accuracy.CASES | targets.CASES | steps.CASES | foundation.CASES
 
 
 def main():

@@ -3,7 +3,7 @@
 A colour stands for a method, in all figures. Axes carry units and have no title; the sentence of
 TITLES stands above where a figure is saved with it.
 
-Public: TITLES, accuracy_curve, agreement, class_change, criteria, draw_each, ladder, peers,
+Public: TITLES, accuracy_curve, agreement, backbones, class_change, criteria, draw_each, ladder, peers,
 prediction_audit, probes, recovery, save, sensitivity_curves, speedups, tradeoff, training_curves.
 """
 
@@ -401,6 +401,43 @@ def peers(lines, *, models=None):
         ax.xaxis.set_major_formatter("{x:.0%}")
         ax.set_title(model)
     _share_loss_axis(panels[0], worst)
+    return figure
+
+
+@styled
+def backbones(lines, *, metric="probe_kept", words="linear probe of the dense model"):
+    """Draw the top-1 of cut backbones over the share of the MACs that is left.
+
+    There is a panel for each data set. Methods of this package have colours, others are grey, and
+    the dense model is a line across. Bars go from the lowest to the highest draw.
+
+    lines: columns data, method ("dense", and those of this package as "vitlab, pool"), budget, draw
+        and the metric, as benchmarks/foundation.py leaves them.
+    metric: the column to draw, in percent.
+    words: what it is, for the axis.
+    Returns a Figure.
+    """
+    groups = lines.groupby("data", sort=False)
+    figure, panels = panels_beside(groups, 7.6 if len(groups) == 1 else 2 * 6.6, 5.2)
+    for ax, name, rows in panels:
+        ax.axhline(rows[rows.method == "dense"][metric].mean(), color="0.35", linestyle=":")
+        ends = {"dense": (rows[rows.method == "dense"][metric].mean(), "0.35")}
+        cuts = rows[rows.method != "dense"]
+        ax.set_xlim(1.02 * cuts.budget.max(), 0.98 * cuts.budget.min())
+        for method, line in cuts.groupby("method", sort=False):
+            ours = method.startswith("vitlab, ")
+            kind = method.removeprefix("vitlab, ").partition(",")[0]
+            look = {"color": COLORS.get(kind, CONTROL) if ours else CONTROL}
+            look |= {"linewidth": 3 if ours else 1.2, "marker": "o" if ours else "s"}
+            look |= {"linestyle": "--" if "labels" in method else "-"}
+            ranges = tables.ranges_of(line.groupby("budget")[metric])
+            range_bars(ax, ranges, markersize=8 if ours else 4, zorder=3 if ours else 2, **look)
+            ends[method] = (ranges["mean"].iloc[0], look["color"])
+        label_lines(ax, ends, size=TEXT)
+        ax.set(title=name, xticks=sorted(cuts.budget.unique()))
+        ax.xaxis.set_major_formatter("{x:.0%}")
+    figure.supxlabel("share of the MACs that is left")
+    figure.axes[0].set(ylabel=f"test top-1 (%), {words}")
     return figure
 
 
