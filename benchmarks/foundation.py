@@ -20,8 +20,10 @@ statistics of its own included, memory above what was held before.
 """
 
 import argparse
+import contextlib
 import fnmatch
 import functools
+import io
 import os
 import time
 from dataclasses import dataclass
@@ -248,13 +250,15 @@ def snapvit_gradients(given):
 
 
 def lamp(given, share):
-    model = snapvit.with_gradients(given.dense, given.split, given.seed, "lamp")
-    return Cut(*snapvit.cut(given.dense, model, share))
+    return Cut(*snapvit.cut(given.dense, snapvit.prunable(given.dense, "lamp")[0], share))
 
 
 def snip(given, share):
-    call = functools.partial(snapvit.with_gradients, given.dense, given.split, given.seed)
-    model = given.once("SNIP's gradients", functools.partial(call, "snip-magnitude-dino"))
+    """SNIP magnitude by the gradients of SnapViT."""
+    model, _ = snapvit.prunable(given.dense, "snip-magnitude-dino")
+    gradients = snapvit_gradients(given).parameters()
+    for own, other in zip(model.parameters(), gradients, strict=True):
+        own.grad = None if other.grad is None else other.grad.clone()
     return Cut(*snapvit.cut(given.dense, model, share))
 
 
@@ -330,6 +334,14 @@ class Held:
         return iter(self.held)
 
 
+def warm_up(device):
+    """Let a GPU load its solvers, which would else count as the first method's."""
+    matrix = torch.eye(64, dtype=torch.float64, device=device)
+    for solve in (torch.linalg.eigh, torch.linalg.svd, torch.linalg.cholesky, torch.linalg.inv):
+        solve(matrix)
+    torch.linalg.solve(matrix, matrix)
+
+
 class Judge:
     """Measures features of cut models of one data set, beside those of the dense one."""
 
@@ -390,7 +402,9 @@ def keep(row):
     rows = [each for each in read().to_dict("records") if any(each[k] != row[k] for k in KEY)]
     table = pd.DataFrame([*rows, row | source], columns=[*COLUMNS, *source])
     files.write_atomic(folder("foundation.csv"), table.convert_dtypes().to_csv(index=False))
-    files.log(" ".join(f"{row[k]}" for k in (*KEY, "outcome", *METRICS, "seconds") if k in row))
+    shown = [*KEY, "outcome", *METRICS, "seconds"]
+    words = [row[name] for name in shown if name in row]
+    files.log(" ".join(f"{word:.4g}" if isinstance(word, float) else f"{word}" for word in words))
 
 
 def is_there(key, again):
@@ -429,6 +443,7 @@ class Lab:
         split = split.subset(min(self.calibration, len(split)), seed=draw)
         size = min(self.run.params.calibration.batch_size, max(1, len(split) // 4))
         batches = list(split.batches(size, device=self.device))
+        warm_up(self.device)
         kinds = list(self.run.params.budget.kinds)
         return Given(self.dense, split, batches, draw, self.judge.probe.layer, kinds)
 
@@ -461,10 +476,13 @@ def measured_after_training(cut, lab):
     cut.model.reset_classifier(len(lab.images.classes))
     cut.model.to(lab.device)
     cut.model.is_head_new = True
-    train.fit(cut.model, lab.images.train, lab.images.val, lab.recipe())
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.fit(cut.model, lab.images.train, lab.images.val, lab.recipe())
     test = evaluate.accuracy(cut.model, lab.judge.splits[2], precision=lab.judge.precision)
     cut.model.reset_classifier(0)
     found = lab.judge.measure(cut)
+    # After training nothing reads the dense model's features any more.
+    del found["probe_kept"], found["change"]
     return found | {"top1": test.top1}
 
 
@@ -488,7 +506,7 @@ def measure_all(
     for key in keys(names, methods, budgets, draws, tuned):
         if is_there(key, again):
             continue
-        if seconds and time.perf_counter() - begun > seconds:
+        if seconds is not None and time.perf_counter() - begun > seconds:
             files.log("the time is up; start it again for the rows that are missing")
             break
         if lab is None or lab.name != key["data"]:
@@ -526,11 +544,10 @@ def summary(table, name, share, stage="cut"):
             lines.append(line | {"draws": 0, "outcome": mine.outcome.iloc[0]})
             continue
         line["MACs"] = f"{works.macs.median() / whole:.3f}"
-        metrics = {**METRICS, "top1": "fine-tuned"}
-        for metric, words in metrics.items():
+        for metric, words in {**METRICS, "top1": "fine-tuned", "change": "1 - cosine"}.items():
             if works[metric].notna().any():
-                line[words] = median_and_spread(works[metric])
-        line["1 - cosine"] = median_and_spread(works.change, "{:.3f}")
+                form = "{:.3f}" if metric == "change" else "{:.1f}"
+                line[words] = median_and_spread(works[metric], form)
         line["seconds"] = median_and_spread(works.seconds)
         line["MB"] = f"{works.memory_mb.median():.0f}"
         lines.append(line | {"draws": len(works)})

@@ -9,10 +9,11 @@ table, 15 points fewer of the heads than of the neurons, until the share of the 
 """
 
 import importlib
+import io
 import os
 import sys
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -95,25 +96,31 @@ class Views(Dataset):
 
 @contextmanager
 def quiet():
-    """Switch its bars off."""
+    """Let its code neither draw bars nor print."""
     for name in ("src.utils.models", "src.models.prunable.dino.gradients"):
         load(name).tqdm = lambda items, **_: items
-    yield
+    with redirect_stdout(io.StringIO()):
+        yield
 
 
-def with_gradients(dense, split, seed, word="sparse-gpt-dino"):
-    """Return one of SnapViT's prunable models with self-supervised gradients.
-
-    split: the calibration images. word: of its PrunableModelType; "lamp" needs no gradients.
-    """
-    prunable = load("src.models.prunable")
-    kind = load("src.models.enums").PrunableModelType(word)
-    device = next(dense.parameters()).device
-    torch.manual_seed(seed)
+def prunable(dense, word="sparse-gpt-dino"):
+    """Return one of SnapViT's prunable models without gradients, by its word, and its crops."""
     with quiet():
-        model, crops = prunable.load_prunable_model(kind, prepared(dense), None, device, **LEAST)
-        if word != "lamp":
-            model.estimate_pruning_weights(DataLoader(Views(split, crops), batch_size=16))
+        kind = load("src.models.enums").PrunableModelType(word)
+        device = next(dense.parameters()).device
+        make = load("src.models.prunable").load_prunable_model
+        return make(kind, prepared(dense), None, device, **LEAST)
+
+
+def with_gradients(dense, split, seed):
+    """Return SnapViT's prunable model with its self-supervised gradients.
+
+    split: the calibration images. seed: of the crops.
+    """
+    torch.manual_seed(seed)
+    model, crops = prunable(dense)
+    with quiet():
+        model.estimate_pruning_weights(DataLoader(Views(split, crops), batch_size=16))
     return model
 
 
@@ -205,7 +212,7 @@ def as_ours(dense, pruned):
         drop[block.name, "neurons"] = range(neurons, block.neurons)
         drop[block.name, "heads"] = range(heads, block.num_heads)
     small = shrink.remove(dense, {key: list(gone) for key, gone in drop.items() if len(gone)})
-    own = small.state_dict()
     # Of attention and MLPs without any units no weights are left but a bias.
-    small.load_state_dict({name: pruned.state_dict()[name] for name in own if ".head" not in name})
+    weights = pruned.state_dict()
+    small.load_state_dict({name: weights[name] for name in small.state_dict()})
     return small

@@ -1,9 +1,11 @@
 """Benchmarks: each runs and says where its numbers come from. Times themselves are never asserted."""
 
+import copy
 import shutil
 import subprocess
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,6 +14,7 @@ import torch
 from vitlab import files, models
 from vitlab.evaluation import cost
 from vitlab.models import checkpoint
+from vitlab.pruning import scores
 from vitlab.report import tables
 from vitlab.training import _shapes, data
 
@@ -225,3 +228,108 @@ def test_shares_of_parameters_and_bytes_are_met_by_what_is_handed_out(accuracy, 
         columns=["met_q1", "met", "met_q3"]
     ).dropna()  # none where time cannot be had so
     assert (timed.diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)
+
+
+# -- a backbone without classifier
+
+
+@pytest.fixture
+def foundation(accuracy, drawn, monkeypatch):
+    """Return the benchmark with one toy in the place of the real ViT and its images."""
+    import foundation
+
+    torch.manual_seed(0)
+    options = dict(embed_dim=96, depth=3, num_heads=3, patch_size=4)
+    toy = models.create("vit_tiny_patch16_224", num_classes=0, image_size=16, **options).eval()
+    values = {"kinds": ["heads", "neurons", "width", "ranks"], "batch_size": 16}
+
+    class Toy(foundation.Lab):
+        images, dense, device = drawn, toy, torch.device("cpu")
+
+        def __init__(self, name, calibration=64):
+            self.name, self.calibration = name, calibration
+            values_ = SimpleNamespace(**values)
+            self.run = SimpleNamespace(params=SimpleNamespace(calibration=values_, budget=values_))
+
+    monkeypatch.setattr(foundation, "Lab", Toy)
+    monkeypatch.delenv("SNAPVIT", raising=False)
+    return foundation
+
+
+OWN = ["vitlab, pool", "vitlab, pool, by labels", "vitlab, units", "vitlab, ranks", "random units"]
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_a_backbone_is_cut_to_its_share_and_says_which_channels_are_left(share, foundation):
+    lab = foundation.Lab("toy")
+    given, whole = lab.given(0), cost.macs(lab.dense)
+    for method in [*OWN, "CORP", "SVD, whitened", "linear maps for blocks"]:
+        cut, spent = foundation.made(method, given, share)
+        found = lab.judge.measure(cut)
+        macs = found["macs"] / whole
+        allowed = 0.25 if method.startswith("linear") else 0.02  # a map stands for a whole block
+        assert macs == pytest.approx(share, rel=allowed), method
+        features = lab.judge.features(cut.model)[2].features
+        left = features.shape[1] if cut.channels is None else len(cut.channels)
+        assert features.isfinite().all() and features.shape[1] == left
+        assert spent["seconds"] > 0 and spent["memory_mb"] >= 0
+    step = foundation.made("vitlab, pool", given, share)[1]["seconds"]
+    assert step > given.steps["grams by labels none"].seconds  # charged though they were there
+
+
+def test_what_corp_solves_for_brings_features_nearer_to_the_dense_ones(foundation, monkeypatch):
+    import closed_form
+
+    lab = foundation.Lab("toy")
+    batches = lab.given(0).batches
+    solved, _ = closed_form.corp(lab.dense, batches, 0.6)
+    monkeypatch.setattr(closed_form, "RIDGE", 1e9)
+    only_cut, _ = closed_form.corp(lab.dense, batches, 0.6)
+    assert scores.change(lab.dense, solved, batches) < scores.change(lab.dense, only_cut, batches)
+    with pytest.raises(ValueError, match="CORP cannot reach 0.05"):
+        closed_form.corp(lab.dense, batches, 0.05)
+
+
+def test_a_map_takes_the_place_of_a_block_that_is_one(foundation):
+    import closed_form
+
+    lab = foundation.Lab("toy")
+    dense = copy.deepcopy(lab.dense)
+    dense.blocks[1] = torch.nn.Linear(96, 96)
+    sums = closed_form._stream_moments(dense, lab.given(0).batches)
+    left = {key: closed_form._fit(sums, *key)[2] for key in [(0, 1), (1, 2), (2, 3)]}
+    assert left[1, 2] < 1e-4 < min(left[0, 1], left[2, 3])
+    left |= {(0, 2): 1.0, (1, 3): 1.0, (0, 3): 1.0}
+    assert closed_form._best_runs(left, 3, 1) == [(1, 2)]
+    assert closed_form._best_runs(left | {(1, 3): 0.0}, 3, 2) == [(1, 3)]
+
+
+def test_rows_of_a_backbone_go_on_where_they_ended_and_failures_are_rows(foundation, monkeypatch):
+    fakes = {"dense": foundation.METHODS["dense"], "SnapViT": foundation.METHODS["SnapViT"]}
+    fakes["CORP"] = lambda given, share: foundation.METHODS["dense"](given, share)
+    monkeypatch.setattr(foundation, "METHODS", fakes)
+    foundation.measure_all(["toy"], [*fakes], (0.5,), (0, 1), seconds=0)
+    assert foundation.read().empty  # no time at all
+    foundation.measure_all(["toy"], [*fakes], (0.5,), (0, 1))
+    table = foundation.read()
+    assert list(zip(table.method, table.draw, strict=True)) == [
+        ("dense", 0), ("SnapViT", 0), ("CORP", 0), ("SnapViT", 1), ("CORP", 1)
+    ]  # fmt: skip
+    failed = table[table.outcome != "runs"]
+    assert (
+        set(failed.method) == {"SnapViT"}
+        and failed.outcome.str.contains("SNAPVIT is not set").all()
+    )
+    assert table[table.method == "dense"].change.item() == pytest.approx(0, abs=1e-6)
+    fakes["CORP"] = None  # cannot be called any more
+    fakes["SnapViT"] = lambda given, share: foundation.METHODS["dense"](given, share)
+    foundation.measure_all(["toy"], [*fakes], (0.5,), (0, 1))
+    assert foundation.read().equals(table)
+    foundation.measure_all(["toy"], [*fakes], (0.5,), (0, 1), again=True)
+    assert foundation.read().outcome.eq("runs").all()
+    lines = foundation.summary(table.assign(data="toy"), "toy", 0.5)
+    assert lines.method.to_list() == ["dense", "SnapViT", "CORP"] and lines.draws.to_list() == [
+        1,
+        0,
+        2,
+    ]

@@ -486,6 +486,22 @@ def test_peers_are_taken_at_their_best(bench):
     assert ax.containers[0].lines[0].get_color() == _style.COLORS["pool"]
 
 
+def test_backbones_have_a_panel_a_data_set_and_peers_are_grey():
+    cuts = itertools.product(
+        ("Caltech-101", "CIFAR-10"), ("vitlab, pool", "CORP"), (0.5, 0.75), (0, 1)
+    )
+    lines = [(*key, 100 * key[2] + key[3]) for key in cuts]
+    lines += [(data, "dense", 1.0, 0, 90.0) for data in ("Caltech-101", "CIFAR-10")]
+    columns = ["data", "method", "budget", "draw", "probe_kept"]
+    panels = plots.backbones(pd.DataFrame(lines, columns=columns)).axes
+    assert [ax.get_title() for ax in panels] == ["Caltech-101", "CIFAR-10"]
+    for ax in panels:
+        colors = {c.lines[0].get_color(): c.lines[0].get_ydata().tolist() for c in ax.containers}
+        means = [50.5, 75.5]
+        assert colors == {_style.CONTROL: means, _style.COLORS["pool"]: means}
+        assert {text.get_text() for text in ax.texts} == {"dense", "CORP", "vitlab, pool"}
+
+
 # -- recovery, step by step
 
 
