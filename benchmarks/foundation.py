@@ -7,7 +7,8 @@
 It needs the weights and images of the studies caltech101-dinov2 and cifar10-dinov2, and for SnapViT
 a clone of its code (see snapvit.py). It runs on a GPU where there is one: some minutes, against many
 hours on two cores. Rows go one by one into foundation.csv, and what is there is not done again, so
-that it can be stopped at any time. `--again` repeats what failed.
+that it can be stopped at any time, and several processes, of other methods each, may share the
+work. `--again` repeats what failed.
 
 A row is a method's model of one data set, budget and draw. A draw is 512 training images that all
 methods get; a method that needs no images has one draw. Stage `cut` is the model without training,
@@ -34,6 +35,7 @@ import pandas as pd
 import snapvit
 import torch
 from common import folder
+from filelock import FileLock
 from peers import torch_pruning, torch_pruning_to
 
 from vitlab import files, models
@@ -275,7 +277,7 @@ def torch_pruned(given, share, *, criterion, ranked):
     columns = small.get_classifier().weight.T[:, None] == whole.get_classifier().weight.T
     channels = columns.all(-1).int().argmax(1).tolist()
     small.reset_classifier(0)
-    return Cut(small.to(given.device).eval(), note, channels)
+    return Cut(small.to(given.device).eval(), f"{note}; on the CPU", channels)
 
 
 def gradients_of(model, batches):
@@ -397,11 +399,12 @@ def read():
 
 
 def keep(row):
-    """Add a row to foundation.csv, in the place of one of its key."""
+    """Add a row to foundation.csv, in the place of one of its key; several processes may."""
     source = runs.provenance()
-    rows = [each for each in read().to_dict("records") if any(each[k] != row[k] for k in KEY)]
-    table = pd.DataFrame([*rows, row | source], columns=[*COLUMNS, *source])
-    files.write_atomic(folder("foundation.csv"), table.convert_dtypes().to_csv(index=False))
+    with FileLock(folder(".foundation.lock")):
+        rows = [each for each in read().to_dict("records") if any(each[k] != row[k] for k in KEY)]
+        table = pd.DataFrame([*rows, row | source], columns=[*COLUMNS, *source])
+        files.write_atomic(folder("foundation.csv"), table.convert_dtypes().to_csv(index=False))
     shown = [*KEY, "outcome", *METRICS, "seconds"]
     words = [row[name] for name in shown if name in row]
     files.log(" ".join(f"{word:.4g}" if isinstance(word, float) else f"{word}" for word in words))
