@@ -179,7 +179,11 @@ def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
     seen = once("positions", budget.positions, given.batches, labels=labels)
     how = {"layers": list(models.view(model).matrices), "affine": True, **seen}
     grams = once("grams", scores.grams, given.batches, **how)
-    how = {"kinds": given.kinds, "grams": grams, "labels": labels}
+    few = given.batches[:: max(1, len(given.batches) // 4)]
+    drawn = "none" if labels == "none" else "model"
+    how = {"layers": list(models.view(model).matrices), "labels": drawn}
+    gradients = once("gradients", scores.gradient_grams, few, **how)
+    how = {"kinds": given.kinds, "grams": grams, "gradients": gradients, "labels": labels}
     found = once("candidates", budget.candidates, given.batches, **how)
     if shuffled:
         generator = torch.Generator().manual_seed(given.seed)
@@ -189,8 +193,8 @@ def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
     how = {"grams": grams, "compensate": "least squares", **seen}
     small, drops = budget.cut(model, plan, given.batches[::2], **how)
     damping = "held out" if len(given.batches) >= 4 else 1e-3
-    how = {"drops": drops, "damping": damping, "untouched": keep, **seen}
-    small = recover.reconstruct(small, model, given.batches, **how)
+    how = {"drops": drops, "damping": damping, "untouched": keep, "gradients": gradients}
+    small = recover.reconstruct(small, model, given.batches, **how, **seen)
     small.reset_classifier(0)
     return Cut(small, f"labels: {labels}", channels_left(model, plan.drop))
 

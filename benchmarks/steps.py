@@ -28,16 +28,20 @@ def steps(rounds):
 
     seen = budget.positions(dense, batches, labels="none")
     grams = scores.grams(dense, batches, **how, **seen)
-    options = {"kinds": KINDS, "grams": grams, "labels": "none"}
+    few = batches[:: max(1, len(batches) // 4)]
+    felt = {"layers": list(models.view(dense).matrices), "labels": "none"}
+    gradients = scores.gradient_grams(dense, few, **felt)
+    options = {"kinds": KINDS, "grams": grams, "gradients": gradients, "labels": "none"}
     found = budget.candidates(dense, batches, **options)
     plan = budget.plan(dense, **found, kinds=KINDS, macs=SHARE)
     cut = {"grams": grams, "compensate": "least squares", **seen}
     small, drops = budget.cut(dense, plan, batches, **cut)
-    solved = {"drops": drops, "damping": "held out", **seen}
+    solved = {"drops": drops, "damping": "held out", "gradients": gradients, **seen}
 
     calls = {
         "forward": lambda: forward(dense, batches),
         "positions": lambda: budget.positions(dense, batches, labels="none"),
+        "gradients": lambda: scores.gradient_grams(dense, few, **felt),
         "grams": lambda: scores.grams(dense, batches, **how, **seen),
         "candidates": lambda: budget.candidates(dense, batches, **options),
         "plan": lambda: budget.plan(dense, **found, kinds=KINDS, macs=SHARE),

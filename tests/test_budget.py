@@ -30,12 +30,15 @@ def test_reach_is_the_four_calls(any_model, batch):
     seen = budget.positions(any_model, batches)
     matrices = list(models.view(any_model).matrices)
     grams = scores.grams(any_model, batches, layers=matrices, affine=True, **seen)
-    scored = budget.candidates(any_model, batches, kinds=kinds, grams=grams)
+    how = {"layers": matrices, "labels": "model"}
+    gradients = scores.gradient_grams(any_model, batches, **how)
+    how = {"kinds": kinds, "grams": grams, "gradients": gradients}
+    scored = budget.candidates(any_model, batches, **how)
     expected_plan = budget.plan(any_model, **scored, kinds=kinds, macs=0.6)
     how = {"compensate": "least squares", "grams": grams, **seen}
     expected, drops = budget.cut(any_model, expected_plan, batches[::2], **how)
     damping = "held out" if len(batches) >= 4 else 1e-3
-    how = {"drops": drops, "damping": damping, **seen}
+    how = {"drops": drops, "damping": damping, "gradients": gradients, **seen}
     expected = recover.reconstruct(expected, any_model, batches, **how)
 
     assert plan.drop == expected_plan.drop and plan.ranks == expected_plan.ranks

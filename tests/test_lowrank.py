@@ -71,6 +71,40 @@ def test_whitened_svd_loses_the_singular_values_it_cuts(m, n, share):
     assert cut <= plain + 1e-6 * total
 
 
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("share", [0.2, 0.5, 1])
+def test_errors_count_by_the_gradients_of_their_outputs(m, n, share):
+    weight, gram = problem(m, n)
+    weight = weight.double()
+    _, gradient = problem(m, m, seed=1)
+    rank = max(1, round(share * min(m, n)))
+    felt = lowrank.damped(gradient, lowrank._FEW_GRADIENTS)  # R R^T
+    root = torch.linalg.cholesky(felt)
+
+    def lost(u, v):
+        return lowrank.objective(root.T @ weight, root.T @ (u @ v), gram)
+
+    u, v = lowrank.svd(weight, rank, gram=gram, gradient=gradient)
+    torch.testing.assert_close(u.norm(dim=0), v.norm(dim=1))
+    cut = torch.linalg.svdvals(root.T @ weight @ torch.linalg.cholesky(gram))[rank:]
+    total = lost(0 * u, v)
+    assert lost(u, v) == pytest.approx(cut.square().sum().item(), rel=1e-6, abs=1e-8 * total)
+    assert lost(u, v) <= lost(*lowrank.svd(weight, rank, gram=gram)) + 1e-8 * total
+    alike = lowrank.svd(weight, rank, gram=gram, gradient=3 * torch.eye(m))
+    torch.testing.assert_close(
+        torch.matmul(*alike), torch.matmul(*lowrank.svd(weight, rank, gram=gram))
+    )
+
+
+def test_the_output_that_the_loss_feels_stays_by_hand():
+    weight = torch.diag(torch.tensor([3.0, 2.0]))
+    u, v = lowrank.svd(weight, 1, gradient=torch.diag(torch.tensor([1.0, 100.0])))
+    # 1 * 3^2 is less than 100 * 2^2.
+    torch.testing.assert_close(u @ v, torch.diag(torch.tensor([0.0, 2.0])), rtol=0, atol=1e-6)
+    u, v = lowrank.svd(weight, 1, gradient=torch.zeros(2, 2))  # nothing tells: as without
+    torch.testing.assert_close(u @ v, torch.diag(torch.tensor([3.0, 0.0])), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("m, n", [(24, 10), (10, 24)])
 def test_whitened_svd_with_fewer_tokens_than_inputs(m, n):
     weight, gram = problem(m, n, tokens=5)

@@ -195,6 +195,32 @@ def test_a_factored_layer_gets_the_best_map_of_its_rank(vit, batches):
     )
 
 
+@pytest.mark.parametrize("layer", ["blocks.0.mlp.fc1", "blocks.1.mlp.fc2"])
+def test_a_factored_layer_errs_where_the_loss_feels_least(vit, batches, layer):
+    """And a plain layer, which is solved for each output apart, is the same."""
+    small = factor.factorise(vit, {layer: 5})
+    felt = scores.gradient_grams(vit, batches, labels="model")
+    plain, weighted = (
+        recover.reconstruct(small, vit, batches, damping=1e-9, gradients=gradients)
+        for gradients in (None, felt)
+    )
+    seen = torch.cat([inputs(plain, layer, x) for x, _ in batches])
+    dense = vit.get_submodule(layer)
+
+    def felt_error(model):
+        own = model.get_submodule(layer)
+        weight, bias = own.weight - dense.weight, own.bias - dense.bias
+        errors = (seen @ weight.T + bias).double()
+        return torch.einsum("pi,ij,pj->", errors, felt[layer], errors).item()
+
+    assert felt_error(weighted) < 0.999 * felt_error(plain)
+    alike = {name: torch.eye(len(gram)).double() for name, gram in felt.items()}
+    same = recover.reconstruct(small, vit, batches, damping=1e-9, gradients=alike)
+    x = batches[0][0]
+    torch.testing.assert_close(same(x), plain(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weighted.blocks[0].attn.qkv.weight, plain.blocks[0].attn.qkv.weight)
+
+
 def test_removed_in_two_steps_as_in_one(model, batches):
     block = models.view(model).blocks[1].name
     first = {(block, "neurons"): [3, 5, 8], ("stages.0", "width"): [0, 7]}

@@ -42,9 +42,11 @@ def reach(model, batches, *, labels="true", keep=(), **target):
     # A stem of one convolution, for instance, has no filters that may go.
     kinds = [kind for kind in _POOL if kind == "ranks" or view.units([kind])]
     seen = positions(model, batches, labels=labels)
+    gradients = _gradients(model, batches, labels)
     # Bases of ranks and compensation need the same grams: take them once.
     grams = _affine_grams(model, batches, **seen)
-    competitors = candidates(model, batches, kinds=kinds, grams=grams, labels=labels)
+    how = {"grams": grams, "gradients": gradients, "labels": labels}
+    competitors = candidates(model, batches, kinds=kinds, **how)
     chosen = plan(model, **competitors, kinds=kinds, keep=keep, **target)
     how = {"grams": grams, "compensate": "least squares"}
     # Ranks are fitted again below: half of the images tell their directions.
@@ -52,7 +54,7 @@ def reach(model, batches, *, labels="true", keep=(), **target):
     # Then all layers are solved for against the dense model (docs/methods/recovery.md), by a ridge
     # that serves images which were not used.
     damping = "held out" if len(batches) >= 4 else 1e-3
-    how = {"drops": drops, "damping": damping, "untouched": kept}
+    how = {"drops": drops, "damping": damping, "untouched": kept, "gradients": gradients}
     return recover.reconstruct(small, model, batches, **how, **seen), chosen
 
 
@@ -73,19 +75,32 @@ def positions(model, batches, *, labels="true"):
     matrices = models.view(model).matrices.values()
     widest = max(layer.weight.flatten(1).shape[1] for layer in matrices)
     tokens = max(_TOKENS, math.ceil(8 * widest / max(images, 1)))
-    # A mean of squares needs few images.
-    few = batches[:: max(1, len(batches) // 4)]
-    weights = scores.position_weights(model, few, labels=labels)
+    weights = scores.position_weights(model, _few(batches), labels=labels)
     return {"tokens": tokens, "weights": weights}
 
 
-def candidates(model, batches, *, kinds, grams=None, labels="true"):
+def _gradients(model, batches, labels):
+    """Return scores.gradient_grams of all that may become low rank."""
+    # What stays should answer as the model does, right or wrong: labels are its own.
+    labels = "none" if labels == "none" else "model"
+    layers = list(models.view(model).matrices)
+    return scores.gradient_grams(model, _few(batches), layers=layers, labels=labels)
+
+
+def _few(batches):
+    """Return about four of the batches: means of squared gradients need few images."""
+    return batches[:: max(1, len(batches) // 4)]
+
+
+def candidates(model, batches, *, kinds, grams=None, gradients=None, labels="true"):
     """Measure on calibration batches what `plan` compares for these kinds.
 
     model, batches: see `reach`.
     kinds: what may go, see `plan`.
     labels: which labels the gradients take, see scores.measure.
     grams: {layer: [n+1, n+1]} of all view.matrices by scores.grams(affine=True), if known already.
+    gradients: {layer: [m, m]} of scores.gradient_grams, by which directions are ordered, as
+        recover.reconstruct does; None: by what the layer's output loses.
 
     Returns {"unit_scores": ..., "directions": ...}, each only if a kind needs it.
     Raises what scores.units, scores.grams and scores.directions raise.
@@ -97,7 +112,10 @@ def candidates(model, batches, *, kinds, grams=None, labels="true"):
         moments = _second_moments(grams or _affine_grams(model, batches))
         matrices = models.view(model).matrices
         layers = files.progress(matrices.items(), "decomposing")
-        bases = {name: pool.basis(layer, moments[name]) for name, layer in layers}
+        gradients = gradients or {}
+        bases = {
+            name: pool.basis(layer, moments[name], gradients.get(name)) for name, layer in layers
+        }
     # Fisher scores and directions are both in loss units, so that they may compete. One backward
     # pass gives both.
     units = [kind for kind in kinds if kind != "ranks"]

@@ -26,6 +26,8 @@ from vitlab.pruning import masks
 
 TINY = 1e-37  # stands for zero in a divisor, in float32, too
 _MOST_STEPS = 30  # of thresholding
+# Damping of gradients: outputs that few images moved the loss by are not free to be wrong.
+_FEW_GRADIENTS = 1e-2
 
 
 # -- What a fit is, and what it loses
@@ -148,7 +150,7 @@ def rank_for(m, n, share, *, multiple=8):
     return rank // multiple * multiple or rank
 
 
-def svd(weight, rank, *, gram=None):
+def svd(weight, rank, *, gram=None, gradient=None):
     """Return the factors u [m, rank] and v [rank, n] of the best approximation of that rank.
 
     Without gram this is the truncated SVD (Eckart and Young 1936), sqrt(sigma) on either side. With
@@ -157,9 +159,15 @@ def svd(weight, rank, *, gram=None):
     values that were cut. The smaller Gram matrix is decomposed, several times faster than
     torch.linalg.svd.
 
+    With gradient = R R^T it is R^T W that is approximated, and u is multiplied by R^-T: what the
+    loss feels of an error E, tr[R^T E H E^T R], is then the least. Half of it is what the loss
+    rises by, to second order, where errors and gradients of different positions are independent
+    (K-FAC, Martens and Grosse 2015).
+
     weight: W [m, n].
     rank: in [1, min(m, n)].
     gram: [n, n], or None.
+    gradient: [m, m], of scores.gradient_grams, or None: all outputs count alike.
 
     Returns u and v with equal norms, the largest direction first.
     Raises ValueError for a rank outside [1, min(m, n)], wrong shapes and values that are not
@@ -168,8 +176,13 @@ def svd(weight, rank, *, gram=None):
     _check_rank(weight, rank)
     double, gram = _checked(weight, gram)
     is_single = gram is None and weight.dtype != torch.float64
+    if gradient is not None:
+        root, inverse = _roots(damped(gradient, _FEW_GRADIENTS).to(double))
+        double = root.T @ double
     roots = _root(double, gram)
     u, v = _truncate(double, rank, gram, roots, is_single=is_single)
+    if gradient is not None:
+        u, v = _balanced(inverse.T @ u, v)
     return u.to(weight.dtype), v.to(weight.dtype)
 
 
@@ -213,6 +226,11 @@ def _root(weight, gram, damping=1e-9):
     """
     if gram is None or len(weight) <= weight.shape[1]:
         return None, None
+    return _roots(gram, damping)
+
+
+def _roots(gram, damping=1e-9):
+    """Return S and S^-1 with S S^T = gram, whose eigenvalues are raised to a share of the largest."""
     values, vectors = torch.linalg.eigh(gram)
     least = damping * values[-1].item() or 1.0  # 1 for a gram of zeros
     sigma = values.clamp_min(least).sqrt()
@@ -244,13 +262,16 @@ def _truncate(weight, rank, gram, roots, *, is_single=False):
         u, v = vectors, vectors.T @ weight
     else:  # right ones
         u, v = whitened @ vectors, _times(vectors.T, inverse)
-    # Give both the same norms, and put the largest first.
+    u, v = _balanced(u, v)
+    return u.flip(1), v.flip(0)  # the largest first
+
+
+def _balanced(u, v):
+    """Return u [m, r] and v [r, n] with equal norms of their parts, and the same product."""
     norms = u.norm(dim=0).clamp_min(1e-150)
     ratio = v.norm(dim=1) / norms
     ratio = ratio.clamp_min(1e-150).sqrt()
-    u = u * ratio
-    v = v / ratio[:, None]
-    return u.flip(1), v.flip(0)
+    return u * ratio, v / ratio[:, None]
 
 
 def _leading(square, rank, is_single):

@@ -236,16 +236,17 @@ class _Thin(NamedTuple):
     losses: np.ndarray
 
 
-def basis(layer, gram):
-    """Return all directions u [m, R], v [R, n] of the activation-weighted SVD of a layer.
+def basis(layer, gram, gradient=None):
+    """Return all directions u [m, R], v [R, n] of the weighted SVD of a layer.
 
     layer: linear or convolution, of weight.flatten(1) [m, n]; R = min(m, n).
     gram: [n, n] of its inputs; lowrank.damped is applied to it here.
+    gradient: [m, m] of its outputs, see lowrank.svd; None: all count alike.
 
     Raises ValueError for a gram of another shape and for values that are not finite.
     """
     weight = layer.weight.detach().flatten(1)
-    return lowrank.svd(weight, min(weight.shape), gram=lowrank.damped(gram))
+    return lowrank.svd(weight, min(weight.shape), gram=lowrank.damped(gram), gradient=gradient)
 
 
 def thin_layers(model, directions, multiple, most):

@@ -35,6 +35,7 @@ def reconstruct(
     tokens=64,
     damping=1e-3,
     weights=None,
+    gradients=None,
 ):
     """Return a copy of model whose layers come as near as they can to what dense computes.
 
@@ -64,6 +65,9 @@ def reconstruct(
         model's width (docs/methods/recovery.md) and takes four batches or more.
     weights: {layer: [positions]} of scores.position_weights, by which errors count; then tokens
         before the patches are always looked at. None: all positions count alike.
+    gradients: {layer: [m, m]} of scores.gradient_grams of dense, by which errors of a factored
+        layer's outputs count (see lowrank.svd). A plain layer has the best map for each output
+        apart, however much it counts. None: all outputs count alike.
 
     On the positions seen, no layer is further from its target than before its turn, up to the
     ridge. The cost is about two forward passes of dense, three of model, and the products. For all
@@ -113,6 +117,7 @@ def reconstruct(
                 if layer_name not in untouched and _is_solved(model, layer_name, rows):
                     place = _place(dense_view, view, layer_name, rows)
                     place.positions = positions[layer_name]
+                    place.gradient = _gradient(place, (gradients or {}).get(layer_name))
                     places.append(place)
             if reads_images and not places:  # nothing to solve for, nor a stream to move
                 continue
@@ -250,6 +255,7 @@ class _Place:
     dense_norm: nn.Module | None = None
     shift: Tensor | float = 0.0  # of a batch norm's mean against dense's
     positions: _sweep.Positions | None = None  # at which images are looked at
+    gradient: Tensor | None = None  # [m, m], how much errors of the scaled outputs count
     targets: list = dataclasses.field(default_factory=list)  # [positions, outputs] of each batch
 
 
@@ -278,6 +284,15 @@ def _place(dense_view, view, name, rows):
         dense_mean = dense_view.model.get_submodule(norm).running_mean
         place.shift = view.model.get_submodule(norm).running_mean - dense_mean[rows]
     return place
+
+
+def _gradient(place, gradient):
+    """Return the gradients' moments [m, m] of the outputs that are left, behind their scale."""
+    if gradient is None:
+        return None
+    rows = place.rows.to(gradient.device)
+    scale = torch.as_tensor(place.scale).to(gradient).expand(len(rows))
+    return gradient[rows][:, rows] / torch.outer(scale, scale)
 
 
 def _advance(places, part, stream):
@@ -442,7 +457,8 @@ def _solve(place, moments, masks, damping):
     for factor in first:
         # Never masked: all rows have a bias or none, so there was one ridged gram, theirs.
         # The layer gets the best map of its rank.
-        left, right = lowrank.svd(weight, len(factor.weight), gram=ridged)
+        how = {"gram": ridged, "gradient": place.gradient}
+        left, right = lowrank.svd(weight, len(factor.weight), **how)
         weight = left @ right
         factor.weight.copy_(right.view_as(factor.weight))
     last.weight.copy_((left / scale[..., None]).view_as(last.weight))
