@@ -193,7 +193,8 @@ def _scored_units(view, unit_scores, kinds, multiple):
     units = {}
     for key in sizes | unit_scores:
         size = sizes.get(key, 0)
-        score = unit_scores.get(key, torch.zeros(0))
+        # Groups are summed one by one, and each sum would wait for a GPU.
+        score = unit_scores.get(key, torch.zeros(0)).cpu()
         if size != len(score):
             raise ValueError(
                 f"{key} has {size} units and {len(score)} scores: give scores.units of this very "
