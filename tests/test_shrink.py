@@ -13,7 +13,7 @@ from torch import nn
 
 from vitlab import models
 from vitlab.evaluation import cost
-from vitlab.models import _layers, _structure, anatomy
+from vitlab.models import _layers, _structure, anatomy, checkpoint
 from vitlab.pruning import compensate, factor, lowrank, masks, scores, shrink
 
 
@@ -982,3 +982,41 @@ def test_the_fused_kernel_of_cpus_takes_dimensions_that_were_cut_alone(vit, batc
         torch.testing.assert_close(fuse(small, True)(batch[0]), expected)
     calls = {event.key for event in profile.key_averages()}
     assert any("flash_attention_for_cpu" in call for call in calls), calls
+
+
+@pytest.mark.parametrize("of_proj", [None, 3])
+def test_heads_have_no_more_dimensions_than_their_qkv_has_ranks(
+    any_model, batch, tmp_path, of_proj
+):
+    view = models.view(any_model)
+    rank = 3
+    ranks = dict.fromkeys(view.linears(["qkv"]), rank)
+    if of_proj:
+        ranks |= dict.fromkeys(view.linears(["proj"]), of_proj)
+    thin = factor.factorise(any_model, ranks)
+    small = factor.narrow_heads(thin)
+    torch.testing.assert_close(small(batch[0]), thin(batch[0]), rtol=1e-4, atol=1e-5)
+    for block in models.view(small).blocks:
+        before = models.view(thin).block(block.name)
+        can_turn = not before.normalises_queries
+        takes = getattr(before.attn, "v_bias", None) is None and before.attn.proj.bias is not None
+        assert block.qk_dim == (rank if can_turn else before.qk_dim)
+        assert block.head_dim == (rank if takes else before.head_dim)
+        assert block.attn.scale == before.attn.scale if hasattr(before.attn, "scale") else True
+        assert not can_turn or block.attn.qkv.first.weight.equal(before.attn.qkv.first.weight)
+    table = cost.breakdown(small).groupby("role").macs.sum()
+    whole = cost.breakdown(thin).groupby("role").macs.sum()
+    if all(not each.normalises_queries for each in models.view(thin).blocks):
+        # Products of attention fall as their vectors do.
+        sizes = {block.qk_dim for block in models.view(thin).blocks}
+        assert len(sizes) > 1 or table["qk"] == whole["qk"] * rank / sizes.pop()
+    assert cost.macs(small) == cost._torch(small, batch[0][:1])
+    checkpoint.save(small, tmp_path / "small")
+    assert checkpoint.load(tmp_path / "small")(batch[0]).equal(small(batch[0]))
+
+
+def test_heads_of_a_plain_or_wide_qkv_stay_as_they_are(vit, batch):
+    wide = factor.factorise(vit, {"blocks.0.attn.qkv": models.view(vit).blocks[0].head_dim})
+    for model in (vit, wide):
+        assert factor.narrow_heads(model)(batch[0]).equal(model(batch[0]))
+        assert cost.macs(factor.narrow_heads(model)) == cost.macs(model)

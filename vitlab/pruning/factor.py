@@ -2,7 +2,7 @@
 
 Every call returns a new model and leaves the one that it was given untouched.
 
-Public: METHODS, compress, factorise.
+Public: METHODS, compress, factorise, narrow_heads.
 """
 
 import pandas as pd
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vitlab import files, models, names
-from vitlab.models import _layers, _structure, anatomy
+from vitlab.models import _attention, _layers, _structure, anatomy
 from vitlab.pruning import _sweep, lowrank
 
 # "svd": two thin layers, of the largest rank whose MACs are the share (lowrank.rank_for).
@@ -261,3 +261,65 @@ def factorise(model, ranks, *, grams=None, damping=1e-3):
             new = _layers.factored(u, v, bias=layer.bias)
         _structure.put(model, name, new)
     return model
+
+
+@torch.no_grad()
+def narrow_heads(model):
+    """Return a copy whose heads have no more dimensions than their factored qkv has ranks.
+
+    It computes the same, with smaller products of attention and a smaller proj.
+
+    model: a ViT or Swin; it stays as it is. Where qkv is plain, or of a rank at or above the size
+        of a head, nothing changes. Queries and keys that are normalised keep their size, and so do
+        values that anything but a plain or factored proj reads.
+    """
+    model = anatomy.copied(model)
+    for block in models.view(model).blocks:
+        if isinstance(getattr(block.attn, "qkv", None), _layers.FactoredLinear):
+            _narrow(block)
+    return model
+
+
+def _narrow(block):
+    """Give the heads of a block no more dimensions than its qkv has ranks, in place."""
+    attn, qkv, heads = block.attn, block.attn.qkv, block.num_heads
+    # A head sees an image through z = first(x) [r]: its queries are Q z + b, its keys K z + c.
+    sizes = [heads * block.qk_dim, heads * block.qk_dim, heads * block.head_dim]
+    weight = torch.cat([qkv.second.weight, _bias_column(qkv)], 1).double()
+    q, k, v = [part.unflatten(0, (heads, -1)) for part in weight.split(sizes)]  # [heads, d, r + 1]
+    if qkv.rank < block.qk_dim and not block.normalises_queries:
+        # Softmax ignores what all keys have alike. So (K z)^T (Q z + b) is all that counts: r
+        # queries K^T (Q z + b), and z as the keys.
+        q = k[..., :-1].mT @ q
+        k = torch.eye(qkv.rank, qkv.rank + 1).to(q).expand(heads, -1, -1)
+        balance = (q.norm() / k.norm()).sqrt().clamp_min(lowrank.TINY)
+        q, k = q / balance, k * balance
+    if qkv.rank < block.head_dim and _takes_values(attn):
+        # Shares of attention sum to 1: the bias of the values goes straight through, into proj's.
+        basis, values = torch.linalg.qr(v[..., :-1])  # [heads, d, r], [heads, r, r]
+        proj = _layers.select(attn.proj, columns=torch.arange(heads * qkv.rank))
+        _layers.recombine(proj, attn.proj, torch.block_diag(*basis).to(proj.weight))
+        _layers.shift(proj, attn.proj.weight @ v[..., -1].flatten().to(proj.weight))
+        v = nn.functional.pad(values, (0, 1))
+        attn.proj = proj
+    new = torch.cat([part.flatten(0, 1) for part in (q, k, v)]).to(qkv.first.weight)
+    if len(new) < qkv.out_features:
+        has_bias = qkv.bias is not None or new[:, -1].any()
+        bias = new[:, -1] if has_bias else None
+        attn.qkv = _layers.factored(new[:, :-1], qkv.first.weight, bias=bias)
+        _attention.allow_cuts(attn)
+        _structure.set_heads(attn, torch.arange(heads))
+
+
+def _bias_column(layer):
+    """Return the bias of a factored layer as a column [m, 1], zeros without one."""
+    second = layer.second.weight
+    return second.new_zeros(len(second), 1) if layer.bias is None else layer.bias[:, None]
+
+
+def _takes_values(attn):
+    """Return whether proj reads the values as attention gives them, and can take up their bias."""
+    normed = not isinstance(getattr(attn, "norm", None), nn.Identity | None)
+    has_own_biases = getattr(attn, "v_bias", None) is not None  # SwinV2's
+    plain = isinstance(attn.proj, nn.Linear | _layers.FactoredLinear)
+    return plain and attn.proj.bias is not None and not normed and not has_own_biases
