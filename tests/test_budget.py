@@ -34,12 +34,13 @@ def test_reach_is_the_four_calls(any_model, batch):
     gradients = scores.gradient_grams(any_model, batches, **how)
     how = {"kinds": kinds, "grams": grams, "gradients": gradients}
     scored = budget.candidates(any_model, batches, **how)
-    expected_plan = budget.plan(any_model, **scored, kinds=kinds, macs=0.6)
+    expected_plan = budget.plan(any_model, **scored, kinds=kinds, narrow=True, macs=0.6)
     how = {"compensate": "least squares", "grams": grams, **seen}
     expected, drops = budget.cut(any_model, expected_plan, batches[::2], **how)
     damping = "held out" if len(batches) >= 4 else 1e-3
     how = {"drops": drops, "damping": damping, "gradients": gradients, **seen}
     expected = recover.reconstruct(expected, any_model, batches, **how)
+    expected = factor.narrow_heads(expected)
 
     assert plan.drop == expected_plan.drop and plan.ranks == expected_plan.ranks
     assert torch.equal(small(batch[0]), expected(batch[0]))
@@ -650,3 +651,29 @@ def test_uniform_ranks_name_their_floor_and_leave_factored_layers(vit, batch):
     ranks = uniform(thin, [batch], macs=0.9)
     assert not [name for name in ranks if name.startswith(first)]
     assert cost.macs(factor.factorise(thin, ranks)) / cost.macs(thin) <= 0.9
+
+
+# -- heads as narrow as the ranks of their qkv
+
+
+@pytest.mark.parametrize("macs", [0.5, 0.35, 0.25])
+@pytest.mark.parametrize("kinds", [["ranks"], ["heads", "neurons", "width", "ranks"]])
+def test_a_plan_for_narrow_heads_costs_what_it_says(any_model, batch, macs, kinds):
+    batches = [batch]
+    found = budget.candidates(any_model, batches, kinds=kinds)
+    options = {"kinds": kinds, "multiple": 1}
+    try:
+        plain = budget.plan(any_model, **found, **options, macs=macs)
+    except pool.Unreachable:
+        plain = None
+    try:
+        plan = budget.plan(any_model, **found, **options, narrow=True, macs=macs)
+    except pool.Unreachable:
+        assert plain is None  # what narrower heads save cannot be less
+        return
+    small, _ = budget.cut(any_model, plan)
+    small = factor.narrow_heads(small)
+    assert cost.macs(small) / cost.macs(any_model) == pytest.approx(plan.share, abs=1e-9)
+    assert plan.share <= macs * (1 + 1e-9)
+    saved = plan.table.macs_saved.sum() / cost.macs(any_model)
+    assert saved == pytest.approx(1 - plan.share, abs=1e-9)

@@ -47,7 +47,7 @@ def reach(model, batches, *, labels="true", keep=(), **target):
     grams = _affine_grams(model, batches, **seen)
     how = {"grams": grams, "gradients": gradients, "labels": labels}
     competitors = candidates(model, batches, kinds=kinds, **how)
-    chosen = plan(model, **competitors, kinds=kinds, keep=keep, **target)
+    chosen = plan(model, **competitors, kinds=kinds, keep=keep, narrow=True, **target)
     how = {"grams": grams, "compensate": "least squares"}
     # Ranks are fitted again below: half of the images tell their directions.
     small, drops = cut(model, chosen, batches[::2], **how, **seen)
@@ -55,7 +55,9 @@ def reach(model, batches, *, labels="true", keep=(), **target):
     # that serves images which were not used.
     damping = "held out" if len(batches) >= 4 else 1e-3
     how = {"drops": drops, "damping": damping, "untouched": kept, "gradients": gradients}
-    return recover.reconstruct(small, model, batches, **how, **seen), chosen
+    small = recover.reconstruct(small, model, batches, **how, **seen)
+    # Heads need no more dimensions than their qkv has ranks; the plan has counted on it.
+    return factor.narrow_heads(small), chosen
 
 
 def positions(model, batches, *, labels="true"):
@@ -139,6 +141,7 @@ def plan(
     most=None,
     keep=(),
     batch=8,
+    narrow=False,
     **target,
 ):
     """Plan the cut to a share of one cost that has the least predicted loss.
@@ -158,6 +161,8 @@ def plan(
         "blocks.*.attn.qkv", whose weights stay as they are. A layer that reads or writes the
         residual stream keeps the width of its stage.
     batch: how many images are timed together, for latency.
+    narrow: whether factor.narrow_heads follows, by which a rank of qkv below the size of a head
+        saves more than its own layer.
     target: a cost and the share of it to keep, in (0, 1). Costs are macs, params, bytes (of weights
         and buffers in memory) and latency (here and now).
 
@@ -183,7 +188,7 @@ def plan(
     table["cost"] = costs
     view = models.view(model)
     units, thin = pool.without(units, thin, pool.layers_of(model, keep), view, table)
-    new_search = partial(pool.Search, view, table, units, thin)
+    new_search = partial(pool.Search, view, table, units, thin, narrow)
     floor = new_search().floor()
     goes = " and ".join(kinds)
 
@@ -191,7 +196,7 @@ def plan(
         return new_search().run(max(wanted, floor)).as_plan(what)
 
     def measure(wanted):
-        return _measured(model, plan_for(wanted), what, share, batch)
+        return _measured(model, plan_for(wanted), what, share, batch, narrow)
 
     # The closed form of MACs is exact: nothing to measure. It misses the target by less than the
     # cheapest step. Nor is there anything to measure where nothing may go.
@@ -238,9 +243,10 @@ def _corrected(measure, is_counted, share, floor):
     return min(tries, key=lambda pair: pair[1])
 
 
-def _measured(model, plan, what, share, batch):
+def _measured(model, plan, what, share, batch, narrow):
     """Return the plan with the share it really keeps, and by how much that misses the target."""
     small, _ = cut(model, plan)
+    small = factor.narrow_heads(small) if narrow else small
     if what == "latency":
         # Both run in turns, so that what else the machine does slows both.
         both = {"dense": model, "small": small}

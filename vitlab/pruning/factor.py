@@ -2,7 +2,7 @@
 
 Every call returns a new model and leaves the one that it was given untouched.
 
-Public: METHODS, compress, factorise, narrow_heads.
+Public: METHODS, compress, factorise, narrow_heads, narrowable.
 """
 
 import pandas as pd
@@ -287,14 +287,15 @@ def _narrow(block):
     sizes = [heads * block.qk_dim, heads * block.qk_dim, heads * block.head_dim]
     weight = torch.cat([qkv.second.weight, _bias_column(qkv)], 1).double()
     q, k, v = [part.unflatten(0, (heads, -1)) for part in weight.split(sizes)]  # [heads, d, r + 1]
-    if qkv.rank < block.qk_dim and not block.normalises_queries:
+    kinds = narrowable(block)
+    if qkv.rank < block.qk_dim and "qk" in kinds:
         # Softmax ignores what all keys have alike. So (K z)^T (Q z + b) is all that counts: r
         # queries K^T (Q z + b), and z as the keys.
         q = k[..., :-1].mT @ q
         k = torch.eye(qkv.rank, qkv.rank + 1).to(q).expand(heads, -1, -1)
         balance = (q.norm() / k.norm()).sqrt().clamp_min(lowrank.TINY)
         q, k = q / balance, k * balance
-    if qkv.rank < block.head_dim and _takes_values(attn):
+    if qkv.rank < block.head_dim and "v" in kinds:
         # Shares of attention sum to 1: the bias of the values goes straight through, into proj's.
         basis, values = torch.linalg.qr(v[..., :-1])  # [heads, d, r], [heads, r, r]
         proj = _layers.select(attn.proj, columns=torch.arange(heads * qkv.rank))
@@ -317,9 +318,17 @@ def _bias_column(layer):
     return second.new_zeros(len(second), 1) if layer.bias is None else layer.bias[:, None]
 
 
-def _takes_values(attn):
-    """Return whether proj reads the values as attention gives them, and can take up their bias."""
-    normed = not isinstance(getattr(attn, "norm", None), nn.Identity | None)
+def narrowable(block):
+    """Return which dimensions `narrow_heads` can take from the heads of a block: "qk", "v"."""
+    attn = block.attn
+    proj = getattr(attn, "proj", None)
     has_own_biases = getattr(attn, "v_bias", None) is not None  # SwinV2's
-    plain = isinstance(attn.proj, nn.Linear | _layers.FactoredLinear)
-    return plain and attn.proj.bias is not None and not normed and not has_own_biases
+    # proj has to read the values as attention gives them, and to take up their bias.
+    is_normed = not isinstance(getattr(attn, "norm", None), nn.Identity | None)
+    takes_values = isinstance(proj, nn.Linear | _layers.FactoredLinear) and proj.bias is not None
+    kinds = []
+    if not block.normalises_queries:
+        kinds.append("qk")
+    if takes_values and not is_normed and not has_own_biases:
+        kinds.append("v")
+    return kinds

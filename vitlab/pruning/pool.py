@@ -19,7 +19,7 @@ from torch import nn
 
 from vitlab import models, names
 from vitlab.evaluation import cost
-from vitlab.pruning import lowrank
+from vitlab.pruning import factor, lowrank
 
 # At least so many units stay, whatever the target. Dimensions of queries, keys and values are
 # counted in each head. Of whole blocks one stays in the model; the search sees to that.
@@ -290,9 +290,11 @@ class Search:
     view: anatomy.View of the model.
     table: cost.breakdown with a column cost.
     units, thin: those of `candidates`.
+    narrow: whether heads will have no more dimensions than their qkv has ranks, see
+        factor.narrow_heads.
     """
 
-    def __init__(self, view, table, units, thin):
+    def __init__(self, view, table, units, thin, narrow=False):
         self.total = table.cost.sum().item()
         self.units = units
         self.thin = thin
@@ -313,6 +315,31 @@ class Search:
             for member in members:
                 self.touched_by[member] |= members
                 self.lines_of[member].append(row.layer)
+        # {line: (qkv, kind, size of a head)} of those whose inputs are no more than qkv's ranks
+        self.narrowed = {}
+        self.narrowing = defaultdict(list)  # {qkv: [these lines]}
+        self.parts = defaultdict(list)  # {qkv: [(place in its outputs, kind, size of a head)]}
+        for block in view.blocks if narrow else ():
+            self._narrow(block, table)
+
+    def _narrow(self, block, table):
+        """Let the lines of a block's attention fall with the rank of its qkv."""
+        qkv = f"{block.name}.attn.qkv"
+        sizes = {"qk": block.qk_dim, "v": block.head_dim}
+        kinds = factor.narrowable(block) if qkv in self.thin else ()
+        readers = {"qk": "qk", "av": "v", "proj": "v"}
+        self.parts[qkv] = [
+            (place, kind, sizes[kind]) for place, kind in enumerate(sizes) if kind in kinds
+        ]
+        for row in table[table.block == block.name].itertuples():
+            kind = readers.get(row.role)
+            if kind in kinds:
+                self.narrowed[row.layer] = qkv, kind, sizes[kind]
+                self.narrowing[qkv].append(row.layer)
+                self.lines_of[qkv].append(row.layer)
+                self.touched_by[qkv] |= self.touched_by[row.layer]
+                for member in self.touched_by[row.layer]:
+                    self.touched_by[member] = self.touched_by[member] | {qkv}
 
     def left(self, state, keys):
         """Return the product of the shares, in [0, 1], of units that are left of these keys.
@@ -332,16 +359,29 @@ class Search:
         cost, inputs, outputs = self.lines[name]
         # A neuron costs less once the stream is narrower: a line falls with what is left of its
         # inputs and, part by part, of its outputs.
-        whole = sum(cost * part * self.left(state, inputs + keys) for part, keys in outputs)
+        read = self.left(state, inputs)
+        if name in self.narrowed:
+            qkv, *size = self.narrowed[name]
+            read *= self.narrow_share(state, qkv, *size, state[qkv])
+        written = [part * self.left(state, keys) for part, keys in outputs]
+        whole = cost * read * sum(written)
         if name not in self.thin:
             return whole
         # Of two thin layers the first falls with the inputs, the second with the outputs.
         m, n = self.thin[name].shape
-        falling = [n * self.left(state, inputs)]
-        falling += [m * part * self.left(state, keys) for part, keys in outputs]
-        per_rank = cost / (m * n) * sum(falling)
-        # Nobody keeps two thin layers that cost more than the whole one.
-        return np.minimum(whole, self.thin[name].options[option] * per_rank)
+        ranks = self.thin[name].options[option]
+        narrow = [np.ones(np.shape(ranks))] * len(outputs)
+        for place, kind, size in self.parts[name]:
+            narrow[place] = self.narrow_share(state, name, kind, size, option)
+        falls = sum(share * part for share, part in zip(narrow, written, strict=True))
+        thin = ranks * cost / (m * n) * (n * read + m * falls)
+        # Nobody keeps two thin layers that cost more than the whole one, but for narrower heads.
+        return np.where(np.min(narrow, axis=0) < 1, thin, np.minimum(whole, thin))
+
+    def narrow_share(self, state, qkv, kind, size, option):
+        """Return the share of a head's dimensions that stay where qkv has the rank of an option."""
+        left = size * self.left(state, [(qkv.removesuffix(".attn.qkv"), kind)])
+        return np.minimum(1.0, self.thin[qkv].options[option] / left)
 
     def cost(self, state, key=None):
         """Return the cost of the lines that depend on a key.
@@ -391,7 +431,10 @@ class Search:
         # Spend what is left up to the goal on higher ranks.
         factored = [name for name in self.state if name in self.thin]
         losses, costs = self.options(factored)
+        before = self.state.copy()
         spend(self.state, losses, costs, goal - self.cost(self.state))
+        if self.cost(self.state) > goal:  # layers that narrow with each other are priced apart
+            self.state = before
         return self
 
     def unit_price(self, key):
@@ -416,7 +459,7 @@ class Search:
         name: a layer of thin.
         """
         _, options, losses = self.thin[name]
-        costs = self.line_cost(self.state, name, slice(None))
+        costs = self.rank_costs(name)
         now = self.state[name]
         saved = costs[now] - costs
         # What saves less than rounding, such as a rank that is not lower, may not be chosen.
@@ -424,6 +467,16 @@ class Search:
         lost = losses - losses[now]
         prices = np.where(is_lower, lost / np.maximum(saved, lowrank.TINY), math.inf)
         return prices.min(), prices.argmin()
+
+    def rank_costs(self, name):
+        """Return the costs at all options of a layer, of the lines that narrow with it, too."""
+        costs = self.line_cost(self.state, name, slice(None))
+        state = self.state.copy()
+        for reader in self.narrowing[name]:
+            for number in range(len(costs)):
+                state[name] = number
+                costs[number] += self.line_cost(state, reader, state[reader])
+        return costs
 
     def give_back(self, goal):
         """Give back the groups that the goal is met without, the dearest first.
@@ -442,7 +495,12 @@ class Search:
         names: layers of thin.
         """
         losses = {name: self.thin[name].losses for name in names}
-        costs = {name: self.line_cost(self.state, name, slice(None)) for name in names}
+        costs = {name: self.rank_costs(name) for name in names}
+        # What one layer costs more where another's rank rises, too, is counted in advance.
+        for name in self.narrowed.keys() & costs:
+            wide = self.state.copy()
+            wide[self.narrowed[name][0]] = 0
+            costs[name] = self.line_cost(wide, name, slice(None))
         return losses, costs
 
     def as_plan(self, what):
@@ -467,17 +525,21 @@ class Search:
             if indices:
                 drop[key] = indices
             rows.append((*key, size, len(indices), sum(losses[:count]), saved[key]))
+        state = Counter({key: self.state[key] for key in self.units})
         for name in filter(self.state.get, self.lines):
             thin = self.thin[name]
             option = self.state[name]
-            whole, now = self.line_cost(self.state, name, [0, option])
-            less = whole - now
+            whole = self.cost(state, name)
+            state[name] = option
+            less = whole - self.cost(state, name)
             if less > 0:  # else two thin layers are no cheaper than what is left of the whole
                 size = min(thin.shape)
                 ranks[name] = thin.options[option].item()
                 dropped = size - ranks[name]
                 rows.append((name, "ranks", size, dropped, thin.losses[option], less))
                 cost_left -= less
+            else:
+                state[name] = 0
         columns = ["block", "kind", "units", "dropped", "predicted", f"{what}_saved"]
         table = pd.DataFrame(rows, columns=columns)
         return Plan(drop, ranks, table, cost_left / self.total)
