@@ -1,0 +1,110 @@
+"""What low rank loses where gradients weigh the outputs of what is factored, without training.
+
+`weighted` is of the small models of CIFAR-10, by top-1 and loss on 2,000 validation images. `weighted_features` is of
+the real ViT-S without classifier, by 1 - cosine of its features on 400 validation images; it needs Caltech-101, and the
+weights of the study caltech101-dinov2. Columns say what the gradients weigh: the directions that the pool orders, what
+reconstruction solves for, and whether heads are made as narrow as their ranks.
+"""
+
+from common import publish
+from torch import cosine_similarity
+
+from vitlab import models
+from vitlab.evaluation import cost, evaluate
+from vitlab.models import checkpoint
+from vitlab.pruning import budget, factor, recover, scores
+from vitlab.studies import runs
+from vitlab.training import data
+
+WAYS = {  # whether gradients weigh directions and reconstruction, and whether heads are narrow
+    "neither": (False, False, False),
+    "reconstruction": (False, True, False),
+    "both": (True, True, False),
+    "both, narrow heads": (True, True, True),
+}
+KINDS = {"pool": budget._POOL, "ranks": ("ranks",)}
+
+
+class Given:
+    """What all cuts of a model share."""
+
+    def __init__(self, model, batches, labels):
+        self.model, self.batches = model, batches
+        view = models.view(model)
+        self.kinds = [kind for kind in budget._POOL if kind == "ranks" or view.units([kind])]
+        self.seen = budget.positions(model, batches, labels=labels)
+        how = {"layers": list(view.matrices), "affine": True}
+        self.grams = scores.grams(model, batches, **how, **self.seen)
+        self.gradients = budget._gradients(model, batches, labels)
+        how = {"kinds": self.kinds, "grams": self.grams, "labels": labels}
+        self.found = {
+            False: budget.candidates(model, batches, **how),
+            True: budget.candidates(model, batches, gradients=self.gradients, **how),
+        }
+
+    def cut(self, share, kinds, way):
+        """Return the cut of one of WAYS, and its plan."""
+        orders, solves, narrow = WAYS[way]
+        kinds = [kind for kind in KINDS[kinds] if kind in self.kinds]
+        how = {"kinds": kinds, "narrow": narrow, "macs": share}
+        plan = budget.plan(self.model, **self.found[orders], **how)
+        how = {"grams": self.grams, "compensate": "least squares", **self.seen}
+        small, drops = budget.cut(self.model, plan, self.batches[::2], **how)
+        how = {"drops": drops, "damping": "held out", **self.seen}
+        how["gradients"] = self.gradients if solves else None
+        small = recover.reconstruct(small, self.model, self.batches, **how)
+        return factor.narrow_heads(small) if narrow else small, plan
+
+
+def rows_of(given, name, kinds, shares, judge, ways=WAYS):
+    rows = []
+    for share in shares:
+        for way in ways:
+            small, plan = given.cut(share, kinds, way)
+            row = {"model": name, "kinds": kinds, "share": share, "weighted": way}
+            row |= {"macs": cost.macs(small), "predicted": plan.predicted}
+            rows.append(row | judge(small, plan))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def weighted(rounds):
+    """The small models at half, a quarter and 0.15 of their MACs; 1,024 calibration images."""
+    images = data.load("cifar10", image_size=32)
+    val, rows = images.val.subset(2000), []
+
+    def judge(small, _):
+        found = evaluate.accuracy(small, val)
+        return {"top1": found.top1, "loss": found.loss}
+
+    for name in ("vit", "swin"):
+        model = checkpoint.load(f"checkpoints/cifar10-small/{name}")
+        rows.append({"model": name, "weighted": "dense", "share": 1.0} | judge(model, None))
+        given = Given(model, list(images.train.subset(1024).batches(64)), "true")
+        rows += rows_of(given, name, "pool", (0.5, 0.25, 0.15), judge)
+        publish("weighted", rows)
+
+
+def weighted_features(rounds):
+    """The real ViT-S without labels, at half and 0.35 of its MACs; 256 calibration images."""
+    lab = runs.open_run("caltech101-dinov2", "vit")
+    images = data.load(**lab.data)
+    model = models.create(**lab.model, num_classes=0, image_size=images.image_size).eval()
+    val = images.val.subset(400)
+    dense = evaluate.features(model, val, precision="auto").features
+    last = models.view(model).stages[-1], "width"
+
+    def judge(small, plan):
+        left = sorted({*range(dense.shape[1])} - {*plan.drop.get(last, ())})
+        filled = dense.mean(0).repeat(len(dense), 1)
+        filled[:, left] = evaluate.features(small, val, precision="auto").features
+        return {"change": 1 - cosine_similarity(filled, dense).mean().item()}
+
+    given = Given(model, list(images.train.subset(256).batches(32)), "none")
+    rows = []
+    for kinds, shares in (("pool", (0.5, 0.35)), ("ranks", (0.5,))):
+        rows += rows_of(given, "ViT-S", kinds, shares, judge, ways=list(WAYS)[:3])
+        publish("weighted_features", rows)
+
+
+CASES = {"weighted": weighted, "weighted_features": weighted_features}
