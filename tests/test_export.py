@@ -80,6 +80,20 @@ def check(model, tmp_path):
         assert end.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+def test_low_rank_and_entries_are_one_product_of_a_constant(vit, tmp_path):
+    thin = sparse(vit, "entries")
+    before = list(thin.modules())
+    check(thin, tmp_path)
+    assert list(thin.modules()) == before  # the model itself keeps its factors
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    shapes = {constant.name: sorted(constant.dims) for constant in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    constant = [shapes[node.input[1]] for node in nodes if node.input[1] in shapes]
+    linears = [layer for layer in vit.modules() if isinstance(layer, torch.nn.Linear)]
+    assert constant == [sorted(layer.weight.shape) for layer in linears]
+    assert len(nodes) == len(constant) + 2 * len(vit.blocks)  # with the products of attention
+
+
 @pytest.mark.parametrize("change", ["units", "ranks", "stem"])
 def test_cut_models_in_onnxruntime(model, change, tmp_path):
     check(CHANGES[change](model), tmp_path)

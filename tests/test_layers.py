@@ -91,9 +91,67 @@ def test_hooks_see_what_they_saw_on_the_dense_layer(layer):
     assert calls[0][0] is x and calls[0][1] is y and y.shape == (4, layer.out_features)
 
 
-def test_macs_are_what_torch_counts(layer):
+def three_products(layer, x):
+    """Return what low rank plus entries gives, each part multiplied by itself."""
+    u, v = layer.factors
+    y = x @ v.T @ u.T + x @ (layer.sparse * layer.mask).T
+    return y if layer.bias is None else y + layer.bias
+
+
+@pytest.mark.parametrize("shape", [(4,), (5,), (2, 2), (3, 5, 7)])  # [12, 8] breaks even at 4.8
+@pytest.mark.parametrize("rank", [0, 1, 6])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_matrix_of_low_rank_and_entries_is_its_three_products(shape, rank, bias):
+    torch.manual_seed(0)
+    layer = sparse("entries", rank, bias=bias).double()
+    x = torch.randn(*shape, N, dtype=torch.float64, requires_grad=True)
+    through = [layer(x)]
+    parts = [three_products(layer, x)]
+    wanted = [x, *layer.parameters()]
+    for ways in (through, parts):
+        ways += torch.autograd.grad(ways[0].sin().sum(), wanted)
+    for one, other in zip(through, parts, strict=True):
+        assert (one - other).abs().max() <= 1e-12 * other.abs().max()
+    single, x = layer.float(), x.detach().float()
+    with torch.no_grad():
+        y, expected = single(x), three_products(single, x)
+    assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("tokens, products", [(4, 2 * (12 + 8) + 12 * 8), (5, 12 * 8)])
+def test_low_rank_and_entries_are_merged_where_it_pays(tokens, products):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        layer(torch.randn(7, N))
+        sparse("entries", 2)(torch.randn(tokens, N))
+    once = 12 * 2 * 8 if tokens == 5 else 0  # U V, which 4 tokens would not earn back
+    assert counter.get_total_flops() // 2 == tokens * products + once
+
+
+def test_kernels_of_two_of_four_weights_keep_their_product(monkeypatch):
+    monkeypatch.setattr(torch.sparse, "SparseSemiStructuredTensor", nn.Parameter)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        sparse("entries", 2)(torch.randn(5, N))
+    assert counter.get_total_flops() // 2 == 5 * (2 * (12 + 8) + 12 * 8)
+
+
+def test_merging_leaves_one_linear_layer_for_each_on_entries():
+    layers = {name.replace(".", ""): make() for name, make in KINDS.items()}
+    layers["inside"] = some_rows(sparse("entries", 2))
+    model = nn.ModuleDict(layers)
+    x = torch.randn(5, N)
+    before = {name: layer(x) for name, layer in model.items()}
+    assert _layers.merge(model) is model
+    for name, layer in model.items():
+        torch.testing.assert_close(layer(x), before[name])
+        inner = layer.kept if name == "inside" else layer
+        is_merged = "entries" in name or name == "inside"
+        assert type(inner) is nn.Linear if is_merged else layer is layers[name]
+        assert macs(layer) == macs(layers[name])
+
+
+def test_macs_are_what_torch_counts(layer):
+    model = _layers.merge(nn.Sequential(layer))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(7, N))
     assert 7 * macs(layer) == counter.get_total_flops() // 2
 
 
@@ -134,7 +192,7 @@ def test_selecting_densifies_what_saves_nothing():
 
 def test_macs_by_hand():
     assert macs(factored()) == 3 * (12 + 8)
-    assert macs(sparse("entries", 2)) == 2 * (12 + 8) + 12 * 8
+    assert macs(sparse("entries", 0)) == macs(sparse("entries", 2)) == 12 * 8
     assert macs(sparse("entries", 2), ideal=True) == 2 * (12 + 8) + 20
     assert macs(sparse("rows", 2)) == macs(sparse("rows", 2), ideal=True) == 2 * (12 + 8) + 3 * 8
     assert macs(sparse("columns", 0)) == 3 * 12
@@ -156,8 +214,9 @@ def test_training_cannot_leave_the_support():
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_inference_takes_the_entries_as_they_are_stored(rank):
-    layer, x = sparse("entries", rank), torch.randn(4, N)
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_inference_takes_the_entries_as_they_are_stored(rank, tokens):
+    layer, x = sparse("entries", rank), torch.randn(tokens, N)
     trained = layer(x)
     trained.sum().backward()
     assert (layer.sparse.grad != 0).equal(layer.mask)  # nowhere else, in eval mode either

@@ -206,7 +206,8 @@ def meters(model):
 
 def _metered(model):
     """Return a copy of a model for the meters, which leave traces in it, and one image."""
-    subject = anatomy.copied(model).cpu().float().eval()
+    # The weight of low rank plus entries is one matrix. To make it is no cost of an image.
+    subject = _layers.merge(anatomy.copied(model).cpu().float().eval())
     for module in subject.modules():
         if hasattr(module, "fused_attn"):
             # torch's counter gives the same for the fused kernel. The other two leave out what it

@@ -26,6 +26,8 @@ _SPARSE = [(nn.Linear, "weight"), (_layers.LowRankSparseLinear, "sparse")]  # ma
 def _program(model):
     """Return a model as a torch.export.ExportedProgram in eval mode and float32.
 
+    Low rank plus entries is one constant matrix there.
+
     Its one input is [images, channels, height, width]: 1 to 4096 images of the model's own size.
     torch.export.save writes it to a file that torch.export.load opens without vitlab or timm.
 
@@ -34,7 +36,7 @@ def _program(model):
     count = torch.export.Dim("images", min=1, max=4096)
     with torch.no_grad():  # no masks that only training needs
         return torch.export.export(
-            _on_cpu(model),
+            _layers.merge(_on_cpu(model)),
             (_random_images(model, 2),),
             dynamic_shapes=({0: count},),
             strict=True,  # SwinV2 needs it

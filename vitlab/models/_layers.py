@@ -11,7 +11,7 @@ Indices and masks are buffers, so that `build(config)` and the state dict restor
 
 Public: COMPRESSED_LAYERS, Constant, FactoredConv2d, FactoredLinear, LowRankSparseLinear, RowLinear,
 SUPPORTS, Skip, break_even_rank, build, config, factored, factored_conv, linear, low_rank_sparse,
-merged_conv, recombine, select, shift.
+merge, merged_conv, recombine, select, shift.
 """
 
 import math
@@ -134,13 +134,15 @@ class LowRankSparseLinear(_Layer):
     """
 
     # How S is stored, and what a token costs:
-    #     "entries": `sparse` [m, n], dense with zeros outside of `mask` [m, n]. Executes
-    #         r (m + n) + m n multiply-accumulates, more than dense; ideally r (m + n) + count.
+    #     "entries": `sparse` [m, n], dense with zeros outside of `mask` [m, n]. Executes the one
+    #         matrix U V + S: m n, as many as dense; ideally r (m + n) + count.
     #     "rows": under V in `first` [r + count, n], at `index` [count]. Executes
     #         r (m + n) + count n.
     #     "columns": beside U in `second` [m, r + count], at `index` [count]. Executes
     #         r (m + n) + count m.
     # So rows and columns cost two matrix products, like the low-rank part alone.
+    # U V + S takes r m n more, once a call, which pays above m n / (m + n) tokens. Calls of fewer
+    # take three products. `merge` does it once for all calls.
     options = ("rank", "support", "count")
 
     def __init__(self, in_features, out_features, *, rank, support, count, bias=True, **like):
@@ -175,6 +177,11 @@ class LowRankSparseLinear(_Layer):
                 sparse = sparse * self.mask
             if not self.rank:
                 return F.linear(x, sparse, self.bias)
+            tokens = x.numel() // self.in_features
+            # Kernels of 2:4 weights are worth more than one product.
+            is_plain = not isinstance(sparse, torch.sparse.SparseSemiStructuredTensor)
+            if is_plain and tokens > break_even_rank(*sparse.shape):
+                return F.linear(x, self.second @ self.first + sparse, self.bias)
             hidden = F.linear(x, self.first)
             return F.linear(hidden, self.second, self.bias) + F.linear(x, sparse)
         if self.support == "columns":
@@ -224,10 +231,14 @@ class LowRankSparseLinear(_Layer):
         return u @ v + self.sparse_weight
 
     @property
+    def macs(self):
+        return self.mask.numel() if self.support == "entries" else super().macs
+
+    @property
     def macs_ideal(self):
         if self.support != "entries":
             return self.macs
-        return self.macs - self.mask.numel() + self.count
+        return super().macs - self.mask.numel() + self.count
 
     def select(self, rows, columns):
         u, v = self.factors
@@ -238,7 +249,7 @@ class LowRankSparseLinear(_Layer):
             sparse = self.sparse_weight[rows][:, columns]
             options = {"mask": mask, "support": self.support, "bias": bias}
             small = low_rank_sparse(u, v, sparse=sparse, **options)
-            if self.support == "entries":  # executes more than dense from the start
+            if self.support == "entries":  # executes as much as dense from the start
                 return small
         elif self.rank:
             small = factored(u, v, bias=bias)
@@ -425,6 +436,20 @@ def merged_conv(module):
     new = _conv_like(first, second.out_channels, bias=second.bias is not None)
     product = second.weight.flatten(1) @ first.weight.flatten(1)
     return _fill(new, weight=product.view_as(new.weight), bias=second.bias)
+
+
+@torch.no_grad()
+def merge(model):
+    """Put one nn.Linear in the place of each layer of low rank plus entries, for inference.
+
+    It has the weight U V + S: the same function, in one product at any number of tokens.
+
+    model: a model or a module that holds such layers; it is changed and returned
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LowRankSparseLinear) and module.support == "entries":
+            model.set_submodule(name, linear(module.weight, module.bias))
+    return model
 
 
 def low_rank_sparse(u, v, *, sparse, mask, support, bias=None):
