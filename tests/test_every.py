@@ -133,7 +133,7 @@ SMALLER = {  # less MACs are executed
     "svd+iht on rows": compressed(ratio=0.5, support="rows"),
     "svd+iht on columns": compressed(ratio=0.5, support="columns"),
 }
-STORED = {  # low rank and sparse parts that execute as much as dense ones, or more
+STORED = {  # sparse parts, low rank beside some, that execute as much as dense layers
     "iht": compressed(ratio=0.5, method="iht"),
     "iht 2:4": compressed(ratio=0.5, method="iht", support="2:4"),
     "svd+iht": compressed(ratio=0.5),
@@ -175,7 +175,7 @@ def test_every_method_on_every_architecture(architecture, name, batch, request, 
         new = METHODS[name](model, batch)
         assert torch.equal(model(batch[0]), before)  # the one given is untouched
     macs = cost.breakdown(new)[["macs", "macs_ideal"]].sum()
-    assert macs.macs < dense.macs if name in SMALLER else macs.macs >= dense.macs
+    assert macs.macs < dense.macs if name in SMALLER else macs.macs == dense.macs
     assert macs.macs_ideal < dense.macs_ideal
     assert not torch.allclose(new(batch[0]), before)
 

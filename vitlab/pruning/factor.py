@@ -149,7 +149,7 @@ def _plan(m, n, budget, method, support, kappa, multiple):
         return rank, budget if method == "threshold" and rank else 0
     if method == "svd+iht":
         rank = max(rank, 1)
-    # Then the sparse part, which gets what is left. On entries more MACs are executed than by the
+    # Then the sparse part, which gets what is left. On entries as many MACs are executed as by the
     # dense layer, on rows and columns no more than the share.
     left = max(budget - rank * (m + n), 0)
     count = _affordable(m, n, left, support)
