@@ -133,6 +133,15 @@ def test_kernels_of_two_of_four_weights_keep_their_product(monkeypatch):
     assert counter.get_total_flops() // 2 == 5 * (2 * (12 + 8) + 12 * 8)
 
 
+def test_one_graph_of_low_rank_and_entries_serves_any_number_of_tokens():
+    layer, x = sparse("entries", 2), torch.randn(7, N)
+    tokens = torch.export.Dim("tokens", min=1, max=4096)
+    program = torch.export.export(nn.Sequential(layer), (x,), dynamic_shapes=({0: tokens},))
+    for count in (1, 4, 5, 100):
+        x = torch.randn(count, N)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
 def test_merging_leaves_one_linear_layer_for_each_on_entries():
     layers = {name.replace(".", ""): make() for name, make in KINDS.items()}
     layers["inside"] = some_rows(sparse("entries", 2))

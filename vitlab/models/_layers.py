@@ -177,10 +177,9 @@ class LowRankSparseLinear(_Layer):
                 sparse = sparse * self.mask
             if not self.rank:
                 return F.linear(x, sparse, self.bias)
-            tokens = x.numel() // self.in_features
             # Kernels of 2:4 weights are worth more than one product.
             is_plain = not isinstance(sparse, torch.sparse.SparseSemiStructuredTensor)
-            if is_plain and tokens > break_even_rank(*sparse.shape):
+            if is_plain and self._pays_to_merge(x):
                 return F.linear(x, self.second @ self.first + sparse, self.bias)
             hidden = F.linear(x, self.first)
             return F.linear(hidden, self.second, self.bias) + F.linear(x, sparse)
@@ -194,6 +193,11 @@ class LowRankSparseLinear(_Layer):
         hidden, outputs = both.split([self.rank, self.count], dim=-1)
         y = F.linear(hidden, self.factors[0], self.bias)  # of rank 0: the bias alone
         return y.index_add_(-1, self.index, outputs)  # in place is safe: no backward needs y
+
+    def _pays_to_merge(self, x):
+        if torch.compiler.is_compiling():
+            return True  # a graph that asks for the number of tokens serves only some of them
+        return x.numel() // self.in_features > break_even_rank(*self.sparse.shape)
 
     @property
     def factors(self):
