@@ -106,6 +106,8 @@ def _parser():
     add = command(_export, "write a checkpoint as one ONNX file, checked against torch")
     add("checkpoint", help="its folder, such as data/runs/demo/vit/seed0/budget-pool-0.5")
     add("file", nargs="?", default="model.onnx", help="the file to write (%(default)s)")
+    add("--int8", action="store_true", help="quantise it, calibrated by training images")
+    add("--images", metavar="NAME", help="dataset or folder to check it on (those of its study)")
 
     command(
         _slides,
@@ -170,16 +172,40 @@ def _export(options, arguments):
     folder = Path(options.checkpoint)
     if not (folder / "model.json").is_file():
         return _refuse("export", f"{folder.absolute()} is no checkpoint: it has no model.json")
-    from vitlab.evaluation import export
-    from vitlab.models import checkpoint
+    from vitlab.evaluation import deploy
 
     try:
-        error = export.to_onnx(checkpoint.load(folder), options.file)
-    except (ValueError, OSError, ModuleNotFoundError) as reason:
+        images = _images_of(folder, options.images)
+        lines = deploy.write(folder, options.file, images=images, int8=options.int8)
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as reason:
         return _refuse("export", reason, 1)
-    size = Path(options.file).stat().st_size / 1e6
-    print(f"{options.file}: {size:.1f} MB, logits as torch's up to {error:.0e} of the largest")
+    print(f"{options.file}: {Path(options.file).stat().st_size / 1e6:.1f} MB")
+    print(*lines, sep="\n")
     return 0
+
+
+def _images_of(folder, name):
+    """Return the data.Dataset that a checkpoint's model is for, None where it is not here.
+
+    name: of the dataset; None: what the record of the checkpoint, or of its dense model, says
+    """
+    from vitlab.evaluation import cost
+    from vitlab.models import checkpoint
+    from vitlab.training import data
+
+    model = checkpoint.load(folder)
+    said = {"split_seed": 0, "normalise": "train"}
+    for each in (folder.parent / "dense", folder):
+        with contextlib.suppress(OSError, ValueError):
+            said |= checkpoint.read(each)["extra"].get("values", {}).get("data", {})
+    if not name and not data.is_here(said.get("name", "")):
+        return None
+    return data.load(
+        name or said["name"],
+        image_size=cost.input_shape(model)[-1],
+        split_seed=said["split_seed"],
+        normalise=model.normalise or said["normalise"],
+    )
 
 
 def _slides(options, arguments):

@@ -21,24 +21,26 @@ _CARD = """---
 {about}
 
 ```python
-from vitlab import hub
-
-model = hub.load("{title}")  # pip install vitlab; in eval mode
+{use}
 ```
 
 | | |
 |---|---|
 {rows}
 """
+_USE = """from vitlab import hub
+
+model = hub.load("{title}")  # pip install vitlab; in eval mode"""
 
 
-def card(folder, title, *, about="", license=None):
+def card(folder, title, *, about="", license=None, use=None):
     """Return the huggingface_hub.ModelCard of a checkpoint.
 
     folder: as checkpoint.save wrote it; the card lists what its record says.
     title: str, the name on the Hub.
     about: str, in words: what it was trained on, by what it was cut, what it is good for.
     license: str, a word of the Hub's, such as "mit"; None leaves it out.
+    use: str, the lines of Python that use it; None for those that load it from the Hub.
     Raises what checkpoint.read raises.
     """
     record = checkpoint.read(folder)
@@ -59,7 +61,8 @@ def card(folder, title, *, about="", license=None):
         pipeline_tag="image-classification",
         tags=["vitlab", "pruning", record["recipe"]["name"]],
     )
-    text = _CARD.format(metadata=metadata, title=title, about=about, rows="\n".join(rows))
+    use = use or _USE.format(title=title)
+    text = _CARD.format(metadata=metadata, title=title, about=about, use=use, rows="\n".join(rows))
     return ModelCard(text)
 
 

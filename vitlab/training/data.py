@@ -3,7 +3,7 @@
 A batch is cut from the decoded images and sent to the device as uint8. Only there it is cropped,
 flipped, normalised and enlarged. Each image of a batch has its own draw.
 
-Public: Dataset, Split, load.
+Public: Dataset, Split, is_here, load.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitlab import files
 from vitlab.models import _weights, build
-from vitlab.training import _folders, _sources
+from vitlab.training import _folders, _shapes, _sources
 from vitlab.training._augment import augmentation, prepare
 
 
@@ -280,6 +280,18 @@ def load(
         layout="; ".join([source.layout, *(f"{part}: {words}" for part, words in drawn.items())]),
         drawn=drawn,
     )
+
+
+def is_here(name, *, root=None):
+    """Return whether `load` finds the images of a name without drawing or downloading them."""
+    home = Path(root) if root else files.root()
+    folders = {
+        "cifar10": [home / "cifar-10-batches-py", home / "cifar10" / "train"],
+        "caltech101": [home / "caltech101" / "101_ObjectCategories"],
+        "shapes": [home / f"shapes-{_shapes.VERSION}"],
+    }
+    places = folders.get(name) or [Path(name).expanduser()]
+    return bool(name) and any(place.is_dir() for place in places)
 
 
 def _drawn(source, splits):

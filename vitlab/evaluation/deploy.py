@@ -1,0 +1,227 @@
+"""Write a checkpoint as an ONNX model, in float32 or int8, with what its user has to know.
+
+Nothing is left in the folder of a model that does not answer as torch does.
+
+Public: LINES, write.
+"""
+
+import json
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from vitlab import files
+from vitlab.evaluation import bench, cost, evaluate, export
+from vitlab.models import anatomy, checkpoint, hub
+
+# How the files are used, without torch and vitlab. They stand in the card of each model.
+LINES = """import json, numpy as np, onnxruntime
+from PIL import Image, ImageOps
+about, image = json.load(open("NAME.json")), Image.open("photo.jpg").convert("RGB")
+image = ImageOps.fit(image, about["size"], Image.Resampling.BILINEAR, about["border"])
+pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
+images = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+[logits] = onnxruntime.InferenceSession("NAME.onnx").run(["logits"], {"images": images})
+print(about["classes"][logits[0].argmax()])"""
+_CHECKED = 256  # images on which a file is compared with torch
+_CALIBRATED = 128  # images that int8 is calibrated by
+_BATCH = 16
+_AGREEMENT = 0.95  # the least share of images with torch's answer, in int8
+_ROUNDS = 9  # of timing
+
+
+def write(folder, path, *, images=None, int8=False):
+    """Write a checkpoint as NAME.onnx with its preprocessing as NAME.json and a card as NAME.md.
+
+    folder: a checkpoint, as checkpoint.save wrote it
+    path: of NAME.onnx; what stands there is replaced only when all three are made and checked
+    images: data.Dataset of the model's classes and size: it is checked on images of val, and int8
+        is calibrated by some of train. None: it is checked on drawn ones
+    int8: quantise linear layers statically, and convolutions where that is faster here
+
+    Returns lines that say what was compared, chosen and measured.
+    Raises ValueError for float32 logits off by more than export.TOLERANCE of the largest, for int8
+    with other answers than torch's on more than 5 % of the images or without images to calibrate
+    by, and for a model of which nobody says how its images are normalised.
+    Raises what checkpoint.load and export.to_onnx raise.
+    """
+    folder, path = Path(folder), Path(path)
+    if path.suffix != ".onnx":
+        raise ValueError(f"{path} does not end in .onnx: NAME.json and NAME.md go beside NAME.onnx")
+    model = checkpoint.load(folder)
+    if int8 and not (images and model.num_classes):
+        raise ValueError(
+            "int8 is calibrated by images, and checked by how many of them it classifies as torch "
+            f"does; got {'a model without classes' if images else 'no images'}: give --images with "
+            "the name or folder of the model's images, or export in float32"
+        )
+    about = _preprocessing(model, images)
+    model.normalise, model.class_names = (about["mean"], about["std"]), about["classes"]
+    shown = export.random_images(model, 16)
+    on = "16 drawn images, as those of its study were not given"
+    if images:
+        shown = _first(images.val, _CHECKED)
+        on = f"{len(shown)} validation images of {images.description}"
+    files.make_folder(path.parent)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as staging:
+        made = Path(staging, path.name)
+        export.to_onnx(model, made)
+        error = export.difference(model, export.session(made), shown)
+        if not error <= export.TOLERANCE:
+            raise ValueError(
+                f"{path} was not written: its logits differ by {error:.1e} of the largest (at most "
+                f"{export.TOLERANCE:.0e}) on {on}"
+            )
+        lines = [f"float32: logits as torch's up to {error:.0e} of the largest, on {on}"]
+        if int8:
+            lines += _quantise(made, _first(images.train, _CALIBRATED))
+            agreement = _agreement(model, export.session(made), shown)
+            if not agreement >= _AGREEMENT:
+                raise ValueError(
+                    f"{path} was not written: in int8 {100 * agreement:.1f} % of its answers are "
+                    f"torch's (at least {100 * _AGREEMENT:.0f} %) on {on}; export it in float32"
+                )
+            lines.append(f"int8: {100 * agreement:.1f} % of its answers are torch's, on {on}")
+        made.with_suffix(".json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        use = LINES.replace("NAME", path.stem)
+        text = "\n".join([_history(folder), "", *(f"- {line}" for line in lines)])
+        hub.card(folder, path.stem, about=text, use=use).save(made.with_suffix(".md"))
+        for suffix in (".json", ".md", ".onnx"):
+            made.with_suffix(suffix).replace(path.with_suffix(suffix))
+    return lines
+
+
+def _preprocessing(model, images):
+    """Return what the user of a model must do to an image, and what its answers are called."""
+    size = cost.input_shape(model)[-1]
+    if images:
+        anatomy.check_classes(model, images)
+        evaluate.check_normalised(model, images.val)
+        if images.image_size != size:
+            raise ValueError(f"the model takes {size} px, the images are of {images.image_size}")
+    elif model.normalise is None:
+        raise ValueError(
+            "the checkpoint does not say how its images were normalised: give --images with the "
+            "name or folder of the model's images"
+        )
+    mean, std = model.normalise or (images.val.mean, images.val.std)
+    # Validation images are larger than what is shown of them, by this much on each side.
+    stored = images.val.store.shape[1] if images else size
+    border = (1 - images.val.window / stored) / 2 if images else 0
+    classes = getattr(model, "class_names", None) or (images.classes if images else None)
+    return {
+        "size": [size, size],
+        "resize": "the middle square without this share of its side at each border, bilinear",
+        "border": border,
+        "mean": mean,
+        "std": std,
+        "classes": list(classes or map(str, range(model.num_classes))),
+    }
+
+
+def _first(split, count):
+    """Return up to count images of a data.Split, of all classes: float32 [count, 3, S, S]."""
+    count = min(count, len(split))
+    [(images, _)] = split.subset(count).batches(count)
+    return images.contiguous()
+
+
+def _history(folder):
+    """Return in words what a checkpoint's record, and that of its dense model, say of accuracy."""
+    words = []
+    for each, name in ((folder.parent / "dense", "before the cut"), (folder, "of this model")):
+        with suppress(OSError, ValueError):
+            extra = checkpoint.read(each)["extra"]
+            top1 = extra.get("top1", extra.get("test", {}).get("top1"))
+            if top1 is not None:
+                words.append(f"{top1:.2f} % {name}")
+    known = ", ".join(words) or "not recorded"
+    return (
+        f"Top-1 on test images, in float32: {known}. The licence is for the owner to say: `license:` "
+        "in the head of this card."
+    )
+
+
+@torch.inference_mode()
+def _agreement(model, session, images):
+    """Return the share of images to which a session gives the model's answer."""
+    same = session(images).argmax(1) == model(images).argmax(1)
+    return same.double().mean().item()
+
+
+def _quantise(path, images):
+    """Replace an ONNX file by one in int8, and return lines that say what was chosen, and why.
+
+    images: float32 [B, 3, S, S], by which ranges are calibrated and errors measured
+    """
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared, made = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
+    quant_pre_process(path, prepared)  # folds constants, or layers with others would be skipped
+    linear = ["MatMul", "Gemm"]
+
+    def quantised(kinds, per_channel, reduce_range):
+        batches = iter([{"images": batch.numpy()} for batch in images.split(_BATCH)])
+        quantization.quantize_static(
+            prepared,
+            made,
+            SimpleNamespace(get_next=lambda: next(batches, None)),
+            op_types_to_quantize=kinds,
+            per_channel=per_channel,
+            reduce_range=reduce_range,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            # Products of activations stay as they are, and so does what a layer gives: norms and
+            # sums read it in float32 anyway.
+            extra_options={
+                "MatMulConstBOnly": True,
+                "OpTypesToExcludeOutputQuantization": linear,
+            },
+        )
+        return made.read_bytes()
+
+    float32 = export.session(path)
+    expected = float32(images)
+    # Where products of 8 bits are added up in 16, some of these saturate: only the error tells.
+    files_by_way, errors = {}, {}
+    for way in ((False, False), (True, False), (False, True), (True, True)):
+        files_by_way[way] = quantised(linear, *way)
+        off = export.session(files_by_way[way])(images) - expected
+        errors[way] = (off.abs().mean() / expected.abs().max()).item()
+    best = min(errors, key=errors.get)
+    shares = sorted(f"{100 * error:.2f}" for error in errors.values())
+    chosen = files_by_way[best]
+    with_convolutions = quantised([*linear, "Conv"], *best)
+    sessions = {
+        "float32": float32,
+        "linear": export.session(chosen),
+        "all": export.session(with_convolutions),
+    }
+    rounds = _times(sessions, images[:_BATCH])
+    gain = np.quantile(rounds["linear"] / rounds["all"], [0.25, 0.5])
+    takes_convolutions = gain[0] > 1  # in three rounds of four
+    path.write_bytes(with_convolutions if takes_convolutions else chosen)
+    speed = np.median(rounds["float32"] / rounds["all" if takes_convolutions else "linear"])
+    return [
+        f"int8: per_channel={best[0]}, reduce_range={best[1]}, as the mean error of the logits on "
+        f"{len(images)} training images is the least, {shares[0]} % of the largest (up to "
+        f"{shares[-1]} % otherwise); convolutions in {'int8' if takes_convolutions else 'float32'}, "
+        f"as int8 makes the model {gain[1]:.2f} times as fast",
+        f"int8: {speed:.2f} times as fast as float32 in onnxruntime, {_BATCH} images, "
+        f"{torch.get_num_threads()} thread(s) of this machine",
+    ]
+
+
+def _times(sessions, images):
+    """Return {name: milliseconds [rounds]} of sessions on a batch, taken in turns."""
+    cpu = torch.device("cpu")
+    times = {name: [] for name in sessions}
+    for _ in range(_ROUNDS + 1):
+        for name, session in sessions.items():
+            times[name].append(bench.milliseconds(lambda run=session: run(images), cpu))
+    return {name: np.array(each[1:]) for name, each in times.items()}  # the first warms up
