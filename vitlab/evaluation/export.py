@@ -73,6 +73,9 @@ def to_onnx(model, path):
             verbose=False,
         )
     written = onnx.model_proto
+    graph = written.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
+        part.ClearField("metadata_props")  # traces of calls, with paths of this machine
     # Whoever runs the file reads there how to normalise images, and what its answers are called.
     mean, std = getattr(model, "normalise", None) or (None, None)
     said = {"mean": mean, "std": std, "classes": getattr(model, "class_names", None)}
