@@ -32,11 +32,12 @@ def test_reach_is_the_four_calls(any_model, batch):
     grams = scores.grams(any_model, batches, layers=matrices, affine=True, **seen)
     how = {"layers": matrices, "labels": "model"}
     gradients = scores.gradient_grams(any_model, batches, **how)
+    half = batches[::2]
     how = {"kinds": kinds, "grams": grams, "gradients": gradients}
-    scored = budget.candidates(any_model, batches, **how)
+    scored = budget.candidates(any_model, half, **how)
     expected_plan = budget.plan(any_model, **scored, kinds=kinds, narrow=True, macs=0.6)
     how = {"compensate": "least squares", "grams": grams, **seen}
-    expected, drops = budget.cut(any_model, expected_plan, batches[::2], **how)
+    expected, drops = budget.cut(any_model, expected_plan, half, **how)
     damping = "held out" if len(batches) >= 4 else 1e-3
     how = {"drops": drops, "damping": damping, "gradients": gradients, **seen}
     expected = recover.reconstruct(expected, any_model, batches, **how)
@@ -56,6 +57,15 @@ def test_sixteen_positions_of_an_image_do_unless_images_are_few(vit):
     for batches, tokens in ((1, 64), (2, 32), (4, 16), (8, 16)):
         found = budget.positions(vit, [(x, None)] * batches)
         assert found == {"tokens": tokens, "weights": {}}
+
+
+def test_a_quarter_of_the_batches_tells_how_much_positions_count(batch):
+    model = toy(**OTHERS["registers"])
+    batches = list(zip(*(part.split(1) for part in batch), strict=True))
+    found = budget.positions(model, batches)["weights"]
+    expected = scores.position_weights(model, [batches[0], batches[4]])
+    assert expected and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_kinds_that_a_model_lacks_are_left_out_unless_they_are_named(batch):

@@ -522,6 +522,15 @@ def test_variance_survives_a_large_mean():
     torch.testing.assert_close(moments.norm("x"), x.norm(dim=0))
 
 
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 700])
+def test_the_half_of_a_gram_that_is_computed_tells_the_other(n):
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(40, n, generator=generator), torch.rand(40, 1, generator=generator)
+    found = _sweep.gram(weights * x, x)
+    torch.testing.assert_close(found, x.T @ (weights * x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, found.T)
+
+
 def test_one_pass_measures_all_and_each_as_if_alone(model, batch):
     batches, passes = split(batch, 4), []
     handle = model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))

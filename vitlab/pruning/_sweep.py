@@ -1,7 +1,7 @@
 """Collect values and gradients of layers in one pass over batches.
 
 Public: Grams, LABELS, Moments, NO_BATCHES, Positions, Sweep, channels_last, check_images,
-cross_entropy, fitting_gram, layer_inputs, outputs, patches, positions_of, wide, zeros.
+cross_entropy, fitting_gram, gram, layer_inputs, outputs, patches, positions_of, wide, zeros.
 """
 
 from collections import defaultdict
@@ -18,6 +18,7 @@ from vitlab.models import anatomy
 from vitlab.pruning import lowrank
 
 LABELS = ("true", "model", "none")  # what the loss of calibration images is taken by
+_BLOCK = 256  # rows of a gram that are computed together
 NO_BATCHES = "no batches: give a list of (x, y); a generator is empty after its first use"
 
 
@@ -327,11 +328,22 @@ class Grams:
         self.tokens[key] += weights.sum().item()
         weighted = x if positions.weights is None else weights * x
         # Products are taken in the inputs' precision, at least float32, and added up in float64.
-        self.totals[key] += (weighted.T @ x).double()
+        self.totals[key] += gram(weighted, x).double()
 
     def mean(self, key):
         """Return the sum divided by the number of tokens."""
         return self.totals[key] / self.tokens[key]
+
+
+def gram(weighted, x):
+    """Return weighted^T x [n, n], symmetric, as weighted is x [positions, n] times weights."""
+    n = x.shape[1]
+    product = x.new_empty(n, n)
+    # Only blocks that reach the diagonal or lie right of it are computed, little more than half.
+    for start in range(0, n, _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        product[rows, start:] = weighted[:, rows].T @ x[:, start:]
+    return product.triu() + product.triu(1).T
 
 
 def channels_last(x, layer):

@@ -45,12 +45,14 @@ def reach(model, batches, *, labels="true", keep=(), **target):
     gradients = _gradients(model, batches, labels)
     # Bases of ranks and compensation need the same grams: take them once.
     grams = _affine_grams(model, batches, **seen)
+    # Half of the images rank what may go, as what is left is fitted to all of them.
+    half = batches[::2]
     how = {"grams": grams, "gradients": gradients, "labels": labels}
-    competitors = candidates(model, batches, kinds=kinds, **how)
+    competitors = candidates(model, half, kinds=kinds, **how)
     chosen = plan(model, **competitors, kinds=kinds, keep=keep, narrow=True, **target)
     how = {"grams": grams, "compensate": "least squares"}
-    # Ranks are fitted again below: half of the images tell their directions.
-    small, drops = cut(model, chosen, batches[::2], **how, **seen)
+    # Ranks are fitted again below: half of the images tell their directions, too.
+    small, drops = cut(model, chosen, half, **how, **seen)
     # Then all layers are solved for against the dense model (docs/methods/recovery.md), by a ridge
     # that serves images which were not used.
     damping = "held out" if len(batches) >= 4 else 1e-3
@@ -77,7 +79,8 @@ def positions(model, batches, *, labels="true"):
     matrices = models.view(model).matrices.values()
     widest = max(layer.weight.flatten(1).shape[1] for layer in matrices)
     tokens = max(_TOKENS, math.ceil(8 * widest / max(images, 1)))
-    weights = scores.position_weights(model, _few(batches), labels=labels)
+    # A mean of squares needs few images.
+    weights = scores.position_weights(model, batches[::4], labels=labels)
     return {"tokens": tokens, "weights": weights}
 
 
