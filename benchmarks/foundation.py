@@ -184,17 +184,19 @@ def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
     how = {"layers": list(models.view(model).matrices), "labels": drawn}
     gradients = once("gradients", scores.gradient_grams, few, **how)
     how = {"kinds": given.kinds, "grams": grams, "gradients": gradients, "labels": labels}
-    found = once("candidates", budget.candidates, given.batches, **how)
+    half = given.batches[::2]
+    found = once("candidates", budget.candidates, half, **how)
     if shuffled:
         generator = torch.Generator().manual_seed(given.seed)
         found = dict(found, unit_scores=shuffle(found["unit_scores"], generator))
     keep = ["head"] if labels != "none" else []  # features are what counts
-    plan = budget.plan(model, **found, kinds=kinds, keep=keep, macs=share)
+    plan = budget.plan(model, **found, kinds=kinds, keep=keep, narrow=True, macs=share)
     how = {"grams": grams, "compensate": "least squares", **seen}
-    small, drops = budget.cut(model, plan, given.batches[::2], **how)
+    small, drops = budget.cut(model, plan, half, **how)
     damping = "held out" if len(given.batches) >= 4 else 1e-3
     how = {"drops": drops, "damping": damping, "untouched": keep, "gradients": gradients}
     small = recover.reconstruct(small, model, given.batches, **how, **seen)
+    small = factor.narrow_heads(small)
     small.reset_classifier(0)
     return Cut(small, f"labels: {labels}", channels_left(model, plan.drop))
 
