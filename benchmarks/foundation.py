@@ -179,7 +179,7 @@ def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
     seen = once("positions", budget.positions, given.batches, labels=labels)
     how = {"layers": list(models.view(model).matrices), "affine": True, **seen}
     grams = once("grams", scores.grams, given.batches, **how)
-    few = given.batches[:: max(1, len(given.batches) // 4)]
+    few = budget._few(given.batches)
     drawn = "none" if labels == "none" else "model"
     how = {"layers": list(models.view(model).matrices), "labels": drawn}
     gradients = once("gradients", scores.gradient_grams, few, **how)

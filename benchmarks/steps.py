@@ -51,7 +51,7 @@ def steps(rounds):
     run(prepare())
     seen = budget.positions(dense, batches, labels="none")
     grams = scores.grams(dense, batches, **how, **seen)
-    few = batches[:: max(1, len(batches) // 4)]
+    few = budget._few(batches)
     felt = {"layers": list(models.view(dense).matrices), "labels": "none"}
     gradients = scores.gradient_grams(dense, few, **felt)
     options = {"kinds": KINDS, "grams": grams, "gradients": gradients, "labels": "none"}

@@ -59,6 +59,12 @@ def test_sixteen_positions_of_an_image_do_unless_images_are_few(vit):
         assert found == {"tokens": tokens, "weights": {}}
 
 
+@pytest.mark.parametrize("batches, size, used", [(8, 64, 2), (8, 32, 4), (4, 8, 4), (16, 64, 4)])
+def test_gradients_are_of_a_quarter_of_the_images_or_of_128(batches, size, used):
+    images = [(torch.zeros(size, 1), None)] * batches
+    assert len(budget._few(images)) == used
+
+
 def test_a_quarter_of_the_batches_tells_how_much_positions_count(batch):
     model = toy(**OTHERS["registers"])
     batches = list(zip(*(part.split(1) for part in batch), strict=True))

@@ -93,8 +93,10 @@ def _gradients(model, batches, labels):
 
 
 def _few(batches):
-    """Return about four of the batches: means of squared gradients need few images."""
-    return batches[:: max(1, len(batches) // 4)]
+    """Return a quarter of the batches, or more until they hold 128 images."""
+    # Means of squared gradients need few images.
+    images = sum(len(x) for x, _ in batches)
+    return batches[:: max(1, min(4, images // 128))]
 
 
 def candidates(model, batches, *, kinds, grams=None, gradients=None, labels="true"):
