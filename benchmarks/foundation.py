@@ -196,7 +196,7 @@ def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
     damping = "held out" if len(given.batches) >= 4 else 1e-3
     how = {"drops": drops, "damping": damping, "untouched": keep, "gradients": gradients}
     small = recover.reconstruct(small, model, given.batches, **how, **seen)
-    small = factor.narrow_heads(small)
+    small = factor.narrow_heads(small, keep=keep)
     small.reset_classifier(0)
     return Cut(small, f"labels: {labels}", channels_left(model, plan.drop))
 

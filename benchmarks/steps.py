@@ -67,7 +67,7 @@ def steps(rounds):
         "gradients": lambda: scores.gradient_grams(dense, few, **felt),
         "grams": lambda: scores.grams(dense, batches, **how, **seen),
         "candidates": lambda: budget.candidates(dense, half, **options),
-        "plan": lambda: budget.plan(dense, **found, kinds=KINDS, macs=SHARE),
+        "plan": lambda: budget.plan(dense, **found, kinds=KINDS, narrow=True, macs=SHARE),
         "cut": lambda: budget.cut(dense, plan, half, **cut),
         "reconstruct": lambda: recover.reconstruct(small, dense, batches, **solved),
     }

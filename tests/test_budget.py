@@ -672,6 +672,19 @@ def test_uniform_ranks_name_their_floor_and_leave_factored_layers(vit, batch):
 # -- heads as narrow as the ranks of their qkv
 
 
+@pytest.mark.parametrize("kept", ["blocks.*.attn.proj", "blocks.0"])
+def test_narrow_heads_leave_layers_alone_that_are_kept(vit, batch, kept):
+    batches = list(zip(*(part.split(2) for part in batch), strict=True))
+    small, plan = budget.reach(vit, batches, keep=[kept], macs=0.4)
+    thin = {name: rank for name, rank in plan.ranks.items() if name.endswith("qkv")}
+    assert min(thin.values()) < models.view(vit).blocks[0].head_dim  # heads were narrowed
+    names = pool.layers_of(vit, [kept]) & models.view(vit).matrices.keys()
+    assert names
+    for name in names:
+        assert small.get_submodule(name).weight.equal(vit.get_submodule(name).weight)
+    assert cost.macs(small) / cost.macs(vit) == pytest.approx(plan.share, abs=1e-9)
+
+
 @pytest.mark.parametrize("macs", [0.5, 0.35, 0.25])
 @pytest.mark.parametrize("kinds", [["ranks"], ["heads", "neurons", "width", "ranks"]])
 def test_a_plan_for_narrow_heads_costs_what_it_says(any_model, batch, macs, kinds):

@@ -59,7 +59,7 @@ def reach(model, batches, *, labels="true", keep=(), **target):
     how = {"drops": drops, "damping": damping, "untouched": kept, "gradients": gradients}
     small = recover.reconstruct(small, model, batches, **how, **seen)
     # Heads need no more dimensions than their qkv has ranks; the plan has counted on it.
-    return factor.narrow_heads(small), chosen
+    return factor.narrow_heads(small, keep=kept), chosen
 
 
 def positions(model, batches, *, labels="true"):
@@ -192,8 +192,9 @@ def plan(
         costs = bench.layer_times(model, table, batch=batch)
     table["cost"] = costs
     view = models.view(model)
-    units, thin = pool.without(units, thin, pool.layers_of(model, keep), view, table)
-    new_search = partial(pool.Search, view, table, units, thin, narrow)
+    kept = pool.layers_of(model, keep)
+    units, thin = pool.without(units, thin, kept, view, table)
+    new_search = partial(pool.Search, view, table, units, thin, narrow, kept)
     floor = new_search().floor()
     goes = " and ".join(kinds)
 
@@ -201,7 +202,7 @@ def plan(
         return new_search().run(max(wanted, floor)).as_plan(what)
 
     def measure(wanted):
-        return _measured(model, plan_for(wanted), what, share, batch, narrow)
+        return _measured(model, plan_for(wanted), what, share, batch, narrow, kept)
 
     # The closed form of MACs is exact: nothing to measure. It misses the target by less than the
     # cheapest step. Nor is there anything to measure where nothing may go.
@@ -248,10 +249,10 @@ def _corrected(measure, is_counted, share, floor):
     return min(tries, key=lambda pair: pair[1])
 
 
-def _measured(model, plan, what, share, batch, narrow):
+def _measured(model, plan, what, share, batch, narrow, kept):
     """Return the plan with the share it really keeps, and by how much that misses the target."""
     small, _ = cut(model, plan)
-    small = factor.narrow_heads(small) if narrow else small
+    small = factor.narrow_heads(small, keep=kept) if narrow else small
     if what == "latency":
         # Both run in turns, so that what else the machine does slows both.
         both = {"dense": model, "small": small}

@@ -264,7 +264,7 @@ def factorise(model, ranks, *, grams=None, damping=1e-3):
 
 
 @torch.no_grad()
-def narrow_heads(model):
+def narrow_heads(model, *, keep=()):
     """Return a copy whose heads have no more dimensions than their factored qkv has ranks.
 
     It computes the same, with smaller products of attention and a smaller proj.
@@ -272,22 +272,22 @@ def narrow_heads(model):
     model: a ViT or Swin; it stays as it is. Where qkv is plain, or of a rank at or above the size
         of a head, nothing changes. Queries and keys that are normalised keep their size, and so do
         values that anything but a plain or factored proj reads.
+    keep: names of layers that stay as they are; values that such a proj reads keep their size.
     """
     model = anatomy.copied(model)
     for block in models.view(model).blocks:
         if isinstance(getattr(block.attn, "qkv", None), _layers.FactoredLinear):
-            _narrow(block)
+            _narrow(block, narrowable(block, keep))
     return model
 
 
-def _narrow(block):
-    """Give the heads of a block no more dimensions than its qkv has ranks, in place."""
+def _narrow(block, kinds):
+    """Give the heads of a block no more dimensions of kinds than its qkv has ranks, in place."""
     attn, qkv, heads = block.attn, block.attn.qkv, block.num_heads
     # A head sees an image through z = first(x) [r]: its queries are Q z + b, its keys K z + c.
     sizes = [heads * block.qk_dim, heads * block.qk_dim, heads * block.head_dim]
     weight = torch.cat([qkv.second.weight, _bias_column(qkv)], 1).double()
     q, k, v = [part.unflatten(0, (heads, -1)) for part in weight.split(sizes)]  # [heads, d, r + 1]
-    kinds = narrowable(block)
     if qkv.rank < block.qk_dim and "qk" in kinds:
         # Softmax ignores what all keys have alike. So (K z)^T (Q z + b) is all that counts: r
         # queries K^T (Q z + b), and z as the keys.
@@ -318,8 +318,11 @@ def _bias_column(layer):
     return second.new_zeros(len(second), 1) if layer.bias is None else layer.bias[:, None]
 
 
-def narrowable(block):
-    """Return which dimensions `narrow_heads` can take from the heads of a block: "qk", "v"."""
+def narrowable(block, keep=()):
+    """Return which dimensions `narrow_heads` can take from the heads of a block: "qk", "v".
+
+    keep: as for `narrow_heads`.
+    """
     attn = block.attn
     proj = getattr(attn, "proj", None)
     has_own_biases = getattr(attn, "v_bias", None) is not None  # SwinV2's
@@ -329,6 +332,7 @@ def narrowable(block):
     kinds = []
     if not block.normalises_queries:
         kinds.append("qk")
-    if takes_values and not is_normed and not has_own_biases:
+    is_kept = f"{block.name}.attn.proj" in keep
+    if takes_values and not (is_normed or has_own_biases or is_kept):
         kinds.append("v")
     return kinds

@@ -292,9 +292,10 @@ class Search:
     units, thin: those of `candidates`.
     narrow: whether heads will have no more dimensions than their qkv has ranks, see
         factor.narrow_heads.
+    kept: names of layers that stay as they are.
     """
 
-    def __init__(self, view, table, units, thin, narrow=False):
+    def __init__(self, view, table, units, thin, narrow=False, kept=()):
         self.total = table.cost.sum().item()
         self.units = units
         self.thin = thin
@@ -320,13 +321,13 @@ class Search:
         self.narrowing = defaultdict(list)  # {qkv: [these lines]}
         self.parts = defaultdict(list)  # {qkv: [(place in its outputs, kind, size of a head)]}
         for block in view.blocks if narrow else ():
-            self._narrow(block, table)
+            self._narrow(block, table, factor.narrowable(block, kept))
 
-    def _narrow(self, block, table):
+    def _narrow(self, block, table, kinds):
         """Let the lines of a block's attention fall with the rank of its qkv."""
         qkv = f"{block.name}.attn.qkv"
         sizes = {"qk": block.qk_dim, "v": block.head_dim}
-        kinds = factor.narrowable(block) if qkv in self.thin else ()
+        kinds = kinds if qkv in self.thin else ()
         readers = {"qk": "qk", "av": "v", "proj": "v"}
         self.parts[qkv] = [
             (place, kind, sizes[kind]) for place, kind in enumerate(sizes) if kind in kinds
