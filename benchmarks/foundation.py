@@ -41,7 +41,7 @@ from peers import torch_pruning, torch_pruning_to
 from vitlab import files, models
 from vitlab.evaluation import cost, evaluate, memory
 from vitlab.models import anatomy
-from vitlab.pruning import budget, factor, ranks, recover, scores
+from vitlab.pruning import budget, factor, ranks, scores
 from vitlab.report import plots, tables
 from vitlab.studies import runs
 from vitlab.training import data, train
@@ -165,38 +165,22 @@ def dense(given, share):
 
 
 def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
-    """As budget.reach and notebook 8 do it: candidates, plan, cut, reconstruct.
+    """As budget.reach and notebook 8 do it.
 
     kinds: what may go; None for all of the study's. shuffled: of each place random units.
     """
-    kinds = kinds or given.kinds
     model = given.dense if labels == "none" else given.labelled
-
-    def once(what, call, *arguments, **options):
-        call = functools.partial(call, model, *arguments, **options)
-        return given.once(f"{what} by labels {labels}", call)
-
-    seen = once("positions", budget.positions, given.batches, labels=labels)
-    how = {"layers": list(models.view(model).matrices), "affine": True, **seen}
-    grams = once("grams", scores.grams, given.batches, **how)
-    few = budget._few(given.batches)
-    drawn = "none" if labels == "none" else "model"
-    how = {"layers": list(models.view(model).matrices), "labels": drawn}
-    gradients = once("gradients", scores.gradient_grams, few, **how)
-    how = {"kinds": given.kinds, "grams": grams, "gradients": gradients, "labels": labels}
-    half = given.batches[::2]
-    found = once("candidates", budget.candidates, half, **how)
+    parts = budget.Calibration(model, given.batches, kinds=given.kinds, labels=labels)
+    for part in ("positions", "grams", "gradients", "candidates"):
+        measure = functools.partial(getattr, parts, part)
+        vars(parts)[part] = given.once(f"{part} by labels {labels}", measure)
+    options = {}
     if shuffled:
         generator = torch.Generator().manual_seed(given.seed)
-        found = dict(found, unit_scores=shuffle(found["unit_scores"], generator))
+        options["unit_scores"] = shuffle(parts.candidates["unit_scores"], generator)
     keep = ["head"] if labels != "none" else []  # features are what counts
-    plan = budget.plan(model, **found, kinds=kinds, keep=keep, narrow=True, macs=share)
-    how = {"grams": grams, "compensate": "least squares", **seen}
-    small, drops = budget.cut(model, plan, half, **how)
-    damping = "held out" if len(given.batches) >= 4 else 1e-3
-    how = {"drops": drops, "damping": damping, "untouched": keep, "gradients": gradients}
-    small = recover.reconstruct(small, model, given.batches, **how, **seen)
-    small = factor.narrow_heads(small, keep=keep)
+    plan = parts.plan(**options, kinds=kinds or given.kinds, keep=keep, macs=share)
+    small = parts.reconstruct(*parts.cut(plan), untouched=keep)
     small.reset_classifier(0)
     return Cut(small, f"labels: {labels}", channels_left(model, plan.drop))
 

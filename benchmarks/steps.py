@@ -3,16 +3,17 @@
 It needs Caltech-101, and the weights of the study caltech101-dinov2.
 """
 
+import functools
+
 import torch
 from common import interleaved, publish, rows_of_ratios
 
 from vitlab import models
 from vitlab.evaluation import memory
-from vitlab.pruning import budget, recover, scores
+from vitlab.pruning import budget
 from vitlab.studies import runs
 from vitlab.training import data
 
-KINDS = ("heads", "neurons", "width", "ranks")
 IMAGES, SHARE = 512, 0.5
 
 
@@ -30,8 +31,6 @@ def steps(rounds):
     memory.release_memory()
     before = memory.own_memory_mb("cpu")
     dense = models.create(**lab.model, num_classes=0, image_size=images.image_size).eval()
-    how = {"layers": list(models.view(dense).matrices), "affine": True}
-    half = batches[::2]
     peaks = {}
 
     def watched(name, call):
@@ -49,28 +48,22 @@ def steps(rounds):
 
     prepare, run = watched("one batch", lambda: forward_and_backward(dense, *batches[0]))
     run(prepare())
-    seen = budget.positions(dense, batches, labels="none")
-    grams = scores.grams(dense, batches, **how, **seen)
-    few = budget._few(batches)
-    felt = {"layers": list(models.view(dense).matrices), "labels": "none"}
-    gradients = scores.gradient_grams(dense, few, **felt)
-    options = {"kinds": KINDS, "grams": grams, "gradients": gradients, "labels": "none"}
-    found = budget.candidates(dense, half, **options)
-    plan = budget.plan(dense, **found, kinds=KINDS, narrow=True, macs=SHARE)
-    cut = {"grams": grams, "compensate": "least squares", **seen}
-    small, drops = budget.cut(dense, plan, half, **cut)
-    solved = {"drops": drops, "damping": "held out", "gradients": gradients, **seen}
+    known = budget.Calibration(dense, batches, labels="none")
+    plan = known.plan(macs=SHARE)
+    small, drops = known.cut(plan)
 
-    calls = {
-        "forward": lambda: forward(dense, batches),
-        "positions": lambda: budget.positions(dense, batches, labels="none"),
-        "gradients": lambda: scores.gradient_grams(dense, few, **felt),
-        "grams": lambda: scores.grams(dense, batches, **how, **seen),
-        "candidates": lambda: budget.candidates(dense, half, **options),
-        "plan": lambda: budget.plan(dense, **found, kinds=KINDS, narrow=True, macs=SHARE),
-        "cut": lambda: budget.cut(dense, plan, half, **cut),
-        "reconstruct": lambda: recover.reconstruct(small, dense, batches, **solved),
-    }
+    def anew(part):
+        """Measure a part of the calibration once more, from the parts that it needs."""
+        fresh = budget.Calibration(dense, batches, labels="none")
+        vars(fresh).update({name: each for name, each in vars(known).items() if name != part})
+        getattr(fresh, part)
+
+    calls = {"forward": lambda: forward(dense, batches)}
+    for part in ("positions", "gradients", "grams", "candidates"):
+        calls[part] = functools.partial(anew, part)
+    calls["plan"] = lambda: known.plan(macs=SHARE)
+    calls["cut"] = lambda: known.cut(plan)
+    calls["reconstruct"] = lambda: known.reconstruct(small, drops)
     calls = {name: watched(name, call) for name, call in calls.items()}
     seconds = interleaved(calls, rounds)
     seconds["all steps"] = seconds.drop(columns="forward").sum(axis=1)

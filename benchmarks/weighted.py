@@ -6,13 +6,15 @@ weights of the study caltech101-dinov2. Columns say what the gradients weigh: th
 reconstruction solves for, and whether heads are made as narrow as their ranks.
 """
 
+import functools
+
 from common import publish
 from torch import cosine_similarity
 
 from vitlab import models
 from vitlab.evaluation import cost, evaluate
 from vitlab.models import checkpoint
-from vitlab.pruning import budget, factor, recover, scores
+from vitlab.pruning import budget, factor, recover
 from vitlab.studies import runs
 from vitlab.training import data
 
@@ -22,35 +24,26 @@ WAYS = {  # whether gradients weigh directions and reconstruction, and whether h
     "both": (True, True, False),
     "both, narrow heads": (True, True, True),
 }
-KINDS = {"pool": budget._POOL, "ranks": ("ranks",)}
+KINDS = {"pool": ("heads", "neurons", "filters", "width", "ranks"), "ranks": ("ranks",)}
 
 
-class Given:
+class Given(budget.Calibration):
     """What all cuts of a model share."""
 
-    def __init__(self, model, batches, labels):
-        self.model, self.batches = model, batches
-        view = models.view(model)
-        self.kinds = [kind for kind in budget._POOL if kind == "ranks" or view.units([kind])]
-        self.seen = budget.positions(model, batches, labels=labels)
-        how = {"layers": list(view.matrices), "affine": True}
-        self.grams = scores.grams(model, batches, **how, **self.seen)
-        self.gradients = budget._gradients(model, batches, labels)
-        how = {"kinds": self.kinds, "grams": self.grams, "labels": labels}
-        self.found = {
-            False: budget.candidates(model, batches, **how),
-            True: budget.candidates(model, batches, gradients=self.gradients, **how),
-        }
+    @functools.cached_property
+    def unweighted(self):
+        """What competes where gradients do not order directions."""
+        how = {"kinds": self.kinds, "grams": self.grams, "labels": self.labels}
+        return budget.candidates(self.model, self.half, **how)
 
-    def cut(self, share, kinds, way):
+    def made(self, share, kinds, way):
         """Return the cut of one of WAYS, and its plan."""
         orders, solves, narrow = WAYS[way]
         kinds = [kind for kind in KINDS[kinds] if kind in self.kinds]
-        how = {"kinds": kinds, "narrow": narrow, "macs": share}
-        plan = budget.plan(self.model, **self.found[orders], **how)
-        how = {"grams": self.grams, "compensate": "least squares", **self.seen}
-        small, drops = budget.cut(self.model, plan, self.batches[::2], **how)
-        how = {"drops": drops, "damping": "held out", **self.seen}
+        options = {} if orders else self.unweighted
+        plan = self.plan(**options, kinds=kinds, narrow=narrow, macs=share)
+        small, drops = self.cut(plan)
+        how = {"drops": drops, "damping": "held out", **self.positions}
         how["gradients"] = self.gradients if solves else None
         small = recover.reconstruct(small, self.model, self.batches, **how)
         return factor.narrow_heads(small) if narrow else small, plan
@@ -60,7 +53,7 @@ def rows_of(given, name, kinds, shares, judge, ways=WAYS):
     rows = []
     for share in shares:
         for way in ways:
-            small, plan = given.cut(share, kinds, way)
+            small, plan = given.made(share, kinds, way)
             row = {"model": name, "kinds": kinds, "share": share, "weighted": way}
             row |= {"macs": cost.macs(small), "predicted": plan.predicted}
             rows.append(row | judge(small, plan))
@@ -80,7 +73,7 @@ def weighted(rounds):
     for name in ("vit", "swin"):
         model = checkpoint.load(f"checkpoints/cifar10-small/{name}")
         rows.append({"model": name, "weighted": "dense", "share": 1.0} | judge(model, None))
-        given = Given(model, list(images.train.subset(1024).batches(64)), "true")
+        given = Given(model, list(images.train.subset(1024).batches(64)))
         rows += rows_of(given, name, "pool", (0.5, 0.25, 0.15), judge)
         publish("weighted", rows)
 
@@ -100,7 +93,7 @@ def weighted_features(rounds):
         filled[:, left] = evaluate.features(small, val, precision="auto").features
         return {"change": 1 - cosine_similarity(filled, dense).mean().item()}
 
-    given = Given(model, list(images.train.subset(256).batches(32)), "none")
+    given = Given(model, list(images.train.subset(256).batches(32)), labels="none")
     rows = []
     for kinds, shares in (("pool", (0.5, 0.35)), ("ranks", (0.5,))):
         rows += rows_of(given, "ViT-S", kinds, shares, judge, ways=list(WAYS)[:3])

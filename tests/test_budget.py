@@ -50,6 +50,22 @@ def test_reach_is_the_four_calls(any_model, batch):
         assert torch.equal(tensor, before[name])
 
 
+def test_what_calibration_tells_is_measured_once_and_shared(vit, batch, monkeypatch):
+    batches = list(zip(*(part.split(4) for part in batch), strict=True))
+    known = budget.Calibration(vit, batches)
+    small, drops = known.cut(known.plan(macs=0.6))
+    small = known.reconstruct(small, drops)
+    for name in ("gradient_grams", "measure", "position_weights"):
+        monkeypatch.setattr(scores, name, None)  # whoever calls it now fails
+    again = known.plan(macs=0.6)
+    how = {"kinds": known.kinds, "narrow": True}
+    assert again.drop == budget.plan(vit, **known.candidates, **how, macs=0.6).drop
+    kinds = {kind for _, kind in known.plan(kinds=["heads", "neurons"], macs=0.9).drop}
+    assert kinds <= {"heads", "neurons"}
+    solved = known.reconstruct(known.cut(again, compensate=None)[0], drops)
+    assert cost.macs(solved) == cost.macs(small)
+
+
 def test_sixteen_positions_of_an_image_do_unless_images_are_few(vit):
     """Each input of the widest layer gets eight of them."""
     widest = max(layer.weight[0].numel() for layer in models.view(vit).matrices.values())

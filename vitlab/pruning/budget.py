@@ -1,14 +1,15 @@
 """Cut a model to a budget: choose what goes by the predicted rise of the loss.
 
 A budget is a share of the model's MACs, parameters, bytes or time. `reach` does all of it in one
-call; `candidates`, `plan` and `cut` are its steps. Method: docs/methods/budget.md.
+call, `Calibration` in steps, whose functions are `candidates`, `plan` and `cut`. Method:
+docs/methods/budget.md.
 
-Public: candidates, cut, plan, positions, reach.
+Public: Calibration, candidates, cut, plan, positions, reach.
 """
 
 import math
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 from vitlab import files, models, names
 from vitlab.evaluation import bench, cost
@@ -22,44 +23,98 @@ _TOKENS = 16  # positions of an image that tell most of what all do
 def reach(model, batches, *, labels="true", keep=(), **target):
     """Cut a model to a target without training.
 
-    Call it as in `small, plan = budget.reach(model, batches, macs=0.5)`. This is `candidates`,
-    `plan`, `cut` and recover.reconstruct, with what did best in docs/methods/budget.md. The model
-    stays as it is.
+    Call it as in `small, plan = budget.reach(model, batches, macs=0.5)`. It does what did best in
+    docs/methods/budget.md. The model stays as it is.
 
-    model: a ViT or Swin of plain layers, as models.create makes it.
-    batches: a list of (x, y) of calibration images.
-    labels: which labels the gradients take, see scores.measure: "none" for a model without
-        classifier, and wherever the features count.
+    model, batches, labels: see `Calibration`.
     keep: layers that stay as they are, see `plan`; their weights do, too.
     target: one of macs, params, bytes, latency, and the share to keep, in (0, 1).
 
     Returns the smaller model and its Plan.
-    Raises what the four calls raise, such as Unreachable.
+    Raises what `Calibration` and its methods raise, such as Unreachable.
     """
     pool.checked_target(target, model)
     kept = pool.layers_of(model, keep)
-    view = models.view(model)
-    # A stem of one convolution, for instance, has no filters that may go.
-    kinds = [kind for kind in _POOL if kind == "ranks" or view.units([kind])]
-    seen = positions(model, batches, labels=labels)
-    gradients = _gradients(model, batches, labels)
-    # Bases of ranks and compensation need the same grams: take them once.
-    grams = _affine_grams(model, batches, **seen)
-    # Half of the images rank what may go, as what is left is fitted to all of them.
-    half = batches[::2]
-    how = {"grams": grams, "gradients": gradients, "labels": labels}
-    competitors = candidates(model, half, kinds=kinds, **how)
-    chosen = plan(model, **competitors, kinds=kinds, keep=keep, narrow=True, **target)
-    how = {"grams": grams, "compensate": "least squares"}
-    # Ranks are fitted again below: half of the images tell their directions, too.
-    small, drops = cut(model, chosen, half, **how, **seen)
-    # Then all layers are solved for against the dense model (docs/methods/recovery.md), by a ridge
-    # that serves images which were not used.
-    damping = "held out" if len(batches) >= 4 else 1e-3
-    how = {"drops": drops, "damping": damping, "untouched": kept, "gradients": gradients}
-    small = recover.reconstruct(small, model, batches, **how, **seen)
-    # Heads need no more dimensions than their qkv has ranks; the plan has counted on it.
-    return factor.narrow_heads(small, keep=kept), chosen
+    known = Calibration(model, batches, labels=labels)
+    chosen = known.plan(keep=keep, **target)
+    small, drops = known.cut(chosen)
+    return known.reconstruct(small, drops, untouched=kept), chosen
+
+
+class Calibration:
+    """What calibration images tell about a model: all of its cuts share it.
+
+    Each part is measured when it is first asked for: `positions`, `grams`, `gradients` and
+    `candidates`.
+
+    model: a ViT or Swin of plain layers, as models.create makes it.
+    batches: a list of (x, y) of calibration images.
+    kinds: what may go, see `plan`. None: all that do well together and that the model has.
+    labels: which labels the gradients take, see scores.measure: "none" for a model without
+        classifier, and wherever the features count.
+
+    Each part raises what its function in scores raises.
+    """
+
+    def __init__(self, model, batches, *, kinds=None, labels="true"):
+        self.model, self.batches, self.labels = model, batches, labels
+        view = models.view(model)
+        self.layers = list(view.matrices)
+        # A stem of one convolution, for instance, has no filters that may go.
+        self.kinds = kinds or [kind for kind in _POOL if kind == "ranks" or view.units([kind])]
+        # Half of the images rank what may go, as what is left is fitted to all of them.
+        self.half = batches[::2]
+
+    @cached_property
+    def positions(self):
+        """Where images are looked at: `positions`."""
+        return positions(self.model, self.batches, labels=self.labels)
+
+    @cached_property
+    def grams(self):
+        """Second moments of layer inputs: scores.grams, with a constant 1."""
+        return _affine_grams(self.model, self.batches, **self.positions)
+
+    @cached_property
+    def gradients(self):
+        """Second moments of the loss's gradients by layer outputs: scores.gradient_grams."""
+        # What stays should answer as the model does, right or wrong: labels are its own.
+        labels = "none" if self.labels == "none" else "model"
+        few = _few(self.batches)
+        return scores.gradient_grams(self.model, few, layers=self.layers, labels=labels)
+
+    @cached_property
+    def candidates(self):
+        """What competes: `candidates`."""
+        how = {"grams": self.grams, "gradients": self.gradients, "labels": self.labels}
+        return candidates(self.model, self.half, kinds=self.kinds, **how)
+
+    def plan(self, **options):
+        """Return `plan` of what competes. options: its own, a target among them."""
+        options = {"kinds": self.kinds, "narrow": True} | options
+        return plan(self.model, **self.candidates | options)
+
+    def cut(self, chosen, compensate="least squares"):
+        """Return `cut` of a plan: the smaller model, and what went."""
+        # Ranks are fitted again below: half of the images tell their directions, too.
+        how = {"grams": self.grams, "compensate": compensate}
+        return cut(self.model, chosen, self.half, **how, **self.positions)
+
+    def reconstruct(self, small, drops=(), *, untouched=()):
+        """Return a smaller model with all layers solved for against the whole one.
+
+        small, drops: what `cut` returns.
+        untouched: names of layers that stay as they are.
+
+        Raises what recover.reconstruct raises.
+        """
+        # A ridge that serves images which were not used needs some to hold out.
+        damping = "held out" if len(self.batches) >= 4 else 1e-3
+        how = {"drops": drops, "damping": damping, "untouched": untouched}
+        how |= {"gradients": self.gradients, **self.positions}
+        small = recover.reconstruct(small, self.model, self.batches, **how)
+        # Heads need no more dimensions than their qkv has ranks; the plan has counted on it.
+        return factor.narrow_heads(small, keep=untouched)
 
 
 def positions(model, batches, *, labels="true"):
@@ -82,14 +137,6 @@ def positions(model, batches, *, labels="true"):
     # A mean of squares needs few images.
     weights = scores.position_weights(model, batches[::4], labels=labels)
     return {"tokens": tokens, "weights": weights}
-
-
-def _gradients(model, batches, labels):
-    """Return scores.gradient_grams of all that may become low rank."""
-    # What stays should answer as the model does, right or wrong: labels are its own.
-    labels = "none" if labels == "none" else "model"
-    layers = list(models.view(model).matrices)
-    return scores.gradient_grams(model, _few(batches), layers=layers, labels=labels)
 
 
 def _few(batches):
