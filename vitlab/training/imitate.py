@@ -1,9 +1,10 @@
-"""Teach a model the features of another one, on images without labels.
+"""Teach a model what another one answers, on images without labels.
 
-The teacher answers each view of an image once, and its answers are kept on disk. Where views never
-come again, it answers in passing.
+`fit` teaches a new model the features of a larger one. The teacher answers each view of an image
+once, and its answers are kept on disk. Where views never come again, it answers in passing.
+`relearn` teaches a cut model to answer as it did before the cut.
 
-Public: Lessons, fit, say.
+Public: Lessons, fit, relearn, say.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cosine_similarity, mse_loss
 
 from vitlab import files
 from vitlab.evaluation import evaluate
@@ -208,3 +209,52 @@ def fit(model, lessons, val, recipe, *, stage="imitate", folder=None, log=None):
     history = training.run(folder, log)
     names = {f"{part}_top1": f"{part}_explained" for part in ("train", "val")}
     return history.rename(columns=names)
+
+
+def relearn(model, dense, train_images, val, recipe, *, channels=None, stage="relearned", **places):
+    """Train a cut model in place to answer as dense does, without labels.
+
+    A classifier's answers are compared by their divergence KL(dense || model), and features of a
+    model without classifier by their cosine. A few hundred steps do (docs/methods/distillation.md).
+
+    model, dense: the smaller model, and the one that it was cut from
+    train_images, val: data.Split; their labels only say in the history how many answers are right
+    recipe: train.Recipe, or a mapping of its fields. The weights of the last epoch are kept, as the
+        best epoch on val would be chosen by labels
+    channels: of dense's features, those that model still has; None for all
+    stage, places: as for `train.fit`, folder and log among them
+
+    Returns the frame of `train.fit`. Without classifier train_cosine and val_cosine, in percent,
+    stand in place of top-1.
+    Raises what `train.fit` raises.
+    """
+    recipe = recipe if isinstance(recipe, train.Recipe) else train.Recipe(**recipe)
+    recipe = replace(recipe, keep_best=False, label_smoothing=0.0)
+    distil = train.Distillation(dense, share=1.0, temperature=1.0)
+    if dense.num_classes:
+        return train.fit(model, train_images, val, recipe, distil=distil, stage=stage, **places)
+    for split in (train_images, val):
+        evaluate.check_normalised(model, split)
+    how = {"distil": distil, "stage": stage}
+    training = _Relearning(model, train_images, val, recipe, **how).of(channels)
+    history = training.run(places.get("folder"), places.get("log"))
+    names = {f"{part}_top1": f"{part}_cosine" for part in ("train", "val")}
+    return history.rename(columns=names)
+
+
+class _Relearning(_Imitation):
+    """Train for the direction of the features that a model without classifier had."""
+
+    def of(self, channels):
+        """Compare these channels of the teacher's features; None: all."""
+        self.channels = slice(None) if channels is None else channels
+        return self
+
+    def loss(self, outputs, x, y):
+        with torch.no_grad():
+            target = self.distil.teacher(x)[:, self.channels]
+        self.alike = cosine_similarity(outputs.float(), target.float()).mean()
+        return 1 - self.alike
+
+    def right(self, outputs, y):
+        return self.alike.detach() * len(y)  # of the step that was just taken

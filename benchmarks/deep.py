@@ -1,0 +1,100 @@
+"""A quarter and 0.15 of the MACs without labels: the small models of CIFAR-10, three seeds, on test.
+
+Stage `reconstructed` is budget.reach, from 1,024 calibration images. `relearned` follows it with 500
+steps of imitate.relearn, whose rate was chosen on 2,000 validation images. Only the scores of what
+goes read labels, of the calibration images. `lost` is in points of test top-1 below the dense model
+of the same seed; `low` and `high` are its 95 % interval over the test images, which are the same in
+both. Rows that are there are not made again.
+"""
+
+import time
+from itertools import product
+
+import pandas as pd
+import torch
+from common import ROOT, folder, publish
+
+from vitlab.evaluation import cost, evaluate
+from vitlab.models import anatomy, checkpoint
+from vitlab.pruning import budget
+from vitlab.training import data, imitate
+
+MODELS, SEEDS, SHARES = ("vit", "swin"), (0, 1, 2), (0.15, 0.25)
+IMAGES, STEPS, BATCH = 1024, 500, 64
+RECIPE = {
+    "epochs": 1,
+    "images": STEPS * BATCH,
+    "batch_size": BATCH,
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    "warmup_epochs": 0.1,
+    "augment": {"crop": 4, "flip": True},
+    "precision": "float32",
+}
+SHOWN = ["model", "seed", "share", "stage", "macs", "top1", "lost", "low", "high", "loss"]
+SHOWN += ["predicted", "seconds"]
+
+
+def deep(rounds):
+    """All rows that are missing, of as many seeds as rounds."""
+    images = data.load("cifar10", image_size=32)
+    file = folder("deep.csv")
+    rows = pd.read_csv(file).to_dict("records") if file.exists() else []
+    for seed, model in product(SEEDS[:rounds], MODELS):
+        made = {(row["model"], row["seed"], row["share"]) for row in rows}
+        missing = [share for share in SHARES if (model, seed, share) not in made]
+        if not missing:
+            continue
+        name = model if seed == 0 else f"{model}-seed{seed}"
+        dense = checkpoint.load(ROOT / "checkpoints" / "cifar10-small" / name)
+        whole = answers(dense, images.test)
+        rows.append({"model": model, "seed": seed, "share": 1.0, "stage": "dense"} | of(*whole))
+        known = budget.Calibration(
+            dense, list(images.train.subset(IMAGES, seed=seed).batches(BATCH))
+        )
+        for share in missing:
+            for row, small in stages(known, share, images, seed):
+                row = {"model": model, "seed": seed, "share": share} | row
+                own = answers(small, images.test)
+                row |= of(*own) | lost(own, whole)
+                rows.append(row | {"macs": cost.macs(small) / cost.macs(dense)})
+                print(rows[-1], flush=True)
+            table = pd.DataFrame(rows).drop_duplicates(["model", "seed", "share", "stage"])
+            rows = table.sort_values(["model", "share", "stage", "seed"]).to_dict("records")
+            publish("deep", rows, shown=SHOWN)
+
+
+def stages(known, share, images, seed):
+    """Yield (columns, model) after each stage; seconds are from the dense model on."""
+    begun = time.perf_counter()
+    plan = known.plan(macs=share)
+    small = known.reconstruct(*known.cut(plan))
+    row = {"stage": "reconstructed", "predicted": plan.predicted}
+    yield row | {"seconds": time.perf_counter() - begun}, small
+    small, begun = anatomy.copied(small), time.perf_counter()
+    recipe = RECIPE | {"seed": seed}
+    imitate.relearn(small, known.model, images.train, images.val.subset(2000), recipe)
+    yield {"stage": "relearned", "seconds": time.perf_counter() - begun}, small
+
+
+@torch.inference_mode()
+def answers(model, split):
+    """Return which images a model answers rightly, bool [N], and its mean loss."""
+    parts = [(model(x), y) for x, y in split.batches(500)]
+    logits, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logits.argmax(1) == labels, torch.nn.functional.cross_entropy(logits, labels).item()
+
+
+def of(right, loss):
+    return {"top1": 100 * right.double().mean().item(), "loss": loss, "images": len(right)}
+
+
+def lost(own, whole):
+    """Return the points lost and their paired interval."""
+    difference = 100 * (whole[0].double() - own[0].double())
+    mean = difference.mean().item()
+    half = 1.96 * difference.std().item() / len(difference) ** 0.5
+    return {"lost": mean, "low": mean - half, "high": mean + half}
+
+
+CASES = {"deep": deep}
