@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from common import ROOT, folder, publish
 
-from vitlab.evaluation import cost, evaluate
+from vitlab.evaluation import cost
 from vitlab.models import anatomy, checkpoint
 from vitlab.pruning import budget
 from vitlab.training import data, imitate
@@ -65,7 +65,7 @@ def deep(rounds):
 
 
 def stages(known, share, images, seed):
-    """Yield (columns, model) after each stage; seconds are from the dense model on."""
+    """Yield (columns, model) after each stage; what shares have in common counts with the first."""
     begun = time.perf_counter()
     plan = known.plan(macs=share)
     small = known.reconstruct(*known.cut(plan))
@@ -73,7 +73,7 @@ def stages(known, share, images, seed):
     yield row | {"seconds": time.perf_counter() - begun}, small
     small, begun = anatomy.copied(small), time.perf_counter()
     recipe = RECIPE | {"seed": seed}
-    imitate.relearn(small, known.model, images.train, images.val.subset(2000), recipe)
+    imitate.relearn(small, known.model, images.train, images.val.subset(500), recipe)
     yield {"stage": "relearned", "seconds": time.perf_counter() - begun}, small
 
 
