@@ -41,7 +41,7 @@ from peers import torch_pruning, torch_pruning_to
 from vitlab import files, models
 from vitlab.evaluation import cost, evaluate, memory
 from vitlab.models import anatomy
-from vitlab.pruning import budget, factor, ranks, scores
+from vitlab.pruning import budget, factor, ranks, scores, shrink
 from vitlab.report import plots, tables
 from vitlab.studies import runs
 from vitlab.training import data, train
@@ -182,7 +182,7 @@ def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
     plan = parts.plan(**options, kinds=kinds or given.kinds, keep=keep, macs=share)
     small = parts.reconstruct(*parts.cut(plan), untouched=keep)
     small.reset_classifier(0)
-    return Cut(small, f"labels: {labels}", channels_left(model, plan.drop))
+    return Cut(small, f"labels: {labels}", shrink.features_left(model, plan.drop))
 
 
 def shuffle(unit_scores, generator):
@@ -191,14 +191,6 @@ def shuffle(unit_scores, generator):
         key: torch.randperm(len(score), generator=generator) for key, score in unit_scores.items()
     }
     return {key: score[orders[key].to(score.device)] for key, score in unit_scores.items()}
-
-
-def channels_left(model, drop):
-    """Return the channels of the features that a drop leaves, or None if it leaves all."""
-    stage = models.view(model).stages[-1]
-    gone = torch.as_tensor(drop.get((stage, "width"), [])).tolist()
-    width = models.view(model).units(["width"])[stage, "width"]
-    return sorted({*range(width)} - {*gone}) if gone else None
 
 
 def corp(given, share):

@@ -14,7 +14,7 @@ from torch import cosine_similarity
 from vitlab import models
 from vitlab.evaluation import cost, evaluate
 from vitlab.models import checkpoint
-from vitlab.pruning import budget, factor, recover
+from vitlab.pruning import budget, factor, recover, shrink
 from vitlab.studies import runs
 from vitlab.training import data
 
@@ -85,12 +85,12 @@ def weighted_features(rounds):
     model = models.create(**lab.model, num_classes=0, image_size=images.image_size).eval()
     val = images.val.subset(400)
     dense = evaluate.features(model, val, precision="auto").features
-    last = models.view(model).stages[-1], "width"
 
     def judge(small, plan):
-        left = sorted({*range(dense.shape[1])} - {*plan.drop.get(last, ())})
         filled = dense.mean(0).repeat(len(dense), 1)
-        filled[:, left] = evaluate.features(small, val, precision="auto").features
+        filled[:, shrink.features_left(model, plan.drop)] = evaluate.features(
+            small, val, precision="auto"
+        ).features
         return {"change": 1 - cosine_similarity(filled, dense).mean().item()}
 
     given = Given(model, list(images.train.subset(256).batches(32)), labels="none")

@@ -8,7 +8,8 @@ from conftest import OTHERS, toy
 from test_train import Blobs, same
 
 from vitlab import models
-from vitlab.models import checkpoint
+from vitlab.models import anatomy, checkpoint
+from vitlab.pruning import shrink
 from vitlab.training import imitate, train
 
 RECIPE = dict(epochs=4, lr=2e-3, warmup_epochs=0.5, precision="float32")
@@ -156,3 +157,51 @@ def test_models_that_do_not_fit_are_refused(teacher, vit, tmp_path):
     teacher.normalise = other.mean, other.std
     with pytest.raises(ValueError, match="expect images normalised by"):
         lessons(teacher, tmp_path)
+
+
+class Mislabelled(Blobs):
+    """The same images with other labels."""
+
+    def batches(self, *options, **named):
+        for x, y in super().batches(*options, **named):
+            yield x, (y + 1) % 3
+
+
+def test_a_cut_model_learns_its_answers_again_from_images_alone(vit, teacher):
+    """Labels play no part, neither of training nor of validation images."""
+    recipe = {"epochs": 1, "warmup_epochs": 0, "lr": 2e-3, "batch_size": 16}
+    recipe["precision"] = "float32"
+    train.fit(vit, Blobs(), Blobs(seed=1), recipe)
+    x = Blobs(seed=3).x
+    small = shrink.remove(vit, {("stages.0", "width"): range(8)})
+
+    def distance(model):
+        said, meant = (each(x).log_softmax(1) for each in (model, vit))
+        return (meant.exp() * (meant - said)).sum(1).mean().item()  # the divergence
+
+    before, outcomes = distance(small), []
+    for images in (Blobs, Mislabelled):
+        model = anatomy.copied(small)
+        history = imitate.relearn(model, vit, images(), images(seed=1), recipe | {"epochs": 2})
+        outcomes.append(model)
+    assert same(*outcomes) and distance(model) < before / 2
+    assert history.stage.eq("relearned").all() and len(history) == 2
+
+
+def test_features_are_learnt_again_where_some_of_them_went(teacher):
+    teacher.reset_classifier(0)
+    drop = {("stages.0", "width"): range(8), ("blocks.0", "neurons"): range(20)}
+    small = shrink.remove(teacher, drop)
+    left = shrink.features_left(teacher, drop)
+    x = Blobs(seed=3).x
+
+    def alike(model):
+        return torch.cosine_similarity(model(x), teacher(x)[:, left]).mean().item()
+
+    recipe = {"epochs": 3, "lr": 2e-3, "batch_size": 16, "precision": "float32"}
+    before = alike(small)
+    history = imitate.relearn(small, teacher, Blobs(), Blobs(seed=3), recipe, channels=left)
+    assert alike(small) > before and len(left) == teacher.num_features - 8
+    # The last epoch counts, whatever the one before was.
+    assert history.val_cosine.iloc[-1] == pytest.approx(100 * alike(small), abs=1e-3)
+    assert history.train_cosine.between(0, 100).all()

@@ -2,7 +2,7 @@
 
 Every call returns a new model and leaves the one that it was given untouched.
 
-Public: remove.
+Public: features_left, remove.
 """
 
 from collections import defaultdict
@@ -52,6 +52,18 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
             if indices.keys() & set(kinds):
                 remover(model, where, indices, fill)
     return model
+
+
+def features_left(model, drop):
+    """Return which of a model's features `remove` leaves, as an ascending list of their numbers.
+
+    model: the one that drop is of; its features are the channels of its last stage.
+    drop: as for `remove`.
+    """
+    view = models.view(model)
+    place = view.stages[-1], "width"
+    gone = torch.as_tensor(drop.get(place, ())).tolist()
+    return sorted({*range(view.units(["width"])[place])} - {*gone})
 
 
 def _checked_drop(view, drop):

@@ -242,7 +242,7 @@ def relearn(model, dense, train_images, val, recipe, *, channels=None, stage="re
     return history.rename(columns=names)
 
 
-class _Relearning(_Imitation):
+class _Relearning(train.Training):
     """Train for the direction of the features that a model without classifier had."""
 
     def of(self, channels):
@@ -258,3 +258,10 @@ class _Relearning(_Imitation):
 
     def right(self, outputs, y):
         return self.alike.detach() * len(y)  # of the step that was just taken
+
+    def measured(self):
+        both = self.outcome, self.distil.teacher
+        how = {"precision": self.recipe.precision}
+        own, whole = (evaluate.features(model, self.val, **how).features for model in both)
+        alike = cosine_similarity(own, whole[:, self.channels]).mean().item()
+        return 1 - alike, 100 * max(0.0, alike)
