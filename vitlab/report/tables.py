@@ -26,6 +26,7 @@ STAGES = {  # in the order in which a model goes through them
     "folded": "mean folded",
     "compensated": "compensated",
     "reconstructed": "reconstructed",
+    "relearned": "relearned, no labels",
     "finetuned": "fine-tuned",
     "distilled": "fine-tuned, distilled",
 }

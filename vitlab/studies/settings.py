@@ -287,9 +287,10 @@ class _Budget(_Tuning):
     audit: _Some[_PositiveShare]  # shares of the MACs kept, at which predictions are checked
     audit_images: PositiveInt  # validation images
     distilled: _Some[_Method]  # methods that are fine-tuned once more, with the dense teacher
+    relearned: list[_Method] = []  # methods that learn the dense model's answers without labels
     faster_at: _CountOrNull  # batch with which a factored layer must be faster; null: any
 
-    @field_validator("distilled")
+    @field_validator("distilled", "relearned")
     def _is_tried(cls, methods, info):
         if info.data.get("target") != "macs" and {"svd", "ranks"} & {*methods}:
             raise ValueError("names svd or ranks, which are tried for the target macs alone")
