@@ -74,7 +74,10 @@ def folder(name=""):
 def publish(name, rows, *, shown=None):
     """Print a table and write it, with where it comes from, as <name>.csv and (shown columns) .md to folder()."""
     table = pd.DataFrame(rows)
-    tables.save_table(table.assign(**runs.provenance()), folder(name), kinds=["csv"])
+    whole = table.copy()
+    for column, value in runs.provenance().items():  # rows of an earlier run keep their own
+        whole[column] = whole[column].fillna(value) if column in whole else value
+    tables.save_table(whole, folder(name), kinds=["csv"])
     short = table[[column for column in shown or table.columns if column in table]]
     formats = dict.fromkeys(short.select_dtypes("float"), "{:.3g}")
     tables.save_table(short, folder(name), formats=formats, kinds=["md"])
