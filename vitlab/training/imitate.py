@@ -211,7 +211,19 @@ def fit(model, lessons, val, recipe, *, stage="imitate", folder=None, log=None):
     return history.rename(columns=names)
 
 
-def relearn(model, dense, train_images, val, recipe, *, channels=None, stage="relearned", **places):
+def relearn(
+    model,
+    dense,
+    train_images,
+    val,
+    recipe,
+    *,
+    channels=None,
+    masks=None,
+    stage="relearned",
+    folder=None,
+    log=None,
+):
     """Train a cut model in place to answer as dense does, without labels.
 
     A classifier's answers are compared by their divergence KL(dense || model), and features of a
@@ -221,23 +233,23 @@ def relearn(model, dense, train_images, val, recipe, *, channels=None, stage="re
     train_images, val: data.Split; their labels only say in the history how many answers are right
     recipe: train.Recipe, or a mapping of its fields. The weights of the last epoch are kept, as the
         best epoch on val would be chosen by labels
-    channels: of dense's features, those that model still has; None for all
-    stage, places: as for `train.fit`, folder and log among them
+    channels: of dense's features, those that model still has, see shrink.features_left; None: all
+    masks, stage, folder, log: as for `train.fit`
 
     Returns the frame of `train.fit`. Without classifier train_cosine and val_cosine, in percent,
     stand in place of top-1.
     Raises what `train.fit` raises.
+    Source: Hinton et al. 2015, with the whole weight on the teacher.
     """
     recipe = recipe if isinstance(recipe, train.Recipe) else train.Recipe(**recipe)
     recipe = replace(recipe, keep_best=False, label_smoothing=0.0)
-    distil = train.Distillation(dense, share=1.0, temperature=1.0)
+    how = {"distil": train.Distillation(dense, share=1.0, temperature=1.0)}
+    how |= {"masks": masks, "stage": stage}
     if dense.num_classes:
-        return train.fit(model, train_images, val, recipe, distil=distil, stage=stage, **places)
+        return train.fit(model, train_images, val, recipe, **how, folder=folder, log=log)
     for split in (train_images, val):
         evaluate.check_normalised(model, split)
-    how = {"distil": distil, "stage": stage}
-    training = _Relearning(model, train_images, val, recipe, **how).of(channels)
-    history = training.run(places.get("folder"), places.get("log"))
+    history = _Relearning(model, train_images, val, recipe, **how).of(channels).run(folder, log)
     names = {f"{part}_top1": f"{part}_cosine" for part in ("train", "val")}
     return history.rename(columns=names)
 
