@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+import sys
 import venv
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -121,6 +123,96 @@ def test_int8_is_of_the_way_whose_logits_are_nearest(
     assert f"per_channel={changed[0]}, reduce_range={changed[1]}" in lines[1]
 
 
+with_openvino = pytest.mark.skipif(
+    not (find_spec("openvino") and find_spec("nncf")),
+    reason='openvino or nncf is missing: pip install "vitlab[runtimes]"',
+)
+
+
+@with_openvino
+def test_openvino_float32_leaves_whole(folder, vit, images, tmp_path, capsys, monkeypatch):
+    weights = {f"{name}.weight": each.weight for name, each in models.view(vit).linears().items()}
+    prune.apply(vit, {name: torch.rand_like(weight) > 0.5 for name, weight in weights.items()})
+    vit.normalise = MOMENTS
+    checkpoint.save(vit, folder)
+    path = tmp_path / "out" / "small.xml"
+    monkeypatch.setattr("vitlab.__main__._images_of", lambda *_: images)
+    assert main(["export", folder, path]) == 0
+    names = {"small.xml", "small.bin", "small.json", "small.md"}
+    assert {each.name for each in path.parent.iterdir()} == names
+    size = sum(path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin"))
+    assert f"small.xml: {size / 1e6:.1f} MB\nfloat32: logits as torch's" in capsys.readouterr().out
+    assert 'openvino.compile_model("small.xml"' in path.with_suffix(".md").read_text()
+    assert str(tmp_path) not in path.read_text()
+    assert "openvino_telemetry" not in {name for name, each in sys.modules.items() if each}
+    session = export.session(path, "openvino")
+    with torch.inference_mode():
+        for count in (1, 3):
+            shown = torch.randn(count, 3, 16, 16)
+            torch.testing.assert_close(session(shown), vit(shown), rtol=1e-4, atol=1e-4)
+    # Masked weights are plain constants: nothing as large as a weight is multiplied elsewhere.
+    graph = export.openvino_package().Core().read_model(str(path))
+    layers = [each for each in graph.get_ops() if each.get_type_name() == "MatMul"]
+    weighed = [each for each in layers if is_constant(each.input_value(1))]
+    assert len(weighed) == len(weights) + 1  # the head's
+    factors = [each for each in graph.get_ops() if each.get_type_name() == "Multiply"]
+    least = min(weight.numel() for weight in weights.values())
+    constants = [end for each in factors for end in each.input_values() if is_constant(end)]
+    assert all(np.prod(list(end.get_shape())) < least for end in constants)
+
+
+def is_constant(end):
+    return end.get_node().get_type_name() == "Constant"
+
+
+@with_openvino
+def test_openvino_int8_is_of_the_bits_whose_logits_are_nearest(
+    folder, images, tmp_path, monkeypatch
+):
+    times = {name: np.full(5, 2.0) for name in ("float32", "int8")}
+    monkeypatch.setattr(deploy, "_times", lambda sessions, images: times)
+    monkeypatch.setattr(deploy, "_AGREEMENT", 0.8)  # of a toy on noise
+    path = tmp_path / "small.xml"
+    logits, made = [], deploy._mean_error
+
+    def first_is_nearest(given, expected):
+        logits.append(given)
+        return len(logits)
+
+    monkeypatch.setattr(deploy, "_mean_error", first_is_nearest)
+    lines = deploy.write(folder, path, images=images, int8=True)
+    assert "weights of eight bits" in lines[1] and "1.00 times as fast" in lines[2]
+    shown = deploy.first(images.train, 128)
+    torch.testing.assert_close(export.session(path, "openvino")(shown), logits[0])
+    assert 0 < made(logits[0], logits[1]) < 0.2  # of the other bits
+    kinds = [each.get_type_name() for each in graph_of(path).get_ops()]
+    layers = [each for each in graph_of(path).get_ops() if each.get_type_name() == "MatMul"]
+    assert kinds.count("FakeQuantize") >= len([each for each in layers if not is_product(each)])
+    monkeypatch.setattr(deploy, "_agreement", lambda *_: 0.5)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="small.xml was not written: in int8 50.0 %"):
+        deploy.write(folder, path, images=images, int8=True)
+    assert path.read_bytes() == before
+
+
+def graph_of(path):
+    return export.openvino_package().Core().read_model(str(path))
+
+
+def is_product(layer):
+    return "FakeQuantize" not in {
+        each.get_node().get_type_name() for each in layer.input_values()
+    } and not is_constant(layer.input_value(1))
+
+
+def test_without_openvino(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr("vitlab.__main__._images_of", lambda *_: None)
+    assert main(["export", folder, tmp_path / "small.xml"]) == 1
+    words = 'openvino is missing: pip install "vitlab[runtimes]"'
+    assert words in capsys.readouterr().err and not list(tmp_path.glob("small*"))
+
+
 def test_a_model_that_answers_otherwise_leaves_nothing(folder, images, tmp_path, monkeypatch):
     path = tmp_path / "out" / "small.onnx"
     path.parent.mkdir()
@@ -138,7 +230,7 @@ def test_a_model_that_answers_otherwise_leaves_nothing(folder, images, tmp_path,
 
 
 def test_what_cannot_be_right_is_refused_first(folder, vit, images, tmp_path, capsys):
-    with pytest.raises(ValueError, match="does not end in .onnx"):
+    with pytest.raises(ValueError, match="does not end in .onnx, nor in .xml for OpenVINO"):
         deploy.write(folder, tmp_path / "small.bin")
     vit.normalise = None
     checkpoint.save(vit, tmp_path / "unsaid")
@@ -186,9 +278,13 @@ def test_attention_is_opened_and_no_path_is_told(vit, tmp_path):
 
 
 def test_the_page_shows_the_lines():
-    assert len([line for line in deploy.LINES.splitlines() if line]) <= 8
-    assert "vitlab" not in deploy.LINES
-    assert f"```python\n{deploy.LINES.replace('NAME', 'small')}\n```" in PAGE.read_text()
+    for lines in deploy.LINES.values():
+        assert len([line for line in lines.splitlines() if line]) <= 8
+        assert "vitlab" not in lines and "torch" not in lines
+    text = PAGE.read_text()
+    assert f"```python\n{deploy.LINES['.onnx'].replace('NAME', 'small')}\n```" in text
+    first, *_, run, _ = deploy.LINES[".xml"].splitlines()
+    assert f"```python\n{first}\n\n{run.replace('NAME', 'small')}\n```" in text
 
 
 @pytest.mark.long
@@ -207,7 +303,7 @@ def test_the_lines_run_without_torch(folder, vit, images, tmp_path, monkeypatch,
     for pixels in images.val.images[:3]:
         Image.fromarray(pixels).save(tmp_path / "photo.png")
         (tmp_path / "photo.png").rename(tmp_path / "photo.jpg")  # as it is, without loss
-        code = deploy.LINES.replace("NAME", "small") + (
+        code = deploy.LINES[".onnx"].replace("NAME", "small") + (
             "\nimport sys; assert not {'torch', 'vitlab'} & set(sys.modules)\nprint(*logits[0])"
         )
         command = [python, "-I", "-c", code]

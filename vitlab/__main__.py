@@ -103,9 +103,14 @@ def _parser():
         help="set them beside the published figures/STUDY/results.csv instead",
     )
 
-    add = command(_export, "write a checkpoint as one ONNX file, checked against torch")
+    add = command(_export, "write a checkpoint for ONNX or OpenVINO, checked against torch")
     add("checkpoint", help="its folder, such as data/runs/demo/vit/seed0/budget-pool-0.5")
-    add("file", nargs="?", default="model.onnx", help="the file to write (%(default)s)")
+    add(
+        "file",
+        nargs="?",
+        default="model.onnx",
+        help="NAME.onnx, or NAME.xml for OpenVINO (%(default)s)",
+    )
     add("--int8", action="store_true", help="quantise it, calibrated by training images")
     add("--images", metavar="NAME", help="dataset or folder to check it on (those of its study)")
 
@@ -179,7 +184,9 @@ def _export(options, arguments):
         lines = deploy.write(folder, options.file, images=images, int8=options.int8)
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as reason:
         return _refuse("export", reason, 1)
-    print(f"{options.file}: {Path(options.file).stat().st_size / 1e6:.1f} MB")
+    path = Path(options.file)
+    size = sum(path.with_suffix(each).stat().st_size for each in deploy.FILES[path.suffix])
+    print(f"{path}: {size / 1e6:.1f} MB")
     print(*lines, sep="\n")
     return 0
 

@@ -1,13 +1,16 @@
-"""Write a checkpoint as an ONNX model, in float32 or int8, with what its user has to know.
+"""Write a checkpoint as a model of ONNX or OpenVINO, in float32 or int8, with what its user must know.
 
 Nothing is left in the folder of a model that does not answer as torch does.
 
-Public: LINES, write.
+Public: FILES, LINES, convert, first, write.
 """
 
+import io
 import json
+import logging
+import shutil
 import tempfile
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,16 +21,25 @@ from vitlab import files
 from vitlab.evaluation import bench, cost, evaluate, export
 from vitlab.models import anatomy, checkpoint, hub
 
-# How the files are used, without torch and vitlab. They stand in the card of each model.
-LINES = """import json, numpy as np, onnxruntime
+# The files of a model, by the suffix that the user names.
+FILES = {".onnx": [".onnx"], ".xml": [".xml", ".bin"]}
+_LINES = """import json, numpy as np, {package}
 from PIL import Image, ImageOps
 
 about, image = json.load(open("NAME.json")), Image.open("photo.jpg").convert("RGB")
 image = ImageOps.fit(image, about["size"], Image.Resampling.BILINEAR, about["border"])
 pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
 images = pixels.transpose(2, 0, 1)[None].astype(np.float32)
-[logits] = onnxruntime.InferenceSession("NAME.onnx").run(["logits"], {"images": images})
+[logits] = {run}
 print(about["classes"][logits[0].argmax()])"""
+_ONNX = 'onnxruntime.InferenceSession("NAME.onnx").run(["logits"], {"images": images})'
+_OPENVINO = 'openvino.compile_model("NAME.xml", "CPU")(images).values()'
+# How the files are used, without torch and vitlab. They stand in the card of each model.
+LINES = {
+    ".onnx": _LINES.replace("{package}", "onnxruntime").replace("{run}", _ONNX),
+    ".xml": _LINES.replace("{package}", "openvino").replace("{run}", _OPENVINO),
+}
+_RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}
 _CHECKED = 256  # images on which a file is compared with torch
 _CALIBRATED = 128  # images that int8 is calibrated by
 _BATCH = 16
@@ -39,7 +51,8 @@ def write(folder, path, *, images=None, int8=False):
     """Write a checkpoint as NAME.onnx with its preprocessing as NAME.json and a card as NAME.md.
 
     folder: a checkpoint, as checkpoint.save wrote it
-    path: of NAME.onnx; what stands there is replaced only when all three are made and checked
+    path: of NAME.onnx, or of NAME.xml for OpenVINO, which writes NAME.bin, too; what stands there
+        is replaced only when all files are made and checked
     images: data.Dataset of the model's classes and size: it is checked on images of val, and int8
         is calibrated by some of train. None: it is checked on drawn ones
     int8: quantise linear layers statically, and convolutions where that is faster here
@@ -48,11 +61,15 @@ def write(folder, path, *, images=None, int8=False):
     Raises ValueError for float32 logits off by more than export.TOLERANCE of the largest, for int8
     with other answers than torch's on more than 5 % of the images or without images to calibrate
     by, and for a model of which nobody says how its images are normalised.
-    Raises what checkpoint.load and export.to_onnx raise.
+    Raises what checkpoint.load, export.to_onnx and `convert` raise.
     """
     folder, path = Path(folder), Path(path)
-    if path.suffix != ".onnx":
-        raise ValueError(f"{path} does not end in .onnx: NAME.json and NAME.md go beside NAME.onnx")
+    if path.suffix not in FILES:
+        raise ValueError(
+            f"{path} does not end in .onnx, nor in .xml for OpenVINO: NAME.json and NAME.md go "
+            "beside NAME.onnx or NAME.xml"
+        )
+    runtime = _RUNTIMES[path.suffix]
     model = checkpoint.load(folder)
     if int8 and not (images and model.num_classes):
         raise ValueError(
@@ -65,13 +82,15 @@ def write(folder, path, *, images=None, int8=False):
     shown = export.random_images(model, 16)
     on = "16 drawn images, as those of its study were not given"
     if images:
-        shown = _first(images.val, _CHECKED)
+        shown = first(images.val, _CHECKED)
         on = f"{len(shown)} validation images of {images.description}"
     files.make_folder(path.parent)
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as staging:
-        made = Path(staging, path.name)
-        export.to_onnx(model, made)
-        error = export.difference(model, export.session(made), shown)
+        made, source = Path(staging, path.name), Path(staging, "float32.onnx")
+        export.to_onnx(model, source)
+        convert(source, made)
+        session = export.session(made, runtime)
+        error = max(export.difference(model, session, each) for each in (shown[:1], shown))
         if not error <= export.TOLERANCE:
             raise ValueError(
                 f"{path} was not written: its logits differ by {error:.1e} of the largest (at most "
@@ -79,8 +98,8 @@ def write(folder, path, *, images=None, int8=False):
             )
         lines = [f"float32: logits as torch's up to {error:.0e} of the largest, on {on}"]
         if int8:
-            lines += _quantise(made, _first(images.train, _CALIBRATED))
-            agreement = _agreement(model, export.session(made), shown)
+            lines += convert(source, made, first(images.train, _CALIBRATED))
+            agreement = _agreement(model, export.session(made, runtime), shown)
             if not agreement >= _AGREEMENT:
                 raise ValueError(
                     f"{path} was not written: in int8 {100 * agreement:.1f} % of its answers are "
@@ -88,10 +107,10 @@ def write(folder, path, *, images=None, int8=False):
                 )
             lines.append(f"int8: {100 * agreement:.1f} % of its answers are torch's, on {on}")
         made.with_suffix(".json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        use = LINES.replace("NAME", path.stem)
+        use = LINES[path.suffix].replace("NAME", path.stem)
         text = "\n".join([_history(folder), "", *(f"- {line}" for line in lines)])
         hub.card(folder, path.stem, about=text, use=use).save(made.with_suffix(".md"))
-        for suffix in (".json", ".md", ".onnx"):
+        for suffix in (".json", ".md", *reversed(FILES[path.suffix])):
             made.with_suffix(suffix).replace(path.with_suffix(suffix))
     return lines
 
@@ -124,7 +143,7 @@ def _preprocessing(model, images):
     }
 
 
-def _first(split, count):
+def first(split, count):
     """Return up to count images of a data.Split, of all classes: float32 [count, 3, S, S]."""
     count = min(count, len(split))
     [(images, _)] = split.subset(count).batches(count)
@@ -154,17 +173,109 @@ def _agreement(model, session, images):
     return same.double().mean().item()
 
 
-def _quantise(path, images):
-    """Replace an ONNX file by one in int8, and return lines that say what was chosen, and why.
+def convert(source, path, images=None):
+    """Write a checked float32 ONNX file as NAME.onnx or as OpenVINO's NAME.xml and NAME.bin.
 
-    images: float32 [B, 3, S, S], by which ranges are calibrated and errors measured
+    source: the ONNX file, as export.to_onnx wrote it
+    path: of NAME.onnx or NAME.xml
+    images: float32 [B, 3, S, S], by which int8 is calibrated, and errors measured. None: in float32
+
+    Returns lines that say what was chosen for int8, and why.
+    Raises ModuleNotFoundError, which says what to install, without the packages.
     """
+    source, path = Path(source), Path(path)
+    if path.suffix == ".xml":
+        return _to_openvino(source, path, images)
+    if images is None:
+        shutil.copyfile(source, path)
+        return []
+    return _quantise(source, path, images)
+
+
+def _to_openvino(source, path, images):
+    """Do what `convert` says, for OpenVINO."""
+    openvino = export.openvino_package()
+
+    def converted():
+        return openvino.convert_model(str(source))  # anew, as NNCF changes what it is given
+
+    def save(model):
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+
+    if images is None:
+        save(converted())
+        return []
+    nncf = export.openvino_package("nncf")
+    nncf.set_log_level(logging.ERROR)
+    graph = converted()
+    # As in _quantise: products of queries, keys and values stay in float32, and convolutions too.
+    products = [
+        each.get_friendly_name()
+        for each in graph.get_ops()
+        if each.get_type_name() == "MatMul"
+        and each.input_value(1).get_node().get_type_name() != "Constant"
+    ]
+    whole = nncf.IgnoredScope(names=products, types=["Convolution"], validate=False)
+    batches = nncf.Dataset([batch.numpy() for batch in images.split(_BATCH)])
+
+    def quantised(fix):
+        options = nncf.AdvancedQuantizationParameters(
+            overflow_fix=nncf.OverflowFix(fix),
+            disable_bias_correction=True,  # a third of the time, and the error is the same
+        )
+        with redirect_stdout(io.StringIO()):  # its bars
+            made = nncf.quantize(
+                converted(),
+                batches,
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(images),
+                ignored_scope=whole,
+                advanced_parameters=options,
+            )
+        save(made)
+        return export.session(path, "openvino")
+
+    float32 = export.session(source, "openvino")
+    expected = float32(images)
+    # Where products of 8 bits are added up in 16, they saturate, unless weights have seven bits.
+    sessions = {fix: quantised(fix) for fix in ("disable", "enable")}
+    errors = {fix: _mean_error(session(images), expected) for fix, session in sessions.items()}
+    best = min(errors, key=errors.get)
+    if best != list(errors)[-1]:
+        quantised(best)  # the file is of the last one
+    rounds = _times({"float32": float32, "int8": sessions[best]}, images[:_BATCH])
+    speed = np.median(rounds["float32"] / rounds["int8"])
+    least, most = (f"{100 * error:.2f}" for error in sorted(errors.values()))
+    bits = {"disable": "eight", "enable": "seven"}[best]
+    return [
+        f"int8: weights of {bits} bits, as the mean error of the logits on {len(images)} training "
+        f"images is the least, {least} % of the largest ({most} % otherwise); convolutions in "
+        "float32",
+        _speed(speed, "OpenVINO"),
+    ]
+
+
+def _mean_error(logits, expected):
+    """Return the mean error of logits, a share of the largest that is expected."""
+    return ((logits - expected).abs().mean() / expected.abs().max()).item()
+
+
+def _speed(ratio, runtime):
+    """Say how much faster int8 is than float32."""
+    return (
+        f"int8: {ratio:.2f} times as fast as float32 in {runtime}, {_BATCH} images, "
+        f"{torch.get_num_threads()} thread(s) of this machine"
+    )
+
+
+def _quantise(source, path, images):
+    """Do what `convert` says, for onnxruntime in int8."""
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared, made = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
-    quant_pre_process(path, prepared)  # folds constants, or layers with others would be skipped
+    quant_pre_process(source, prepared)  # folds constants, or layers with others would be skipped
     linear = ["MatMul", "Gemm"]
     graph = onnx.load(prepared).graph
     constants = {tensor.name for tensor in graph.initializer}
@@ -192,14 +303,13 @@ def _quantise(path, images):
         )
         return made.read_bytes()
 
-    float32 = export.session(path)
+    float32 = export.session(source)
     expected = float32(images)
     # Where products of 8 bits are added up in 16, some of these saturate: only the error tells.
     files_by_way, errors = {}, {}
     for way in ((False, False), (True, False), (False, True), (True, True)):
         files_by_way[way] = quantised(linear, *way)
-        off = export.session(files_by_way[way])(images) - expected
-        errors[way] = (off.abs().mean() / expected.abs().max()).item()
+        errors[way] = _mean_error(export.session(files_by_way[way])(images), expected)
     best = min(errors, key=errors.get)
     shares = [f"{100 * error:.2f}" for error in sorted(errors.values())]
     chosen = files_by_way[best]
@@ -219,8 +329,7 @@ def _quantise(path, images):
         f"{len(images)} training images is the least, {shares[0]} % of the largest (up to "
         f"{shares[-1]} % otherwise); convolutions in {'int8' if takes_convolutions else 'float32'}: "
         f"int8 ones make the model {gain[1]:.2f} times as fast (lower quartile {gain[0]:.2f})",
-        f"int8: {speed:.2f} times as fast as float32 in onnxruntime, {_BATCH} images, "
-        f"{torch.get_num_threads()} thread(s) of this machine",
+        _speed(speed, "onnxruntime"),
     ]
 
 

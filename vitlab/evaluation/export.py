@@ -3,11 +3,13 @@
 An ONNX file is checked against torch before it is kept. Weights with 2:4 zeros can become torch's
 semi-structured tensors, which newer GPUs multiply faster.
 
-Public: TOLERANCE, difference, random_images, semi_structured, session, to_onnx.
+Public: TOLERANCE, difference, openvino_package, random_images, semi_structured, session, to_onnx.
 """
 
 import functools
+import importlib
 import json
+import sys
 import warnings
 from contextlib import suppress
 from importlib.util import find_spec
@@ -20,6 +22,7 @@ from vitlab.evaluation import cost, evaluate
 from vitlab.models import _attention, _layers, anatomy
 
 TOLERANCE = 1e-4  # for the error of a file's logits
+_GROUPS = {"openvino": "runtimes", "nncf": "runtimes"}  # of pyproject.toml; "export" for others
 _SPARSE = [(nn.Linear, "weight"), (_layers.LowRankSparseLinear, "sparse")]  # may be 2:4
 
 
@@ -95,14 +98,19 @@ def to_onnx(model, path):
     return error
 
 
-def session(model):
-    """Return an ONNX model as a function, run by onnxruntime on as many CPU threads as torch.
+def session(model, runtime="onnxruntime"):
+    """Return an exported model as a function, run on as many CPU threads as torch.
 
     The function takes float32 images [B, C, H, W] and returns logits [B, classes].
 
-    model: an ONNX file, or its bytes
-    Raises ModuleNotFoundError, which says what to install, without onnxruntime.
+    model: an ONNX file, or its bytes; for OpenVINO an ONNX file or one that ends in .xml
+    runtime: "onnxruntime" or "openvino"
+    Raises ModuleNotFoundError, which says what to install, without the runtime.
     """
+    return _in_openvino(model) if runtime == "openvino" else _in_onnxruntime(model)
+
+
+def _in_onnxruntime(model):
     _need("onnxruntime")
     import onnxruntime
 
@@ -121,6 +129,35 @@ def session(model):
         return torch.from_numpy(logits)
 
     return logits_of
+
+
+def _in_openvino(path):
+    openvino = openvino_package()
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # Or processors with bf16 would take it for float32.
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the file may change once it is read
+    compiled = core.compile_model(str(path), "CPU", options)
+
+    def logits_of(images):
+        (logits,) = compiled(images.numpy()).values()
+        return torch.from_numpy(logits.copy())  # the next call writes to the same memory
+
+    return logits_of
+
+
+def openvino_package(name="openvino"):
+    """Import and return openvino, or another package of the group `runtimes`, of this name.
+
+    Raises ModuleNotFoundError, which says what to install, where it is missing.
+    """
+    _need(name)
+    # Each import would tell Google Analytics of it; without this package nothing is sent.
+    sys.modules.setdefault("openvino_telemetry", None)
+    return importlib.import_module(name)
 
 
 @functools.cache
@@ -201,7 +238,8 @@ def _need(*packages):
     """Raise ModuleNotFoundError, which says what to install, if a package is missing."""
     for package in packages:
         if find_spec(package) is None:
-            advice = f'{package} is missing: pip install "vitlab[export]"'
+            group = _GROUPS.get(package, "export")
+            advice = f'{package} is missing: pip install "vitlab[{group}]"'
             raise ModuleNotFoundError(advice, name=package)
 
 
