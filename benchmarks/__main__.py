@@ -4,8 +4,9 @@
     python benchmarks --only accuracy  # takes many hours, so it is not among the others; see accuracy.py
     python benchmarks --only targets  # some 20 minutes; needs CIFAR-10, too
     python benchmarks --only foundation  # minutes on a GPU, many hours on two cores; see foundation.py
-    python benchmarks --only weighted weighted_features  # some 20 minutes; the second needs these, too:
     python benchmarks --only deep --rounds 3  # an hour, three seeds; CIFAR-10
+    python benchmarks --only runtimes --threads 1  # some 30 minutes; needs CIFAR-10, onnxruntime and OpenVINO
+    python benchmarks --only weighted weighted_features  # some 20 minutes; the second needs these, too:
     python benchmarks --only steps --rounds 3  # some 15 minutes; needs Caltech-101 and weights of DINOv2
 
 Everything that is compared runs interleaved in one process, in a new random order each round, and ratios are taken
@@ -18,6 +19,7 @@ import os
 
 import accuracy
 import deep
+import deployed
 import foundation
 import methods
 import peers
@@ -29,7 +31,7 @@ import weighted
 
 USUAL = methods.CASES | peers.CASES | speed.CASES
 CASES = USUAL | accuracy.CASES | targets.CASES | steps.CASES | foundation.CASES | weighted.CASES
-CASES |= deep.CASES
+CASES |= deep.CASES | deployed.CASES
 
 
 def main():

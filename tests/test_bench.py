@@ -97,6 +97,10 @@ def test_bad_input(vit):
         bench.Setting(vit, "jit")
     with pytest.raises(ValueError, match="onnxruntime has no bf16 on a CPU"):
         bench.Setting(vit, "onnxruntime", "bf16")
+    with pytest.raises(ValueError, match="unknown precision 'int8'"):
+        bench.Setting(vit, precision="int8")
+    with pytest.raises(ValueError, match="int8 is calibrated by images: runtimes.settings makes"):
+        bench.latency({"int8": bench.Setting(vit, "onnxruntime", "int8")})
 
 
 def test_each_model_at_its_own_size():
@@ -114,6 +118,7 @@ def test_settings_side_by_side(vit):
     assert table.runtime.tolist() == 2 * ["eager", "eager", "onnxruntime"]
     assert table.precision.tolist() == 2 * ["float32", "bf16", "float32"]
     assert table.speedup[table.model == "dense"].tolist() == [1, 1]
+    assert table.here.tolist() == [1] * 6  # all of them are the dense model, each in its own way
     assert (table.images_per_s * table.image_ms).tolist() == pytest.approx([1000] * 6)
 
 
@@ -169,7 +174,7 @@ def test_cut_models_compiled(name, batch, precision, request):
     torch._dynamo.utils.counters.clear()
     for kind in KINDS:
         small = cut(model, kind).to(dtype)
-        compiled = bench._runnable(bench.Setting(small, "compiled", precision), cpu)
+        compiled = bench.runnable(bench.Setting(small, "compiled", precision), cpu)
         with torch.inference_mode():
             for count in (1, 3, 6):
                 images = batch[0][:count].to(dtype)

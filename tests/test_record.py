@@ -165,7 +165,9 @@ def test_forms_are_methods_with_a_support_that_compress_takes(accepts):
 
 
 def test_runtimes_are_those_in_which_a_model_can_be_timed(accepts):
-    for runtime, precision in product([*bench._RUNTIMES, "egaer"], [*bench.PRECISIONS, "fp16"]):
+    for runtime, precision in product(
+        [*bench._RUNTIMES, "egaer"], [*bench.PRECISIONS, "int8", "fp16"]
+    ):
         try:
             taken = bool(bench.Setting(None, runtime, precision))
         except ValueError:

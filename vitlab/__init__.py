@@ -10,6 +10,7 @@ _PLACES = """
     models models.checkpoint models.hub
     studies.results studies.runs
     evaluation.bench evaluation.cost evaluation.evaluate evaluation.export evaluation.roofline
+    evaluation.runtimes
     pruning.budget pruning.compensate pruning.factor pruning.lowrank pruning.masks pruning.pool
     pruning.prune pruning.ranks pruning.recover pruning.scores pruning.sensitivity pruning.shrink
     training.data training.imitate training.train

@@ -1,7 +1,7 @@
 """Measure models: latency side by side, time by layer, speed by rank, and memory.
 
-Public: PRECISIONS, Setting, as_settings, break_even, latency, layer_times, memory_mb, milliseconds,
-rank_speed, ready.
+Public: EXPORTED, PRECISIONS, Setting, as_settings, break_even, latency, layer_times, memory_mb,
+milliseconds, rank_speed, ready, runnable.
 """
 
 import copy
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from vitlab.models import _layers, anatomy, checkpoint
 # -- latency
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
-_RUNTIMES = ("eager", "compiled", "onnxruntime")
+EXPORTED = ("onnxruntime", "openvino")  # runtimes of files, on CPUs here
+_RUNTIMES = ("eager", "compiled", *EXPORTED)
 _QUARTILES = [0.25, 0.5, 0.75]
 
 
@@ -39,20 +41,28 @@ class Setting:
     """Say which model is run, and how.
 
     model: the model
-    runtime: "eager", "compiled" (torch.compile) or "onnxruntime" (on CPUs, in float32)
-    precision: "float32" or "bf16", to which weights and images are converted
-    Raises ValueError for another runtime or precision, and for onnxruntime in bf16.
+    runtime: "eager", "compiled" (torch.compile), or "onnxruntime" or "openvino" (on CPUs)
+    precision: "float32" or "bf16", to which weights and images are converted; of the last two
+        runtimes "float32" or "int8"
+    run: what takes images to logits there, as runtimes.settings makes it. None: it is made of the
+        model, but not in int8, which is calibrated by images
+    Raises ValueError for another runtime or precision, and where the runtime has no such precision.
     """
 
     model: nn.Module
     runtime: str = "eager"
     precision: str = "float32"
+    run: Callable | None = None
 
     def __post_init__(self):
         names.check("runtime", self.runtime, _RUNTIMES)
-        names.check("precision", self.precision, PRECISIONS)
-        if self.runtime == "onnxruntime" and self.precision != "float32":
-            raise ValueError(f"onnxruntime has no {self.precision} on a CPU; run it in float32")
+        if self.runtime in EXPORTED and self.precision in PRECISIONS:
+            if self.precision != "float32":
+                raise ValueError(
+                    f"{self.runtime} has no {self.precision} on a CPU; run it in float32"
+                )
+        elif self.runtime not in EXPORTED or self.precision != "int8":
+            names.check("precision", self.precision, PRECISIONS)
 
 
 @parallel.first_decides
@@ -73,9 +83,11 @@ def latency(models, *, batch=64, repeats=30, seconds=60, precision="float32", de
         images_per_s: images in a second
         speedup_q1, speedup, speedup_q3: how many times as fast as the first model, quartiles and
             median over rounds
+        here_q1, here, here_q3: the same beside the first model in the result's own runtime and
+            precision; nan where that was not timed
         rounds: how many there were
         batch, image_size, runtime, precision, threads, device
-    Raises ValueError for no models, unknown precisions and onnxruntime off the CPU.
+    Raises ValueError for no models, unknown precisions, and runtimes of files off the CPU.
     """
     if not models:
         raise ValueError("no models to time; give {name: model}")
@@ -83,7 +95,8 @@ def latency(models, *, batch=64, repeats=30, seconds=60, precision="float32", de
     first = next(iter(settings.values())).model
     device = torch.device(device or evaluate.device_of(first))
     # Exporting and compiling are done here, before the clock runs: they are not in the times.
-    runnables = {name: _runnable(setting, device) for name, setting in settings.items()}
+    runnables = {name: runnable(setting, device) for name, setting in settings.items()}
+    beside = _beside(settings)
     ways = pd.DataFrame(
         {
             "image_size": [cost.input_shape(s.model)[-1] for s in settings.values()],
@@ -94,10 +107,10 @@ def latency(models, *, batch=64, repeats=30, seconds=60, precision="float32", de
     tables = []
     for size in np.atleast_1d(batch).tolist():
         calls = {}
-        for name, runnable in runnables.items():
+        for name, run in runnables.items():
             images = _images(settings[name], size, device)
-            calls[name] = functools.partial(runnable, images)
-        table = _summary(_rounds(calls, repeats, seconds, device), size)
+            calls[name] = functools.partial(run, images)
+        table = _summary(_rounds(calls, repeats, seconds, device), size, beside)
         tables.append(table.assign(batch=size).join(ways))
     device_name = device.type
     if device.type == "cuda":
@@ -115,15 +128,29 @@ def as_settings(models, precision="float32"):
     return settings
 
 
-def _runnable(setting, device):
-    """Return what takes images to logits in the setting's runtime."""
-    if setting.runtime == "onnxruntime":
-        if device.type != "cpu":
-            raise ValueError(f"onnxruntime is timed on the CPU; the first model is on {device}")
+def _beside(settings):
+    """Return {name: name of the first model in the same runtime and precision, if it is there}."""
+    first = next(iter(settings.values())).model
+    dense = {(s.runtime, s.precision): name for name, s in settings.items() if s.model is first}
+    return {name: dense.get((s.runtime, s.precision)) for name, s in settings.items()}
+
+
+def runnable(setting, device):
+    """Return what takes images to logits in the setting's runtime, on a device.
+
+    Raises ValueError for a runtime of files off the CPU, and for int8 that is not made yet.
+    """
+    if setting.runtime in EXPORTED and device.type != "cpu":
+        raise ValueError(f"{setting.runtime} is timed on the CPU; the first model is on {device}")
+    if setting.run:
+        return setting.run
+    if setting.runtime in EXPORTED:
+        if setting.precision == "int8":
+            raise ValueError("int8 is calibrated by images: runtimes.settings makes it")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")
             export.to_onnx(setting.model, path)
-            return export.session(path)  # which has read the file when it is made
+            return export.session(path, setting.runtime)  # which has read the file when it is made
     model = _converted(setting, device)
     if setting.runtime == "compiled":
         # torch.compile works twice: for the first batch, and then once for any number of images.
@@ -144,7 +171,7 @@ def _images(setting, batch, device):
     shape = cost.input_shape(setting.model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *shape, generator=generator)
-    return images.to(device, PRECISIONS[setting.precision])
+    return images.to(device, PRECISIONS.get(setting.precision, torch.float32))
 
 
 def ready(setting, batch, device=None):
@@ -187,7 +214,7 @@ def _now(device):
     return time.perf_counter()
 
 
-def _summary(milliseconds, batch):
+def _summary(milliseconds, batch, beside=()):
     """Return medians, quartiles and paired speed-ups of milliseconds, a frame [rounds, models]."""
     table = pd.DataFrame({"model": milliseconds.columns})
     times = milliseconds.quantile(_QUARTILES)
@@ -197,6 +224,10 @@ def _summary(milliseconds, batch):
     # Ratios are taken within rounds: a slow spell of the machine hits both sides of a ratio.
     ratios = milliseconds.rdiv(milliseconds.iloc[:, 0], axis=0)
     table[["speedup_q1", "speedup", "speedup_q3"]] = ratios.quantile(_QUARTILES).T.to_numpy()
+    if beside:
+        dense = milliseconds.reindex(columns=[beside[name] for name in milliseconds])
+        ratios = dense.to_numpy() / milliseconds
+        table[["here_q1", "here", "here_q3"]] = ratios.quantile(_QUARTILES).T.to_numpy()
     return table.assign(rounds=len(milliseconds))
 
 

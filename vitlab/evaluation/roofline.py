@@ -105,7 +105,7 @@ def bounds(models, table):
 
     Returns table with these columns more:
         compute_ms, memory_ms, launch_ms: least time that each of these takes
-        bound: the largest of them, "compute", "memory" or "launch"
+        bound: the largest of them, "compute", "memory" or "launch"; in int8 nan, as all of these
         reached: the largest over the latency, 1 for a model as fast as the machine can be
         batch_macs, batch_bytes, operations: of one batch, run eagerly
         macs_per_s, bytes_per_s: the ceilings, measured once in a process
@@ -130,6 +130,8 @@ def bounds(models, table):
     # Traffic is that of an eager run. It is an upper bound of what other runtimes move and call.
     measured = _measured(settings, table)
     measured.insert(0, "batch_macs", table.batch * macs)
+    # torch does not tell what a processor can do in int8.
+    measured[table.precision == "int8"] = math.nan
     # No model can be faster than the slowest of the three.
     least = pd.DataFrame(
         {
@@ -139,7 +141,7 @@ def bounds(models, table):
         }
     )
     times = least.add_suffix("_ms").assign(
-        bound=least.idxmax(axis=1),
+        bound=least.dropna().idxmax(axis=1),
         reached=least.max(axis=1) / table.latency_ms,
     )
     return table.join([times, measured]).assign(
@@ -169,7 +171,8 @@ def _measured(settings, table):
     for result in table.itertuples():
         kind = "cpu" if result.device == "cpu" else "cuda"
         # Results of several runtimes share a run.
-        setting = bench.Setting(settings[result.model].model, precision=result.precision)
+        precision = "float32" if result.precision == "int8" else result.precision
+        setting = bench.Setting(settings[result.model].model, precision=precision)
         run = setting, result.batch
         if run not in traffics:
             # Conversion comes first: it is no traffic of the batch.
@@ -180,7 +183,7 @@ def _measured(settings, table):
         # The memory's rate is that at the size of the mean operation.
         mean_bytes = traffic.bytes / traffic.operations
         nearest = min(_SIZES, key=lambda size: abs(math.log(size / mean_bytes)))
-        best = _ceilings(kind, result.precision)
+        best = _ceilings(kind, precision)
         measured.append(
             {
                 "batch_bytes": traffic.bytes,

@@ -163,11 +163,12 @@ def like_for_like(times):
     Times compare only within one run, on one processor, so each line stays what it is: nothing is
     averaged over seeds, which may have run on different ones.
 
-    times: as roofline.bounds returns it.
+    times: as roofline.bounds returns it. Lines of runtimes that could not be had are left out.
     Returns times with the columns
     cut_speedup: times as fast as the dense model in the same runtime, precision and batch
     runtime_speedup: times as fast as the dense model is there as the first way of the table
     """
+    times = times[times.speedup.notna()]
     cut_speedup = times.achieved_here * times.promised
     return times.assign(cut_speedup=cut_speedup, runtime_speedup=times.speedup / cut_speedup)
 

@@ -127,7 +127,14 @@ _Form = _worded(
 _Kind = Literal["heads", "neurons", "filters", "width", "qk", "v", "block", "ranks"]
 _Method = Literal["pool", "units", "heads+neurons", "random", "svd", "ranks"]  # of notebook 5
 _Runtime = Literal[
-    "eager float32", "eager bf16", "compiled float32", "compiled bf16", "onnxruntime float32"
+    "eager float32",
+    "eager bf16",
+    "compiled float32",
+    "compiled bf16",
+    "onnxruntime float32",
+    "onnxruntime int8",
+    "openvino float32",
+    "openvino int8",
 ]
 _NOT_HERE = {  # known words, and why they are none where others of their sort are
     "wanda": "its scores compare inside one row alone, not over all layers",
@@ -305,6 +312,7 @@ class _Efficiency(_Section):
     rounds: PositiveInt  # timed passes of each model, interleaved
     precision: Literal["bf16", "float32"]
     runtimes: _Some[_Runtime]
+    checked: NonNegativeInt = 0  # test images on which each runtime is compared with torch
 
 
 class _Settings(_Section):

@@ -1,0 +1,104 @@
+"""What is left of a cut where it runs: the small models on CIFAR-10 in several runtimes, float32 and int8."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import pandas as pd
+from common import SMALL, folder, model_of, publish
+from speed import masked_in_half
+
+from vitlab.evaluation import bench, export, roofline
+from vitlab.evaluation import runtimes as there
+from vitlab.pruning import budget, factor, scores
+from vitlab.training import data
+
+WAYS = ["eager float32", "onnxruntime float32", "onnxruntime int8"]
+WAYS += ["openvino float32", "openvino int8"]
+CALIBRATED, TESTED = 512, 500  # images
+BATCHES = [1, 32]
+INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")  # of processors that multiply 8 bits
+SHOWN = "case cut runtime precision batch top1 difference difference_mean bytes latency_ms"
+SHOWN += " speedup_q1 speedup speedup_q3 here_q1 here here_q3 promised note"
+
+
+def runtimes(rounds):
+    """Dense, masked and cut to half the MACs by units, ranks, low rank and rows, or the pool, nothing trained.
+
+    Top-1 and differences of logits are of 500 test images; 128 training images calibrate int8.
+    """
+    images = data.load("cifar10", image_size=32)
+    parts = []
+    for case in SMALL:
+        made = cuts(model_of(case), list(images.train.subset(CALIBRATED).batches(64)))
+        settings, sizes, refused = there.settings(made, WAYS, images=images)
+        times = bench.latency(settings, batch=BATCHES, repeats=4 * rounds, seconds=240)
+        table = roofline.bounds(settings, times).merge(sizes, on="model")
+        table = table.merge(there.left(settings, images.test.subset(TESTED)), on="model")
+        table = pd.concat([table, refused, *four_bits(case, made, images)], ignore_index=True)
+        parts.append(table.assign(case=case, cut=table.model.str.split().str[0], cpu=processor()))
+        publish("runtimes", pd.concat(parts), shown=SHOWN.split())
+
+
+def cuts(dense, batches):
+    """The models of the table, {name: model}, without training."""
+    made = {"dense": dense, "masked": masked_in_half(dense)}
+    for name, kinds in {
+        "removed": ["heads", "neurons", "filters", "width"],
+        "factored": ["ranks"],
+    }.items():
+        found = budget.candidates(dense, batches, kinds=kinds)
+        plan = budget.plan(dense, **found, kinds=kinds, macs=0.5)
+        made[name], _ = budget.cut(dense, plan, batches, compensate="least squares")
+    grams = scores.grams(dense, batches)
+    how = {"method": "svd+iht", "support": "rows", "grams": grams, "ratio": 0.5}
+    made["svd+iht-rows"], _ = factor.compress(dense, **how)
+    made["pool"], _ = budget.reach(dense, batches, macs=0.5)
+    return made
+
+
+def four_bits(case, made, images):
+    """Yield a line for dense and pool with OpenVINO weights of four bits in groups of 64, not timed."""
+    with suppress(ImportError):
+        openvino, nncf = (export.openvino_package(name) for name in ("openvino", "nncf"))
+        for name in ("dense", "pool"):
+            source = Path(folder("four-bits.onnx"))
+            export.to_onnx(made[name], source)
+            advanced = nncf.AdvancedCompressionParameters(
+                group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE
+            )
+            model = nncf.compress_weights(
+                openvino.convert_model(str(source)),
+                mode=nncf.CompressWeightsMode.INT4_SYM,
+                group_size=64,
+                all_layers=True,
+                advanced_parameters=advanced,
+            )
+            path = source.with_suffix(".xml")
+            openvino.save_model(model, str(path), compress_to_fp16=False)
+            run = export.session(path, "openvino")
+            setting = bench.Setting(made[name], "openvino", "int8", run)
+            line = there.left({f"{name} openvino int4": setting}, images.test.subset(TESTED))
+            size = sum(path.with_suffix(each).stat().st_size for each in (".xml", ".bin"))
+            few = sum(each.get_element_type().get_type_name() == "i4" for each in constants(model))
+            note = (
+                f"{few} weights of four bits, those of other widths than a multiple of 64 are whole"
+            )
+            yield line.assign(runtime="openvino", precision="int4 weights", bytes=size, note=note)
+            for each in (source, path, path.with_suffix(".bin")):
+                each.unlink()
+
+
+def constants(model):
+    return [each for each in model.get_ops() if each.get_type_name() == "Constant"]
+
+
+def processor():
+    """The vector instructions of this processor, in words."""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        known = [name for name in ("avx2", "avx512f", *INTEGERS) if f" {name}" in text]
+        return ", ".join(known) + ("" if {*INTEGERS} & {*known} else ", no products of 8 bits")
+    return "unknown"
+
+
+CASES = {"runtimes": runtimes}

@@ -1,0 +1,83 @@
+"""Tests of runtimes: what a model answers where it runs is measured, and what cannot be had says why."""
+
+import sys
+from importlib.util import find_spec
+
+import pandas as pd
+import pytest
+import torch
+from test_deploy import noise
+
+from vitlab.evaluation import bench, deploy, runtimes
+from vitlab.pruning import shrink
+from vitlab.training import data
+
+HERE = ["eager float32", "eager bf16", "onnxruntime float32"]
+
+
+@pytest.fixture
+def images():
+    splits = [noise(count, seed) for seed, count in enumerate((40, 30, 12))]
+    return data.Dataset("noise", ["cat", "dog", "emu"], *splits, 16, "noise")
+
+
+def test_what_is_left_in_torch_and_onnxruntime(vit, images):
+    half = shrink.remove(vit, {("blocks.0", "neurons"): range(20)})
+    made, sizes, refused = runtimes.settings({"dense": vit, "half": half}, HERE, images=images)
+    assert list(made) == [f"{name} {way}" for name in ("dense", "half") for way in HERE]
+    assert refused.empty and list(sizes.model) == list(made)
+    size = sizes.set_index("model").bytes
+    assert size["half onnxruntime float32"] < size["dense onnxruntime float32"]
+    assert size["dense eager bf16"] == size["dense eager float32"] // 2
+    table = runtimes.left(made, images.test, batch=5).set_index("model")
+    assert set(table.images) == {12} and table.top1.between(0, 100).all()
+    for name, model in {"dense": vit, "half": half}.items():
+        assert table.difference[f"{name} eager float32"] == 0
+        assert table.difference[f"{name} onnxruntime float32"] < 1e-4
+        assert 0 < table.difference_mean[f"{name} eager bf16"] < 0.1
+        [(shown, labels)] = images.test.batches(12)
+        with torch.inference_mode():
+            right = (model(shown).argmax(1) == labels).double().mean().item()
+        assert table.top1[f"{name} eager float32"] == pytest.approx(100 * right)
+    times = bench.latency(made, batch=2, repeats=3)
+    dense = times.model.str.startswith("dense")
+    assert (times.here[dense] == 1).all() and times.here.notna().all()
+
+
+def test_a_row_says_why_a_runtime_cannot_be_had(vit, images, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    ways = ["eager float32", "openvino float32", "onnxruntime int8"]
+    made, sizes, refused = runtimes.settings({"dense": vit}, ways)
+    assert list(made) == ["dense eager float32"] and len(sizes) == 1
+    assert refused.model.tolist() == [f"dense {way}" for way in ways[1:]]
+    assert refused.runtime.tolist() == ["openvino", "onnxruntime"]
+    words = 'openvino is missing: pip install "vitlab[runtimes]"'
+    assert refused.note.tolist() == [words, "int8 is calibrated by images; got none"]
+    with pytest.raises(ValueError, match="unknown runtime 'tensorrt'"):
+        bench.Setting(vit, "tensorrt")
+
+
+def test_int8_is_made_as_it_is_exported(vit, images, monkeypatch):
+    given = []
+
+    def convert(source, path, images=None):
+        given.append((path.suffix, images is not None))
+        path.write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(deploy, "convert", convert)
+    made, sizes, refused = runtimes.settings({"dense": vit}, ["onnxruntime int8"], images=images)
+    assert given == [(".onnx", True)] and refused.empty
+    table = runtimes.left(made, images.test)
+    assert table.difference.item() < 1e-4  # the stand-in is in float32
+    assert pd.notna(table.top1).all()
+
+
+@pytest.mark.skipif(
+    not find_spec("openvino"), reason='openvino is missing: pip install "vitlab[runtimes]"'
+)
+def test_openvino_beside_the_others(vit, images):
+    ways = ["eager float32", "openvino float32"]
+    made, sizes, refused = runtimes.settings({"dense": vit}, ways, images=images)
+    assert refused.empty and runtimes.left(made, images.test).difference.max() < 1e-4
+    times = bench.latency({"one": bench.Setting(vit, "openvino")}, batch=2, repeats=3)
+    assert times.runtime.tolist() == ["openvino"]

@@ -1,0 +1,108 @@
+"""Say what is left of models in the runtimes where they are deployed.
+
+Public: left, settings.
+"""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from vitlab.evaluation import bench, cost, deploy, evaluate, export
+
+_CALIBRATED = 128  # training images for int8
+_SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml"}
+
+
+def settings(models, ways, *, images=None):
+    """Make models ready to be run and timed in several runtimes.
+
+    models: {name: model}, on one device
+    ways: a runtime and a precision each, as in "eager float32" or "openvino int8"
+    images: data.Dataset, whose training images calibrate int8
+
+    Returns three:
+        {"NAME WAY": bench.Setting}
+        a frame with model ("NAME WAY") and bytes, of its file or in torch of its weights in memory
+        a frame with model, runtime, precision and note, of what cannot be had, and why
+    """
+    made, sizes, refused = {}, {}, []
+    calibration = None
+    if images and any(way.endswith("int8") for way in ways):
+        calibration = deploy.first(images.train, _CALIBRATED)
+    for name, model in models.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for way in ways:
+                key = f"{name} {way}"
+                try:
+                    made[key], sizes[key] = _made(model, *way.split(), calibration, Path(folder))
+                except (ImportError, RuntimeError, ValueError) as reason:
+                    refused.append([key, *way.split(), str(reason).strip().splitlines()[0]])
+    sizes = pd.DataFrame({"model": sizes.keys(), "bytes": sizes.values()})
+    return made, sizes, pd.DataFrame(refused, columns=["model", "runtime", "precision", "note"])
+
+
+def _made(model, runtime, precision, calibration, folder):
+    """Return a setting and the bytes of its file; the folder keeps the ONNX file of the model."""
+    setting = bench.Setting(model, runtime, precision)
+    if runtime not in bench.EXPORTED:
+        run = bench.runnable(setting, evaluate.device_of(model))
+        weights = cost.bytes_memory(model)  # in float32
+        size = weights if precision == "float32" else weights // 2
+        return bench.Setting(model, runtime, precision, run), size
+    source = folder / "float32.onnx"
+    if not source.exists():
+        export.to_onnx(model, source)
+    path = folder / f"{precision}{_SUFFIXES[runtime]}"
+    if precision == "int8" and calibration is None:
+        raise ValueError("int8 is calibrated by images; got none")
+    if path != source:
+        deploy.convert(source, path, calibration if precision == "int8" else None)
+    size = sum(path.with_suffix(each).stat().st_size for each in deploy.FILES[path.suffix])
+    return bench.Setting(model, runtime, precision, export.session(path, runtime)), size
+
+
+@torch.inference_mode()
+def left(made, split, *, batch=64):
+    """Measure what is left of each model in its runtime, on images.
+
+    made: {name: bench.Setting} of `settings`, in which a model runs in eager float32, too
+    split: data.Split of test images
+    batch: images in one forward pass
+
+    Returns a frame with a row for each setting:
+        model: its name
+        top1: in percent, on these images
+        difference, difference_mean: the largest and the mean difference of a logit to the same
+            model in torch and float32, a share of the largest logit there
+        images: how many there were
+    """
+    rows, expected = [], {}
+    for name, setting in made.items():
+        device = evaluate.device_of(setting.model)
+        if setting.model not in expected:
+            eager = bench.Setting(setting.model)
+            expected[setting.model], labels = _logits(eager, split, batch, device)
+        logits, labels = _logits(setting, split, batch, device)
+        off = (logits - expected[setting.model]).abs() / expected[setting.model].abs().max()
+        rows.append(
+            {
+                "model": name,
+                "top1": 100 * (logits.argmax(1) == labels).double().mean().item(),
+                "difference": off.max().item(),
+                "difference_mean": off.mean().item(),
+                "images": len(labels),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _logits(setting, split, batch, device):
+    """Return the logits of a split in a setting, and its labels, both on the CPU."""
+    run = bench.runnable(setting, device)
+    to = partial(torch.Tensor.to, device=device, dtype=bench.PRECISIONS.get(setting.precision))
+    pairs = [(run(to(x).contiguous()).float().cpu(), y.cpu()) for x, y in split.batches(batch)]
+    logits, labels = zip(*pairs, strict=True)
+    return torch.cat(logits), torch.cat(labels)
