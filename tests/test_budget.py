@@ -234,22 +234,32 @@ def test_parameters_and_bytes_are_those_of_the_smaller_model(any_model, what, sh
     assert f"{what}_saved" in plan.table
 
 
-def test_latency_is_corrected_by_what_is_measured(vit, batch, monkeypatch):
-    """A machine by hand: time is 10 plus the MACs' share times 90, so that 0.93 of it needs 0.922 of the MACs."""
+@pytest.mark.parametrize("runtime, fixed", [("eager", 0.1), ("onnxruntime", 0.3)])
+def test_latency_is_corrected_by_what_is_measured(vit, batch, monkeypatch, runtime, fixed):
+    """Machines by hand: a tenth of the eager time, and three of the other, no cut can save; MACs tell the rest."""
 
     def latency(named, **_):
-        dense, small = (cost.macs(model) for model in named.values())
-        speedup = 100 / (10 + 90 * small / dense)
+        assert {setting.runtime for setting in named.values()} == {runtime}
+        dense, small = (cost.macs(setting.model) for setting in named.values())
+        speedup = 1 / (fixed + (1 - fixed) * small / dense)
         return pd.DataFrame([dict.fromkeys(COLUMNS, 1.0), dict.fromkeys(COLUMNS, speedup)])
 
     COLUMNS = ["speedup_q1", "speedup", "speedup_q3"]
     monkeypatch.setattr(budget.bench, "latency", latency)
-    plan = budget.plan(vit, fisher(vit, batch), latency=0.93, multiple=1)
+    monkeypatch.setattr(budget.bench, "runnable", lambda setting, device: None)
+    plan = budget.plan(vit, fisher(vit, batch), latency=0.93, multiple=1, runtime=runtime)
     assert plan.share == pytest.approx(0.93, rel=0.05) and "latency_saved" in plan.table
     macs = cost.macs(shrink.remove(vit, plan.drop)) / cost.macs(vit)
-    assert plan.share == pytest.approx(0.1 + 0.9 * macs)
+    assert plan.share == pytest.approx(fixed + (1 - fixed) * macs)
     with pytest.raises(ValueError, match=r"cannot reach 0.05 x latency: 0\.\d+ stays"):
-        budget.plan(vit, fisher(vit, batch), latency=0.05)
+        budget.plan(vit, fisher(vit, batch), latency=0.05, runtime=runtime)
+
+
+def test_a_runtime_is_where_latency_is_measured(vit, batch):
+    with pytest.raises(ValueError, match="where latency is measured, but the target is macs"):
+        budget.plan(vit, fisher(vit, batch), macs=0.5, runtime="onnxruntime")
+    with pytest.raises(ValueError, match="unknown runtime 'onxruntime', did you mean 'onnx"):
+        budget.plan(vit, fisher(vit, batch), latency=0.9, runtime="onxruntime")
 
 
 def test_a_target_is_one_of_four(vit, batch):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 from vitlab import files, models, names
-from vitlab.evaluation import bench, cost
+from vitlab.evaluation import bench, cost, evaluate
 from vitlab.pruning import factor, pool, recover, scores, shrink
 
 _POOL = ("heads", "neurons", "filters", "width", "ranks")  # the kinds that do best together
@@ -194,6 +194,7 @@ def plan(
     keep=(),
     batch=8,
     narrow=False,
+    runtime="eager",
     **target,
 ):
     """Plan the cut to a share of one cost that has the least predicted loss.
@@ -215,17 +216,21 @@ def plan(
     batch: how many images are timed together, for latency.
     narrow: whether factor.narrow_heads follows, by which a rank of qkv below the size of a head
         saves more than its own layer.
+    runtime: where latency is measured, in float32: "eager", "compiled", "onnxruntime" or
+        "openvino".
     target: a cost and the share of it to keep, in (0, 1). Costs are macs, params, bytes (of weights
         and buffers in memory) and latency (here and now).
 
     Returns a Plan of at most the target. Latency is within 5 % of the target, or has it within its
     quartiles, on this machine.
     Raises ValueError for other targets, a share outside (0, 1), an unknown kind or layer to keep,
-    missing scores, or factored layers.
+    missing scores, factored layers, or another runtime than eager where nothing is timed.
     Raises Unreachable (a ValueError) for a target below what these kinds can reach; it names the
     floor.
     """
     what, share = pool.checked_target(target, model)
+    if runtime != "eager" and what != "latency":
+        raise ValueError(f"runtime says where latency is measured, but the target is {what}")
     # All kinds compete in one currency, predicted loss per cost saved, and the smallest goes first.
     # Scores in loss units need no normalisation, only a cost. A layer is factored where two thin
     # ones save more for what they lose than units do, and stays whole where they are not cheaper.
@@ -248,8 +253,14 @@ def plan(
     def plan_for(wanted):
         return new_search().run(max(wanted, floor)).as_plan(what)
 
+    # The time by layer is that of eager runs; elsewhere it is a first guess, which is corrected.
+    dense = bench.Setting(model, runtime)
+    if what == "latency":
+        run = bench.runnable(dense, evaluate.device_of(model))
+        dense = replace(dense, run=run)  # so that it is exported once
+
     def measure(wanted):
-        return _measured(model, plan_for(wanted), what, share, batch, narrow, kept)
+        return _measured(dense, plan_for(wanted), what, share, batch, narrow, kept)
 
     # The closed form of MACs is exact: nothing to measure. It misses the target by less than the
     # cheapest step. Nor is there anything to measure where nothing may go.
@@ -296,13 +307,17 @@ def _corrected(measure, is_counted, share, floor):
     return min(tries, key=lambda pair: pair[1])
 
 
-def _measured(model, plan, what, share, batch, narrow, kept):
-    """Return the plan with the share it really keeps, and by how much that misses the target."""
+def _measured(dense, plan, what, share, batch, narrow, kept):
+    """Return the plan with the share it really keeps, and by how much that misses the target.
+
+    dense: bench.Setting of the model of the plan.
+    """
+    model = dense.model
     small, _ = cut(model, plan)
     small = factor.narrow_heads(small, keep=kept) if narrow else small
     if what == "latency":
         # Both run in turns, so that what else the machine does slows both.
-        both = {"dense": model, "small": small}
+        both = {"dense": dense, "small": bench.Setting(small, dense.runtime)}
         times = bench.latency(both, batch=batch, repeats=21).iloc[1]
         kept = 1 / times.speedup
         # Times scatter. Within their quartiles, or within 5 %, the target is met.
