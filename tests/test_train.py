@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import MagicMock
 
 import pandas as pd
 import pytest
 import torch
+from accelerate import tracking
+from accelerate.utils import LoggerType
 
 from vitlab import models
 from vitlab.evaluation import evaluate
@@ -111,6 +114,28 @@ def test_epochs_are_logged_to_the_loggers_that_are_named(vit, tmp_path, monkeypa
     monkeypatch.setenv("VITLAB_LOG", "tensorboard,aim")
     with pytest.raises(ModuleNotFoundError, match="aim is missing: pip install aim"):
         train.fit(vit, *images, recipe, folder=tmp_path / "b")
+
+
+def test_wandb_and_mlflow_get_each_epoch_of_a_run_that_is_called_after_it(
+    vit, tmp_path, monkeypatch
+):
+    # Stand-ins, which need no network: accelerate calls them as it calls the real ones.
+    wandb, mlflow = MagicMock(), MagicMock()
+    mlflow.search_experiments.return_value = []
+    there = [LoggerType.WANDB, LoggerType.MLFLOW]
+    monkeypatch.setattr(tracking, "_available_trackers", there)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setenv("VITLAB_LOG", "wandb,mlflow")
+    folder = tmp_path / "demo" / "vit" / "seed0" / "training"
+    history = train.fit(vit, Blobs(), Blobs(seed=1), RECIPE | {"epochs": 2}, folder=folder)
+    wandb.init.assert_called_once_with(project="vitlab", name="demo/vit/seed0/dense")
+    assert mlflow.start_run.call_args.kwargs["run_name"] == "demo/vit/seed0/dense"
+    for calls in (wandb.init().log.call_args_list, mlflow.log_metrics.call_args_list):
+        assert [call.kwargs["step"] for call in calls] == [1, 2]
+        assert [call.args[0]["val_top1"] for call in calls] == history.val_top1.tolist()
+    wandb.init().finish.assert_called_once()
+    mlflow.end_run.assert_called_once()
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
