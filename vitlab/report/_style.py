@@ -9,7 +9,6 @@ import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from matplotlib import ticker
 
 from vitlab.report import tables
@@ -17,8 +16,20 @@ from vitlab.report import tables
 HALF = (6.0, 4.3)  # inches: two stand beside each other on a slide
 WIDE = (12.2, 4.6)  # inches: a whole slide
 TEXT = 12  # points, the smallest size on a slide
+_INK = "axes.edgecolor axes.labelcolor text.color xtick.color ytick.color".split()
 STYLE = {
-    **sns.axes_style("ticks"),
+    **dict.fromkeys(_INK, "0.15"),  # with the next five lines seaborn's "ticks"
+    "axes.axisbelow": True,
+    "font.sans-serif": [
+        "Arial",
+        "DejaVu Sans",
+        "Liberation Sans",
+        "Bitstream Vera Sans",
+        "sans-serif",
+    ],
+    "lines.solid_capstyle": "round",
+    "patch.edgecolor": "w",
+    "patch.force_edgecolor": True,
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -110,7 +121,8 @@ def shades(names):
 
     Returns {name: colour}.
     """
-    return dict(zip(names, sns.color_palette("viridis", len(names)), strict=True))
+    shares = np.linspace(0, 1, len(names) + 2)[1:-1]
+    return dict(zip(names, plt.get_cmap("viridis")(shares), strict=True))
 
 
 def new_axes(width, height):

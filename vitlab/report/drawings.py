@@ -10,7 +10,6 @@ weight_histograms, weight_violins.
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.patches import Patch, Rectangle
 
 from vitlab.report import _style, tables
@@ -362,6 +361,8 @@ def attention_maps(frame, images, *, most=3):
     most: images to draw; the first ones.
     Returns a Figure.
     """
+    import seaborn as sns
+
     frame = frame[frame.block == frame.block.iloc[-1]]
     shown = frame.image.unique()[:most]
     size = (6.4, 0.5 + 1.95 * len(shown))
@@ -374,7 +375,7 @@ def attention_maps(frame, images, *, most=3):
         for ax, when in zip(line, [None, "before", "after"], strict=True):
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
-            sns.despine(ax=ax, left=True, bottom=True)
+            ax.spines[:].set_visible(False)
             if when is None:
                 ax.imshow(picture)
                 continue
@@ -382,7 +383,12 @@ def attention_maps(frame, images, *, most=3):
             high, wide = picture.shape[:2]
             ax.imshow(picture, alpha=0.35)
             extent = (-0.5, wide - 0.5, high - 0.5, -0.5)
-            look = {"cmap": "rocket", "vmin": 0, "vmax": top, "alpha": 0.65}
+            look = {
+                "cmap": sns.color_palette("rocket", as_cmap=True),
+                "vmin": 0,
+                "vmax": top,
+                "alpha": 0.65,
+            }
             drawn = ax.imshow(table, extent=extent, **look)
         if "label" in maps:
             line[0].set_ylabel(str(maps.label.iloc[0])[:14])
@@ -442,6 +448,8 @@ def _heat(table, width, *, label, fmt, least=None, most=None):
     width: inches.
     label: of the colour bar; fmt: of the numbers; least, most: ends of the colours.
     """
+    import seaborn as sns  # not above: where scipy is there, it takes two seconds
+
     ax = _style.new_axes(width, 1.1 + min(0.42, 4 / len(table)) * len(table))
     # Cells without a value stay empty.
     sns.heatmap(
