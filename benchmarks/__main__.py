@@ -4,6 +4,7 @@
     python benchmarks --only accuracy  # takes many hours, so it is not among the others; see accuracy.py
     python benchmarks --only targets  # some 20 minutes; needs CIFAR-10, too
     python benchmarks --only foundation  # minutes on a GPU, many hours on two cores; see foundation.py
+    python benchmarks --only twice  # some 15 minutes; CIFAR-10
     python benchmarks --only deep --rounds 3  # an hour, three seeds; CIFAR-10
     python benchmarks --only runtimes --threads 1  # some 30 minutes; needs CIFAR-10, onnxruntime and OpenVINO
     python benchmarks --only weighted weighted_features  # some 20 minutes; the second needs these, too:

@@ -7,6 +7,7 @@ reconstruction solves for, and whether heads are made as narrow as their ranks.
 """
 
 import functools
+from dataclasses import replace
 
 from common import publish
 from torch import cosine_similarity
@@ -100,4 +101,32 @@ def weighted_features(rounds):
         publish("weighted_features", rows)
 
 
-CASES = {"weighted": weighted, "weighted_features": weighted_features}
+def twice(rounds):
+    """The small models scored once, or again once the units of a plan half-way have gone; by top-1 on val."""
+    images = data.load("cifar10", image_size=32)
+    val, rows = images.val.subset(2000), []
+    for name in ("vit", "swin"):
+        model = checkpoint.load(f"checkpoints/cifar10-small/{name}")
+        batches = list(images.train.subset(1024).batches(64))
+        known = budget.Calibration(model, batches)
+        for share in (0.25, 0.15):
+            plan = known.plan(macs=share)
+            made = {"once": (known.cut(plan), plan)}
+            half = replace(known.plan(macs=share**0.5), ranks={})
+            cut, drops = known.cut(half)
+            units = recover.reconstruct(cut, model, batches, drops=drops, damping="held out")
+            again = budget.Calibration(units, batches)
+            plan = again.plan(macs=share * cost.macs(model) / cost.macs(units))
+            small, more = again.cut(plan)
+            made["twice"] = (small, [*drops, *more]), plan
+            for way, (cut, plan) in made.items():
+                small = known.reconstruct(*cut)
+                row = {"model": name, "share": share, "scored": way, "predicted": plan.predicted}
+                found = evaluate.accuracy(small, val)
+                row |= {"macs": cost.macs(small), "top1": found.top1, "loss": found.loss}
+                rows.append(row)
+                print(row, flush=True)
+        publish("twice", rows)
+
+
+CASES = {"weighted": weighted, "weighted_features": weighted_features, "twice": twice}
