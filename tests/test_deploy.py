@@ -67,7 +67,7 @@ def test_a_model_leaves_with_what_its_user_must_know(folder, images, tmp_path):
     assert (about["mean"], about["std"]) == tuple(map(list, MOMENTS))
     assert about["classes"] == ["cat", "dog", "emu"]
     card = path.with_suffix(".md").read_text()
-    assert deploy.LINES.replace("NAME", "small") in card and "from vitlab" not in card
+    assert deploy.LINES[".onnx"].replace("NAME", "small") in card and "from vitlab" not in card
     for words in (
         "84.50 % before the cut, 83.25 % of this model",
         "| method | pool |",
