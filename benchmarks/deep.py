@@ -1,8 +1,8 @@
-"""A quarter and 0.15 of the MACs without labels: the small models of CIFAR-10, three seeds, on test.
+"""A quarter and 0.15 of the MACs, trained on no labels: the small models of CIFAR-10, three seeds, on test.
 
 Stage `reconstructed` is budget.reach, from 1,024 calibration images. `relearned` follows it with 500
-steps of imitate.relearn, whose rates were chosen on 2,000 validation images and seed 0. Only the scores of what
-goes read labels, of the calibration images. `lost` is in points of test top-1 below the dense model
+steps of imitate.relearn, whose rates were chosen on 2,000 validation images and seed 0. Only the
+scores of what goes read labels, of the calibration images. `lost` is in points of test top-1 below the dense model
 of the same seed; `low` and `high` are its 95 % interval over the test images, which are the same in
 both. Rows that are there are not made again.
 """
