@@ -62,6 +62,7 @@ def deep(rounds):
             table = pd.DataFrame(rows).drop_duplicates(["model", "seed", "share", "stage"])
             rows = table.sort_values(["model", "share", "stage", "seed"]).to_dict("records")
             publish("deep", rows, shown=SHOWN)
+            publish("deep_means", means(table))
 
 
 def stages(known, share, images, seed):
@@ -95,6 +96,13 @@ def lost(own, whole):
     mean = difference.mean().item()
     half = 1.96 * difference.std().item() / len(difference) ** 0.5
     return {"lost": mean, "low": mean - half, "high": mean + half}
+
+
+def means(table):
+    """Return the points lost of each model, share and stage: mean of the seeds, and their range."""
+    cuts = table[table.stage != "dense"]
+    lost = cuts.groupby(["model", "share", "stage"]).lost.agg(["mean", "min", "max", "count"])
+    return lost.add_prefix("lost_").rename(columns={"lost_count": "seeds"}).reset_index()
 
 
 CASES = {"deep": deep}
