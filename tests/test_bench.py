@@ -274,6 +274,23 @@ def test_nothing_is_achieved_beside_a_dense_model_that_was_not_timed_so(vit, mon
     assert table.achieved_here[0] == 1 and pd.isna(table.achieved_here[1]) and table.achieved[1] > 0
 
 
+def test_int8_has_a_promise_but_no_ceiling(vit, monkeypatch):
+    ceilings = {
+        "macs_per_s": 1e9,
+        "launch_s": 1e-6,
+        "bytes_per_s": dict.fromkeys(roofline._SIZES, 2e9),
+    }
+    monkeypatch.setattr(roofline, "_ceilings", lambda *_: ceilings)
+    half = shrink.remove(vit, {("blocks.0", "neurons"): range(20)})
+    named = {"dense": vit, "int8": bench.Setting(half, "openvino", "int8")}
+    times = pd.DataFrame({"model": list(named), "latency_ms": 4.0, "speedup": [1, 3], "batch": 2})
+    times = times.assign(threads=1, runtime=["eager", "openvino"], precision=["float32", "int8"])
+    table = roofline.bounds(named, times.assign(device="cpu")).set_index("model")
+    assert table[["bound", "reached", "macs_per_s"]].isna().all(axis=1).tolist() == [False, True]
+    assert table.promised["int8"] == cost.macs(vit) / cost.macs(half)
+    assert table.achieved["int8"] == pytest.approx(3 / table.promised["int8"])
+
+
 def test_notes_tell_whole_rows_from_other_zeros(model):
     linears = models.view(model).linears(["qkv", "fc1"])
     rows = {name: torch.arange(layer.out_features) % 2 == 0 for name, layer in linears.items()}
