@@ -10,11 +10,11 @@ NAME = $(basename $(notdir $(STUDY)))
 DATA = $(or $(VITLAB_DATA),data)
 AGAIN = $(DATA)/again
 
-.PHONY: help demo smoke study reproduce figures slides html readme test test-long lab lint bench install
+.PHONY: help demo smoke study reproduce figures slides html readme test test-long test-oldest lab lint bench install
 
 help:
 	@echo "make demo                  train, prune and compare two tiny models, in minutes"
-	@echo "make test                  the tests; make test-long those too that take minutes"
+	@echo "make test                  the tests; make test-long those too that take minutes; make test-oldest with the oldest packages"
 	@echo "make lab                   JupyterLab; its first page leads to the notebooks"
 	@echo "make study STUDY=NAME      all notebooks of a study of notebooks/params: $(basename $(notdir $(wildcard notebooks/params/*.yaml)))"
 	@echo "                           MODEL=vit one model of it, SEED=1 another seed, CORES=2, ARGS=-n to see what would run"
@@ -81,6 +81,17 @@ test: install
 
 test-long: install
 	@$(BIN)/python -m pytest $(SHARED) $(ARGS)
+
+test-oldest:
+	@echo "Installing the oldest packages that pyproject.toml allows into .venv/oldest (6 GB), and testing with them."
+	@$(PY) -m venv .venv/oldest
+	@$(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	    extras = project["optional-dependencies"]; names = ["lab", "flow", "dev", "export", "bench", "log", "slides"]; \
+	    lines = project["dependencies"] + [line for name in names for line in extras[name]]; \
+	    print("\n".join(lines).replace(">=", "=="))' >.venv/oldest/oldest.txt
+	@.venv/oldest/bin/pip install -q --disable-pip-version-check -r .venv/oldest/oldest.txt
+	@# they warn about the newer packages that they bring with them
+	@.venv/oldest/bin/python -m pytest -m "not long" -o filterwarnings=default $(SHARED) $(ARGS)
 
 lab: install
 	@# notebooks/jupyter: pages are shown as pages, and kernels import torch while the notebook opens. Jupyter wants

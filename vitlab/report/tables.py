@@ -425,7 +425,7 @@ def save_table(frame, path, *, formats=(), kinds=("csv", "md", "tex")):
         return
     # As objects, integers stay integers beside missing values.
     cells = frame.astype(object)
-    text = cells.apply(lambda column: column.map(_cell, form=formats.get(column.name)))
+    text = cells.apply(lambda column: column.apply(_cell, form=formats.get(column.name)))
     sides = ["right" if pd.api.types.is_numeric_dtype(kind) else "left" for kind in frame.dtypes]
     letters = "".join(side[0] for side in sides)
     tex = text.style.hide(axis="index")
