@@ -440,6 +440,20 @@ def test_what_a_cut_brings_stands_apart_from_what_the_runtime_brings(timed):
     assert times.runtime_speedup.tolist() == [1, 3, 1, 3, 1, 30, 1, 30]
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("budget-pool-0.5", "one pool, 50% left"),
+        ("budget-pool+ranks-0.25-relearned", "units, then ranks, 25% left, relearned, no labels"),
+        *((f"budget-units-0.5-{stage}", f"units, 50% left, {tables.STAGES[stage]}") for stage in tables.STAGES),
+        ("structured-0.5", "structured-0.5"),
+        ("budget-dense", "budget-dense"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_any_stage_has_words(name, words):
+    assert tables.checkpoint_words(name) == words
+
+
 def test_no_mark_lies_between_two_processors(timed):
     ax = plots.speedups(timed)
     marks = sorted(each.get_offsets().data[0][0] for each in scatters(ax))

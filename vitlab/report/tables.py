@@ -78,12 +78,20 @@ def method_words(method):
 
 
 def checkpoint_words(name):
-    """Return what was cut, such as "one pool, 50% left" for budget-pool-0.5."""
+    """Return what was cut, such as "one pool, 50% left" for budget-pool-0.5.
+
+    name: of a checkpoint, with its stage at the end where it is not the fine-tuned one.
+    Returns the words, with those of the stage; or the name, where it is not one of a budget.
+    """
     kind, _, rest = name.partition("-")
-    method, _, share = rest.rpartition("-")
+    cut, _, stage = rest.rpartition("-")
+    if stage not in STAGES:
+        cut, stage = rest, None
+    method, _, share = cut.rpartition("-")
     if kind != "budget" or not method:
         return name
-    return f"{method_words(method)}, {float(share):.0%} left"
+    words = [method_words(method), f"{float(share):.0%} left"]
+    return ", ".join(words + ([STAGES[stage]] if stage else []))
 
 
 def series(results):
