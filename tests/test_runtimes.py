@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_deploy import noise
 
-from vitlab.evaluation import bench, deploy, runtimes
+from vitlab.evaluation import bench, deploy, evaluate, runtimes
 from vitlab.pruning import shrink
 from vitlab.training import data
 
@@ -21,7 +21,8 @@ def images():
     return data.Dataset("noise", ["cat", "dog", "emu"], *splits, 16, "noise")
 
 
-def test_what_is_left_in_torch_and_onnxruntime(vit, images):
+def test_what_is_left_in_torch_and_onnxruntime(vit, images, monkeypatch):
+    monkeypatch.setattr(evaluate, "gains_from_bf16", lambda device: True)
     half = shrink.remove(vit, {("blocks.0", "neurons"): range(20)})
     made, sizes, refused = runtimes.settings({"dense": vit, "half": half}, HERE, images=images)
     assert list(made) == [f"{name} {way}" for name in ("dense", "half") for way in HERE]
@@ -55,6 +56,13 @@ def test_a_row_says_why_a_runtime_cannot_be_had(vit, images, monkeypatch):
     assert refused.note.tolist() == [words, "int8 is calibrated by images; got none"]
     with pytest.raises(ValueError, match="unknown runtime 'tensorrt'"):
         bench.Setting(vit, "tensorrt")
+
+
+def test_a_processor_without_bf16_is_not_timed_imitating_it(vit, monkeypatch):
+    monkeypatch.setattr(evaluate, "gains_from_bf16", lambda device: False)
+    made, _, refused = runtimes.settings({"dense": vit}, ["eager float32", "eager bf16"])
+    assert list(made) == ["dense eager float32"]
+    assert refused.note.tolist() == ["this cpu has no bf16 instructions: it would imitate them"]
 
 
 def test_int8_is_made_as_it_is_exported(vit, images, monkeypatch):

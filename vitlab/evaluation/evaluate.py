@@ -2,8 +2,8 @@
 
 A split is a `data.Split`: images with labels. Rates are in percent, losses and divergences in nats.
 
-Public: STRENGTHS, accuracy, autocast, check_normalised, compare, device_of, features, knn,
-linear_probe, measure, precision_on, top1.
+Public: STRENGTHS, accuracy, autocast, check_normalised, compare, device_of, features,
+gains_from_bf16, knn, linear_probe, measure, precision_on, top1.
 """
 
 import math
@@ -37,17 +37,20 @@ def precision_on(device, precision="auto"):
     names.check("precision", precision, ("auto", "bf16", "float32"))
     if precision != "auto":
         return precision
-    return "bf16" if _gains_from_bf16(torch.device(device)) else "float32"
+    return "bf16" if gains_from_bf16(torch.device(device)) else "float32"
 
 
-def _gains_from_bf16(device):
-    # Devices that gain from bf16 are GPUs with bf16 and CPUs with AVX512-bf16 or AMX.
+def gains_from_bf16(device):
+    """Return whether a torch.device computes faster in bf16 than in float32.
+
+    Such are GPUs with bf16, and CPUs with AVX512-bf16 or AMX. Others imitate it, many times slower.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
     features = torch.cpu.get_capabilities()
-    return features.get("avx512_bf16") or features.get("amx_bf16")
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def autocast(device, precision="auto"):

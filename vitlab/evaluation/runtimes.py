@@ -48,7 +48,10 @@ def _made(model, runtime, precision, calibration, folder):
     """Return a setting and the bytes of its file; the folder keeps the ONNX file of the model."""
     setting = bench.Setting(model, runtime, precision)
     if runtime not in bench.EXPORTED:
-        run = bench.runnable(setting, evaluate.device_of(model))
+        device = evaluate.device_of(model)
+        if precision == "bf16" and not evaluate.gains_from_bf16(device):
+            raise ValueError(f"this {device.type} has no bf16 instructions: it would imitate them")
+        run = bench.runnable(setting, device)
         weights = cost.bytes_memory(model)  # in float32
         size = weights if precision == "float32" else weights // 2
         return bench.Setting(model, runtime, precision, run), size
