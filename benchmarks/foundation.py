@@ -44,7 +44,7 @@ from vitlab.models import anatomy
 from vitlab.pruning import budget, factor, ranks, scores, shrink
 from vitlab.report import plots, tables
 from vitlab.studies import runs
-from vitlab.training import data, train
+from vitlab.training import data, imitate, train
 
 STUDIES = {"Caltech-101": "caltech101-dinov2", "CIFAR-10": "cifar10-dinov2"}
 BUDGETS, DRAWS, IMAGES = (0.5, 0.75, 0.35), (0, 1, 2), 512
@@ -58,6 +58,7 @@ COLUMNS = [*KEY, "macs", "params", *METRICS, "change", "top1", "seconds", "memor
 COLUMNS += ["calibration", "images", "outcome", "note"]
 WORKS = "runs"
 EPOCHS = 3
+RELEARNT = {"batch_size": 64, "lr": 3e-4, "warmup_epochs": 0.2, "weight_decay": 0.0}  # not chosen
 
 
 # -- what a method gets, and what its steps cost
@@ -76,13 +77,13 @@ class Step:
 class Given:
     """What every method gets of one data set and draw.
 
-    dense: the backbone without classifier. split: the calibration images. batches: the same, as
-    (x, y) on the device. probe: of the dense model's features, an nn.Linear.
+    dense: the backbone without classifier. images: all of the data set. split: the calibration
+    images. batches: the same, as (x, y) on the device. probe: of the dense model's features, an nn.Linear.
     """
 
-    def __init__(self, dense, split, batches, seed, probe, kinds):
-        self.dense, self.split, self.batches, self.seed = dense, split, batches, seed
-        self.probe, self.kinds = probe, kinds
+    def __init__(self, dense, images, split, batches, seed, probe, kinds):
+        self.dense, self.images, self.split, self.batches = dense, images, split, batches
+        self.seed, self.probe, self.kinds = seed, probe, kinds
         self.device = next(dense.parameters()).device
         self.steps, self.open = {}, []
 
@@ -185,6 +186,23 @@ def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
     return Cut(small, f"labels: {labels}", shrink.features_left(model, plan.drop))
 
 
+def relearned(given, share, *, steps=500):
+    """The pool, then as many steps towards the dense model's features, which read no labels."""
+    cut = vitlab(given, share)
+    train_images, val = given.images.train, given.images.val
+    in_epoch = len(train_images) / RELEARNT["batch_size"]
+    recipe = RELEARNT | {
+        "epochs": max(1, round(steps / in_epoch)),
+        "images": min(len(train_images), steps * RELEARNT["batch_size"]),
+        "precision": "auto" if given.device.type == "cuda" else "float32",
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        history = imitate.relearn(
+            cut.model, given.dense, train_images, val, recipe, channels=cut.channels
+        )
+    return Cut(cut.model, f"{cut.note}; {len(history)} epochs without labels", cut.channels)
+
+
 def shuffle(unit_scores, generator):
     """Return the scores of each place in a random order."""
     orders = {
@@ -280,6 +298,7 @@ METHODS = {  # the most telling ones first
     "SVD, whitened": functools.partial(svd, whitened=True),
     "vitlab, units": functools.partial(vitlab, kinds=["heads", "neurons", "width"]),
     "vitlab, ranks": functools.partial(vitlab, kinds=["ranks"]),
+    "vitlab, pool, relearned": relearned,
     "vitlab, pool, by labels": functools.partial(vitlab, labels="true"),
     "SnapViT": functools.partial(snapvits, corrected=False),
     "SnapViT, corrected": functools.partial(snapvits, corrected=True),
@@ -433,7 +452,7 @@ class Lab:
         batches = list(split.batches(size, device=self.device))
         warm_up(self.device)
         kinds = list(self.run.params.budget.kinds)
-        return Given(self.dense, split, batches, draw, self.judge.probe.layer, kinds)
+        return Given(self.dense, self.images, split, batches, draw, self.judge.probe.layer, kinds)
 
     def recipe(self):
         precision = "auto" if self.device.type == "cuda" else "float32"

@@ -19,7 +19,7 @@ from torch import nn
 
 from vitlab import files
 from vitlab.evaluation import cost, evaluate
-from vitlab.models import _attention, _layers, anatomy
+from vitlab.models import _absorb, _attention, _layers, anatomy
 
 TOLERANCE = 1e-4  # for the error of a file's logits
 _GROUPS = {"openvino": "runtimes", "nncf": "runtimes"}  # of pyproject.toml; "export" for others
@@ -29,7 +29,8 @@ _SPARSE = [(nn.Linear, "weight"), (_layers.LowRankSparseLinear, "sparse")]  # ma
 def _program(model):
     """Return a model as a torch.export.ExportedProgram in eval mode and float32.
 
-    Low rank plus entries is one constant matrix there.
+    Low rank plus entries is one constant matrix there, and rows that are gone leave narrower heads
+    or zeros in a matrix.
 
     Its one input is [images, channels, height, width]: 1 to 4096 images of the model's own size.
     torch.export.save writes it to a file that torch.export.load opens without vitlab or timm.
@@ -37,7 +38,7 @@ def _program(model):
     model: a masked model keeps its zeros; make a cut real by `shrink.remove` first
     """
     count = torch.export.Dim("images", min=1, max=4096)
-    opened = _layers.merge(_on_cpu(model))
+    opened = _absorb.absorb(_layers.merge(_on_cpu(model)))
     for module in opened.modules():
         # timm's own attention has tensors of five dimensions, which not every runtime reads.
         _attention.allow_cuts(module)
