@@ -6,6 +6,7 @@
     python benchmarks --only foundation  # minutes on a GPU, many hours on two cores; see foundation.py
     python benchmarks --only twice  # some 15 minutes; CIFAR-10
     python benchmarks --only deep --rounds 3  # an hour, three seeds; CIFAR-10
+    python benchmarks --only rows --threads 1  # some 5 minutes; needs CIFAR-10 and onnxruntime
     python benchmarks --only runtimes --threads 1  # some 30 minutes; needs CIFAR-10, onnxruntime and OpenVINO
     python benchmarks --only weighted weighted_features  # some 20 minutes; the second needs these, too:
     python benchmarks --only steps --rounds 3  # some 15 minutes; needs Caltech-101 and weights of DINOv2

@@ -1,15 +1,19 @@
 """What is left of a cut where it runs: the small models on CIFAR-10 in several runtimes, float32 and int8."""
 
-from contextlib import suppress
+import importlib.util
+import tempfile
+from contextlib import nullcontext, suppress
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 from common import SMALL, folder, model_of, publish
 from speed import masked_in_half
 
-from vitlab.evaluation import bench, export, roofline
+from vitlab.evaluation import bench, cost, export, roofline
 from vitlab.evaluation import runtimes as there
-from vitlab.pruning import budget, factor, scores
+from vitlab.pruning import budget, factor, scores, shrink
 from vitlab.training import data
 
 WAYS = ["eager float32", "onnxruntime float32", "onnxruntime int8"]
@@ -54,6 +58,52 @@ def cuts(dense, batches):
     made["svd+iht-rows"], _ = factor.compress(dense, **how)
     made["pool"], _ = budget.reach(dense, batches, macs=0.5)
     return made
+
+
+def rows(rounds):
+    """Rows gone, and low rank plus rows: exported with rows put back at their places, as torch does, and without.
+
+    Nothing is trained, and rows go by Fisher scores of 512 training images.
+    """
+    images = data.load("cifar10", image_size=32)
+    found = importlib.util.find_spec("openvino")
+    runtimes = ["onnxruntime", "openvino"] if found else ["onnxruntime"]
+    parts = []
+    for case in SMALL:
+        dense = model_of(case)
+        batches = list(images.train.subset(CALIBRATED).batches(64))
+        score = scores.rows(dense, batches, criteria="fisher")["fisher"]
+        made = {"dense": dense}
+        for share in (0.5, 0.9):
+            drop = {
+                (name, "rows"): each.argsort()[: int(share * len(each))]
+                for name, each in score.items()
+            }
+            made[f"{share:.0%} of the rows gone"] = shrink.remove(dense, drop)
+        how = {"method": "svd+iht", "support": "rows", "ratio": 0.5}
+        how["grams"] = scores.grams(dense, batches)
+        made["low rank plus rows"], _ = factor.compress(dense, **how)
+        settings = {}
+        for (name, model), runtime in product(made.items(), runtimes):
+            for way in ("put back", "absorbed")[: 1 if model is dense else 2]:
+                run = session_of(model, runtime, as_it_is=way == "put back")
+                settings[f"{name}, {way}", runtime] = bench.Setting(model, runtime, run=run)
+        times = bench.latency(settings, batch=BATCHES, repeats=4 * rounds, seconds=120)
+        times["what"], _ = zip(*times.model, strict=True)
+        times["share"] = [
+            cost.macs(made[what.rpartition(",")[0]]) / cost.macs(dense) for what in times.what
+        ]
+        parts.append(times.assign(case=case, cpu=processor()))
+        shown = "case what share runtime batch latency_ms here_q1 here here_q3".split()
+        publish("rows", pd.concat(parts), shown=shown)
+
+
+def session_of(model, runtime, *, as_it_is):
+    """The model exported and opened there; as_it_is: with rows put back at their places."""
+    patch = mock.patch.object(export._absorb, "absorb", lambda model: model)
+    with tempfile.TemporaryDirectory() as path, patch if as_it_is else nullcontext():
+        export.to_onnx(model, Path(path, "model.onnx"))
+        return export.session(Path(path, "model.onnx"), runtime)
 
 
 def four_bits(case, made, images):
@@ -101,4 +151,4 @@ def processor():
     return "unknown"
 
 
-CASES = {"runtimes": runtimes}
+CASES = {"runtimes": runtimes, "rows": rows}
