@@ -8,6 +8,7 @@
     python benchmarks --only deep --rounds 3  # an hour, three seeds; CIFAR-10
     python benchmarks --only rows --threads 1  # some 5 minutes; needs CIFAR-10 and onnxruntime
     python benchmarks --only runtimes --threads 1  # some 30 minutes; needs CIFAR-10, onnxruntime and OpenVINO
+    python benchmarks --only elsewhere --threads 1  # some 10 minutes; needs CIFAR-10 and what elsewhere.py names
     python benchmarks --only weighted weighted_features  # some 20 minutes; the second needs these, too:
     python benchmarks --only steps --rounds 3  # some 15 minutes; needs Caltech-101 and weights of DINOv2
 
@@ -22,6 +23,7 @@ import os
 import accuracy
 import deep
 import deployed
+import elsewhere
 import foundation
 import methods
 import peers
@@ -33,7 +35,7 @@ import weighted
 
 USUAL = methods.CASES | peers.CASES | speed.CASES
 CASES = USUAL | accuracy.CASES | targets.CASES | steps.CASES | foundation.CASES | weighted.CASES
-CASES |= deep.CASES | deployed.CASES
+CASES |= deep.CASES | deployed.CASES | elsewhere.CASES
 
 
 def main():

@@ -45,7 +45,17 @@ def runtimes(rounds):
 
 def cuts(dense, batches):
     """The models of the table, {name: model}, without training."""
-    made = {"dense": dense, "masked": masked_in_half(dense)}
+    made = {"dense": dense, "masked": masked_in_half(dense), **halves(dense, batches)}
+    grams = scores.grams(dense, batches)
+    how = {"method": "svd+iht", "support": "rows", "grams": grams, "ratio": 0.5}
+    made["svd+iht-rows"], _ = factor.compress(dense, **how)
+    made["pool"], _ = budget.reach(dense, batches, macs=0.5)
+    return made
+
+
+def halves(dense, batches):
+    """The model cut to half the MACs by units and by ranks, {name: model}, without training."""
+    made = {}
     for name, kinds in {
         "removed": ["heads", "neurons", "filters", "width"],
         "factored": ["ranks"],
@@ -53,10 +63,6 @@ def cuts(dense, batches):
         found = budget.candidates(dense, batches, kinds=kinds)
         plan = budget.plan(dense, **found, kinds=kinds, macs=0.5)
         made[name], _ = budget.cut(dense, plan, batches, compensate="least squares")
-    grams = scores.grams(dense, batches)
-    how = {"method": "svd+iht", "support": "rows", "grams": grams, "ratio": 0.5}
-    made["svd+iht-rows"], _ = factor.compress(dense, **how)
-    made["pool"], _ = budget.reach(dense, batches, macs=0.5)
     return made
 
 

@@ -107,6 +107,17 @@ def test_every_architecture_in_onnxruntime(any_model, change, tmp_path):
     check(CHANGES[change](any_model), tmp_path)
 
 
+def test_what_is_exported_has_at_most_four_dimensions(any_model):
+    """Other runtimes, such as ncnn, do not read more."""
+    images = torch.randn(2, 3, 16, 16)
+    opened = export.opened(any_model)
+    with torch.inference_mode():
+        torch.testing.assert_close(opened(images), any_model(images))
+    for node in export._program(any_model).graph.nodes:
+        value = node.meta.get("val")
+        assert not isinstance(value, torch.Tensor) or value.ndim <= 4, node
+
+
 def test_exported_programs_run_without_vitlab(swin, tmp_path):
     swin = CHANGES["units"](swin)
     torch.export.save(export._program(swin), tmp_path / "swin.pt2")

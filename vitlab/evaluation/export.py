@@ -3,7 +3,7 @@
 An ONNX file is checked against torch before it is kept. Weights with 2:4 zeros can become torch's
 semi-structured tensors, which newer GPUs multiply faster.
 
-Public: TOLERANCE, difference, openvino_package, random_images, semi_structured, session, to_onnx.
+Public: TOLERANCE, difference, opened, openvino_package, random_images, semi_structured, session, to_onnx.
 """
 
 import functools
@@ -19,32 +19,39 @@ from torch import nn
 
 from vitlab import files
 from vitlab.evaluation import cost, evaluate
-from vitlab.models import _absorb, _attention, _layers, anatomy
+from vitlab.models import _absorb, _attention, _layers, _windows, anatomy
 
 TOLERANCE = 1e-4  # for the error of a file's logits
 _GROUPS = {"openvino": "runtimes", "nncf": "runtimes"}  # of pyproject.toml; "export" for others
 _SPARSE = [(nn.Linear, "weight"), (_layers.LowRankSparseLinear, "sparse")]  # may be 2:4
 
 
-def _program(model):
-    """Return a model as a torch.export.ExportedProgram in eval mode and float32.
+def opened(model):
+    """Return a copy of a model that other runtimes' converters read, on the CPU, in eval mode.
 
-    Low rank plus entries is one constant matrix there, and rows that are gone leave narrower heads
-    or zeros in a matrix.
-
-    Its one input is [images, channels, height, width]: 1 to 4096 images of the model's own size.
-    torch.export.save writes it to a file that torch.export.load opens without vitlab or timm.
+    It computes the same in float32, without tensors of five dimensions or more, which timm's own
+    attention and Swin's windows have. Low rank plus entries is one constant matrix there, and rows
+    that are gone leave narrower heads or zeros in a matrix.
 
     model: a masked model keeps its zeros; make a cut real by `shrink.remove` first
     """
-    count = torch.export.Dim("images", min=1, max=4096)
-    opened = _absorb.absorb(_layers.merge(_on_cpu(model)))
-    for module in opened.modules():
-        # timm's own attention has tensors of five dimensions, which not every runtime reads.
+    copied = _absorb.absorb(_layers.merge(_on_cpu(model)))
+    for module in copied.modules():
         _attention.allow_cuts(module)
+        _windows.allow_few_dimensions(module)
+    return copied
+
+
+def _program(model):
+    """Return a model, opened, as a torch.export.ExportedProgram.
+
+    Its one input is [images, channels, height, width]: 1 to 4096 images of the model's own size.
+    torch.export.save writes it to a file that torch.export.load opens without vitlab or timm.
+    """
+    count = torch.export.Dim("images", min=1, max=4096)
     with torch.no_grad():  # no masks that only training needs
         return torch.export.export(
-            opened,
+            opened(model),
             (random_images(model, 2),),
             dynamic_shapes=({0: count},),
             strict=True,  # SwinV2 needs it
