@@ -3,7 +3,7 @@
 timm's own way has six, which mobile runtimes such as ncnn do not read. Parameters and their names
 are timm's.
 
-Public: OPEN_CLASSES, allow_few_dimensions.
+Public: allow_few_dimensions.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models import swin_transformer, swin_transformer_v2
 
 
-class _OpenBlock:
+class _InWindows:
     """Compute a block's attention in windows; x: [B, H, W, C]."""
 
     def _attn(self, x):
@@ -30,7 +30,7 @@ class _OpenBlock:
         return torch.roll(y, (down, right), (1, 2)) if down or right else y
 
 
-class _OpenMerging:
+class _InSquares:
     """Merge patches in twos along both sides; x: [B, H, W, C]."""
 
     def forward(self, x):
@@ -42,22 +42,22 @@ class _OpenMerging:
         return self._merged(x.reshape(-1, height // 2, width // 2, 4 * channels))
 
 
-class OpenBlock(_OpenBlock, swin_transformer.SwinTransformerBlock):
+class _Block(_InWindows, swin_transformer.SwinTransformerBlock):
     """A block of Swin."""
 
 
-class OpenBlockV2(_OpenBlock, swin_transformer_v2.SwinTransformerV2Block):
+class _BlockV2(_InWindows, swin_transformer_v2.SwinTransformerV2Block):
     """A block of SwinV2."""
 
 
-class OpenMerging(_OpenMerging, swin_transformer.PatchMerging):
+class _Merging(_InSquares, swin_transformer.PatchMerging):
     """A merging of Swin, which normalises first."""
 
     def _merged(self, x):
         return self.reduction(self.norm(x))
 
 
-class OpenMergingV2(_OpenMerging, swin_transformer_v2.PatchMerging):
+class _MergingV2(_InSquares, swin_transformer_v2.PatchMerging):
     """A merging of SwinV2, which normalises last."""
 
     def _merged(self, x):
@@ -65,15 +65,14 @@ class OpenMergingV2(_OpenMerging, swin_transformer_v2.PatchMerging):
 
 
 # {timm's class: the class here that computes the same}
-OPEN_CLASSES = {
-    open_class.__bases__[1]: open_class
-    for open_class in (OpenBlock, OpenBlockV2, OpenMerging, OpenMergingV2)
+_OPEN = {
+    open_class.__bases__[1]: open_class for open_class in (_Block, _BlockV2, _Merging, _MergingV2)
 }
 
 
 def allow_few_dimensions(module):
     """Let a block or a merging of Swin compute in at most four dimensions, in place."""
-    module.__class__ = OPEN_CLASSES.get(type(module), type(module))
+    module.__class__ = _OPEN.get(type(module), type(module))
 
 
 def _turned(x, rows, columns, size):
