@@ -108,7 +108,7 @@ def _of_one_size(*tensors):
 def _attend(attn, q, k, v, *, scale=1.0, bias=None, mask=None):
     """Return softmax(scale q k^T + bias) v, heads side by side: [B, tokens, heads * dimensions]."""
     if mask is not None:  # the same windows in each image
-        bias = (bias + mask[:, None]).repeat(len(q) // len(mask), 1, 1, 1)
+        bias = (bias + mask[:, None]).repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
     if attn.fused_attn:
         size = v.shape[-1]
         # The fused kernel of CPUs takes vectors of one size alone. Zeros at their ends change no
