@@ -446,7 +446,10 @@ def test_what_a_cut_brings_stands_apart_from_what_the_runtime_brings(timed):
         ("budget-pool-0.5", "one pool, 50% left"),
         ("budget-pool+ranks-0.25-relearned", "units, then ranks, 25% left, relearned, no labels"),
         *((f"budget-units-0.5-{stage}", f"units, 50% left, {tables.STAGES[stage]}") for stage in tables.STAGES),
-        ("structured-0.5", "structured-0.5"),
+        ("budget-heads+neurons-0.5", "heads and neurons, 50% left"),
+        ("structured-0.9-removed", "rows, 90% cut, removed"),
+        ("unstructured-0.5", "weights, 50% cut"),
+        ("heads-svd+iht-columns-0.4", "heads, SVD + IHT columns, 40% cut"),
         ("budget-dense", "budget-dense"),
     ],
 )  # fmt: skip

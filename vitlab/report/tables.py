@@ -7,6 +7,7 @@ seeds_of, series, sets_of_seeds.
 """
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -80,18 +81,17 @@ def method_words(method):
 def checkpoint_words(name):
     """Return what was cut, such as "one pool, 50% left" for budget-pool-0.5.
 
-    name: of a checkpoint, with its stage at the end where it is not the fine-tuned one.
-    Returns the words, with those of the stage; or the name, where it is not one of a budget.
+    name: of a checkpoint, with its stage or form at the end where it is not the usual one.
+    Returns the words, or the name where it is not that of a cut.
     """
-    kind, _, rest = name.partition("-")
-    cut, _, stage = rest.rpartition("-")
-    if stage not in STAGES:
-        cut, stage = rest, None
-    method, _, share = cut.rpartition("-")
-    if kind != "budget" or not method:
+    found = re.fullmatch(r"(budget-)?(.+)-(\d[.\d]*)(?:-([\w+]+))?", name)
+    if not found:
         return name
-    words = [method_words(method), f"{float(share):.0%} left"]
-    return ", ".join(words + ([STAGES[stage]] if stage else []))
+    budget, method, share, last = found.groups()
+    methods = {key.replace("heads+", "heads-").replace(" ", "-"): key for key in METHODS}
+    kept_or_cut = f"{float(share):.0%} {'left' if budget else 'cut'}"
+    words = [method_words(methods.get(method, method)), kept_or_cut, STAGES.get(last, last)]
+    return ", ".join(word for word in words if word)
 
 
 def series(results):
