@@ -3,6 +3,7 @@
     python benchmarks [--only passes masks_of_vit_b …] [--rounds 7] [--threads 2]
     python benchmarks --only accuracy  # takes many hours, so it is not among the others; see accuracy.py
     python benchmarks --only targets  # some 20 minutes; needs CIFAR-10, too
+    python benchmarks --only latency --threads 1  # some 15 minutes; needs CIFAR-10 and onnxruntime
     python benchmarks --only foundation  # minutes on a GPU, many hours on two cores; see foundation.py
     python benchmarks --only twice  # some 15 minutes; CIFAR-10
     python benchmarks --only deep --rounds 3  # an hour, three seeds; CIFAR-10

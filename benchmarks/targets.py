@@ -9,6 +9,7 @@ from common import publish
 from vitlab.evaluation import bench, cost, evaluate
 from vitlab.pruning import budget, pool, recover
 
+RUNTIMES = ("eager", "onnxruntime")
 TARGETS, SHARES = ("params", "bytes", "latency"), (0.75, 0.5)
 POOLS = {"pool": (*KINDS, "ranks"), "units": KINDS}
 COLUMNS = [
@@ -80,6 +81,38 @@ def of_model(given, rounds, *, batch=64):
     return rows
 
 
+def latency(rounds):
+    """Half of the dense model's time, asked for in a runtime, and what the reconstructed model takes there.
+
+    Timed twice: in the runtime that was asked for, and in the other one. Batches of 32.
+    """
+    rows = []
+    for make in given_of(MODELS).values():
+        given = make(0)
+        made = {"dense": given.dense}
+        for runtime in RUNTIMES:
+            kinds = POOLS["pool"]
+            options = {"kinds": kinds, "latency": 0.5, "runtime": runtime, "batch": 32}
+            plan = budget.plan(given.dense, **given.candidates, **options)
+            small, drops = budget.cut(
+                given.dense, plan, given.calibration, grams=given.affine, compensate="least squares"
+            )
+            made[runtime] = recover.reconstruct(small, given.dense, given.calibration, drops=drops)
+            rows.append({"model": given.name, "asked in": runtime, "planned": plan.share})
+            rows[-1]["macs"] = cost.macs(made[runtime]) / cost.macs(given.dense)
+            rows[-1]["top1"] = evaluate.accuracy(made[runtime], given.images.test).top1
+        ways = product(made.items(), RUNTIMES)
+        timed = {(name, way): bench.Setting(model, way) for (name, model), way in ways}
+        times = bench.latency(timed, batch=32, repeats=4 * rounds, seconds=300)
+        times = times.set_index("model")
+        for row in rows[-len(RUNTIMES) :]:
+            for way in RUNTIMES:
+                own = times.loc[[(row["asked in"], way)]].iloc[0]
+                ratios = {way: own.here, f"{way}_q1": own.here_q3, f"{way}_q3": own.here_q1}
+                row |= {name: 1 / ratio for name, ratio in ratios.items()}
+        publish("latency", rows)
+
+
 def share_of(small, dense, what):
     """What small keeps of the dense model's parameters or bytes; None of what has to be timed."""
     counts = {
@@ -89,4 +122,4 @@ def share_of(small, dense, what):
     return counts[what](small) / counts[what](dense) if what in counts else None
 
 
-CASES = {"targets": targets}
+CASES = {"targets": targets, "latency": latency}
