@@ -16,7 +16,7 @@ from vitlab.evaluation import runtimes as there
 from vitlab.pruning import budget, factor, scores, shrink
 from vitlab.training import data
 
-WAYS = ["eager float32", "onnxruntime float32", "onnxruntime int8"]
+WAYS = ["eager float32", "onnxruntime float32", "onnxruntime int8", "onnxruntime int8-dynamic"]
 WAYS += ["openvino float32", "openvino int8"]
 CALIBRATED, TESTED = 512, 500  # images
 BATCHES = [1, 32]

@@ -1,14 +1,16 @@
 """Tests of runtimes: what a model answers where it runs is measured, and what cannot be had says why."""
 
 import sys
+from collections import Counter
 from importlib.util import find_spec
 
+import onnx
 import pandas as pd
 import pytest
 import torch
 from test_deploy import noise
 
-from vitlab.evaluation import bench, deploy, evaluate, runtimes
+from vitlab.evaluation import bench, deploy, evaluate, export, runtimes
 from vitlab.pruning import shrink
 from vitlab.training import data
 
@@ -68,7 +70,7 @@ def test_a_processor_without_bf16_is_not_timed_imitating_it(vit, monkeypatch):
 def test_int8_is_made_as_it_is_exported(vit, images, monkeypatch):
     given = []
 
-    def convert(source, path, images=None):
+    def convert(source, path, images=None, dynamic=False):
         given.append((path.suffix, images is not None))
         path.write_bytes(source.read_bytes())
 
@@ -78,6 +80,25 @@ def test_int8_is_made_as_it_is_exported(vit, images, monkeypatch):
     table = runtimes.left(made, images.test)
     assert table.difference.item() < 1e-4  # the stand-in is in float32
     assert pd.notna(table.top1).all()
+
+
+def test_dynamic_int8_scales_what_layers_read_anew(vit, images, tmp_path):
+    made, _, refused = runtimes.settings(
+        {"dense": vit}, ["eager float32", "onnxruntime int8-dynamic"], images=images
+    )
+    assert refused.empty
+    assert 0 < runtimes.left(made, images.test).difference_mean.iloc[1] < 0.05
+    export.to_onnx(vit, tmp_path / "float32.onnx")
+    seen = deploy.first(images.train, 8)
+    deploy.convert(tmp_path / "float32.onnx", tmp_path / "int8.onnx", seen, dynamic=True)
+    made = Counter(node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node)
+    linears = sum(isinstance(module, torch.nn.Linear) for module in vit.modules())
+    assert made["MatMulInteger"] == linears
+    assert made["MatMul"] == 2 * len(vit.blocks)  # queries with keys, and with values
+    with pytest.raises(ValueError, match="dynamic int8 is onnxruntime's"):
+        deploy.convert(tmp_path / "float32.onnx", tmp_path / "int8.xml", seen, dynamic=True)
+    with pytest.raises(ValueError, match="unknown precision 'int8-dynamic'"):
+        bench.Setting(vit, "openvino", "int8-dynamic")
 
 
 @pytest.mark.skipif(

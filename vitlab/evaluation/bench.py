@@ -32,6 +32,7 @@ from vitlab.models import _layers, anatomy, checkpoint
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 EXPORTED = ("onnxruntime", "openvino")  # runtimes of files, on CPUs here
+_INTEGERS = {"onnxruntime": ("int8", "int8-dynamic"), "openvino": ("int8",)}
 _RUNTIMES = ("eager", "compiled", *EXPORTED)
 _QUARTILES = [0.25, 0.5, 0.75]
 
@@ -43,7 +44,7 @@ class Setting:
     model: the model
     runtime: "eager", "compiled" (torch.compile), or "onnxruntime" or "openvino" (on CPUs)
     precision: "float32" or "bf16", to which weights and images are converted; of the last two
-        runtimes "float32" or "int8"
+        runtimes "float32", "int8" or (onnxruntime) "int8-dynamic"
     run: what takes images to logits there, as runtimes.settings makes it. None: it is made of the
         model, but not in int8, which is calibrated by images
     Raises ValueError for another runtime or precision, and where the runtime has no such precision.
@@ -61,7 +62,7 @@ class Setting:
                 raise ValueError(
                     f"{self.runtime} has no {self.precision} on a CPU; run it in float32"
                 )
-        elif self.runtime not in EXPORTED or self.precision != "int8":
+        elif self.precision not in _INTEGERS.get(self.runtime, ()):
             names.check("precision", self.precision, PRECISIONS)
 
 
@@ -145,7 +146,7 @@ def runnable(setting, device):
     if setting.run:
         return setting.run
     if setting.runtime in EXPORTED:
-        if setting.precision == "int8":
+        if setting.precision != "float32":
             raise ValueError("int8 is calibrated by images: runtimes.settings makes it")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")

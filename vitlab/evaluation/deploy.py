@@ -173,23 +173,28 @@ def _agreement(model, session, images):
     return same.double().mean().item()
 
 
-def convert(source, path, images=None):
+def convert(source, path, images=None, *, dynamic=False):
     """Write a checked float32 ONNX file as NAME.onnx or as OpenVINO's NAME.xml and NAME.bin.
 
     source: the ONNX file, as export.to_onnx wrote it
     path: of NAME.onnx or NAME.xml
     images: float32 [B, 3, S, S], by which int8 is calibrated, and errors measured. None: in float32
+    dynamic: whether int8 scales the inputs of each layer anew in each call, of linear layers alone,
+        in onnxruntime alone; else their scales are those of the calibration
 
     Returns lines that say what was chosen for int8, and why.
-    Raises ModuleNotFoundError, which says what to install, without the packages.
+    Raises ModuleNotFoundError, which says what to install, without the packages, and ValueError for
+    dynamic int8 in OpenVINO.
     """
     source, path = Path(source), Path(path)
+    if dynamic and path.suffix == ".xml":
+        raise ValueError("dynamic int8 is onnxruntime's; OpenVINO has int8 with calibrated scales")
     if path.suffix == ".xml":
         return _to_openvino(source, path, images)
     if images is None:
         shutil.copyfile(source, path)
         return []
-    return _quantise(source, path, images)
+    return _quantise(source, path, images, dynamic)
 
 
 def _to_openvino(source, path, images):
@@ -268,7 +273,7 @@ def _speed(ratio, runtime):
     )
 
 
-def _quantise(source, path, images):
+def _quantise(source, path, images, dynamic):
     """Do what `convert` says, for onnxruntime in int8."""
     import onnx
     from onnxruntime import quantization
@@ -288,16 +293,22 @@ def _quantise(source, path, images):
 
     def quantised(kinds, per_channel, reduce_range):
         batches = iter([{"images": batch.numpy()} for batch in images.split(_BATCH)])
+        options = {
+            "op_types_to_quantize": kinds,
+            "per_channel": per_channel,
+            "reduce_range": reduce_range,
+            "weight_type": quantization.QuantType.QInt8,
+            "nodes_to_exclude": products,
+        }
+        if dynamic:
+            quantization.quantize_dynamic(prepared, made, **options)
+            return made.read_bytes()
         quantization.quantize_static(
             prepared,
             made,
             SimpleNamespace(get_next=lambda: next(batches, None)),
-            op_types_to_quantize=kinds,
-            per_channel=per_channel,
-            reduce_range=reduce_range,
+            **options,
             activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=products,
             # What a layer gives stays as it is: norms and sums read it in float32 anyway.
             extra_options={"OpTypesToExcludeOutputQuantization": linear},
         )
@@ -313,6 +324,9 @@ def _quantise(source, path, images):
     best = min(errors, key=errors.get)
     shares = [f"{100 * error:.2f}" for error in sorted(errors.values())]
     chosen = files_by_way[best]
+    if dynamic:
+        path.write_bytes(chosen)
+        return [f"dynamic int8: per_channel={best[0]}, reduce_range={best[1]}, {shares[0]} % off"]
     with_convolutions = quantised([*linear, "Conv"], *best)
     sessions = {
         "float32": float32,

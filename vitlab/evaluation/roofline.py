@@ -131,7 +131,7 @@ def bounds(models, table):
     measured = _measured(settings, table)
     measured.insert(0, "batch_macs", table.batch * macs)
     # torch does not tell what a processor can do in int8.
-    measured[table.precision == "int8"] = math.nan
+    measured[table.precision.str.startswith("int8")] = math.nan
     # No model can be faster than the slowest of the three.
     least = pd.DataFrame(
         {
@@ -171,7 +171,7 @@ def _measured(settings, table):
     for result in table.itertuples():
         kind = "cpu" if result.device == "cpu" else "cuda"
         # Results of several runtimes share a run.
-        precision = "float32" if result.precision == "int8" else result.precision
+        precision = "float32" if result.precision.startswith("int8") else result.precision
         setting = bench.Setting(settings[result.model].model, precision=precision)
         run = setting, result.batch
         if run not in traffics:

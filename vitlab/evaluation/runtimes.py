@@ -20,7 +20,8 @@ def settings(models, ways, *, images=None):
     """Make models ready to be run and timed in several runtimes.
 
     models: {name: model}, on one device
-    ways: a runtime and a precision each, as in "eager float32" or "openvino int8"
+    ways: a runtime and a precision each, as in "eager float32", "openvino int8" or
+        "onnxruntime int8-dynamic"
     images: data.Dataset, whose training images calibrate int8
 
     Returns three:
@@ -30,7 +31,7 @@ def settings(models, ways, *, images=None):
     """
     made, sizes, refused = {}, {}, []
     calibration = None
-    if images and any(way.endswith("int8") for way in ways):
+    if images and any("int8" in way for way in ways):
         calibration = deploy.first(images.train, _CALIBRATED)
     for name, model in models.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -59,10 +60,11 @@ def _made(model, runtime, precision, calibration, folder):
     if not source.exists():
         export.to_onnx(model, source)
     path = folder / f"{precision}{_SUFFIXES[runtime]}"
-    if precision == "int8" and calibration is None:
+    if precision != "float32" and calibration is None:
         raise ValueError("int8 is calibrated by images; got none")
     if path != source:
-        deploy.convert(source, path, calibration if precision == "int8" else None)
+        images = None if precision == "float32" else calibration
+        deploy.convert(source, path, images, dynamic=precision == "int8-dynamic")
     size = sum(path.with_suffix(each).stat().st_size for each in deploy.FILES[path.suffix])
     return bench.Setting(model, runtime, precision, export.session(path, runtime)), size
 

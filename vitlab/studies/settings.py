@@ -133,6 +133,7 @@ _Runtime = Literal[
     "compiled bf16",
     "onnxruntime float32",
     "onnxruntime int8",
+    "onnxruntime int8-dynamic",
     "openvino float32",
     "openvino int8",
 ]
