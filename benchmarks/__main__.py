@@ -10,6 +10,7 @@
     python benchmarks --only rows --threads 1  # some 5 minutes; needs CIFAR-10 and onnxruntime
     python benchmarks --only runtimes --threads 1  # some 30 minutes; needs CIFAR-10, onnxruntime and OpenVINO
     python benchmarks --only elsewhere --threads 1  # some 10 minutes; needs CIFAR-10 and what elsewhere.py names
+    python benchmarks --only runtimes_of_vit_s --threads 1  # some 30 minutes; DINOv2, Caltech-101, both
     python benchmarks --only weighted weighted_features  # some 20 minutes; the second needs these, too:
     python benchmarks --only steps --rounds 3  # some 15 minutes; needs Caltech-101 and weights of DINOv2
 

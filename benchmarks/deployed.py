@@ -7,11 +7,13 @@ from itertools import product
 from pathlib import Path
 from unittest import mock
 
+import foundation
 import pandas as pd
 from common import SMALL, folder, model_of, publish
+from peers import torch_pruning, torch_pruning_to
 from speed import masked_in_half
 
-from vitlab.evaluation import bench, cost, export, roofline
+from vitlab.evaluation import bench, cost, evaluate, export, roofline
 from vitlab.evaluation import runtimes as there
 from vitlab.pruning import budget, factor, scores, shrink
 from vitlab.training import data
@@ -64,6 +66,40 @@ def halves(dense, batches):
         plan = budget.plan(dense, **found, kinds=kinds, macs=0.5)
         made[name], _ = budget.cut(dense, plan, batches, compensate="least squares")
     return made
+
+
+def real(rounds):
+    """DINOv2's ViT-S/14 at 112 px cut to half its MACs, with a linear head of 2,000 images of Caltech-101.
+
+    Units, ranks, and Torch-Pruning's Taylor, global; nothing is trained. Scores and gradients are of 256 training
+    images with labels, 128 calibrate int8, and top-1 and differences of logits are of 500 test images.
+    """
+    lab = foundation.Lab("Caltech-101")
+    images, backbone = lab.images, lab.dense
+    parts = images.train.subset(2000), images.val.subset(500)
+    probe = evaluate.linear_probe(
+        *[each for part in parts for each in evaluate.features(backbone, part)]
+    )
+    dense = foundation.with_head(backbone, probe.layer)
+    batches = list(images.train.subset(256).batches(32))
+    known = budget.Calibration(
+        dense, batches, kinds=["heads", "neurons", "width", "ranks"], labels="true"
+    )
+    made = {"dense": dense}
+    for name, kinds in {"removed": ["heads", "neurons", "width"], "factored": ["ranks"]}.items():
+        plan = known.plan(kinds=kinds, macs=0.5, keep=["head"])
+        made[name] = known.reconstruct(*known.cut(plan), untouched=["head"])
+    importance = torch_pruning.importance.GroupTaylorImportance()
+    gradients = foundation.gradients_of(dense, batches)
+    made["Torch-Pruning"], _ = torch_pruning_to(dense, 0.5, importance, gradients=gradients)
+    made["Torch-Pruning"].eval()
+    settings, sizes, refused = there.settings(made, WAYS, images=images)
+    times = bench.latency(settings, batch=BATCHES, repeats=4 * rounds, seconds=400)
+    table = roofline.bounds(settings, times).merge(sizes, on="model")
+    table = table.merge(there.left(settings, images.test.subset(TESTED)), on="model")
+    table = pd.concat([table, refused], ignore_index=True)
+    table = table.assign(case="ViT-S/14", cut=table.model.str.rsplit(n=2).str[0], cpu=processor())
+    publish("runtimes_of_vit_s", table, shown=SHOWN.split())
 
 
 def rows(rounds):
@@ -157,4 +193,4 @@ def processor():
     return "unknown"
 
 
-CASES = {"runtimes": runtimes, "rows": rows}
+CASES = {"runtimes": runtimes, "runtimes_of_vit_s": real, "rows": rows}
