@@ -600,7 +600,9 @@ def table_and_picture():
     lines = table[(table.stage == "cut") & (table.outcome == WORKS)]
     if (lines.method == "dense").any():
         study = lines.assign(study="benchmark", model="vit", split_seed=0, seed=lines.draw)
-        plots.save(plots.backbones(lines), folder("foundation"), caption=tables.caption(study))
+        look = {"metric": "probe_anew", "words": METRICS["probe_anew"]}
+        figure = plots.backbones(lines, **look)
+        plots.save(figure, folder("foundation"), caption=tables.caption(study))
 
 
 # -- the commands

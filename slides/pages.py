@@ -4,7 +4,7 @@
 `<!-- results of STUDY -->` and `<!-- /results -->`, and the sentence and picture of the front page between
 `<!-- claim -->` and `<!-- /claim -->`.
 
-Public: claims, family_of, fill, headline, hero, main, peer_sentence, results.
+Public: backbone_sentence, claims, family_of, fill, headline, hero, main, peer_sentence, results.
 """
 
 import argparse
@@ -398,7 +398,32 @@ def headline(study, *, page):
         "Cut a ViT or Swin of timm to half of its multiply-accumulates (MACs), without training: "
         f"top-1 on {_data(study)} changes by {by_family} points."
     )
-    return f"{said}\n\n{_front_picture(page)}"
+    parts = [said, _front_picture(page), backbone_sentence(page)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def backbone_sentence(page):
+    """Return what half of its MACs cost a real pretrained ViT; "" where there is no benchmark.
+
+    page: the folder from which links go.
+    """
+    bench = files.repository() / "figures" / "bench"
+    if not (bench / "foundation.csv").is_file():
+        return ""
+    rows = pd.read_csv(bench / "foundation.csv")
+    rows = rows[(rows.data == "Caltech-101") & (rows.stage == "cut") & (rows.outcome == "runs")]
+    top1 = rows[rows.budget.isin([0.5, 1.0])].groupby("method").probe_anew.median()
+    ours, dense = top1["vitlab, pool"], top1["dense"]
+    peers = top1[[name for name in top1.index if not name.startswith("vitlab")]].drop("dense")
+    peers = peers[[not tables.is_control(name) for name in peers.index]]
+    link = Path(os.path.relpath(bench, page)).as_posix()
+    return (
+        "DINOv2's pretrained ViT-S/14 at half of its MACs, without labels or training: a new linear "
+        f"probe on its features has {published.number(ours)} % of Caltech-101's test images right, "
+        f"{published.number(dense)} % before the cut. The best of {len(peers)} peers, {peers.idxmax()}, "
+        f"leaves {published.number(peers.max())} % ([all of them]({link}/foundation.md), "
+        f"[in a picture]({link}/foundation.png))."
+    )
 
 
 def _markdown(table):

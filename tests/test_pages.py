@@ -207,7 +207,11 @@ def test_lines_by_hand(tmp_path):
     folder = by_hand(tmp_path, rows)
     text = pages.results([folder], page=tmp_path, front=True)
     study = published.Published(FIGURES / "cifar10-small")
-    sentence, picture = pages.headline(study, page=tmp_path).split("\n\n")
+    sentence, picture, real = pages.headline(study, page=tmp_path).split("\n\n")
+    rows = pd.read_csv(FIGURES / "bench" / "foundation.csv")
+    rows = rows[(rows.data == "Caltech-101") & rows.budget.isin([0.5, 1]) & (rows.stage == "cut")]
+    shown = rows.groupby("method").probe_anew.median()[["vitlab, pool", "dense"]]
+    assert re.findall(r"(\d\d\.\d) %", real)[:2] == [f"{top1:.1f}" for top1 in shown]
     (half, *_) = pages.claims(study)
     told = re.findall(r"(ViT|Swin) ([−+]?[\d.]+)", half)
     assert " and ".join(f"{change} ({family})" for family, change in told) in sentence
