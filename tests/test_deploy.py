@@ -181,7 +181,7 @@ def test_openvino_int8_is_of_the_bits_whose_logits_are_nearest(
 
     monkeypatch.setattr(deploy, "_mean_error", first_is_nearest)
     lines = deploy.write(folder, path, images=images, int8=True)
-    assert "weights of eight bits" in lines[1] and "1.00 times as fast" in lines[2]
+    assert "weights of eight bits with SmoothQuant" in lines[1] and "1.00 times as fast" in lines[2]
     shown = deploy.first(images.train, 128)
     torch.testing.assert_close(export.session(path, "openvino")(shown), logits[0])
     assert 0 < made(logits[0], logits[1]) < 0.2  # of the other bits
@@ -193,6 +193,20 @@ def test_openvino_int8_is_of_the_bits_whose_logits_are_nearest(
     with pytest.raises(ValueError, match="small.xml was not written: in int8 50.0 %"):
         deploy.write(folder, path, images=images, int8=True)
     assert path.read_bytes() == before
+
+
+@with_openvino
+def test_openvino_int8_smooths_only_where_that_is_nearer(swin, images, tmp_path):
+    source, path, shown = (
+        tmp_path / "swin.onnx",
+        tmp_path / "swin.xml",
+        deploy.first(images.train, 40),
+    )
+    export.to_onnx(swin, source)
+    lines = deploy.convert(source, path, shown)
+    with torch.inference_mode():
+        error = deploy._mean_error(export.session(path, "openvino")(shown), swin(shown))
+    assert error < 0.02, lines
 
 
 def graph_of(path):
