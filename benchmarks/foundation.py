@@ -556,7 +556,7 @@ def summary(table, name, share, stage="cut"):
             if works[metric].notna().any():
                 form = "{:.3f}" if metric == "change" else "{:.1f}"
                 line[words] = median_and_spread(works[metric], form)
-        timed = works[works.device == device]
+        timed = works[(works.device == device) & works.seconds.notna()]
         if len(timed):
             line["seconds"] = median_and_spread(timed.seconds)
             line["MB"] = f"{timed.memory_mb.median():.0f}"
