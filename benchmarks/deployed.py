@@ -36,13 +36,19 @@ def runtimes(rounds):
     parts = []
     for case in SMALL:
         made = cuts(model_of(case), list(images.train.subset(CALIBRATED).batches(64)))
-        settings, sizes, refused = there.settings(made, WAYS, images=images)
-        times = bench.latency(settings, batch=BATCHES, repeats=4 * rounds, seconds=240)
-        table = roofline.bounds(settings, times).merge(sizes, on="model")
-        table = table.merge(there.left(settings, images.test.subset(TESTED)), on="model")
-        table = pd.concat([table, refused, *four_bits(case, made, images)], ignore_index=True)
+        table = in_runtimes(made, images, rounds, seconds=240)
+        table = pd.concat([table, *four_bits(case, made, images)], ignore_index=True)
         parts.append(table.assign(case=case, cut=table.model.str.split().str[0], cpu=processor()))
         publish("runtimes", pd.concat(parts), shown=SHOWN.split())
+
+
+def in_runtimes(made, images, rounds, *, seconds):
+    """Times, sizes, top-1 and differences of models {name: model} in each runtime; seconds: to time each batch."""
+    settings, sizes, refused = there.settings(made, WAYS, images=images)
+    times = bench.latency(settings, batch=BATCHES, repeats=4 * rounds, seconds=seconds)
+    table = roofline.bounds(settings, times).merge(sizes, on="model")
+    table = table.merge(there.left(settings, images.test.subset(TESTED)), on="model")
+    return pd.concat([table, refused], ignore_index=True)
 
 
 def cuts(dense, batches):
@@ -93,12 +99,8 @@ def real(rounds):
     gradients = foundation.gradients_of(dense, batches)
     made["Torch-Pruning"], _ = torch_pruning_to(dense, 0.5, importance, gradients=gradients)
     made["Torch-Pruning"].eval()
-    settings, sizes, refused = there.settings(made, WAYS, images=images)
-    times = bench.latency(settings, batch=BATCHES, repeats=4 * rounds, seconds=400)
-    table = roofline.bounds(settings, times).merge(sizes, on="model")
-    table = table.merge(there.left(settings, images.test.subset(TESTED)), on="model")
-    table = pd.concat([table, refused], ignore_index=True)
-    table = table.assign(case="ViT-S/14", cut=table.model.str.rsplit(n=2).str[0], cpu=processor())
+    table = in_runtimes(made, images, rounds, seconds=400)
+    table = table.assign(case="ViT-S/14", cut=table.model.str.split().str[0], cpu=processor())
     publish("runtimes_of_vit_s", table, shown=SHOWN.split())
 
 

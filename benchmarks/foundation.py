@@ -58,7 +58,7 @@ COLUMNS = [*KEY, "macs", "params", *METRICS, "change", "top1", "seconds", "memor
 COLUMNS += ["calibration", "images", "outcome", "note"]
 WORKS = "runs"
 EPOCHS = 3
-RELEARNT = {"batch_size": 64, "lr": 3e-4, "warmup_epochs": 0.2, "weight_decay": 0.0}  # not chosen
+RELEARNT = {"batch_size": 64, "lr": 3e-4, "warmup_epochs": 0.2, "weight_decay": 0.0}  # a guess
 
 
 # -- what a method gets, and what its steps cost
@@ -78,7 +78,8 @@ class Given:
     """What every method gets of one data set and draw.
 
     dense: the backbone without classifier. images: all of the data set. split: the calibration
-    images. batches: the same, as (x, y) on the device. probe: of the dense model's features, an nn.Linear.
+    images. batches: the same, as (x, y) on the device. probe: of the dense model's features, an
+    nn.Linear.
     """
 
     def __init__(self, dense, images, split, batches, seed, probe, kinds):

@@ -277,6 +277,16 @@ def test_a_backbone_is_cut_to_its_share_and_says_which_channels_are_left(share, 
     assert step > given.steps["grams by labels none"].seconds  # charged though they were there
 
 
+def test_steps_without_labels_follow_the_pool(foundation):
+    lab = foundation.Lab("toy")
+    given = lab.given(0)
+    pool, cut = foundation.vitlab(given, 0.5), foundation.relearned(given, 0.5, steps=4)
+    before, after = lab.judge.measure(pool), lab.judge.measure(cut)
+    assert after["macs"] == before["macs"] and cut.channels == pool.channels
+    assert after["change"] != before["change"]
+    assert cut.note == f"{pool.note}; 3 epochs without labels"  # of 80 images, 64 in a step
+
+
 def test_what_corp_solves_for_brings_features_nearer_to_the_dense_ones(foundation, monkeypatch):
     import closed_form
 

@@ -97,6 +97,8 @@ def test_dynamic_int8_scales_what_layers_read_anew(vit, images, tmp_path):
     assert made["MatMul"] == 2 * len(vit.blocks)  # queries with keys, and with values
     with pytest.raises(ValueError, match="dynamic int8 is onnxruntime's"):
         deploy.convert(tmp_path / "float32.onnx", tmp_path / "int8.xml", seen, dynamic=True)
+    with pytest.raises(ValueError, match="dynamic int8 needs images"):
+        deploy.convert(tmp_path / "float32.onnx", tmp_path / "int8.onnx", dynamic=True)
     with pytest.raises(ValueError, match="unknown precision 'int8-dynamic'"):
         bench.Setting(vit, "openvino", "int8-dynamic")
 

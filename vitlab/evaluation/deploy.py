@@ -185,11 +185,13 @@ def convert(source, path, images=None, *, dynamic=False):
 
     Returns lines that say what was chosen for int8, and why.
     Raises ModuleNotFoundError, which says what to install, without the packages, and ValueError for
-    dynamic int8 in OpenVINO.
+    dynamic int8 in OpenVINO or without images.
     """
     source, path = Path(source), Path(path)
     if dynamic and path.suffix == ".xml":
         raise ValueError("dynamic int8 is onnxruntime's; OpenVINO has int8 with calibrated scales")
+    if dynamic and images is None:
+        raise ValueError("dynamic int8 needs images, by which its errors are measured; got none")
     if path.suffix == ".xml":
         return _to_openvino(source, path, images)
     if images is None:
@@ -252,8 +254,8 @@ def _to_openvino(source, path, images):
             errors[way] = _mean_error(sessions[way](images), expected)
         return min(errors, key=errors.get)
 
-    # SmoothQuant moves scales from inputs into weights; -1 leaves it out. It multiplied a Swin's
-    # logits by 1.5. Where products of 8 bits are added up in 16, they saturate, unless weights have
+    # SmoothQuant moves scales from inputs into weights, which made a Swin's logits too large; -1
+    # leaves it out. Where products of 8 bits are added up in 16, they saturate, unless weights have
     # seven bits.
     _, alpha = nearest_of(("disable", _SMOOTH), ("disable", -1))
     best = nearest_of(("enable", alpha))
