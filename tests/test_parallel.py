@@ -211,7 +211,8 @@ def test_the_first_tells_the_others_its_error(tmp_path):
             try:
                 fails()
             except ValueError as error:
-                print(f"{parallel.rank()} of {parallel.world_size()}: {error}", flush=True)
+                # one write each: print's own line end may come after the other process' words
+                sys.stdout.write(f"{parallel.rank()} of {parallel.world_size()}: {error}\n")
             """
         )
     )
