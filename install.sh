@@ -50,7 +50,9 @@ if ! $install; then
     fail "Installation failed (all of it: $LOG). The same command goes on from here."
 fi
 # git takes notebooks without outputs, so that one that was run has no diff. Without .venv it takes them as they are.
+# What is unchanged is noted before: afterwards git strips each notebook of a fresh checkout to tell.
 if git rev-parse --git-dir >/dev/null 2>&1; then
+    git update-index -q --refresh || true
     .venv/bin/python -m nbstripout --install && git config filter.nbstripout.required false &&
         git config filter.nbstripout.extrakeys metadata.language_info ||
         echo "git could not be told to leave out the outputs of notebooks: see nbstripout --install."

@@ -688,6 +688,27 @@ def test_an_overridden_run_stands_apart_and_reads_what_it_does_not_change(lab):
 # -- rows
 
 
+def test_the_commit_says_dirty_and_strips_the_notebooks_of_a_fresh_checkout_once(tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    (tmp_path / "vitlab").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    notebook = tmp_path / "notebooks" / "a.ipynb"
+    notebook.write_text("code")
+    git("init")
+    git("add", "-A")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "first")
+    git("config", "filter.strip.clean", f"echo once >>'{tmp_path}/calls'; cat")
+    (tmp_path / ".git" / "info" / "attributes").write_text("*.ipynb filter=strip\n")
+    os.utime(notebook, (1, 1))  # git no longer knows it by its time
+    first, again, _ = (runs._commit.__wrapped__(tmp_path) for _ in range(3))
+    assert first == again and len(first) == 10
+    assert (tmp_path / "calls").read_text() == "once\n"
+    notebook.write_text("other code")
+    assert runs._commit.__wrapped__(tmp_path) == first + "+dirty"
+
+
 def test_rows_carry_their_provenance_in_the_written_order(lab):
     frame = lab.save_results("1_train", [ROW, ROW | {"target": 1, "threads": 7}])
     assert list(frame)[: len(runs._COLUMNS)] == runs._COLUMNS and list(frame)[

@@ -684,17 +684,22 @@ def _commit(repository):
         return files.version()
     if not shutil.which("git"):
         return "unknown"
-    head = _git("rev-parse", "--short=10", "HEAD")
+    head = _git(repository, "rev-parse", "--short=10", "HEAD")
+    # git diff does not remember which files it found unchanged: after a fresh checkout each process
+    # would strip all notebooks, for 15 seconds.
+    _git(repository, "update-index", "-q", "--refresh")
     # Notebooks count without their outputs, which git strips where install.sh could tell it to.
-    changed = _git("diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks")
+    changed = _git(
+        repository, "diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks"
+    )
     if head.returncode:
         return "unknown"
     return head.stdout.strip() + ("+dirty" if changed.returncode else "")
 
 
-def _git(*words):
-    """Run git in the repository, and return its end with what it printed."""
-    command = ["git", "-C", str(files.repository()), *words]
+def _git(repository, *words):
+    """Run git in a repository, and return its end with what it printed."""
+    command = ["git", "-C", str(repository), *words]
     return subprocess.run(command, capture_output=True, text=True)
 
 
