@@ -71,9 +71,16 @@ def folder(name=""):
     return path / name
 
 
-def publish(name, rows, *, shown=None):
-    """Print a table and write it, with where it comes from, as <name>.csv and (shown columns) .md to folder()."""
+def publish(name, rows, *, shown=None, beside=None):
+    """Print a table and write it, with where it comes from, as <name>.csv and (shown columns) .md to folder().
+
+    beside: a column, such as "cpu"; rows of an earlier run with other values in it stay above the new ones.
+    """
     table = pd.DataFrame(rows)
+    if beside and folder(f"{name}.csv").exists():
+        earlier = pd.read_csv(folder(f"{name}.csv"))
+        earlier = earlier[~earlier[beside].isin(table[beside])]
+        table = pd.concat([earlier, table], ignore_index=True)
     whole = table.copy()
     for column, value in runs.provenance().items():  # rows of an earlier run keep their own
         whole[column] = whole[column].fillna(value) if column in whole else value

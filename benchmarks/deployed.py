@@ -23,7 +23,7 @@ WAYS += ["openvino float32", "openvino int8"]
 CALIBRATED, TESTED = 512, 500  # images
 BATCHES = [1, 32]
 INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")  # of processors that multiply 8 bits
-SHOWN = "case cut runtime precision batch top1 difference difference_mean bytes latency_ms"
+SHOWN = "cpu case cut runtime precision batch top1 difference difference_mean bytes latency_ms"
 SHOWN += " speedup_q1 speedup speedup_q3 here_q1 here here_q3 promised note"
 
 
@@ -39,7 +39,7 @@ def runtimes(rounds):
         table = in_runtimes(made, images, rounds, seconds=240)
         table = pd.concat([table, *four_bits(case, made, images)], ignore_index=True)
         parts.append(table.assign(case=case, cut=table.model.str.split().str[0], cpu=processor()))
-        publish("runtimes", pd.concat(parts), shown=SHOWN.split())
+        publish("runtimes", pd.concat(parts), shown=SHOWN.split(), beside="cpu")
 
 
 def in_runtimes(made, images, rounds, *, seconds):
@@ -101,7 +101,7 @@ def real(rounds):
     made["Torch-Pruning"].eval()
     table = in_runtimes(made, images, rounds, seconds=400)
     table = table.assign(case="ViT-S/14", cut=table.model.str.split().str[0], cpu=processor())
-    publish("runtimes_of_vit_s", table, shown=SHOWN.split())
+    publish("runtimes_of_vit_s", table, shown=SHOWN.split(), beside="cpu")
 
 
 def rows(rounds):
@@ -138,8 +138,8 @@ def rows(rounds):
             cost.macs(made[what.rpartition(",")[0]]) / cost.macs(dense) for what in times.what
         ]
         parts.append(times.assign(case=case, cpu=processor()))
-        shown = "case what share runtime batch latency_ms here_q1 here here_q3".split()
-        publish("rows", pd.concat(parts), shown=shown)
+        shown = "cpu case what share runtime batch latency_ms here_q1 here here_q3".split()
+        publish("rows", pd.concat(parts), shown=shown, beside="cpu")
 
 
 def session_of(model, runtime, *, as_it_is):

@@ -35,6 +35,18 @@ def test_an_unknown_case_names_those_there_are():
     )
 
 
+def test_a_table_keeps_the_rows_of_other_processors(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("BENCH_OUT", str(tmp_path))
+    import common
+
+    for cpu, ms in (("old", 3.0), ("new", 1.0), ("new", 2.0)):
+        common.publish("times", [{"cpu": cpu, "ms": ms}], beside="cpu")
+    table = pd.read_csv(tmp_path / "times.csv")
+    assert table[["cpu", "ms"]].values.tolist() == [["old", 3.0], ["new", 2.0]]
+    assert table.date.notna().all() and "old" in (tmp_path / "times.md").read_text()
+
+
 TOYS = {  # wide enough that a channel is less than the 1 % within which a budget is to be met
     "conv_vit": dict(embed_dim=144, depth=2, num_heads=4),
     "conv_swin": dict(embed_dim=96, depths=(1, 1), num_heads=(3, 6), window_size=2),
