@@ -1,5 +1,6 @@
 """Toy models and data that every test file shares."""
 
+import gc
 import os
 import sys
 
@@ -18,6 +19,14 @@ for folder in (
 os.environ["VITLAB_HEADLESS"] = "1"
 torch.set_num_threads(1)
 set_fused_attn(False)  # as `train.fit` computes on CPUs
+
+
+def pytest_collection_finish():
+    gc.freeze()  # each collection would look through all that was imported, for a second
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 def toy(name, **options):

@@ -1,6 +1,7 @@
 """train: masks hold, a killed run resumes bit-equal, distillation's closed form, cuts in steps, errors."""
 
 import copy
+import gc
 import os
 import random
 import signal
@@ -578,6 +579,27 @@ def test_training_needs_the_same_memory_whatever_ran_before(vit):
     assert max(small + again) < 1.2 * min(small + again) + 10 and min(large) > 2 * max(
         small + again
     ), (small, large)
+
+
+def test_a_finished_training_holds_nothing_that_waits_for_the_garbage_collector(vit, tmp_path):
+    def tensors():
+        return {id(each) for each in gc.get_objects() if issubclass(type(each), torch.Tensor)}
+
+    teacher = train.Distillation(copy.deepcopy(vit).eval())
+    recipe = RECIPE | dict(epochs=1, ema=0.5, precision="bf16")
+    how = {"distil": teacher, "masks": half_of(vit), "folder": tmp_path}
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        model = copy.deepcopy(vit)
+        train.fit(model, Blobs(), Blobs(seed=1), recipe, **how)
+        # gradients belong to the model
+        own = {id(each) for weight in model.parameters() for each in (weight, weight.grad)}
+        own |= {id(each) for each in model.buffers()}
+        assert tensors() - before <= own
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("cut", [at_random, neurons])

@@ -689,9 +689,7 @@ def _commit(repository):
     # would strip all notebooks, for 15 seconds.
     _git(repository, "update-index", "-q", "--refresh")
     # Notebooks count without their outputs, which git strips where install.sh could tell it to.
-    changed = _git(
-        repository, "diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks"
-    )
+    changed = _git(repository, "diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks")
     if head.returncode:
         return "unknown"
     return head.stdout.strip() + ("+dirty" if changed.returncode else "")

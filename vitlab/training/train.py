@@ -7,12 +7,13 @@ Public: Distillation, Recipe, Training, fit, in_steps.
 
 import contextlib
 import copy
-import gc
 import math
 import os
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -370,8 +371,8 @@ class Training:
         parallel.broadcast_weights(model)
         # The teacher answers in evaluation mode and learns nothing.
         teacher = self.distil and self.distil.teacher.to(device).eval()
-        # What is held by now, model included, is not what training needs.
-        gc.collect()
+        # What is held by now, model included, is not what training needs. An earlier training holds
+        # nothing: it leaves no reference cycles.
         memory.release_memory()
         self.memory_before = memory.own_memory_mb(device)
         # A state of other settings, images, weights, masks or teacher is not used. The key is taken
@@ -409,7 +410,9 @@ class Training:
         self.outcome = model  # what is validated, and whose best weights stay
         if recipe.ema:
             # Running statistics of norms are buffers: averaged weights need averaged ones.
-            self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
+            # It refers to this training weakly: a cycle would hold both models after the end.
+            average = partial(Training._average, weakref.proxy(self))
+            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
             self.moving["averaged"] = self.averaged
             self.outcome = self.averaged.module
         for name in self.moving.keys() & self.state:
