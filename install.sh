@@ -25,9 +25,11 @@ fi
 
 echo "Installing vitlab and what it needs into .venv: 6 GB, a few minutes. pyproject.toml lists it."
 
+# With editable_mode=compat a script beside a clone that is called vitlab finds the package, not the clone's folder.
 install_with_uv() {
     uv venv -q --allow-existing --python "$PY" .venv || return 1
-    uv pip install -q --compile-bytecode --python .venv/bin/python -c constraints.txt -e ".[all]" >"$LOG" 2>&1
+    uv pip install -q --compile-bytecode --python .venv/bin/python -c constraints.txt \
+        --config-setting editable_mode=compat -e ".[all]" >"$LOG" 2>&1
 }
 
 install_with_pip() {
@@ -35,7 +37,8 @@ install_with_pip() {
     if ! [ -x .venv/bin/python ] || ! [ -x .venv/bin/pip ]; then
         "$PY" -m venv .venv || return 1
     fi
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]" >"$LOG" 2>&1
+    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+        --config-settings editable_mode=compat -e ".[all]" >"$LOG" 2>&1
 }
 
 if command -v uv >/dev/null; then install=install_with_uv; else install=install_with_pip; fi

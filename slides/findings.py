@@ -15,7 +15,7 @@ from PIL import Image
 from published import SOLVED, TRAINED, Absent, model_name, number, share, signed
 
 from vitlab import files
-from vitlab.report import plots, tables
+from vitlab.report import drawings, plots, tables
 
 LINES = 11  # of a table on one slide
 HALF = (6.25, 5.0)  # inches of each of two pictures on a slide
@@ -270,7 +270,7 @@ def weights_and_rows(study):
         for name, own in most.groupby("name", sort=False)
     ]
     return Slide(
-        f"Mission (a): {share(most.target.max())} cut by sensitivity, fine-tuned: {'; '.join(words)}",
+        f"Global pruning: {share(most.target.max())} cut by sensitivity, fine-tuned: {'; '.join(words)}",
         study.pictures("recovery"),
         table=columns_of(lines, "model name target cut trained trained_change seeds"),
         shows="Points of test top-1 lost, after the cut and after fine-tuning.",
@@ -289,7 +289,7 @@ def heads_svd_iht(study):
     words = _each(best, lambda line: f"{signed(line.trained_change)} points ({line.name})")
     table = lines.groupby("model", sort=False).head(LINES // 2)
     return Slide(
-        f"Mission (b): {share(best.target.max())} of heads and layers cut, fine-tuned: {words}",
+        f"Heads and layers: {share(best.target.max())} cut, fine-tuned: {words}",
         study.pictures("heads_svd_iht"),
         table=columns_of(table, "model name target cut trained trained_change share seeds"),
         shows="Points of test top-1 lost over the share cut of heads and of each layer, fine-tuned.",
@@ -318,7 +318,9 @@ def kept(study):
     lines = lines[(lines.target == 0.5) & lines.model.isin(study.models)]
     first = lines.groupby("model")[["method", "seed"]].transform("first")
     lines = lines[(lines.method == first.method) & (lines.seed == first.seed)]  # as drawn
-    lines = lines[lines.kept.notna() & lines["where"].str.contains("blocks")]
+    lines = lines[lines.kept.notna()]
+    lines = pd.concat([drawings.cut_kinds(own) for _, own in lines.groupby("model", sort=False)])
+    lines = lines[lines["where"].str.contains("blocks")]
     means = lines.assign(kept=lines.kept / lines.whole)
     means = means.groupby(["model", "where"], sort=False).kept.mean().reset_index(name="kept")
     means = means.rename(columns={"where": "block"})
@@ -331,7 +333,7 @@ def kept(study):
         table=columns_of(means.head(2 * LINES), "model block kept"),
         shows="Heads, neurons and ranks that stay, in percent of the dense model's; "
         f"seed {published.listed(lines, 'seed')}.",
-        note="Kept: mean over heads, neurons and ranks of a block.",
+        note="Kept: mean over what is drawn of a block: heads, neurons and ranks.",
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vitlab import names
 from vitlab.report import tables
 from vitlab.report.tables import seeds_of
 
@@ -181,6 +182,7 @@ def _how_to_make(folder):
     name = folder.name
     others = sorted(path.parent.name for path in folder.parent.glob("*/results.csv"))
     return (
-        f"{folder} has no results.csv, which a study leaves at its end: make study STUDY={name}, "
-        f"or, where its runs are, make figures STUDY={name}. There are tables of {', '.join(others) or 'none'}."
+        f"{folder} has no results.csv{names.nearest(name, others)} A study leaves it at its end: "
+        f"make study STUDY={name}, or, where its runs are, make figures STUDY={name}. There are "
+        f"tables of {', '.join(others) or 'none'}."
     )

@@ -136,6 +136,14 @@ def test_layers_to_keep_keep_their_weights_and_the_target_is_met(model, batch, k
         assert own and all(torch.equal(cut.state_dict()[name], before[name]) for name in own)
 
 
+@pytest.mark.parametrize("wrong", ["images", iter(())])
+def test_calibration_asks_for_a_list_of_batches(vit, wrong):
+    with pytest.raises(
+        TypeError, match=rf"batches are a list of pairs.*got {type(wrong).__name__}"
+    ):
+        budget.reach(vit, wrong, macs=0.5)
+
+
 def test_layers_to_keep_are_known_by_name(vit, batch):
     with pytest.raises(ValueError, match=r"layer to keep 'block\.0', did you mean 'blocks\.0'"):
         budget.reach(vit, [batch], keep=["head", "block.0"], macs=0.5)
@@ -245,7 +253,11 @@ def test_latency_is_corrected_by_what_is_measured(vit, batch, monkeypatch, runti
         return pd.DataFrame([dict.fromkeys(COLUMNS, 1.0), dict.fromkeys(COLUMNS, speedup)])
 
     COLUMNS = ["speedup_q1", "speedup", "speedup_q3"]
+    def layer_times(model, table, **_):
+        return table.macs.to_numpy(float)
+
     monkeypatch.setattr(budget.bench, "latency", latency)
+    monkeypatch.setattr(budget.bench, "layer_times", layer_times)
     monkeypatch.setattr(budget.bench, "runnable", lambda setting, device: None)
     plan = budget.plan(vit, fisher(vit, batch), latency=0.93, multiple=1, runtime=runtime)
     assert plan.share == pytest.approx(0.93, rel=0.05) and "latency_saved" in plan.table

@@ -1,6 +1,7 @@
 import itertools
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -472,7 +473,8 @@ def test_caltech101_is_read_as_torchvision_does(tmp_path, monkeypatch):
 )
 def test_an_unknown_name_is_answered_with_the_nearest(tmp_path, name, near):
     with pytest.raises(
-        ValueError, match=f"unknown dataset {name!r}, did you mean {near}.*its path as its name"
+        ValueError,
+        match=f"unknown dataset {name!r}, did you mean {near}.*no folder {Path.cwd() / name} .*its path as its name",
     ):
         data.load(name, root=tmp_path, image_size=32)
 

@@ -169,12 +169,22 @@ def test_names_in_prose_are_the_packages_own(page):
     ]
 
 
+def leads_somewhere(page, target):
+    """Whether a link's file is there, and in a page the heading that it names."""
+    name, _, heading = target.partition("#")
+    file = page.parent / name if name else page
+    if not heading or not file.is_file() or file.suffix != ".md":
+        return file.exists()
+    titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+    return heading in [re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in titles]
+
+
 def dead_links(page, text):
     """Relative links of a page, and paths in inline code under the repository's folders, that lead nowhere."""
-    links = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
+    links = [target for target in re.findall(r"\]\(([^)\s]+)", text) if "://" not in target]
     top = "benchmarks|checkpoints|docs|figures|notebooks|profiles|tests|vitlab"
     paths = re.findall(rf"`((?:{top})/[\w./-]+)`", text)
-    return [t for t in links if not (page.parent / t).exists()] + [
+    return [t for t in links if not leads_somewhere(page, t)] + [
         p for p in paths if not (ROOT / p).exists()
     ]
 
@@ -182,8 +192,10 @@ def dead_links(page, text):
 @pytest.mark.parametrize("page", DOCS, ids=name_of)
 def test_links_lead_somewhere(page):
     assert dead_links(page, prose(page)) == []
-    assert dead_links(CONTRIBUTING, "[a](docs/b.md), [c](README.md), `tests/d.py`") == [
+    text = "[a](docs/b.md), [c](README.md), [d](README.md#cite), [e](README.md#site), `tests/d.py`"
+    assert dead_links(CONTRIBUTING, text) == [
         "docs/b.md",
+        "README.md#site",
         "tests/d.py",
     ]
 

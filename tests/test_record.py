@@ -225,7 +225,11 @@ def test_a_misspelt_word_and_one_that_cannot_work_there_are_refused_with_the_rea
         ({"global_pruning.images": "all"}, TypeError, "integer of at least 1, or null, got str"),
         ({"data.skip_broken": 1}, TypeError, "data.skip_broken should be true, false or null"),
         ({"data.normalise": "image"}, ValueError, "should be train, imagenet, weights, or"),
-        ({"global_pruning.sparsities": 0.5}, TypeError, "should be a valid list"),
+        (
+            {"global_pruning.sparsities": 0.5},
+            TypeError,
+            r"valid list, got float 0.5: write \[0.5\]",
+        ),
         ({"global_pruning.sparsities": [0, "0.5"]}, TypeError, "sparsities.1 is a share .*got str"),
         ({"seeds": [0, True]}, TypeError, "seeds.1 should be a valid integer, got bool"),
         ({"seeds": []}, ValueError, "seeds should have at least 1 item"),

@@ -168,7 +168,7 @@ def test_slides_and_pages_compare_like_with_like(report, monkeypatch):
     monkeypatch.setattr(published.Published, "pictures", lambda self, name: {})
     study = published.Published(report[0])
     slide = findings.heads_svd_iht(study)
-    assert slide.title.startswith("Mission (b): 40\u00a0% of heads and layers cut")
+    assert slide.title.startswith("Heads and layers: 40\u00a0% cut")
     assert slide.title.endswith("ViT −2.0 points (heads, SVD)")
     assert slide.table.seeds.tolist() == ["2", "1"]
     assert slide.table["fine-tuned (points)"].tolist() == ["−2.0", "−5.0"]

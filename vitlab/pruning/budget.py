@@ -53,10 +53,16 @@ class Calibration:
     labels: which labels the gradients take, see scores.measure: "none" for a model without
         classifier, and wherever the features count.
 
-    Each part raises what its function in scores raises.
+    Raises TypeError for batches that are no list. Each part raises what its function in scores
+    raises.
     """
 
     def __init__(self, model, batches, *, kinds=None, labels="true"):
+        if not isinstance(batches, list | tuple):  # they are gone through several times
+            raise TypeError(
+                "batches are a list of pairs (images, labels), such as "
+                f"list(images.train.subset(512).batches(64)); got {type(batches).__name__}"
+            )
         self.model, self.batches, self.labels = model, batches, labels
         view = models.view(model)
         self.layers = list(view.matrices)

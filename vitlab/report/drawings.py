@@ -3,8 +3,8 @@
 Frames come in, figures go out, in the style of `plots`. No torch. The first functions draw the
 frames of `inside`, in the same order.
 
-Public: attention_maps, changed_images, heads, heat_map, image_grid, widths, layers, spectra,
-weight_histograms, weight_violins.
+Public: attention_maps, changed_images, cut_kinds, heads, heat_map, image_grid, widths, layers,
+spectra, weight_histograms, weight_violins.
 """
 
 import matplotlib.pyplot as plt
@@ -137,6 +137,16 @@ def _matrix(ax, letters, x, y):
     ax.add_patch(Rectangle((x, y), n, m, **frame))
 
 
+def cut_kinds(frame):
+    """Return the lines of a frame whose kind loses something somewhere, and heads and neurons.
+
+    frame: see `widths`.
+    """
+    sums = frame.groupby("kind", sort=False)[["kept", "whole"]].sum()
+    kinds = sums.index[(sums.kept < sums.whole) | sums.index.isin(["heads", "neurons"])]
+    return frame[frame.kind.isin(kinds)]
+
+
 @_style.styled
 def widths(frame):
     """Draw how much of each place is left, in percent of the dense model's: the darker, the less.
@@ -147,9 +157,8 @@ def widths(frame):
     frame: columns where, kind, kept and whole, as inside.widths returns it.
     Returns the Axes.
     """
-    sums = frame.groupby("kind", sort=False)[["kept", "whole"]].sum()
-    kinds = sums.index[(sums.kept < sums.whole) | sums.index.isin(["heads", "neurons"])]
-    frame = frame[frame.kind.isin(kinds)].assign(left=100 * frame.kept / frame.whole)
+    frame = cut_kinds(frame)
+    frame = frame.assign(left=100 * frame.kept / frame.whole)
     # Short names leave room: "0.blocks.1" for "layers.0.blocks.1".
     places = frame["where"].str.replace("layers.", "").str.replace(".reduction", "")
     table = _table(frame.assign(block=places), "kind", "left")

@@ -572,6 +572,8 @@ def _sentence(error, name):
     given = error["input"]
     words = re.sub(r"^(Input|List|Dictionary|Value error,) | or instance of \w+", "", error["msg"])
     sentence = f"{dotted} {words}, got {type(given).__name__} {given!r}"
+    if error["type"] == "list_type" and isinstance(given, int | float | str):
+        sentence += f": write [{given}]"
     if error["type"] == "literal_error" and isinstance(given, str):
         known = re.findall("'(.+?)'", error["ctx"]["expected"])
         sentence += names.nearest(given, known).rstrip(".")

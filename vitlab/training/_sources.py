@@ -69,9 +69,9 @@ def find(name, home):
     if folder.is_file():
         raise ValueError(f"{folder} is a file: unpack it, and give the folder of the images")
     raise ValueError(
-        f"{names.unknown('dataset', name, finders)} A set of your own has its path as its name: a "
-        "folder with train/, val/ and test/ that hold a folder a class, or one tree of them, or "
-        "images with a table of labels."
+        f"{names.unknown('dataset', name, finders)} There is no folder {folder} either: a set of "
+        "your own has its path as its name, a folder with train/, val/ and test/ that hold a "
+        "folder a class, or one tree of them, or images with a table of labels."
     )
 
 
