@@ -11,7 +11,6 @@ Public: Explorer.
 # model and counts what that copy costs. So every number but the predicted loss is what the same
 # calls give elsewhere.
 
-import bisect
 import copy
 import gc
 import hashlib
@@ -245,14 +244,12 @@ class _Subject:
         """
         if _layers_of(self.folder) - {"Linear"}:
             return 1
-
-        def is_reached(hundredth):
-            with suppress(pool.Unreachable):
-                return bool(self.plan("fisher", hundredth / 100))
-            return False
-
-        # It is 1 if no plan can remove anything.
-        return (1 + bisect.bisect_left(range(1, 100), True, key=is_reached)) / 100
+        try:
+            self.plan("fisher", 0.01)
+        except pool.Unreachable as error:
+            # It is 1 if no plan can remove anything.
+            return next(share / 100 for share in range(1, 101) if share >= 100 * error.floor)
+        return 0.01
 
     @torch.no_grad()
     def cut(self, criterion, sparsity, unit_criterion, macs):
@@ -569,9 +566,10 @@ class Explorer:
 
     def _options(self):
         """Return (words, label) of each checkpoint; words say why one cannot be tested."""
+        lacks_images = cache(partial(_lacks_images, lab=self.lab))  # it reads the study's file
         options = []
         for label in self.folders:
-            lacks = _lacks_images(label.split("/")[0], self.lab)
+            lacks = lacks_images(label.split("/")[0])
             options.append((f"{label} \N{EM DASH} {lacks}" if lacks else label, label))
         return options
 

@@ -253,6 +253,7 @@ def test_latency_is_corrected_by_what_is_measured(vit, batch, monkeypatch, runti
         return pd.DataFrame([dict.fromkeys(COLUMNS, 1.0), dict.fromkeys(COLUMNS, speedup)])
 
     COLUMNS = ["speedup_q1", "speedup", "speedup_q3"]
+
     def layer_times(model, table, **_):
         return table.macs.to_numpy(float)
 

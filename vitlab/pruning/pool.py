@@ -32,7 +32,14 @@ _RANK_MULTIPLE = 4  # ranks of a plan are multiples of it
 
 
 class Unreachable(ValueError):
-    """Say that a target lies below what the kinds that may go can reach, and name their floor."""
+    """Say that a target lies below what the kinds that may go can reach.
+
+    floor: the least share that can stay.
+    """
+
+    def __init__(self, words, floor):
+        super().__init__(words)
+        self.floor = floor
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,7 +111,8 @@ def check_reachable(goes, what, share, floor):
     if floor > share:
         raise Unreachable(
             f"{goes} alone cannot reach {share:g} x {what}: {floor:.3f} stays when all "
-            "that may go is gone; allow more, or keep a larger share"
+            "that may go is gone; allow more, or keep a larger share",
+            floor,
         )
 
 
