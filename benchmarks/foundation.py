@@ -315,6 +315,10 @@ METHODS = {  # the most telling ones first
         for criterion, ranked in product(("Taylor", "magnitude"), ("global", "isomorphic"))
     },
 }
+# What the picture has: the best of each tool. The table has all.
+PICTURED = ["dense", "vitlab, pool", "vitlab, ranks", "vitlab, units", "CORP", "SVD, whitened"]
+PICTURED += ["SnapViT, corrected", "linear maps for blocks", "SNIP magnitude"]
+PICTURED += ["Torch-Pruning, Taylor, isomorphic"]
 NO_IMAGES = {"dense", "LAMP", "Torch-Pruning, magnitude, global"}
 NO_IMAGES |= {"Torch-Pruning, magnitude, isomorphic"}
 
@@ -602,7 +606,7 @@ def table_and_picture():
     if (lines.method == "dense").any():
         study = lines.assign(study="benchmark", model="vit", split_seed=0, seed=lines.draw)
         look = {"metric": "probe_anew", "words": METRICS["probe_anew"]}
-        figure = plots.backbones(lines, **look)
+        figure = plots.backbones(lines[lines.method.isin(PICTURED)], **look)
         plots.save(figure, folder("foundation"), caption=tables.caption(study))
 
 
