@@ -1,6 +1,7 @@
 """budget: the plan meets its target, predicts its own cost, and says its floor."""
 
 import itertools
+import pickle
 import random
 import re
 
@@ -461,8 +462,12 @@ def test_the_cheapest_loss_per_mac_goes_first_by_hand(vit):
 
 def test_a_share_out_of_reach_names_the_floor(vit, batch):
     units = fisher(vit, batch)
-    with pytest.raises(ValueError, match=r"neurons alone cannot reach 0.05 x macs: 0\.\d+ stays"):
+    words = r"neurons alone cannot reach 0.05 x macs: 0\.\d+ stays"
+    with pytest.raises(pool.Unreachable, match=words) as raised:
         budget.plan(vit, units, macs=0.05, kinds=["neurons"])
+    told = pickle.loads(pickle.dumps(raised.value))  # from one process to another
+    assert str(told) == str(raised.value) and f"{told.floor:.3f} stays" in str(told)
+    budget.plan(vit, units, macs=told.floor + 1e-9, kinds=["neurons"])
     with pytest.raises(ValueError, match="share to keep"):
         budget.plan(vit, units, macs=50)
     with pytest.raises(ValueError, match="'width'.* has 32 units and 0 scores: give scores.units"):

@@ -37,7 +37,7 @@ class Unreachable(ValueError):
     floor: the least share that can stay.
     """
 
-    def __init__(self, words, floor):
+    def __init__(self, words, floor=None):  # an exception is unpickled by its words alone
         super().__init__(words)
         self.floor = floor
 
