@@ -686,7 +686,7 @@ def _commit(repository):
         return "unknown"
     head = _git(repository, "rev-parse", "--short=10", "HEAD")
     # git diff does not remember which files it found unchanged: after a fresh checkout each process
-    # would strip all notebooks, for 15 seconds.
+    # would strip all notebooks.
     _git(repository, "update-index", "-q", "--refresh")
     # Notebooks count without their outputs, which git strips where install.sh could tell it to.
     changed = _git(repository, "diff", "--quiet", "HEAD", "--", "vitlab", "notebooks", "benchmarks")
