@@ -44,8 +44,8 @@ from peers import torch_pruning, torch_pruning_to
 from vitlab import files, models
 from vitlab.evaluation import bench, cost, evaluate
 from vitlab.models import checkpoint
-from vitlab.pruning import budget, factor, recover, scores
-from vitlab.pruning.ranks import allocate, uniform
+from vitlab.pruning import budget, factor
+from vitlab.pruning.ranks import uniform
 from vitlab.report import plots, tables
 from vitlab.studies import runs
 from vitlab.training import data, train
@@ -90,34 +90,12 @@ class Given:
         return list(train.subset(min(self.count, len(train)), seed=self.seed).batches(128))
 
     @functools.cached_property
-    def candidates(self):
-        return budget.candidates(
-            self.dense, self.calibration, kinds=[*KINDS, "ranks"], grams=self.affine
-        )
-
-    @property
-    def units(self):
-        return self.candidates["unit_scores"]
-
-    @property
-    def directions(self):
-        return self.candidates["directions"]
-
-    @functools.cached_property
-    def affine(self):
-        return scores.grams(
-            self.dense, self.calibration, layers=list(models.view(self.dense).matrices), affine=True
-        )
+    def known(self):
+        return budget.Calibration(self.dense, self.calibration, kinds=[*KINDS, "ranks"])
 
     @property
     def grams(self):
-        return {name: gram[:-1, :-1] for name, gram in self.affine.items()}
-
-    @functools.cached_property
-    def gradient_grams(self):
-        return scores.gradient_grams(
-            self.dense, self.calibration, layers=list(models.view(self.dense).matrices)
-        )
+        return {name: gram[:-1, :-1] for name, gram in self.known.grams.items()}
 
     @functools.cached_property
     def gradients(self):
@@ -131,40 +109,23 @@ class Given:
 # -- tools: (given, share of the MACs) -> (model, note); ValueError "… cannot reach …: … stays …" below their floor
 
 
-def pool(given, share):
-    """Units of all KINDS and singular directions in one pool, reconstructed."""
-    plan = budget.plan(
-        given.dense, given.units, directions=given.directions, macs=share, kinds=[*KINDS, "ranks"]
-    )
-    options = {"grams": given.affine, "compensate": "least squares"}
-    model, drops = budget.cut(given.dense, plan, given.calibration, **options)
-    return recover.reconstruct(model, given.dense, given.calibration, drops=drops), ""
-
-
-def units_of(kinds, given, share, chosen=None, solved=True):
-    """The units of these kinds with the least Fisher score per MAC (or chosen scores), reconstructed or cut alone."""
-    plan = budget.plan(given.dense, chosen or given.units, macs=share, kinds=kinds)
+def of_kinds(kinds, given, share, *, solved=True, **options):
+    """What is predicted to lose least for its MACs of these kinds, reconstructed or cut alone."""
+    known = given.known
+    plan = known.plan(macs=share, kinds=kinds, **options)
     if not solved:
-        return budget.cut(given.dense, plan)[0], ""
-    options = {"grams": given.affine, "compensate": "least squares"}
-    model, drops = budget.cut(given.dense, plan, given.calibration, **options)
-    return recover.reconstruct(model, given.dense, given.calibration, drops=drops), ""
+        return known.cut(plan, compensate=None)[0], ""
+    return known.reconstruct(*known.cut(plan)), ""
 
 
 def random_units(given, share):
-    """As many units of each place as units_of takes of all kinds, but random ones: its scores are shuffled there."""
+    """As many units of each place as of_kinds takes of all, but random ones: its scores are shuffled there."""
     generator = torch.Generator().manual_seed(given.seed)
     shuffled = {
         key: score[torch.randperm(len(score), generator=generator)]
-        for key, score in given.units.items()
+        for key, score in given.known.candidates["unit_scores"].items()
     }
-    return units_of(KINDS, given, share, shuffled)
-
-
-def ranks(given, share):
-    found = allocate(given.dense, given.grams, given.gradient_grams, macs=share, multiple=4)
-    model = factor.factorise(given.dense, found, grams=given.grams)
-    return recover.reconstruct(model, given.dense, given.calibration), ""
+    return of_kinds(KINDS, given, share, unit_scores=shuffled)
 
 
 def svd(whitened, given, share):
@@ -186,12 +147,12 @@ def peer(criterion, given, share, **options):
 
 CRITERIA = ("magnitude", "Taylor")
 TOOLS = {
-    "vitlab, pool": pool,
-    "vitlab, units": functools.partial(units_of, KINDS),
-    "vitlab, units, cut alone": functools.partial(units_of, KINDS, solved=False),
-    "vitlab, ranks": ranks,
-    "vitlab, heads and neurons": functools.partial(units_of, ("heads", "neurons")),
-    **{f"vitlab, {kind}": functools.partial(units_of, (kind,)) for kind in KINDS},
+    "vitlab, pool": functools.partial(of_kinds, [*KINDS, "ranks"]),
+    "vitlab, units": functools.partial(of_kinds, KINDS),
+    "vitlab, units, cut alone": functools.partial(of_kinds, KINDS, solved=False),
+    "vitlab, ranks": functools.partial(of_kinds, ["ranks"]),
+    "vitlab, heads and neurons": functools.partial(of_kinds, ("heads", "neurons")),
+    **{f"vitlab, {kind}": functools.partial(of_kinds, (kind,)) for kind in KINDS},
     "random units": random_units,
     **{
         f"Torch-Pruning, {word}, {way}": functools.partial(peer, word, ranked=way)

@@ -9,7 +9,6 @@ from common import LARGE, SMALL, folder, images_of, model_of, publish
 from vitlab import models
 from vitlab.evaluation import bench, roofline
 from vitlab.pruning import budget, factor, lowrank, masks, prune, scores, shrink
-from vitlab.pruning.ranks import allocate
 from vitlab.report import plots
 from vitlab.studies import runs
 
@@ -197,20 +196,18 @@ def factors(rounds):
     rows = []
     for case, batch in [*dict.fromkeys(LARGE, 8).items(), *dict.fromkeys(SMALL, 64).items()]:
         dense = model_of(case)
-        layers = list(models.view(dense).matrices)
         some = [(images_of(dense, 8), torch.zeros(8, dtype=torch.long))]
-        grams = scores.grams(dense, some, layers=layers)
-        gradients = scores.gradient_grams(dense, some, layers=layers)
+        known = budget.Calibration(dense, some, kinds=["ranks"])
         most = bench.break_even(bench.rank_speed(dense, batch=batch, repeats=4 * rounds))
         made = {"dense": dense}
         for name, limit in {"by MACs": None, "by measurement": most}.items():
             for macs in (0.75, 0.5):
                 try:
-                    chosen = allocate(dense, grams, gradients, macs=macs, most=limit)
+                    plan = known.plan(macs=macs, most=limit, narrow=False)
                 except ValueError as error:
                     print(f"{case}, {macs} x MACs, {name}: {error}")
                     continue
-                made[f"{macs} {name}"] = factor.factorise(dense, chosen, grams=grams)
+                made[f"{macs} {name}"] = known.cut(plan)[0]
         made["0.5 every layer"] = factored_in_half(dense)
         rows.append(
             roofline.bounds(made, bench.latency(made, batch=batch, repeats=2 * rounds)).assign(

@@ -7,7 +7,7 @@ from accuracy import KINDS, MODELS, given_of
 from common import publish
 
 from vitlab.evaluation import bench, cost, evaluate
-from vitlab.pruning import budget, pool, recover
+from vitlab.pruning import pool
 
 RUNTIMES = ("eager", "onnxruntime")
 TARGETS, SHARES = ("params", "bytes", "latency"), (0.75, 0.5)
@@ -46,14 +46,11 @@ def of_model(given, rounds, *, batch=64):
         row = {"model": given.name, "target": what, "kinds": word, "asked": share}
         limits = {"most": most, "batch": batch} if what == "latency" else {}
         try:
-            plan = budget.plan(dense, **given.candidates, kinds=kinds, **limits, **{what: share})
+            plan = given.known.plan(kinds=kinds, **limits, **{what: share})
         except pool.Unreachable as floor:
             rows.append(row | {"note": str(floor)})
             continue
-        small, drops = budget.cut(
-            dense, plan, given.calibration, grams=given.affine, compensate="least squares"
-        )
-        small = recover.reconstruct(small, dense, given.calibration, drops=drops)
+        small = given.known.reconstruct(*given.known.cut(plan))
         made[len(rows)] = small
         row |= {
             "planned": plan.share,
@@ -93,11 +90,8 @@ def latency(rounds):
         for runtime in RUNTIMES:
             kinds = POOLS["pool"]
             options = {"kinds": kinds, "latency": 0.5, "runtime": runtime, "batch": 32}
-            plan = budget.plan(given.dense, **given.candidates, **options)
-            small, drops = budget.cut(
-                given.dense, plan, given.calibration, grams=given.affine, compensate="least squares"
-            )
-            made[runtime] = recover.reconstruct(small, given.dense, given.calibration, drops=drops)
+            plan = given.known.plan(**options)
+            made[runtime] = given.known.reconstruct(*given.known.cut(plan))
             rows.append({"model": given.name, "asked in": runtime, "planned": plan.share})
             rows[-1]["macs"] = cost.macs(made[runtime]) / cost.macs(given.dense)
             rows[-1]["top1"] = evaluate.accuracy(made[runtime], given.images.test).top1

@@ -1,11 +1,8 @@
 """budget: the plan meets its target, predicts its own cost, and says its floor."""
 
-import itertools
 import pickle
-import random
 import re
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,8 +10,8 @@ from conftest import OTHERS, toy
 
 from vitlab import models
 from vitlab.evaluation import cost
-from vitlab.pruning import budget, factor, lowrank, pool, ranks, recover, scores, shrink
-from vitlab.pruning.ranks import allocate, uniform
+from vitlab.pruning import budget, factor, lowrank, pool, recover, scores, shrink
+from vitlab.pruning.ranks import uniform
 from vitlab.report import inside
 
 # -- one call
@@ -510,131 +507,39 @@ def test_grams_that_are_given_weigh_the_ranks(vit, batch):
     assert not torch.allclose(plain(x), by_batches(x), atol=1e-4)
 
 
-def both_grams(model, batch):
-    layers = list(models.view(model).matrices)
-    return scores.grams(model, [batch], layers=layers), scores.gradient_grams(
-        model, [batch], layers=layers
-    )
-
-
 @pytest.mark.parametrize("macs", [0.9, 0.5])
-def test_ranks_meet_the_target_and_lose_less_the_more_stays(any_model, batch, macs):
-    grams, gradients = both_grams(any_model, batch)
-    found = {
-        share: allocate(any_model, grams, gradients, macs=share, multiple=2)
-        for share in (macs, macs - 0.1)
-    }
+def test_ranks_alone_meet_the_target_and_lose_less_the_more_stays(any_model, batch, macs):
+    found = budget.candidates(any_model, [batch], kinds=["ranks"])
     lost = []
-    for share, rank_by_layer in found.items():
-        thin = factor.factorise(any_model, rank_by_layer, grams=grams)
-        assert cost.macs(thin) <= share * cost.macs(any_model) * (1 + 1e-9)
-        assert all(rank % 2 == 0 for rank in rank_by_layer.values())
-        lost.append(predicted(any_model, rank_by_layer, grams, gradients))
-        spare = share * cost.macs(any_model) - cost.macs(thin)
+    for share in (macs, macs - 0.1):
+        plan = budget.plan(any_model, **found, kinds=["ranks"], macs=share)
+        small, _ = budget.cut(any_model, plan, [batch])
+        assert plan.share == pytest.approx(cost.macs(small) / cost.macs(any_model))
+        assert plan.share <= share and all(rank % 4 == 0 for rank in plan.ranks.values())
+        lost.append(plan.predicted)
+        spare = share * cost.macs(any_model) - cost.macs(small)
         table = cost.breakdown(any_model).set_index("layer").macs
-        for name, rank in rank_by_layer.items():  # no layer could have two more
+        for name, rank in plan.ranks.items():  # no layer could have one step more
             m, n = any_model.get_submodule(name).weight.flatten(1).shape
-            whole = rank + 2 > (m * n - 1) // (m + n)
-            more = (
-                table[name] - table[name] * rank * (m + n) / (m * n)
-                if whole
-                else 2 * table[name] * (m + n) / (m * n)
-            )
-            assert more > spare
+            thin = table[name] * (m + n) / (m * n)
+            whole = rank + 4 > (m * n - 1) // (m + n)
+            more = table[name] - rank * thin if whole else 4 * thin
+            losses = found["directions"][name].flip(0).cummax(0).values.flip(0)
+            gain = losses[rank] - (0 if whole else losses[rank + 4])
+            assert more > spare or gain == 0
     assert 0 < lost[0] < lost[1]
 
 
 def test_ranks_stay_below_what_measurement_allows(vit, batch):
-    grams, gradients = both_grams(vit, batch)
-    names = list(grams)
-    most = {names[0]: 0, names[1]: 2} | dict.fromkeys(names[2:], 4)
-    found = ranks.allocate(vit, grams, gradients, macs=0.7, multiple=2, most=most)
-    assert (
-        found and all(rank <= most[name] for name, rank in found.items()) and names[0] not in found
-    )
+    found = budget.candidates(vit, [batch], kinds=["ranks"])
+    names = list(found["directions"])
+    most = {names[0]: 0, names[1]: 4} | dict.fromkeys(names[2:], 8)
+    plan = budget.plan(vit, **found, kinds=["ranks"], macs=0.7, most=most)
+    assert plan.ranks and names[0] not in plan.ranks
+    assert all(rank <= most[name] for name, rank in plan.ranks.items())
+    nothing = dict.fromkeys(names, 0)
     with pytest.raises(pool.Unreachable, match="ranks alone cannot reach 0.7 x macs: 1.000 stays"):
-        ranks.allocate(vit, grams, gradients, macs=0.7, multiple=2, most=dict.fromkeys(names, 1))
-
-
-def predicted(model, ranks, grams, gradients):
-    """Half of tr(G D H D^T) over layers, D the weight that goes: here by the factors that factorise makes."""
-    thin, total = factor.factorise(model, ranks, grams=grams), 0
-    for name in ranks:
-        weight, layer = model.get_submodule(name).weight.flatten(1), thin.get_submodule(name)
-        new = (
-            layer.weight
-            if hasattr(layer, "weight")
-            else layer[1].weight.flatten(1) @ layer[0].weight.flatten(1)
-        )
-        gone = (weight - new).detach().double()
-        total += torch.trace(gradients[name] @ gone @ grams[name] @ gone.T).item() / 2
-    return total
-
-
-def test_the_layer_that_costs_nothing_to_lose_goes_first_by_hand(vit):
-    names = ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
-    grams = {name: torch.eye(32, dtype=torch.float64) for name in names}
-    gradients = {
-        name: weight * torch.eye(64, dtype=torch.float64)
-        for name, weight in zip(names, (1, 1e-6), strict=True)
-    }
-    table = cost.breakdown(vit).set_index("layer").macs
-    share = 1 - 0.5 * table[names[1]] / table.sum()
-    assert ranks.allocate(vit, grams, gradients, macs=share, multiple=1) == {
-        names[1]: 10
-    }  # 10 of 32 * 64 / 96 = 21.3
-    with pytest.raises(ValueError, match=r"ranks alone cannot reach 0.5 x macs: 0\.\d+ stays"):
-        ranks.allocate(vit, grams, gradients, macs=0.5)
-    with pytest.raises(ValueError, match="share to keep"):
-        ranks.allocate(vit, grams, gradients, macs=1)
-    with pytest.raises(pool.Unreachable, match="ranks alone cannot reach 0.5 x macs: 1.000 stays"):
-        ranks.allocate(vit, grams, {}, macs=0.5)
-    with pytest.raises(ValueError, match=r"needs a gram \[32, 32\] and gradients \[64, 64\]"):
-        ranks.allocate(vit, grams, grams, macs=0.95)
-    with pytest.raises(ValueError, match="no rank is predicted to matter"):
-        ranks.allocate(
-            vit, grams, {name: 0 * matrix for name, matrix in gradients.items()}, macs=share
-        )
-
-
-def test_layers_that_were_cut_before_keep_what_they_have(model, batch):
-    first, second = list(models.view(model).linears(["qkv"]))[:2]
-    cut = shrink.remove(model, {(first, "rows"): [0, 3]})
-    cut = factor.factorise(cut, {second: 5})
-    grams, gradients = both_grams(cut, batch)
-    ranks = allocate(cut, grams, gradients, macs=0.8, multiple=1)
-    assert not {first, second} & set(ranks)
-    thin = factor.factorise(cut, ranks, grams=grams)
-    assert 0.75 * cost.macs(cut) < cost.macs(thin) <= 0.8 * cost.macs(cut)
-
-
-def test_one_price_for_all_is_as_good_as_trying_everything():
-    """Against all combinations: with so much less room as one step takes, none loses less."""
-    draw = random.Random(0)
-    for _ in range(100):
-        losses, costs = {}, {}
-        for name in "abc":  # convex: each further step gains less per MAC, as with singular values
-            steps = [draw.uniform(1, 5) for _ in range(4)]
-            slopes = sorted((draw.uniform(0, 3) for _ in steps), reverse=True)
-            gains = [step * slope for step, slope in zip(steps, slopes, strict=True)]
-            losses[name] = np.array([sum(gains[i:]) for i in range(5)])
-            costs[name] = np.array([1 + sum(steps[:i]) for i in range(5)])
-        cheapest, dearest = (sum(options[i] for options in costs.values()) for i in (0, -1))
-        room = draw.uniform(cheapest, dearest)
-        chosen = ranks._priced(losses, costs, room)
-
-        def total(table, options):
-            return sum(table[name][option] for name, option in zip("abc", options, strict=True))
-
-        assert total(costs, chosen.values()) <= room * (1 + 1e-9)
-        largest = max(np.diff(options).max() for options in costs.values())
-        best = min(
-            total(losses, options)
-            for options in itertools.product(range(5), repeat=3)
-            if total(costs, options) <= max(room - largest, cheapest)
-        )
-        assert total(losses, chosen.values()) <= best + 1e-9
-        assert ranks._priced(losses, costs, dearest) == dict.fromkeys("abc", 4)
+        budget.plan(vit, **found, kinds=["ranks"], macs=0.7, most=nothing)
 
 
 # -- the same share of each layer

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitlab import files, models
 from vitlab.evaluation import cost, memory
 from vitlab.models import _layers, checkpoint
-from vitlab.pruning import budget, factor, ranks, scores, shrink
+from vitlab.pruning import budget, factor, ranks, shrink
 
 
 def macs_by_torch(model, image_size):
@@ -308,7 +308,6 @@ def test_a_forward_pass_of_its_own_is_said_and_no_budget_is_planned(change):
     sizes = dict(patch_size=4, embed_dim=48, depth=4, num_heads=3)
     model = models.create("vit_tiny_patch16_224", num_classes=10, image_size=32, **sizes).eval()
     batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))]
-    grams = scores.grams(model, batches, layers=["blocks.0.mlp.fc1"])
     change(model)
     row = cost.summary(model)
     measured = macs_by_torch(model, 32)
@@ -319,7 +318,6 @@ def test_a_forward_pass_of_its_own_is_said_and_no_budget_is_planned(change):
     for refused in (
         lambda: budget.plan(model, {}, kinds=["heads"], macs=0.5),
         lambda: budget.reach(model, batches, macs=0.5),
-        lambda: ranks.allocate(model, grams, grams, macs=0.5),
         lambda: ranks.uniform(model, batches, macs=0.5),
     ):
         with pytest.raises(ValueError, match="torch counts .* a share of MACs cannot be planned"):

@@ -9,7 +9,6 @@ from vitlab import models
 from vitlab.evaluation import cost
 from vitlab.models import checkpoint
 from vitlab.pruning import budget, compensate, factor, masks, prune, recover, scores, shrink
-from vitlab.pruning.ranks import allocate
 
 
 def entries(criterion, **options):
@@ -87,9 +86,9 @@ def pool(model, batch, macs=0.7):
 
 
 def ranks(model, batch, macs=0.7):
-    seen = grams(model, batch)
-    felt = scores.gradient_grams(model, [batch], layers=list(seen))
-    return factor.factorise(model, allocate(model, seen, felt, macs=macs, multiple=1), grams=seen)
+    found = budget.candidates(model, [batch], kinds=["ranks"])
+    plan = budget.plan(model, **found, kinds=["ranks"], macs=macs)
+    return budget.cut(model, plan, [batch])[0]
 
 
 def both(model, batch):

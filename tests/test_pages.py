@@ -275,7 +275,7 @@ def test_every_cut_has_words_of_its_own():
         assert set(rows.method + " " + rows.form) <= set(pages.LABELS)
     values, known = settings.study("demo"), {cut.rpartition(" ")[0] for cut in pages.LABELS}
     budgets = (ROOT / "notebooks" / "5_budget.ipynb").read_text()
-    methods = re.findall(r'\\"([\w+]+)\\": \(\\"(?:fisher|random)', budgets) + ["svd", "ranks"]
+    methods = re.findall(r'\\"([\w+]+)\\": \{\\"kinds', budgets) + ["svd"]
     methods += [f"unstructured, {schedule}" for schedule in values.global_pruning.schedules]
     methods += [f"heads+{form}" for form in values.heads_svd_iht.forms]
     assert len(methods) > 12 and set(methods) <= known

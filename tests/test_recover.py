@@ -13,7 +13,6 @@ from vitlab.pruning import (
     factor,
     masks,
     prune,
-    ranks,
     recover,
     scores,
     shrink,
@@ -34,12 +33,9 @@ def cut(model, batches, macs=0.75):
     unit_scores = scores.units(model, batches, criteria=["fisher"], kinds=kinds)["fisher"]
     plan = budget.plan(model, unit_scores, macs=macs, kinds=kinds, multiple=2)
     small = shrink.remove(model, plan.drop)
-    matrices = list(models.view(small).matrices)
-    grams = scores.grams(small, batches, layers=matrices)
-    gradient_grams = scores.gradient_grams(small, batches, layers=matrices)
-    return factor.factorise(
-        small, ranks.allocate(small, grams, gradient_grams, macs=0.8, multiple=1), grams=grams
-    ), [plan.drop]
+    found = budget.candidates(small, batches, kinds=["ranks"])
+    thin = budget.plan(small, **found, kinds=["ranks"], macs=0.8)
+    return budget.cut(small, thin, batches)[0], [plan.drop]
 
 
 @torch.no_grad()

@@ -400,8 +400,7 @@ def break_even(table):
     Returns {layer: the highest such rank, 0 for none}.
     """
     # These limits are what makes factoring faster in time, not in MACs alone: give them to
-    # budget.plan and ranks.allocate (most=…). The same share of every layer, or ranks without
-    # limits, are baselines.
+    # budget.plan (most=…). The same share of every layer, or ranks without limits, are baselines.
     limits = {}
     for name, lines in table.groupby("layer", sort=False):
         lines = lines.sort_values("rank")

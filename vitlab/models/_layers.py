@@ -57,7 +57,7 @@ class FactoredLinear(_Layer):
 
     # Below rank m n / (m + n) these are fewer multiply-accumulates. That is not yet less time: two
     # calls move more than one. What makes factoring faster is a limit on each rank: measure it by
-    # bench.rank_speed and bench.break_even, and give it to ranks.allocate(most=...). The same share
+    # bench.rank_speed and bench.break_even, and give it to budget.plan(most=...). The same share
     # of every layer (factor.compress by "svd") is a baseline.
 
     options = ("rank",)

@@ -106,11 +106,12 @@ class Calibration:
         how = {"grams": self.grams, "compensate": compensate}
         return cut(self.model, chosen, self.half, **how, **self.positions)
 
-    def reconstruct(self, small, drops=(), *, untouched=()):
+    def reconstruct(self, small, drops=(), *, untouched=(), narrow=True):
         """Return a smaller model with all layers solved for against the whole one.
 
         small, drops: what `cut` returns.
         untouched: names of layers that stay as they are.
+        narrow: whether factor.narrow_heads follows, on which plans of `plan` count.
 
         Raises what recover.reconstruct raises.
         """
@@ -119,8 +120,7 @@ class Calibration:
         how = {"drops": drops, "damping": damping, "untouched": untouched}
         how |= {"gradients": self.gradients, **self.positions}
         small = recover.reconstruct(small, self.model, self.batches, **how)
-        # Heads need no more dimensions than their qkv has ranks; the plan has counted on it.
-        return factor.narrow_heads(small, keep=untouched)
+        return factor.narrow_heads(small, keep=untouched) if narrow else small
 
 
 def positions(model, batches, *, labels="true"):

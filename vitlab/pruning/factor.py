@@ -226,7 +226,7 @@ def factorise(model, ranks, *, grams=None, damping=1e-3):
     """Return a copy of model with some layers as two thin ones each, by truncated SVD.
 
     model: a ViT or Swin; it stays as it is.
-    ranks: {layer: rank} of linear layers and of convolutions of the stem, as from ranks.allocate.
+    ranks: {layer: rank} of linear layers and of convolutions of the stem, as a Plan has them.
     grams: {layer: [n, n]} of this very model, as from scores.grams. A layer in it gets the
         activation-weighted SVD (lowrank.svd), the others the plain one.
     damping: share of the mean of the gram's diagonal that is added to it, see lowrank.damped.

@@ -3,7 +3,7 @@
 Method: docs/methods/budget.md.
 
 Public: FLOORS, Plan, Search, Unreachable, basis, candidates, check_reachable, checked_target,
-layers_of, spend, thin_layers, without.
+layers_of, without.
 """
 
 import fnmatch
@@ -141,7 +141,7 @@ def candidates(model, unit_scores, directions, kinds, multiple, most):
         raise ValueError(
             "no directions; give scores.directions of layers to factor, or leave ranks out"
         )
-    return units, thin_layers(model, directions, _RANK_MULTIPLE, most)
+    return units, _thin_layers(model, directions, most)
 
 
 def layers_of(model, names_to_keep):
@@ -258,12 +258,11 @@ def basis(layer, gram, gradient=None):
     return lowrank.svd(weight, min(weight.shape), gram=lowrank.damped(gram), gradient=gradient)
 
 
-def thin_layers(model, directions, multiple, most):
+def _thin_layers(model, directions, most):
     """Return {layer: _Thin} of the layers that may have any rank.
 
     model: holds the layers, which are plain.
     directions: {layer: [R+1]}, what is lost without all directions from each on.
-    multiple: ranks are multiples of it; a layer whose highest rank is lower takes any rank.
     most: {layer: highest rank}; layers that are not in it may have any that saves MACs.
 
     Raises ValueError for a wrong number of directions.
@@ -279,7 +278,7 @@ def thin_layers(model, directions, multiple, most):
         # Two thin layers cost less than the whole one up to the rank top. Below one multiple take
         # any rank.
         top = lowrank.rank_for(m, n, 1, multiple=1)
-        step = multiple if top >= multiple else 1
+        step = _RANK_MULTIPLE if top >= _RANK_MULTIPLE else 1
         options = np.arange(step, min(top, most.get(name, top)) + 1, step)
         if len(options):
             # A lower rank may not look better than a higher one: take the highest loss from each
@@ -441,7 +440,7 @@ class Search:
         factored = [name for name in self.state if name in self.thin]
         losses, costs = self.options(factored)
         before = self.state.copy()
-        spend(self.state, losses, costs, goal - self.cost(self.state))
+        _spend(self.state, losses, costs, goal - self.cost(self.state))
         if self.cost(self.state) > goal:  # layers that narrow with each other are priced apart
             self.state = before
         return self
@@ -616,7 +615,7 @@ def _block_terms(block, row, width):
     return there + inputs, outputs
 
 
-def spend(state, losses, costs, room):
+def _spend(state, losses, costs, room):
     """Raise ranks while there is room.
 
     state: {layer: number of its option}; it is changed.
