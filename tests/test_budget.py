@@ -9,7 +9,7 @@ import torch
 from conftest import OTHERS, toy
 
 from vitlab import models
-from vitlab.evaluation import cost
+from vitlab.evaluation import bench, cost
 from vitlab.pruning import budget, factor, lowrank, pool, recover, scores, shrink
 from vitlab.pruning.ranks import uniform
 from vitlab.report import inside
@@ -257,7 +257,7 @@ def test_latency_is_corrected_by_what_is_measured(vit, batch, monkeypatch, runti
 
     monkeypatch.setattr(budget.bench, "latency", latency)
     monkeypatch.setattr(budget.bench, "layer_times", layer_times)
-    monkeypatch.setattr(budget.bench, "runnable", lambda setting, device: None)
+    monkeypatch.setattr(budget.runtimes, "timed", bench.Setting)
     plan = budget.plan(vit, fisher(vit, batch), latency=0.93, multiple=1, runtime=runtime)
     assert plan.share == pytest.approx(0.93, rel=0.05) and "latency_saved" in plan.table
     macs = cost.macs(shrink.remove(vit, plan.drop)) / cost.macs(vit)
@@ -271,6 +271,8 @@ def test_a_runtime_is_where_latency_is_measured(vit, batch):
         budget.plan(vit, fisher(vit, batch), macs=0.5, runtime="onnxruntime")
     with pytest.raises(ValueError, match="unknown runtime 'onxruntime', did you mean 'onnx"):
         budget.plan(vit, fisher(vit, batch), latency=0.9, runtime="onxruntime")
+    with pytest.raises(ValueError, match="unknown precision 'int4'"):
+        budget.plan(vit, fisher(vit, batch), latency=0.9, runtime="onnxruntime int4")
 
 
 def test_a_target_is_one_of_four(vit, batch):

@@ -112,3 +112,14 @@ def test_openvino_beside_the_others(vit, images):
     assert refused.empty and runtimes.left(made, images.test).difference.max() < 1e-4
     times = bench.latency({"one": bench.Setting(vit, "openvino")}, batch=2, repeats=3)
     assert times.runtime.tolist() == ["openvino"]
+
+
+def test_what_is_timed_in_int8_computes_the_model(vit):
+    setting = runtimes.timed(vit, "onnxruntime int8")
+    assert (setting.runtime, setting.precision) == ("onnxruntime", "int8")
+    shown = export.random_images(vit, 8)
+    with torch.inference_mode():
+        expected = vit(shown)
+    off = (bench.runnable(setting, shown.device)(shown) - expected).abs().mean()
+    assert 0 < off < 0.05 * expected.abs().max()  # and it is no float32
+    assert runtimes.timed(vit, "eager").precision == "float32"

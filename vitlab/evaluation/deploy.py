@@ -2,7 +2,7 @@
 
 Nothing is left in the folder of a model that does not answer as torch does.
 
-Public: FILES, LINES, convert, first, write.
+Public: BATCH, FILES, LINES, convert, first, write.
 """
 
 import io
@@ -42,7 +42,7 @@ LINES = {
 _RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}
 _CHECKED = 256  # images on which a file is compared with torch
 _CALIBRATED = 128  # images that int8 is calibrated by
-_BATCH = 16
+BATCH = 16
 _AGREEMENT = 0.95  # the least share of images with torch's answer, in int8
 _SMOOTH = 0.95  # NNCF's own share of scales that SmoothQuant moves
 _ROUNDS = 9  # of timing
@@ -224,7 +224,7 @@ def _to_openvino(source, path, images):
         and each.input_value(1).get_node().get_type_name() != "Constant"
     ]
     whole = nncf.IgnoredScope(names=products, types=["Convolution"], validate=False)
-    batches = nncf.Dataset([batch.numpy() for batch in images.split(_BATCH)])
+    batches = nncf.Dataset([batch.numpy() for batch in images.split(BATCH)])
 
     def quantised(fix, alpha):
         options = nncf.AdvancedQuantizationParameters(
@@ -261,7 +261,7 @@ def _to_openvino(source, path, images):
     best = nearest_of(("enable", alpha))
     if best != list(errors)[-1]:
         quantised(*best)  # the file is of the last one
-    rounds = _times({"float32": float32, "int8": sessions[best]}, images[:_BATCH])
+    rounds = _times({"float32": float32, "int8": sessions[best]}, images[:BATCH])
     speed = np.median(rounds["float32"] / rounds["int8"])
     least, *_, most = (f"{100 * error:.2f}" for error in sorted(errors.values()))
     bits = {"disable": "eight", "enable": "seven"}[best[0]]
@@ -282,7 +282,7 @@ def _mean_error(logits, expected):
 def _speed(ratio, runtime):
     """Say how much faster int8 is than float32."""
     return (
-        f"int8: {ratio:.2f} times as fast as float32 in {runtime}, {_BATCH} images, "
+        f"int8: {ratio:.2f} times as fast as float32 in {runtime}, {BATCH} images, "
         f"{torch.get_num_threads()} thread(s) of this machine"
     )
 
@@ -306,7 +306,7 @@ def _quantise(source, path, images, dynamic):
     ]
 
     def quantised(kinds, per_channel, reduce_range):
-        batches = iter([{"images": batch.numpy()} for batch in images.split(_BATCH)])
+        batches = iter([{"images": batch.numpy()} for batch in images.split(BATCH)])
         options = {
             "op_types_to_quantize": kinds,
             "per_channel": per_channel,
@@ -347,7 +347,7 @@ def _quantise(source, path, images, dynamic):
         "linear": export.session(chosen),
         "all": export.session(with_convolutions),
     }
-    rounds = _times(sessions, images[:_BATCH])
+    rounds = _times(sessions, images[:BATCH])
     gain = np.quantile(rounds["linear"] / rounds["all"], [0.25, 0.5])
     takes_convolutions = gain[0] > 1  # in three rounds of four
     path.write_bytes(with_convolutions if takes_convolutions else chosen)

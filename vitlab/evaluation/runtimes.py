@@ -1,6 +1,6 @@
 """Say what is left of models in the runtimes where they are deployed.
 
-Public: left, settings.
+Public: left, settings, timed.
 """
 
 import tempfile
@@ -43,6 +43,23 @@ def settings(models, ways, *, images=None):
                     refused.append([key, *way.split(), str(reason).strip().splitlines()[0]])
     sizes = pd.DataFrame({"model": sizes.keys(), "bytes": sizes.values()})
     return made, sizes, pd.DataFrame(refused, columns=["model", "runtime", "precision", "note"])
+
+
+def timed(model, way):
+    """Return the bench.Setting of a model in one way of `settings`, to be timed and no more.
+
+    Its int8 is calibrated by random images: which numbers they hold changes no time.
+
+    model: the model, on the CPU but for the ways of torch
+    way: a runtime, and a precision if it is not float32
+
+    Raises ValueError for an unknown way, ModuleNotFoundError without the runtime's package, and
+    RuntimeError for a model that cannot be exported.
+    """
+    runtime, precision = [*way.split(), "float32"][:2]
+    images = export.random_images(model, 2 * deploy.BATCH) if "int8" in precision else None
+    with tempfile.TemporaryDirectory() as folder:
+        return _made(model, runtime, precision, images, Path(folder))[0]
 
 
 def _made(model, runtime, precision, calibration, folder):

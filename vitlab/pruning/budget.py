@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 from vitlab import files, models, names
-from vitlab.evaluation import bench, cost, evaluate
+from vitlab.evaluation import bench, cost, runtimes
 from vitlab.pruning import factor, pool, recover, scores, shrink
 
 _POOL = ("heads", "neurons", "filters", "width", "ranks")  # the kinds that do best together
@@ -222,8 +222,8 @@ def plan(
     batch: how many images are timed together, for latency.
     narrow: whether factor.narrow_heads follows, by which a rank of qkv below the size of a head
         saves more than its own layer.
-    runtime: where latency is measured, in float32: "eager", "compiled", "onnxruntime" or
-        "openvino".
+    runtime: where latency is measured: "eager", "compiled", "onnxruntime" or "openvino", and
+        "bf16" or "int8" after it, as in "onnxruntime int8"; float32 otherwise.
     target: a cost and the share of it to keep, in (0, 1). Costs are macs, params, bytes (of weights
         and buffers in memory) and latency (here and now).
 
@@ -260,13 +260,18 @@ def plan(
         return new_search().run(max(wanted, floor)).as_plan(what)
 
     # The time by layer is that of eager runs; elsewhere it is a first guess, which is corrected.
-    dense = bench.Setting(model, runtime)
-    if what == "latency":
-        run = bench.runnable(dense, evaluate.device_of(model))
-        dense = replace(dense, run=run)  # so that it is exported once
+    dense = what == "latency" and runtimes.timed(model, runtime)
 
     def measure(wanted):
-        return _measured(dense, plan_for(wanted), what, share, batch, narrow, kept)
+        plan = plan_for(wanted)
+        small, _ = cut(model, plan)
+        small = factor.narrow_heads(small, keep=kept) if narrow else small
+        if what == "latency":
+            timed = {"dense": dense, "small": runtimes.timed(small, runtime)}
+            left, miss = _time_left(timed, share, batch)
+        else:
+            left, miss = _count_left(model, small, what, share)
+        return replace(plan, share=left), miss
 
     # The closed form of MACs is exact: nothing to measure. It misses the target by less than the
     # cheapest step. Nor is there anything to measure where nothing may go.
@@ -313,29 +318,27 @@ def _corrected(measure, is_counted, share, floor):
     return min(tries, key=lambda pair: pair[1])
 
 
-def _measured(dense, plan, what, share, batch, narrow, kept):
-    """Return the plan with the share it really keeps, and by how much that misses the target.
+def _time_left(timed, share, batch):
+    """Return the share of the dense model's time that a smaller one takes, and the miss.
 
-    dense: bench.Setting of the model of the plan.
+    timed: {"dense": bench.Setting, "small": bench.Setting}; both run in turns, so that what else
+        the machine does slows both.
     """
-    model = dense.model
-    small, _ = cut(model, plan)
-    small = factor.narrow_heads(small, keep=kept) if narrow else small
-    if what == "latency":
-        # Both run in turns, so that what else the machine does slows both.
-        both = {"dense": dense, "small": bench.Setting(small, dense.runtime)}
-        times = bench.latency(both, batch=batch, repeats=21).iloc[1]
-        kept = 1 / times.speedup
-        # Times scatter. Within their quartiles, or within 5 %, the target is met.
-        miss = abs(kept / share - 1)
-        is_met = times.speedup_q1 <= 1 / share <= times.speedup_q3 or miss <= 0.05
-    else:
-        count = cost.bytes_memory if what == "bytes" else cost.params
-        kept = count(small) / count(model)
-        # A count above the target is no hit at all.
-        miss = math.inf if kept > share else 1 - kept / share
-        is_met = miss <= 0.005
-    return replace(plan, share=kept), 0 if is_met else miss
+    times = bench.latency(timed, batch=batch, repeats=21).iloc[1]
+    left = 1 / times.speedup
+    # Times scatter. Within their quartiles, or within 5 %, the target is met.
+    miss = abs(left / share - 1)
+    is_met = times.speedup_q1 <= 1 / share <= times.speedup_q3 or miss <= 0.05
+    return left, 0 if is_met else miss
+
+
+def _count_left(model, small, what, share):
+    """Return the share of parameters or bytes that a smaller model has, and the miss."""
+    count = cost.bytes_memory if what == "bytes" else cost.params
+    left = count(small) / count(model)
+    # A count above the target is no hit at all.
+    miss = math.inf if left > share else 1 - left / share
+    return left, 0 if miss <= 0.005 else miss
 
 
 def cut(model, plan, batches=(), *, grams=None, compensate=None, tokens=None, weights=None):
