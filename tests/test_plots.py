@@ -519,6 +519,16 @@ def test_backbones_have_a_panel_a_data_set_and_peers_are_grey():
         assert {text.get_text() for text in ax.texts} == {"dense", "CORP", "vitlab, pool"}
 
 
+def test_the_name_of_a_line_that_ends_early_stands_at_its_end():
+    lines = [("vitlab, pool", 0.75, 80.0), ("vitlab, pool", 0.35, 70.0), ("CORP", 0.75, 60.0)]
+    lines += [("CORP", 0.5, 50.0), ("dense", 1.0, 90.0)]
+    table = pd.DataFrame(lines, columns=["method", "budget", "probe_kept"])
+    (ax,) = plots.backbones(table.assign(data="Caltech-101", draw=0)).axes
+    ends = {text.get_text(): text.xy for text in ax.texts if hasattr(text, "xy")}
+    assert ends == {"CORP": (0.5, 50.0)}
+    assert len(ax.texts) == 3 and ax.figure.get_figwidth() == _style.WIDE[0]
+
+
 # -- recovery, step by step
 
 

@@ -409,7 +409,8 @@ def backbones(lines, *, metric="probe_kept", words="linear probe of the dense mo
     """Draw the top-1 of cut backbones over the share of the MACs that is left.
 
     There is a panel for each data set. Methods of this package have colours, others are grey, and
-    the dense model is a line across. Bars go from the lowest to the highest draw.
+    the dense model is a line across. Bars go from the lowest to the highest draw. The name of a line that
+    ends before the smallest share stands at its end.
 
     lines: columns data, method ("dense", and those of this package as "vitlab, pool"), budget, draw
         and the metric, as benchmarks/foundation.py leaves them.
@@ -418,7 +419,7 @@ def backbones(lines, *, metric="probe_kept", words="linear probe of the dense mo
     Returns a Figure.
     """
     groups = lines.groupby("data", sort=False)
-    figure, panels = panels_beside(groups, 7.6 if len(groups) == 1 else 2 * 6.6, 5.2)
+    figure, panels = panels_beside(groups, WIDE[0] if len(groups) == 1 else 2 * 6.6, 5.0)
     for ax, name, rows in panels:
         ax.axhline(rows[rows.method == "dense"][metric].mean(), color="0.35", linestyle=":")
         ends = {"dense": (rows[rows.method == "dense"][metric].mean(), "0.35")}
@@ -432,7 +433,13 @@ def backbones(lines, *, metric="probe_kept", words="linear probe of the dense mo
             look |= {"linestyle": "--" if "labels" in method else "-"}
             ranges = tables.ranges_of(line.groupby("budget")[metric])
             range_bars(ax, ranges, markersize=8 if ours else 4, zorder=3 if ours else 2, **look)
-            ends[method] = (ranges["mean"].iloc[0], look["color"])
+            end = (line.budget.min(), ranges["mean"].iloc[0])
+            if end[0] == cuts.budget.min():
+                ends[method] = (end[1], look["color"])
+            else:
+                at_end = {"xytext": (8, 2), "textcoords": "offset points", "va": "top"}
+                color = "0.35" if look["color"] == CONTROL else look["color"]
+                ax.annotate(textwrap.fill(method, 18), end, color=color, **at_end)
         label_lines(ax, ends, size=TEXT)
         ax.set(title=name, xticks=sorted(cuts.budget.unique()))
         ax.xaxis.set_major_formatter("{x:.0%}")
