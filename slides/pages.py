@@ -4,7 +4,7 @@
 `<!-- results of STUDY -->` and `<!-- /results -->`, and the sentence and picture of the front page between
 `<!-- claim -->` and `<!-- /claim -->`.
 
-Public: backbone_sentence, claims, family_of, fill, headline, hero, main, peer_sentence, results.
+Public: backbone_sentence, claims, family_of, fill, headline, hero, main, peer_sentence, pool, results.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import pandas as pd
 import published
 
 from vitlab import files
-from vitlab.report import plots, tables
+from vitlab.report import drawings, plots, tables
 
 STUDIES = ("cifar10-small", "caltech101-small")  # of the front page
 LABELS = {  # method and form: what was done, in the order of a table
@@ -495,6 +495,12 @@ def hero(folder):
     plots.save(drawn, folder / "hero", caption=caption, title=peer_sentence(_hero_lines(bench)))
 
 
+def pool(folder):
+    """Draw how the pool works, pool.png and pool.svg of a folder, and return the path of the first."""
+    plots.save(drawings.pool(), folder / "pool")
+    return folder / "pool.png"
+
+
 def fill(text, *, page):
     """Return the text of a page with the results between its marks written anew.
 
@@ -526,6 +532,7 @@ def main(arguments=None):
     names = parser.parse_args(arguments).pages
     if any(page.resolve() == files.repository() / "README.md" for page in names):
         hero(files.repository() / "figures")
+        pool(files.repository() / "figures")
     for page in names:
         try:
             text = fill(page.read_text(), page=page.resolve().parent)

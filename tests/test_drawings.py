@@ -406,3 +406,19 @@ def test_the_same_drawing_is_the_same_bytes(swin, split, tmp_path):
         assert (tmp_path / f"{name}1.{ending}").read_bytes() == (
             tmp_path / f"{name}2.{ending}"
         ).read_bytes()
+
+
+# -- how the pool works
+
+
+def test_the_pool_takes_the_cheapest_of_units_and_ranks_until_its_line():
+    may_go, queue, _ = drawings.pool().axes
+    bars = [bar for container in queue.containers for bar in container]
+    heights = [bar.get_height() for bar in bars]
+    assert heights == sorted(heights) and len(set(heights)) == len(heights)
+    (line,) = queue.lines
+    gone = [bar.get_x() < line.get_xdata()[0] for bar in bars]
+    assert [bool(bar.get_hatch()) for bar in bars] == gone and 0 < sum(gone) < len(gone)
+    kinds = {bar.get_edgecolor() for bar, goes in zip(bars, gone, strict=True) if goes}
+    assert len(kinds) == 2  # both kinds go
+    assert {"a unit", "a rank"} <= {text.get_text() for text in may_go.texts}

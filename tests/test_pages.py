@@ -311,6 +311,12 @@ def test_the_picture_of_the_front_page_is_what_the_benchmark_says(tmp_path):
         assert published.number(lost) in drawn  # in the sentence above
 
 
+def test_the_drawing_of_the_pool_is_the_one_that_is_committed(tmp_path):
+    assert pages.pool(tmp_path) == tmp_path / "pool.png"
+    for name in ("pool.svg", "pool.png"):
+        assert (tmp_path / name).read_bytes() == (FIGURES / name).read_bytes(), "make readme"
+
+
 def numbers_told(text):
     """Numbers of a page that stand neither among the results nor in code nor in names and addresses."""
     text = pages.MARKS.sub("", text)

@@ -1,10 +1,10 @@
 """Drawings of what is inside a model before and after a cut: weights, widths, spectra, attention.
 
 Frames come in, figures go out, in the style of `plots`. No torch. The first functions draw the
-frames of `inside`, in the same order.
+frames of `inside`, in the same order. `pool` draws how the pool works, from nothing.
 
 Public: attention_maps, changed_images, cut_kinds, heads, heat_map, image_grid, widths, layers,
-spectra, weight_histograms, weight_violins.
+pool, spectra, weight_histograms, weight_violins.
 """
 
 import matplotlib.pyplot as plt
@@ -548,3 +548,91 @@ def _grid(pictures, titles, columns, size):
         ax.imshow(picture)
         ax.set_title(title, fontsize=9)
     return figure
+
+
+# -- how the pool works
+
+_UNIT, _RANK = _style.COLORS["units"], _style.COLORS["ranks"]
+# Units and ranks of a model, the cheapest first; made up.
+_QUEUE = "ruruurruruurrruururururu"
+_GONE = 13  # of the queue
+
+
+@_style.styled
+def pool():
+    """Draw how the pool works: what may go, in which order it goes, and how what stays is solved for anew.
+
+    Returns a Figure.
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(_style.WIDE[0], 4.4), width_ratios=[1, 1.2, 1.1])
+    titles = ["1  What may go", "2  One queue of all layers", "3  What stays is reconstructed"]
+    drawn = [_what_may_go, _queue, _solved_for]
+    for ax, title, draw in zip(panels, titles, drawn, strict=True):
+        ax.set_title(title, loc="left", weight="bold", fontsize=_style.TEXT + 2)
+        draw(ax)
+    return figure
+
+
+def _sketch(ax):
+    """Make axes a sheet of 10 x 10 to draw on."""
+    ax.set(xlim=(0, 10), ylim=(0, 10))
+    ax.set_axis_off()
+
+
+def _box(ax, x, y, width, height, color=None):
+    """Draw a matrix, or with a colour what goes of one."""
+    look = {"facecolor": "0.93", "edgecolor": "0.35"}
+    if color:
+        look = {"facecolor": "white", "edgecolor": color, "hatch": "xxxx", "linewidth": 1.2}
+    ax.add_patch(Rectangle((x, y), width, height, **look))
+
+
+def _what_may_go(ax):
+    _sketch(ax)
+    _box(ax, 0.2, 5.6, 3.4, 3.4)
+    _box(ax, 0.2, 7.1, 3.4, 0.45, _UNIT)
+    ax.text(4.4, 8.9, "a unit", color=_UNIT, weight="bold", va="top", fontsize=_style.TEXT + 1)
+    words = "a head, a neuron,\na filter of the stem\nor a channel"
+    ax.text(4.4, 8.1, words, va="top", linespacing=1.3)
+    _box(ax, 0.2, 0.7, 1.0, 3.4)
+    _box(ax, 0.85, 0.7, 0.35, 3.4, _RANK)
+    ax.text(1.5, 3.45, "×", va="center", ha="center", fontsize=_style.TEXT + 2)
+    _box(ax, 1.8, 3.1, 2.3, 1.0)
+    _box(ax, 1.8, 3.1, 2.3, 0.35, _RANK)
+    ax.text(4.4, 4.0, "a rank", color=_RANK, weight="bold", va="top", fontsize=_style.TEXT + 1)
+    words = "a singular direction\nof a matrix W ≈ U × V"
+    ax.text(4.4, 3.2, words, va="top", linespacing=1.3)
+
+
+def _queue(ax):
+    heights = np.geomspace(0.03, 1, len(_QUEUE))
+    for place, (kind, height) in enumerate(zip(_QUEUE, heights, strict=True)):
+        color = _UNIT if kind == "u" else _RANK
+        stays = {"facecolor": color, "edgecolor": "white"}
+        goes = {"facecolor": "white", "edgecolor": color, "hatch": "xxxx"}
+        ax.bar(place, height, 0.8, **(goes if place < _GONE else stays))
+    ax.axvline(_GONE - 0.5, color="0.35", linestyle="--")
+    ax.text(_GONE - 1, 0.97, "goes, until the\nbudget is met", ha="right", va="top")
+    ax.text(_GONE, 0.97, "stays", va="top")
+    ax.set(xticks=[], yticks=[], xlabel="units and ranks, the cheapest first")
+    ax.set_ylabel("predicted rise of the loss\nfor each MAC saved")
+
+
+def _solved_for(ax):
+    _sketch(ax)
+    ax.text(1.9, 9.1, "dense", ha="center")
+    _box(ax, 0.2, 5.2, 3.4, 3.4)
+    ax.text(7.6, 9.1, "cut", ha="center")
+    _box(ax, 6.4, 5.2, 0.7, 3.4)
+    ax.text(7.4, 8.2, "×", va="center", ha="center", fontsize=_style.TEXT + 2)
+    _box(ax, 7.7, 7.9, 1.9, 0.7)
+    arrow = {"arrowstyle": "<->", "color": _BLUE, "linewidth": 2}
+    ax.annotate("", (6.1, 6.9), (3.9, 6.9), arrowprops=arrow)
+    ax.text(5.0, 7.2, "same\nanswers", ha="center", color=_BLUE)
+    look = {"color": _BLUE, "weight": "bold", "va": "top", "fontsize": _style.TEXT + 1}
+    ax.text(0.2, 4.0, "reconstructed", **look)
+    words = (
+        "Layer after layer is solved for by least\nsquares, to answer as the dense model\n"
+        "does. It takes some training images,\nbut no labels and no training."
+    )
+    ax.text(0.2, 3.2, words, va="top", linespacing=1.3)
