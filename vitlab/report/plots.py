@@ -133,20 +133,26 @@ def accuracy_curve(results):
     order = cuts.stage.map([*STAGES].index)
     last = order.groupby([cuts.series, cuts.target]).transform("max")
     cuts = cuts[order == last]
+    words = "share cut"
+    if cuts.series.str.startswith("heads, ").all():  # said once, below the axis
+        words = "share cut, of heads and of each layer"
     # Controls come last; of more series than can be told apart the first stay.
     names = sorted(_by_rank(cuts.series), key=tables.is_control)[:_MOST]
     control = _same_epochs(ax, results)
-    _loss_lines(ax, cuts, names, "target", tables.marks(cuts, "series"), more=control)
-    ax.set(xlabel="share cut", xticks=sorted(set(cuts.target)))
+    prefix = "heads, " if "heads" in words else ""
+    marks = tables.marks(cuts, "series")
+    _loss_lines(ax, cuts, names, "target", marks, more=control, prefix=prefix)
+    ax.set(xlabel=words, xticks=sorted(set(cuts.target)))
     ax.xaxis.set_major_formatter("{x:.0%}")
     loss_axis(ax, cuts.lost[cuts.series.isin(names)].max())
     return ax
 
 
-def _loss_lines(ax, cuts, names, x, marks, *, label=True, more=None):
+def _loss_lines(ax, cuts, names, x, marks, *, label=True, more=None, prefix=""):
     """Draw a line of points lost over a column x for each name of a series, and write it beside.
 
     more: {name: (height, colour)} of more words to write there.
+    prefix: what is not written of the names that begin with it.
     """
     styles = looks(names)
     ends = dict(more or {})
@@ -154,7 +160,8 @@ def _loss_lines(ax, cuts, names, x, marks, *, label=True, more=None):
         line = cuts[cuts.series == name]
         ranges = tables.ranges_of(line.assign(lost=line.lost.clip(FLOOR)).groupby(x).lost)
         range_bars(ax, ranges, markersize=6, **styles[name])
-        ends[name + marks[name]] = (ranges["mean"].iloc[-1], styles[name]["color"])
+        words = name.removeprefix(prefix) + marks[name]
+        ends[words] = (ranges["mean"].iloc[-1], styles[name]["color"])
     loss_axis(ax, cuts.lost[cuts.series.isin(names)].max())
     if label:
         label_lines(ax, {_broken(name): end for name, end in ends.items()})
@@ -310,7 +317,7 @@ def criteria(frame):
     for place, row in enumerate(means.itertuples(index=False)):
         words = " / ".join(f"{value:.0f}" for value in row)
         ax.text(1.02, place, words, transform=ax.get_yaxis_transform(), va="center")
-    ax.set_yticks(places, means.index)
+    ax.set_yticks(places, map(tables.score_words, means.index))
     for tick in ax.get_yticklabels():
         if tables.is_control(tick.get_text()):
             tick.set_color("0.45")
@@ -491,7 +498,9 @@ def speedups(times):
     ticks = {}
     for words, name, column, own in groups:
         # A tick further left than the axes would be: the heading of its group.
-        ax.text(0, place, words, transform=ax.get_yaxis_transform(), va="center", weight="bold")
+        where = {"transform": ax.get_yaxis_transform(), "va": "center"}
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # hides the line at 1
+        ax.text(0.02, place, words, weight="bold", bbox=behind, **where)
         top = place + 0.5
         for way in own:
             place += 1

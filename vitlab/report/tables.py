@@ -3,7 +3,7 @@
 Public: AXES, DENSE_STAGES, METHODS, STAGES, TOP1, audit_table, beside_dense, best_rates,
 best_under, caption, check_places, checkpoint_words, costs_of, in_words, is_control, like_for_like,
 lost_points, marks, method_words, of_seeds, only_cuts, over_seeds, peers, ranges_of, save_table,
-seeds_of, series, sets_of_seeds.
+score_words, seeds_of, series, sets_of_seeds.
 """
 
 import itertools
@@ -76,6 +76,12 @@ def method_words(method):
     """Return a method in the words of figures, such as "rows, random" for "structured, random"."""
     first, *rest = str(method).split(", ")
     return ", ".join([METHODS.get(first, first), *rest])
+
+
+def score_words(criterion):
+    """Return a criterion in the words of figures: names of people begin with a capital."""
+    names = {"fisher": "Fisher", "taylor": "Taylor", "snip": "SNIP", "obd": "OBD", "obs": "OBS"}
+    return names.get(criterion, criterion)
 
 
 def checkpoint_words(name):
