@@ -21,7 +21,7 @@ help:
 	@echo "make reproduce STUDY=NAME  its results again, beside the published ones; MODEL=vit of one model, SEEDS='0 1'"
 	@echo "make figures STUDY=NAME    its figures, tables and slides again, from the results there are;"
 	@echo "                           ARGS='-p titled=true' with a title and their source in the pictures"
-	@echo "make slides STUDY=NAME     a talk of twelve slides, from the tables and pictures in figures/: .pptx and one HTML file;"
+	@echo "make slides STUDY=NAME     a talk of thirteen slides, from the tables and pictures in figures/: .pptx and one HTML file;"
 	@echo "                           ARGS='--long --only 3,9 --template FILE.potx' with an appendix, some of them, your own look"
 	@echo "make html STUDY=NAME       its executed notebooks as pages, one file each, beside them"
 	@echo "make readme                the results and the picture in README.md, and docs/results.md again, from the tables in figures/"

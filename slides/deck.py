@@ -24,10 +24,11 @@ WIDTH, HEIGHT = 13.333, 7.5  # inches of a slide
 PADDING = 0.2  # inches beside the text of a cell, both sides together
 MARGIN = 0.35  # inches at the left and right of a slide
 GAP = 0.1  # inches between two pictures
-TOP = 1.3  # inches above the body, for the title
+TOP = 1.2  # inches above the body, for the title
 BODY = 5.3  # inches of the body: pictures, points or a table
 LEAST = 14  # points of a table's text
 CAPTION = 12  # points of a caption and a source
+TERMS = (14, 13, 12)  # points of the line that says what words mean
 
 # -- PowerPoint
 
@@ -205,9 +206,10 @@ def _title_layout(deck):
 
 
 def notes(content):
-    """Return the speaker's notes of a slide as text: what is shown, note, table and source."""
+    """Return the speaker's notes of a slide as text: what to say, words, what is shown, table and source."""
     table = "" if content.table is None else content.table.to_string(index=False)
-    return "\n\n".join(filter(None, [content.shows, content.note, table, content.source]))
+    parts = [content.note, content.terms, content.shows, table, content.source]
+    return "\n\n".join(filter(None, parts))
 
 
 def _widen(deck):
@@ -243,17 +245,27 @@ def _fill(slide, content, width, height, *, opening=False):
     wide = width - 2 * MARGIN
     body = height - HEIGHT + BODY
     above = 2.4 if opening else 0  # inches more than above other slides
-    title = (MARGIN, 0.2 + above / 3, wide, 1.0 + above / 2)
+    title = (MARGIN, 0.15 + above / 3, wide, 0.95 + above / 2)
     sizes = range(44, 27, -1) if opening else range(28, 19, -1)
     _write(slide.shapes.title, content.title, title, sizes, bold=True)
     if content.pictures:
         has_names = len(content.pictures) > 1
         top = TOP + (0.3 if has_names else 0)
-        places = arrange(content.pictures.values(), wide, body - (top - TOP))
+        room = body - (top - TOP)
+        places = arrange(content.pictures.values(), wide, room)
+        lower = (room - max(place[3] for place in places)) / 2  # in the middle
         for (name, path), (left, _, *size) in zip(content.pictures.items(), places, strict=True):
             if has_names:
-                _write(_box(slide), name, (MARGIN + left, TOP, size[0], 0.28), [14], center=True)
-            drawn = slide.shapes.add_picture(str(path), *map(Inches, (MARGIN + left, top, *size)))
+                _write(
+                    _box(slide),
+                    name,
+                    (MARGIN + left, TOP + lower, size[0], 0.28),
+                    [14],
+                    center=True,
+                )
+            drawn = slide.shapes.add_picture(
+                str(path), *map(Inches, (MARGIN + left, top + lower, *size))
+            )
             drawn._element.nvPicPr.cNvPr.set("descr", f"{name} {content.shows}".strip())
     elif content.points:
         step = min(0.95, (body - above) / len(content.points))
@@ -266,8 +278,10 @@ def _fill(slide, content, width, height, *, opening=False):
         if fit is None:
             raise ValueError(f"a table is too large for its slide: {content.title}")
         _write_table(slide, content.table, (MARGIN, TOP), *fit)
+    if content.terms:
+        _write(_box(slide), content.terms, (MARGIN, height - 0.98, wide, 0.25), TERMS)
     caption = f"{content.shows} {_short(content.source)}".strip()
-    place = (MARGIN, height - 0.75, wide - 0.8, 0.5)
+    place = (MARGIN, height - 0.68, wide - 0.8, 0.5)
     _write(_box(slide), _shortened(caption, place[2]), place, [CAPTION], grey=True)
 
 
@@ -375,14 +389,15 @@ html { scroll-snap-type: y proximity; font: 16px/1.35 Arial, Helvetica, sans-ser
 body { margin: 0; }
 section { box-sizing: border-box; min-height: 100vh; padding: 3vh 4vw 2vh; scroll-snap-align: start;
   display: flex; flex-direction: column; gap: 1.5vh; border-bottom: 1px solid #ddd; }
-h2 { margin: 0; font-size: clamp(1.2rem, 2.1vw, 2.4rem); line-height: 1.2; }
+h2 { margin: 0; font-size: clamp(1.2rem, 2.4vw, 2.8rem); line-height: 1.2; }
 .opening h2 { margin-top: 18vh; font-size: clamp(1.6rem, 3.4vw, 4rem); }
-.body { flex: 1; display: flex; gap: 1vw; justify-content: center; align-items: flex-start; }
+.body { flex: 1; display: flex; gap: 1vw; justify-content: center; align-items: center; }
 figure { margin: 0; flex: 1 1 0; min-width: 0; text-align: center; }
 figure b { font-size: clamp(1rem, 1.2vw, 1.5rem); }
 img { display: block; width: 100%; height: auto; max-height: 70vh; object-fit: contain; }
 ul { font-size: clamp(1.1rem, 1.9vw, 2.2rem); line-height: 1.35; margin: 0; align-self: flex-start; flex: 1; }
 li { margin-bottom: 0.6em; }
+.terms { margin: 0; font-size: clamp(1rem, 1.25vw, 1.5rem); }
 footer { color: #595959; font-size: clamp(1rem, 1.1vw, 1.2rem); }
 details { font-size: clamp(0.9rem, 1vw, 1.1rem); }
 .table { max-width: 100%; overflow-x: auto; flex: 1; }
@@ -439,11 +454,12 @@ def _section(slide, number, count):
     else:
         body, table = table, ""
     words = html.escape(f"{slide.note} {slide.source}".strip())
+    terms = f'<p class="terms">{html.escape(slide.terms)}</p>\n' if slide.terms else ""
     opening = ' class="opening"' if number == 1 and slide.points else ""
     return [
         f'<section id="slide-{number}"{opening}>\n<h2>{html.escape(slide.title)}</h2>',
         f'<div class="body">{body}</div>',
-        f"<footer>{html.escape(f'{slide.shows} {_short(slide.source)}'.strip())} {number} / {count}</footer>",
+        f"{terms}<footer>{html.escape(f'{slide.shows} {_short(slide.source)}'.strip())} {number} / {count}</footer>",
         f"<details><summary>Notes</summary>{table}{words}</details>\n</section>",
     ]
 

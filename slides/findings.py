@@ -1,6 +1,7 @@
 """The slides of a study: for each a title, pictures of all models, a table for the notes, and a source. No torch.
 
-A title is a short sentence. Its numbers are those of the table.
+A title is a sentence, the conclusion of its slide. Its numbers are those of the table. The line of terms
+below a picture says what its words mean, and the note is what to say aloud.
 """
 
 import contextlib
@@ -24,12 +25,27 @@ PIXELS = 200  # of a picture to an inch, as plots.save writes it
 WEIGHTS = {"unstructured": "weights", "structured": "rows"}
 two_digits = partial(number, digits=2)
 
+BACKBONE = "DINOv2's ViT-S/14"  # of bench/foundation.csv
+SOURCES = {  # of what stands in bench/foundation.csv, by the first words of a method
+    "dense": "Oquab et al. 2023, arXiv 2304.07193",
+    "vitlab": "this repository",
+    "CORP": "Zhang and Yang 2026, arXiv 2602.05243",
+    "LAMP": "Lee et al. 2021, arXiv 2010.07611",
+    "SNIP": "Lee et al. 2019, arXiv 1810.02340",
+    "SVD, plain": "Eckart and Young 1936",
+    "SVD, whitened": "Wang et al. 2024 (SVD-LLM), arXiv 2403.07378",
+    "SnapViT": "Simoncini et al. 2025, arXiv 2510.17700",
+    "Torch-Pruning": "Fang et al. 2023, arXiv 2301.12900",
+    "linear maps": "Cannistraci et al. 2024, arXiv 2410.04941",
+}
+
 # Columns of slides' tables: their header, and how a value is written.
 COLUMNS = {
     "after": ("after the cut (%)", number),
+    "behind": ("behind one pool (points)", number),
     "block": ("block", str),
     "change": ("change (points)", signed),
-    "criterion": ("score", str),
+    "criterion": ("score", tables.score_words),
     "cut": ("right after the cut (%)", number),
     "epochs": ("epochs", "{:.0f}".format),
     "increase": ("loss (nats)", partial(signed, digits=3)),
@@ -45,6 +61,7 @@ COLUMNS = {
     "params": ("parameters (M)", published.millions),
     "promised": ("promised by the MACs", number),
     "ratio": ("share cut", share),
+    "reconstructed": ("reconstructed (%)", number),
     "seeds": ("seeds", "{:.0f}".format),
     "share": ("share of MACs", share),
     "stage": ("stage", lambda stage: tables.STAGES.get(stage, stage)),
@@ -65,12 +82,14 @@ class Slide:
     """Hold one slide: a picture or two, else points of text, else a table.
 
     title: one sentence. pictures: {words above it: path of a .png, perhaps with an .svg beside it}.
-    points: sentences. table: a frame of strings, in the notes where something else is shown.
-    shows: what is on the pictures. note: what else to say. source: files, study, seeds, machines, commits.
+    terms: a line below them that says what words mean. points: sentences.
+    table: a frame of strings, in the notes where something else is shown.
+    shows: what is on the pictures. note: what to say. source: files, study, seeds, machines, commits.
     """
 
     title: str
     pictures: dict[str, Path] | None = None
+    terms: str = ""
     points: tuple[str, ...] = ()
     table: pd.DataFrame | None = None
     shows: str = ""
@@ -151,31 +170,35 @@ def best_budgets(study):
     return pd.concat(best).sort_values(["target", "model"], ascending=False), kind
 
 
-def _each(lines, write):
-    """Return what `write` says of each line, with its model before it, as one text with commas."""
+def _pair(lines, write, unit="", named=True):
+    """Return what `write` says of each line, as words: "0.0 (ViT) and −0.3 points (Swin)".
+
+    unit: what stands behind the last number. named: whether models are named, else "0.0 and −0.3 points".
+    """
     lines = lines.sort_values("model", ascending=False, kind="stable")  # the ViT first
-    return ", ".join(f"{pages.family_of(line.model)} {write(line)}" for line in lines.itertuples())
+    words = [write(line) for line in lines.itertuples()]
+    words[-1] = f"{words[-1]} {unit}".strip()
+    if named:
+        models = map(pages.family_of, lines.model)
+        words = [f"{said} ({model})" for said, model in zip(words, models, strict=True)]
+    return " and ".join(words)
 
 
-def _budget_words(lines, kind):
-    """Return words such as "Half the MACs: ViT 0.0, Swin −0.3 points of top-1 (one pool)"."""
+def _method_of(lines):
+    """Return the name that all lines have, else ""."""
+    names = lines.name.unique()
+    return names[0] if len(names) == 1 else ""
+
+
+def _changes(lines, kind):
+    """Return words such as "by 0.0 (ViT) and −0.3 points (Swin) at half the MACs", for each share of a budget."""
     parts = []
     for target, own in lines.groupby("target", sort=False):
-        methods = own.name.unique()
-        if len(methods) == 1:
-            words = _each(own, lambda line: signed(line.untrained_change))
-            words += f" points of top-1 ({methods[0]})"
-        else:
-            words = _each(own, lambda line: f"{signed(line.untrained_change)} ({line.name})")
-            words = words.replace(" (", " points of top-1 (", 1)
-        parts.append(f"{published.part_of(target, kind)}: {words}")
-    text = "; ".join(parts)
-    return text[0].upper() + text[1:]
-
-
-def _untrained_words(lines, kind):
-    """Return `_budget_words`, and that nothing is trained."""
-    return _budget_words(lines, kind).replace(": ", ", nothing trained: ", 1)
+        first = not parts
+        unit = "points" if first else ""
+        words = _pair(own, lambda line: signed(line.untrained_change), unit, named=first)
+        parts.append(f"by {words} at {published.part_of(target, kind)}")
+    return ", ".join(parts)
 
 
 # -- one function a slide
@@ -185,21 +208,25 @@ def claim(study):
     """Say what the study found, in one sentence."""
     models = " and ".join(pages.family_of(model) for model in reversed(study.models))
     dense = study.dense.loc[study.models].reset_index()
-    dense = _each(dense, lambda line: f"{number(line.top1)} %")
     points = [
-        f"{published.listed(study.results, 'data')}: {models}, trained and cut in many ways.",
-        f"Dense top-1: {dense}.",
-        f"Seeds {tables.seeds_of(study.results)}.",
+        f"{models} on {published.listed(study.results, 'data')}: dense top-1 is "
+        f"{_pair(dense, lambda line: number(line.top1), '%')}.",
+        "MACs are the multiply-accumulates that one image takes: what has to be computed, on any machine.",
     ]
     try:
         best, kind = best_budgets(study)
     except Absent:
         return Slide(f"What pruning does to {models}", points=tuple(points))
+    with contextlib.suppress(Absent):
+        points.append(f"{backbone(study).title}.")
     best = best[best.target == best.target.max()]
+    words = _pair(best, lambda line: signed(line.untrained_change), "points")
     return Slide(
-        _untrained_words(best, kind).replace("Half the", "Half of the"),
+        f"With {published.part_of(best.target.iloc[0], kind)} and nothing trained, top-1 changes by {words}",
         points=tuple(points),
         table=columns_of(best, "model name target untrained untrained_change seeds"),
+        note="First what can be cut, where it hurts, and how that is foreseen; then global pruning, and heads with SVD "
+        "and IHT; then one pool for all of it, its peers, and whether it is faster.",
     )
 
 
@@ -207,11 +234,13 @@ def what_is_cut(study):
     """Show what each cut does to a matrix."""
     model = study.models[-1]
     return Slide(
-        "What is cut: single weights, rows, heads, neurons, ranks",
+        "Masked weights stay in a matrix as zeros; removed rows, heads, neurons and ranks make it smaller",
         {"": study.picture(f"cuts-{model}")},
+        terms="W: matrix of a layer. U × V: its low rank, as many ranks as U has columns. S: weights beside it. "
+        "Neuron: hidden value of an MLP.",
         shows=f"What is left of one layer of the {model_name(model)}, weight by weight.",
-        note="Zeros stay in the matrix and cost time; what is removed makes it smaller. "
-        "IHT (iterative hard thresholding) chooses the weights that are added to few singular directions.",
+        note="Masked weights are zero, and the product with the matrix takes as long as before. What is removed is "
+        "gone: the matrix is smaller, or it becomes the product of two thin ones.",
     )
 
 
@@ -221,13 +250,21 @@ def sensitivity(study):
     lines = lines[(lines.ratio == lines.ratio.max()) & lines.model.isin(study.models)]
     lines = lines.sort_values("increase", ascending=False)
     worst = lines.drop_duplicates("model")
-    words = _each(worst, lambda line: f"{line.layer} ({signed(line.increase, 3)} nats)")
+    worst = worst.sort_values("model", ascending=False)
+    words = " or ".join(
+        f"{line.layer} ({pages.family_of(line.model)}, {signed(line.increase, 3)} nats)"
+        for line in worst.itertuples()
+    )
     table = lines.groupby("model", sort=False).head(LINES // 2)
     return Slide(
-        f"Where it hurts most: {words}",
+        f"The loss rises most where {words} loses {share(worst.ratio.max())} of its weights",
         study.pictures("sensitivity"),
+        terms="qkv makes queries, keys and values; proj mixes the heads; fc1 and fc2 are the MLP. "
+        "Nats: unit of the loss.",
         table=columns_of(table, "model layer ratio increase"),
         shows=f"Rise of the loss when one layer alone loses {share(worst.ratio.max())} of its weights.",
+        note="One layer is cut at a time, and put back. Where few layers hurt, a cut should not take the same share "
+        "of each layer.",
     )
 
 
@@ -242,18 +279,25 @@ def criteria(study):
     ranked = lines.sort_values("val_top1", ascending=False)
     best = ranked.drop_duplicates("model")
     controls = lines[lines.criterion == "magnitude"]
+    names = best.criterion.map(tables.score_words).unique()
+    score = names[0] if len(names) == 1 else "the best score"
     title = (
-        f"{share(lines.target.max())} of the weights zeroed by sensitivity: "
-        f"{_each(best, lambda line: number(line.val_top1))} % top-1"
+        f"With {share(lines.target.max())} of the weights zeroed by {score}, top-1 on val is still "
+        f"{_pair(best, lambda line: number(line.val_top1), '%')}"
     )
     if len(controls):
-        title += f"; by magnitude {_each(controls, lambda line: number(line.val_top1))}"
+        words = _pair(controls, lambda line: number(line.val_top1), "%", named=False)
+        title += f"; by magnitude {words}"
     return Slide(
         title,
         study.pictures("criteria"),
+        terms="w: weight, g: gradient. Fisher: mean of (w g)². Taylor: mean of |w g|. Gradient: mean of |g|. "
+        "Magnitude: |w|.",
         table=columns_of(ranked, "model criterion target val_top1"),
-        shows="Top-1 on val right after the cut, by score: weights and rows.",
-        note="Scores: Fisher and Taylor see gradients, magnitude the weights alone, random nothing.",
+        shows="Top-1 on val, images kept from training, right after the cut: rows and weights.",
+        note="A score says how much a weight matters. Fisher and Taylor look at gradients, too, magnitude at the "
+        "weights alone, and random is the control. Scores are compared on val, results on test: numbers differ a "
+        "little.",
     )
 
 
@@ -265,16 +309,24 @@ def weights_and_rows(study):
         raise Absent("summary.csv has no fine-tuned cuts of weights and rows")
     lines = lines.assign(name=lines.method.map(WEIGHTS))
     most = lines[lines.target == lines.target.max()].sort_values("model", ascending=False)
-    words = [
-        f"of the {name} {_each(own, lambda line: signed(line.trained_change))} points"
-        for name, own in most.groupby("name", sort=False)
-    ]
+    words = []
+    for name, own in most.groupby("name", sort=False):
+        first = not words
+        unit = "points" if first else ""
+        change = _pair(own, lambda line: signed(line.trained_change), unit, named=first)
+        cut = f"{'zeroing' if words else 'Zeroing'} {share(most.target.max())} of the {name}"
+        words.append(
+            f"{cut} changes top-1 by {change} after fine-tuning" if first else f"{cut} by {change}"
+        )
     return Slide(
-        f"Global pruning: {share(most.target.max())} cut by sensitivity, fine-tuned: {'; '.join(words)}",
+        ", ".join(words),
         study.pictures("recovery"),
+        terms="Global: one ranking of all layers. Fine-tuned: some short epochs of training after the cut. "
+        "Grey: controls.",
         table=columns_of(lines, "model name target cut trained trained_change seeds"),
-        shows="Points of test top-1 lost, after the cut and after fine-tuning.",
-        note="Masked models execute all MACs. Hollow marks between: least squares, without training.",
+        shows="Points of test top-1 lost; at the right top-1 before and after fine-tuning.",
+        note="Weights are ranked by Taylor, rows by Fisher, all layers against each other. Masked models execute all "
+        "MACs. Hollow marks in the middle: least squares, without training.",
     )
 
 
@@ -286,26 +338,70 @@ def heads_svd_iht(study):
     if lines.empty:
         raise Absent("summary.csv has no fine-tuned cuts of heads")
     best = pd.concat([comparable(own).head(1) for _, own in lines.groupby("model", sort=False)])
-    words = _each(best, lambda line: f"{signed(line.trained_change)} points ({line.name})")
+    words = _pair(best, lambda line: signed(line.trained_change), "points")
+    name = _method_of(best).removeprefix("heads, ")
+    by = f" ({name})" if name else ""
     table = lines.groupby("model", sort=False).head(LINES // 2)
     return Slide(
-        f"Heads and layers: {share(best.target.max())} cut, fine-tuned: {words}",
+        f"Cutting {share(best.target.max())} of the heads and of each layer{by} changes top-1 by {words} after "
+        "fine-tuning",
         study.pictures("heads_svd_iht"),
+        terms="SVD: W ≈ U × V of few ranks. IHT, iterative hard thresholding, chooses weights or columns beside it.",
         table=columns_of(table, "model name target cut trained trained_change share seeds"),
         shows="Points of test top-1 lost over the share cut of heads and of each layer, fine-tuned.",
-        note="Share: MACs of the dense model. Random heads and directions are the control.",
+        note="The title takes cuts of all seeds; some others had one seed. Random heads and directions are the "
+        "control. Share of MACs: single weights in a dense matrix save next to none.",
+    )
+
+
+def pool(study):
+    """Show how the pool works, and what its reconstruction wins back."""
+    lines = summary(study, [*published.BUDGETS])
+    kind = lines.target_kind.iloc[0]
+    lines = lines[(lines.method == "pool") & (lines.target_kind == kind)]
+    if not {"cut", "reconstructed"} <= {*lines}:
+        raise Absent("summary.csv has no reconstructed pool")
+    lines = lines.dropna(subset=["cut", "reconstructed"])
+    lines = comparable(lines[lines.target <= 0.5]) if len(lines) else lines
+    if lines.empty:
+        raise Absent("summary.csv has no reconstructed pool")
+    least = lines[lines.target == lines.target.min()]
+    before = _pair(least, lambda line: number(line.cut), "%")
+    after = _pair(least, lambda line: number(line.reconstructed), "%", named=False)
+    part = published.part_of(lines.target.min(), kind)
+    return Slide(
+        f"In one pool the least loss for its MACs goes first; at {part} reconstruction brings top-1 from {before} "
+        f"to {after}",
+        {"": pages.pool_picture()},
+        terms="The rise of the loss is what Fisher predicts, from one pass over training images with or "
+        "without labels.",
+        table=columns_of(lines, "model name target cut reconstructed seeds"),
+        shows="How the pool works; heights are made up.",
+        note="First, all that may go: units are heads, neurons, filters of the stem and channels between blocks; ranks "
+        "are singular directions of matrices. Second, all of them stand in one queue, by the loss that Fisher "
+        "predicts for each MAC that is saved, and go until the budget is met. Third, what stays of each layer is "
+        "solved for anew, so that it answers as in the dense model.",
     )
 
 
 def budgets(study):
     """Show what half and a quarter of the cost leave, step by step."""
     best, kind = best_budgets(study)
+    lines = summary(study, [kind])
+    lines = lines[lines.target <= 0.5].dropna(subset="untrained")
+    keys = ["target", "model", "untrained"]
+    lines = lines.sort_values(keys, ascending=False, kind="stable")
+    name = _method_of(best)
+    who = f"{name} changes top-1" if name else "the best cut changes top-1"
     return Slide(
-        _untrained_words(best, kind),
-        study.pictures(f"ladder-{kind}"),
-        table=columns_of(best, "model name target untrained untrained_change trained seeds"),
-        shows="Points of test top-1 lost after each step of recovery; hollow: nothing trained.",
-        note="The best of all methods by test top-1, which favours the lucky one a little.",
+        f"Nothing trained, {who} {_changes(best, kind)}",
+        study.pictures("tradeoff"),
+        terms="Ranks, units: one kind of cut alone, else the same. SVD, equal shares: of each layer as much. "
+        "Random units: the control.",
+        table=columns_of(lines, "model name target untrained untrained_change trained seeds"),
+        shows="Points of test top-1 lost over the share of MACs left; nothing trained where not said.",
+        note="See how far lines are apart at half and at a quarter: the less is left, the more it matters what goes."
+        " The title takes the best of all methods by test top-1, which favours the lucky one a little.",
     )
 
 
@@ -326,34 +422,19 @@ def kept(study):
     means = means.rename(columns={"where": "block"})
     most = means.sort_values("kept", kind="stable").drop_duplicates("model", keep="last")
     method = ", ".join(map(tables.method_words, lines.method.unique()))
-    words = _each(most, lambda line: f"{line.block} ({share(line.kept)})")
+    most = most.sort_values("model", ascending=False)
+    words = " and of ".join(
+        f"{line.block} ({pages.family_of(line.model)}, {share(line.kept)})"
+        for line in most.itertuples()
+    )
     return Slide(
-        f"At half the {published.COSTS[kinds[0]]}, {method} keeps most of: {words}",
+        f"At half the {published.COSTS[kinds[0]]} {method} keeps most of {words}",
         study.pictures(f"kept-{kinds[0]}-0.5"),
+        terms="100: nothing was cut there. Rank of qkv: the singular directions of that matrix that stay.",
         table=columns_of(means.head(2 * LINES), "model block kept"),
         shows="Heads, neurons and ranks that stay, in percent of the dense model's; "
-        f"seed {published.listed(lines, 'seed')}.",
-        note="Kept: mean over what is drawn of a block: heads, neurons and ranks.",
-    )
-
-
-def trade_off(study):
-    """Show all methods over the share of the cost."""
-    best, kind = best_budgets(study)
-    lines = summary(study, [kind])
-    lines = lines[lines.target == best.target.min()].dropna(subset="untrained")
-    lines = lines.sort_values(["model", "untrained"], ascending=False, kind="stable")
-    deepest = best[best.target == best.target.min()]
-    uniform = lines[lines.method == "svd"].sort_values("model", ascending=False)
-    title = _budget_words(deepest, kind)
-    if len(uniform):
-        words = _each(uniform, lambda line: signed(line.untrained_change))
-        title += f"; {uniform.name.iloc[0]}: {words}"
-    return Slide(
-        title,
-        study.pictures("tradeoff"),
-        table=columns_of(lines, "model name target untrained untrained_change trained seeds"),
-        shows="Points of test top-1 lost over the share of MACs left; nothing trained where not said.",
+        f"seed {published.listed(lines, 'seed')}. The title has the mean of a row.",
+        note="Compare it with where it hurts: the pool should keep what the loss depends on, and what saves few MACs.",
     )
 
 
@@ -365,19 +446,82 @@ def peers(study):
     lines = tables.peers(pd.read_csv(file))
     seeds = ", ".join(map(str, sorted(lines.seed.unique())))
     lines = published.mean_over_seeds(lines, ["model", "name", "tool", "share"])
+    ours, tuned, _ = pages.PEERS
+    pooled = lines[lines.name == ours].set_index(["model", "share"]).lost
+    keys = lines.set_index(["model", "share"]).index
+    lines = lines.assign(behind=lines.lost - pooled.reindex(keys).to_numpy())
+    least = lines[(lines.share == lines.share.min()) & (lines.name == tuned)]
+    least = least.assign(model=least.model.str.removeprefix("small "))
+    order = lines.sort_values(["model", "share"], ascending=False)
     return Slide(
-        pages.peer_sentence(lines),
+        f"At {published.part_of(lines.share.min(), 'macs')} Torch-Pruning's best, fine-tuned, is "
+        f"{_pair(_as_models(least), lambda line: number(line.behind), 'points')} behind one pool that trains nothing",
         {"": file.with_suffix(".png")},
-        table=columns_of(
-            lines.sort_values(["model", "share"], ascending=False),
-            "model name tool share top1 lost",
-        ),
+        terms="Torch-Pruning (Fang et al. 2023) removes heads, neurons and channels. "
+        "Fine-tuned: one epoch on all images.",
+        table=columns_of(order, "model name tool share top1 lost behind"),
         shows="Points of test top-1 lost over the share of MACs left. A benchmark of its own: of the dense models of "
         "seed 0, with other calibration images than the study.",
         note="Of Torch-Pruning the setting that is best on test at each share. It has nothing that solves "
-        "layers anew without labels.",
+        "layers anew without labels. Losses differ a little from those of the study, which is of three dense models.",
         source=f"Source: bench/accuracy.csv, accuracy.png. Small models on CIFAR-10 (JPEG), seeds {seeds}.",
     )
+
+
+def _as_models(lines):
+    """Return lines with names of models as studies have them: vit and swin."""
+    return lines.assign(model=lines.model.str.lower())
+
+
+def backbone(study):
+    """Show what a real pretrained ViT-S is good for after a cut, beside its peers."""
+    file = study.folder.parent / "bench" / "foundation.csv"
+    if not file.is_file():
+        raise Absent("bench/foundation.csv is missing")
+    rows = pd.read_csv(file)
+    data = pages.BACKBONE_DATA
+    rows = rows[(rows.data == data) & (rows.stage == "cut") & (rows.outcome == "runs")]
+    top1 = rows.groupby(["method", "budget"]).probe_anew.median().unstack()
+    dense = top1.loc["dense", 1.0]
+    half = top1[0.5].drop("dense").dropna().sort_values(ascending=False)
+    peers = [name for name in half.index if not name.startswith("vitlab")]
+    peer = next(name for name in peers if not tables.is_control(name))
+    shown = top1.loc[["dense", *half.index.drop("random units", errors="ignore")]]
+    shown = shown[sorted(shown, reverse=True)].map(
+        lambda top1: "" if pd.isna(top1) else number(top1)
+    )
+    shown.columns = [f"{share(budget)} of the MACs (%)" for budget in shown]
+    sources = [
+        next(words for name, words in SOURCES.items() if method.startswith(name))
+        for method in shown.index
+    ]
+    table = shown.rename(index={"dense": f"{BACKBONE}, dense"}).rename_axis("method").reset_index()
+    table = table.assign(source=sources)
+    return Slide(
+        f"At half the MACs, without labels or training, {BACKBONE} keeps {number(half['vitlab, pool'])} of "
+        f"{number(dense)} % top-1; its best peer, {peer}, keeps {number(half[peer])} %",
+        {"": file.with_suffix(".png")},
+        terms="CORP: Zhang and Yang 2026. SVD, whitened: Wang et al. 2024. Linear maps: Cannistraci et al. 2024. "
+        "SNIP: Lee et al. 2019.",
+        table=table,
+        shows=f"Top-1 on {data} of a linear probe, one linear layer trained on the features of the cut model.",
+        note="A model that is used as it comes, without a classifier. All methods got the same "
+        f"{rows.calibration.max():g} images, and no labels where not said. CORP takes "
+        "neurons and query-key dimensions and corrects each layer in closed form; whitened SVD weighs what it leaves "
+        "out by the inputs; linear maps take the place of whole blocks; SNIP and LAMP rank units by gradients and by "
+        f"magnitude within a layer. {_without_rows(rows)}",
+        source=f"Source: bench/foundation.csv, foundation.png. {BACKBONE} at 112 px, {data}.",
+    )
+
+
+def _without_rows(rows):
+    """Say which peers of SOURCES have no row; "" where all have."""
+    left = [
+        f"{name} ({words.partition(',')[0]})"
+        for name, words in SOURCES.items()
+        if not rows.method.str.startswith(name).any()
+    ]
+    return f"No row yet: {', '.join(left)}." if left else ""
 
 
 def faster(study):
@@ -399,20 +543,39 @@ def faster(study):
     smallest = lines[lines.promised > 0.99 * lines.groupby("model").promised.transform("max")]
     ends = smallest.groupby("model").agg(least=("least", "min"), most=("most", "max"))
     ends = ends.join(smallest.groupby("model").promised.max()).reset_index()
-    words = _each(
-        ends.sort_values("model", ascending=False),
-        lambda line: (
-            f"{number(line.least)} to {number(line.most)} times as fast "
-            f"(promised: {number(line.promised)})"
-        ),
+    words = _pair(ends, lambda line: f"{number(line.least)} to {number(line.most)}", "times")
+    promised = " and ".join(
+        dict.fromkeys(number(line.promised) for line in ends[::-1].itertuples())
     )
     part = published.part_of(round(1 / smallest.promised.max(), 2), "macs")
     return Slide(
-        f"Really faster? With {part}, in the same runtime: {words}",
+        f"With {part} a model is {words} as fast as dense in the same runtime; the MACs promise {promised}",
         study.pictures("speedup"),
+        terms="Eager: PyTorch as it is. onnxruntime: the exported model. bf16: numbers of 16 bits. "
+        "Promised: MACs before over after.",
         table=columns_of(lines, "model name way promised least most"),
         shows="Times as fast as dense in the same runtime; a mark is one run on one processor.",
-        note=f"{_zeros(study)}{how_timed(study)}",
+        note=f"Two thin matrices are two calls, and what is not a product takes as long as "
+        f"before. {_zeros(study)}{how_timed(study)} {_backbone_times(study)}".strip(),
+    )
+
+
+def _backbone_times(study):
+    """Say how fast units at half the MACs make the real ViT-S, by runtime; "" where that was not timed."""
+    file = study.folder.parent / "bench" / "runtimes_of_vit_s.csv"
+    if not file.is_file():
+        return ""
+    rows = pd.read_csv(file)
+    rows = rows[(rows.cut == "removed") & (rows.batch == rows.batch.max())]
+    # Within one runtime and one processor each; several processors are a range.
+    ends = rows[rows.precision == "float32"].groupby("runtime", sort=False).here.agg(["min", "max"])
+    ways = [
+        f"{runtime} {' to '.join(dict.fromkeys(map(number, line)))}"
+        for runtime, *line in ends.itertuples()
+    ]
+    return (
+        f"{BACKBONE} with half of its MACs gone in units, times as fast as dense in the same runtime: "
+        f"{', '.join(ways)}."
     )
 
 
@@ -427,7 +590,7 @@ def _zeros(study):
     if lines.empty:
         return ""
     least, most = number(lines.speedup.min()), number(lines.speedup.max())
-    return f"Zeros in dense tensors: {least} to {most} times as fast as dense. "
+    return f"Zeros in dense tensors are {least} to {most} times as fast as dense. "
 
 
 def how_timed(study):
@@ -444,14 +607,21 @@ def how_timed(study):
 def conclusion(study):
     """Say what to take home, in the sentences of the talk, and how the numbers came about."""
     points = []
-    for make in (budgets, peers, weights_and_rows, heads_svd_iht, faster):
+    for make in (budgets, backbone, peers, weights_and_rows, faster):
         with contextlib.suppress(Absent):
             points.append(f"{make(study).title}.")
     zeros = _zeros(study).strip()
     points += [zeros] if zeros else []
     if not points:
         raise Absent("no slide has a finding")
-    return Slide("What to take home", points=tuple(points), note=" ".join(method(study)))
+    return Slide(
+        "Let units and ranks compete, reconstruct what stays, and time the cut where it runs",
+        points=tuple(points),
+        terms="Builds on scores (Molchanov et al. 2019), weighted SVD (Wang et al. 2024), and reconstruction "
+        "(He, Zhang and Sun 2017).",
+        note=f"{' '.join(method(study))} Molchanov: arXiv 1906.10771; Wang: arXiv 2403.07378; He: arXiv 1707.06168. "
+        "All others: docs/citing.md.",
+    )
 
 
 def method(study):
@@ -480,10 +650,11 @@ TALK = [
     (criteria, "table-criteria.csv"),
     (weights_and_rows, "summary.csv"),
     (heads_svd_iht, "summary.csv"),
+    (pool, "summary.csv"),
     (budgets, "summary.csv"),
     (kept, "table-kept.csv"),
-    (trade_off, "summary.csv"),
     (peers, "results.csv"),
+    (backbone, "results.csv"),
     (faster, "table-runtimes.csv"),
     (conclusion, "summary.csv"),
 ]

@@ -4,7 +4,8 @@
 `<!-- results of STUDY -->` and `<!-- /results -->`, and the sentence and picture of the front page between
 `<!-- claim -->` and `<!-- /claim -->`.
 
-Public: backbone_sentence, claims, family_of, fill, headline, hero, main, peer_sentence, pool, results.
+Public: backbone_sentence, claims, family_of, fill, headline, hero, main, peer_sentence, pool,
+pool_picture, results.
 """
 
 import argparse
@@ -110,6 +111,7 @@ CLAIMS = [  # of every model
     "**Channels alone, to 0.9**: {width alone 0.9 rise} nats.",
     "**Filters of the stem alone, to 0.9**: {filters alone 0.9 rise} nats.",
 ]
+BACKBONE_DATA = "Caltech-101"  # images of the real ViT's benchmark that pages and slides show
 MARKS = re.compile(r"(<!-- (claim|results)(?: of ([\w-]+))? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -411,7 +413,7 @@ def backbone_sentence(page):
     if not (bench / "foundation.csv").is_file():
         return ""
     rows = pd.read_csv(bench / "foundation.csv")
-    rows = rows[(rows.data == "Caltech-101") & (rows.stage == "cut") & (rows.outcome == "runs")]
+    rows = rows[(rows.data == BACKBONE_DATA) & (rows.stage == "cut") & (rows.outcome == "runs")]
     top1 = rows[rows.budget.isin([0.5, 1.0])].groupby("method").probe_anew.median()
     ours, dense = top1["vitlab, pool"], top1["dense"]
     peers = top1[[name for name in top1.index if not name.startswith("vitlab")]].drop("dense")
@@ -499,6 +501,13 @@ def pool(folder):
     """Draw how the pool works, pool.png and pool.svg of a folder, and return the path of the first."""
     plots.save(drawings.pool(), folder / "pool")
     return folder / "pool.png"
+
+
+def pool_picture():
+    """Return the path of the drawing of the pool, which is drawn where there is none."""
+    folder = files.repository() / "figures"
+    picture = folder / "pool.png"
+    return picture if picture.is_file() else pool(folder)
 
 
 def fill(text, *, page):

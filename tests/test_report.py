@@ -168,12 +168,12 @@ def test_slides_and_pages_compare_like_with_like(report, monkeypatch):
     monkeypatch.setattr(published.Published, "pictures", lambda self, name: {})
     study = published.Published(report[0])
     slide = findings.heads_svd_iht(study)
-    assert slide.title.startswith("Heads and layers: 40\u00a0% cut")
-    assert slide.title.endswith("ViT −2.0 points (heads, SVD)")
+    assert slide.title.startswith("Cutting 40\u00a0% of the heads and of each layer (SVD) changes")
+    assert slide.title.endswith("by −2.0 points (ViT) after fine-tuning")
     assert slide.table.seeds.tolist() == ["2", "1"]
     assert slide.table["fine-tuned (points)"].tolist() == ["−2.0", "−5.0"]
     # The best, 0.75 x the MACs, is of one seed and stands back.
-    assert findings.budgets(study).title.startswith("Half the MACs, nothing trained: ViT −8.0")
+    assert "by −8.0 points (ViT) at half the MACs" in findings.budgets(study).title
     source = study.source(["results.csv"], study.results)
     assert "means over seeds 0, 1 (some cuts: 0), split 0" in source
     shown = pages.results([report[0]], page=report[0])
