@@ -342,7 +342,8 @@ def _add_paragraph(frame, text, size, *, color, bold=False, side="LEFT"):
     paragraph = frame.paragraphs[0]
     paragraph.alignment = PP_ALIGN[side]
     run = paragraph.add_run()
-    run.text = text or "\u00a0"  # an empty cell would be as high as the template's text
+    text = text or "\u00a0"  # an empty cell would be as high as the template's text
+    run.text = text.replace("top-1", "top\u20111")  # a hyphen that no line ends at
     run.font.name = "Arial"
     run.font.size = Pt(size)
     run.font.bold = bold
@@ -398,6 +399,7 @@ img { display: block; width: 100%; height: auto; max-height: 70vh; object-fit: c
 ul { font-size: clamp(1.1rem, 1.9vw, 2.2rem); line-height: 1.35; margin: 0; align-self: flex-start; flex: 1; }
 li { margin-bottom: 0.6em; }
 .terms { margin: 0; font-size: clamp(1rem, 1.25vw, 1.5rem); }
+footer span { float: right; }
 footer { color: #595959; font-size: clamp(1rem, 1.1vw, 1.2rem); }
 details { font-size: clamp(0.9rem, 1vw, 1.1rem); }
 .table { max-width: 100%; overflow-x: auto; flex: 1; }
@@ -455,11 +457,12 @@ def _section(slide, number, count):
         body, table = table, ""
     words = html.escape(f"{slide.note} {slide.source}".strip())
     terms = f'<p class="terms">{html.escape(slide.terms)}</p>\n' if slide.terms else ""
+    caption = f"{slide.shows} {_short(slide.source)}".strip()
     opening = ' class="opening"' if number == 1 and slide.points else ""
     return [
         f'<section id="slide-{number}"{opening}>\n<h2>{html.escape(slide.title)}</h2>',
         f'<div class="body">{body}</div>',
-        f"{terms}<footer>{html.escape(f'{slide.shows} {_short(slide.source)}'.strip())} {number} / {count}</footer>",
+        f"{terms}<footer><span>{number} / {count}</span>{html.escape(caption)}</footer>",
         f"<details><summary>Notes</summary>{table}{words}</details>\n</section>",
     ]
 

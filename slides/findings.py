@@ -240,7 +240,8 @@ def what_is_cut(study):
         "Neuron: hidden value of an MLP.",
         shows=f"What is left of one layer of the {model_name(model)}, weight by weight.",
         note="Masked weights are zero, and the product with the matrix takes as long as before. What is removed is "
-        "gone: the matrix is smaller, or it becomes the product of two thin ones.",
+        "gone: the matrix is smaller, or it becomes the product of two thin ones. IHT and "
+        "thresholds come with the heads.",
     )
 
 
@@ -346,7 +347,8 @@ def heads_svd_iht(study):
         f"Cutting {share(best.target.max())} of the heads and of each layer{by} changes top-1 by {words} after "
         "fine-tuning",
         study.pictures("heads_svd_iht"),
-        terms="SVD: W ≈ U × V of few ranks. IHT, iterative hard thresholding, chooses weights or columns beside it.",
+        terms="SVD: W ≈ U × V of few ranks. IHT, iterative hard thresholding, chooses weights or columns beside it. "
+        "Threshold: small entries to zero.",
         table=columns_of(table, "model name target cut trained trained_change share seeds"),
         shows="Points of test top-1 lost over the share cut of heads and of each layer, fine-tuned.",
         note="The title takes cuts of all seeds; some others had one seed. Random heads and directions are the "

@@ -327,6 +327,14 @@ def test_a_cut_is_held_against_the_dense_model_of_its_own_seed(rows):
     assert {"rows, seed 0", "weights"} <= {word.replace("\u00a0", " ") for word in words_of(ax)}
 
 
+def test_heads_that_all_cuts_have_are_said_once(rows):
+    masked = rows[rows.form != "removed"]
+    kinds = {"unstructured": "heads+svd", "structured": "heads+iht"}
+    ax = plots.accuracy_curve(masked.assign(method=masked.method.replace(kinds)))
+    assert {"SVD", "IHT"} <= words_of(ax) and not any("heads" in word for word in words_of(ax))
+    assert "heads" in ax.get_xlabel() and "heads" not in plots.accuracy_curve(masked).get_xlabel()
+
+
 def test_names_at_lines_do_not_overlap():
     ax = _style.new_axes(4, 3)
     ax.set_ylim(0, 1)

@@ -45,17 +45,21 @@ def opened(made):
     return pptx.Presentation(io.BytesIO(made))
 
 
+def text_of(shape):
+    return shape.text_frame.text.replace("\u2011", "-")  # top-1 is not broken
+
+
 def test_the_pptx_has_whole_pictures_native_tables_and_notes_and_nothing_overlaps(slides, made):
     assert len(made.slides) == len(slides)
     for slide, one in zip(made.slides, slides, strict=True):
-        assert slide.shapes.title.text_frame.text == one.title
+        assert text_of(slide.shapes.title) == one.title
         tables = [shape.table for shape in slide.shapes if shape.has_table]
         assert len(tables) == (not one.pictures and not one.points)
         blobs = [shape.image.blob for shape in slide.shapes if shape.shape_type == 13]  # pictures
         assert blobs == [path.read_bytes() for path in (one.pictures or {}).values()]
         words = slide.notes_slide.notes_text_frame.text
         assert one.source in words and one.note in words and one.terms in words
-        shown = [s.text_frame.text for s in slide.shapes if s.has_text_frame]
+        shown = [text_of(shape) for shape in slide.shapes if shape.has_text_frame]
         assert (one.terms in shown) == bool(one.terms)
         for picture in (shape for shape in slide.shapes if shape.shape_type == 13):
             assert one.shows in picture._element.nvPicPr.cNvPr.get("descr")  # what is read aloud
@@ -204,7 +208,7 @@ def test_some_slides_by_number_and_on_a_template(invented, tmp_path):
             ::-1
         ]
         deck_of = pptx.Presentation(made)
-        titles = [slide.shapes.title.text_frame.text for slide in deck_of.slides]
+        titles = [text_of(slide.shapes.title) for slide in deck_of.slides]
         assert titles == [every[2], every[0]] and deck_of.slide_width.inches == 10
     with pytest.raises(ValueError, match="there are slides 1 to"):
         deck.write(invented, tmp_path / "out", only=[99])
