@@ -244,9 +244,9 @@ def _fill(slide, content, width, height, *, opening=False):
 
     wide = width - 2 * MARGIN
     body = height - HEIGHT + BODY
-    above = 2.4 if opening else 0  # inches more than above other slides
+    above = 0.45 * body if opening else 0  # inches more than above other slides
     title = (MARGIN, 0.15 + above / 3, wide, 0.95 + above / 2)
-    sizes = range(44, 27, -1) if opening else range(28, 19, -1)
+    sizes = range(44, 27, -1) if opening else range(28, 17, -1)
     _write(slide.shapes.title, content.title, title, sizes, bold=True)
     if content.pictures:
         has_names = len(content.pictures) > 1
@@ -343,11 +343,16 @@ def _add_paragraph(frame, text, size, *, color, bold=False, side="LEFT"):
     paragraph.alignment = PP_ALIGN[side]
     run = paragraph.add_run()
     text = text or "\u00a0"  # an empty cell would be as high as the template's text
-    run.text = text.replace("top-1", "top\u20111")  # a hyphen that no line ends at
+    run.text = _unbroken(text)
     run.font.name = "Arial"
     run.font.size = Pt(size)
     run.font.bold = bold
     run.font.color.rgb = RGBColor.from_string(color)
+
+
+def _unbroken(text):
+    """Return a text with a hyphen in top-1 that no line ends at."""
+    return text.replace("top-1", "top\u20111")
 
 
 def _write_table(slide, table, place, size, widths, heights):
@@ -451,7 +456,7 @@ def _section(slide, number, count):
     if slide.pictures:
         body = "".join(_figure(name, path, slide.shows) for name, path in slide.pictures.items())
     elif slide.points:
-        points = (f"<li>{html.escape(point)}</li>" for point in slide.points)
+        points = (f"<li>{html.escape(_unbroken(point))}</li>" for point in slide.points)
         body = f"<ul>{''.join(points)}</ul>"
     else:
         body, table = table, ""
@@ -460,7 +465,7 @@ def _section(slide, number, count):
     caption = f"{slide.shows} {_short(slide.source)}".strip()
     opening = ' class="opening"' if number == 1 and slide.points else ""
     return [
-        f'<section id="slide-{number}"{opening}>\n<h2>{html.escape(slide.title)}</h2>',
+        f'<section id="slide-{number}"{opening}>\n<h2>{html.escape(_unbroken(slide.title))}</h2>',
         f'<div class="body">{body}</div>',
         f"{terms}<footer><span>{number} / {count}</span>{html.escape(caption)}</footer>",
         f"<details><summary>Notes</summary>{table}{words}</details>\n</section>",

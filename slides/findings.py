@@ -5,6 +5,7 @@ below a picture says what its words mean, and the note is what to say aloud.
 """
 
 import contextlib
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -365,6 +366,7 @@ def pool(study):
         raise Absent("summary.csv has no reconstructed pool")
     lines = lines.dropna(subset=["cut", "reconstructed"])
     lines = comparable(lines[lines.target <= 0.5]) if len(lines) else lines
+    lines = lines.sort_values(["target", "model"], ascending=False)
     if lines.empty:
         raise Absent("summary.csv has no reconstructed pool")
     least = lines[lines.target == lines.target.min()]
@@ -692,8 +694,10 @@ def appendix(study, talk):
     for slide in [shown, *talk]:
         if slide.table is None:
             continue
-        for start in range(0, len(slide.table), LINES):
-            part = slide.table.iloc[start : start + LINES].reset_index(drop=True)
+        parts = math.ceil(len(slide.table) / LINES)
+        size = math.ceil(len(slide.table) / parts)  # as many lines on each
+        for start in range(0, len(slide.table), size):
+            part = slide.table.iloc[start : start + size].reset_index(drop=True)
             title = (
                 slide.title if slide is shown else f"In numbers: {slide.title.partition(':')[0]}"
             )

@@ -131,7 +131,7 @@ def test_the_page_is_whole_and_asks_no_server(slides):
     page.feed(text)
     page.close()
     assert not page.open and "a &lt; b" in text
-    assert page.texts["h2"] == [slide.title for slide in slides]
+    assert page.texts["h2"] == [deck._unbroken(slide.title) for slide in slides]
     assert all(html.escape(slide.terms) in text for slide in slides)
     tables = [slide.table for slide in slides if slide.table is not None]
     assert page.texts["td"] == [
@@ -210,6 +210,15 @@ def test_some_slides_by_number_and_on_a_template(invented, tmp_path):
         deck_of = pptx.Presentation(made)
         titles = [text_of(slide.shapes.title) for slide in deck_of.slides]
         assert titles == [every[2], every[0]] and deck_of.slide_width.inches == 10
+    small = pptx.Presentation()
+    small.slide_width, small.slide_height = map(pptx.util.Inches, (10, 5.625))
+    small.save(tmp_path / "small.pptx")
+    made, _ = deck.write(invented, tmp_path / "out", only=[1], template=tmp_path / "small.pptx")
+    texts = [shape for shape in pptx.Presentation(made).slides[0].shapes if shape.has_text_frame]
+    for text in [text for text in texts if text.text_frame.paragraphs[0].runs]:
+        (run,) = text.text_frame.paragraphs[0].runs
+        lines = deck.lines_of(run.text, run.font.size.pt, text.width.inches, run.font.bold)
+        assert lines * 1.2 * run.font.size.pt / 72 <= text.height.inches + 1e-6, run.text
     with pytest.raises(ValueError, match="there are slides 1 to"):
         deck.write(invented, tmp_path / "out", only=[99])
 
@@ -288,6 +297,10 @@ def test_a_talk_shows_each_finding_once_and_the_appendix_the_rest(invented, caps
     assert pictures <= set(shown) and len(shown) == len(set(shown))
     tables = [slide for slide in long[len(talk) :] if slide.table is not None]
     assert all(len(slide.table) <= findings.LINES for slide in tables)
+    by_title = {}
+    for slide in tables:
+        by_title.setdefault(slide.title, []).append(len(slide.table))
+    assert all(max(parts) - parts[-1] < len(parts) for parts in by_title.values())  # none is a rest
 
 
 def test_slides_that_speak_of_budgets_agree(invented):
