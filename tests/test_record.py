@@ -151,6 +151,13 @@ def test_kinds_of_a_budget_are_all_units_and_ranks_with_heads_and_neurons_among_
             settings.study("demo", override={"budget.kinds": wrong})
 
 
+def test_a_budget_names_a_runtime_for_latency_alone():
+    asked = {"budget.target": "latency", "budget.runtime": "onnxruntime int8"}
+    assert settings.study("demo", override=asked).budget.runtime == "onnxruntime int8"
+    with pytest.raises(ValueError, match="budget.runtime says where latency is measured"):
+        settings.study("demo", override={"budget.runtime": "onnxruntime int8"})
+
+
 def test_forms_are_methods_with_a_support_that_compress_takes(accepts):
     supports = ["", *_layers.SUPPORTS, "2:4"]
     for method, support in product([*factor.METHODS, "svd-iht"], supports):

@@ -289,6 +289,7 @@ class _Budget(_Tuning):
     """Declare 5_budget: all kinds of units compete for one budget."""
 
     target: Literal["macs", "params", "bytes", "latency"]  # of which a share is kept
+    runtime: _Runtime = "eager float32"  # in which latency is measured
     shares: _Some[_PositiveShare]  # kept
     kinds: Annotated[_Some[_Kind], AfterValidator(_with_controls)]
     keep: list[str] = []  # layers that no cut may change, as for budget.plan
@@ -300,9 +301,15 @@ class _Budget(_Tuning):
 
     @field_validator("distilled", "relearned")
     def _is_tried(cls, methods, info):
-        if info.data.get("target") != "macs" and {"svd", "ranks"} & {*methods}:
-            raise ValueError("names svd or ranks, which are tried for the target macs alone")
+        if info.data.get("target") != "macs" and "svd" in methods:
+            raise ValueError("names svd, which is tried for the target macs alone")
         return methods
+
+    @field_validator("runtime")
+    def _is_timed(cls, runtime, info):
+        if info.data.get("target") != "latency" and runtime != "eager float32":
+            raise ValueError("says where latency is measured, and the target is another cost")
+        return runtime
 
 
 class _Efficiency(_Section):
