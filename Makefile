@@ -36,8 +36,7 @@ demo smoke: %: install
 study: install
 	@echo "Study $(NAME): running the notebooks that are missing or out of date, on $(CORES) cores."
 	@$(BIN)/snakemake --cores $(CORES) --config study=$(STUDY) $(if $(MODEL),model=$(MODEL)) \
-	    $(if $(SEED),seed=$(SEED)) $(if $(filter demo smoke,$(STUDY)),together=1) $(ARGS) || { echo "Study $(NAME) is not complete: the reason stands above."; \
-	    echo "What is done is kept, and the same command goes on from there."; exit 1; }
+	    $(if $(SEED),seed=$(SEED)) $(if $(filter demo smoke,$(STUDY)),together=1) $(ARGS) || { echo "Study $(NAME) is not complete: the reason stands above."; exit 1; }
 	@# runs of another clone may lie in the data root, and its figures not here
 	@$(if $(filter -n,$(ARGS)),true,[ -d figures/$(NAME) ] || $(BIN)/python -m vitlab run 7_report --study $(STUDY))
 	@$(if $(filter -n,$(ARGS)),true,cd figures/$(NAME) && cat summary.md 2>/dev/null || cat efficiency.md)

@@ -83,6 +83,10 @@ def values(notebook, model=None, seed=None):
     return json.dumps(used, sort_keys=True)
 
 
+onerror:  # of a notebook that ran, not of a study that could not begin
+    print("What is done is kept, and the same command goes on from there.", file=sys.stderr)
+
+
 rule all:
     input:
         RUNS / "notebooks/7_report.ipynb",
