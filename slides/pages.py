@@ -442,7 +442,10 @@ def _front_picture(page):
     if not bench.is_file():
         return ""
     link = Path(os.path.relpath(bench.parents[1] / "hero.png", page)).as_posix()
-    return f"![{peer_sentence(_hero_lines(bench))}]({link})"
+    words = peer_sentence(_hero_lines(bench))
+    return (
+        f'<img src="{link}" alt="{words}" width="600">'  # the first command is on the first screen
+    )
 
 
 def peer_sentence(lines):

@@ -181,7 +181,8 @@ def leads_somewhere(page, target):
 
 def dead_links(page, text):
     """Relative links of a page, and paths in inline code under the repository's folders, that lead nowhere."""
-    links = [target for target in re.findall(r"\]\(([^)\s]+)", text) if "://" not in target]
+    links = re.findall(r'(?:\]\(|src=")([^)"\s]+)', text)
+    links = [target for target in links if "://" not in target]
     top = "benchmarks|checkpoints|docs|figures|notebooks|profiles|tests|vitlab"
     paths = re.findall(rf"`((?:{top})/[\w./-]+)`", text)
     return [t for t in links if not leads_somewhere(page, t)] + [
@@ -193,9 +194,11 @@ def dead_links(page, text):
 def test_links_lead_somewhere(page):
     assert dead_links(page, prose(page)) == []
     text = "[a](docs/b.md), [c](README.md), [d](README.md#cite), [e](README.md#site), `tests/d.py`"
+    text += ' <img src="docs/f.png">'
     assert dead_links(CONTRIBUTING, text) == [
         "docs/b.md",
         "README.md#site",
+        "docs/f.png",
         "tests/d.py",
     ]
 

@@ -215,7 +215,10 @@ def test_lines_by_hand(tmp_path):
     (half, *_) = pages.claims(study)
     told = re.findall(r"(ViT|Swin) ([−+]?[\d.]+)", half)
     assert " and ".join(f"{change} ({family})" for family, change in told) in sentence
-    assert re.fullmatch(r"!\[With a quarter of the MACs .*\]\(.*figures/hero\.png\)", picture)
+    assert re.fullmatch(
+        r'<img src=".*figures/hero\.png" alt="With a quarter of the MACs [^"]*" width="600">',
+        picture,
+    )
     assert table_of(text)["ViT top-1 (%)"].to_dict() == {
         "dense": "80.5±0.5",
         "90\u00a0% of the weights masked, fine-tuned": "70.0",
