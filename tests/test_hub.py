@@ -40,6 +40,7 @@ def test_a_cut_model_comes_back_from_what_was_pushed(model, batch, tmp_path, mon
     ):
         assert words in card.text
     assert "log" not in card.text
+    assert "pip install vitlab" not in card.text, "no package index has it"
 
 
 def test_what_is_no_checkpoint_is_refused_before_anything_is_made(tmp_path):

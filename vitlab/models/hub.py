@@ -30,7 +30,7 @@ _CARD = """---
 """
 _USE = """from vitlab import hub
 
-model = hub.load("{title}")  # pip install vitlab; in eval mode"""
+model = hub.load("{title}")  # in eval mode; vitlab is installed from a clone of it"""
 
 
 def card(folder, title, *, about="", license=None, use=None):
