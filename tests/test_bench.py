@@ -2,13 +2,13 @@
 
 import copy
 import functools
-import subprocess
+import sys
 
 import pandas as pd
 import pytest
 import torch
 
-from vitlab import models
+from vitlab import files, models
 from vitlab.evaluation import bench, cost, roofline
 from vitlab.models import checkpoint
 from vitlab.pruning import factor, masks, prune, shrink
@@ -75,13 +75,22 @@ def test_memory_in_processes_of_their_own(vit, tmp_path):
 def test_memory_of_what_cannot_run(vit, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         bench.memory_mb({"nothing": tmp_path / "nothing"})
-    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: not enough memory")
-    monkeypatch.setattr(subprocess, "run", lambda *command, **options: failed)
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\necho 1.5\necho 'Traceback\nRuntimeError: not enough memory' >&2; exit 1\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(
         RuntimeError,
         match='vitlab.evaluation.bench .*"batch": 9.* failed: RuntimeError: not enough memory',
     ):
         bench.memory_mb({"vit": vit}, batch=9)
+    python.write_text("#!/bin/sh\necho 1.5\necho 2.5\n")
+    titles = []
+    monkeypatch.setattr(files, "progress", lambda lines, title, **_: titles.append(title) or lines)
+    assert bench.memory_mb({"a": vit, "b": vit}) == {"a": 1.5, "b": 2.5}
+    assert titles == ["measuring memory"]
 
 
 def test_bad_input(vit):

@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import pytest
+import torch
 import yaml
 
 import vitlab
@@ -123,6 +124,29 @@ def test_the_citation_is_of_this_version():
 
 def test_modules_are_listed_before_they_are_imported():
     assert {"budget", "models", "__version__"} <= set(dir(vitlab))
+
+
+def test_what_takes_long_on_a_large_model_has_a_bar(vit, batch, monkeypatch):
+    """Some calls at the end of long work, which have loops of their own."""
+    titles = []
+    monkeypatch.setattr(files, "progress", lambda items, title, **_: titles.append(title) or items)
+    batches, x = [batch], torch.randn(12, 4)
+    size = vitlab.scores.weights(vit, criteria=["magnitude"])["magnitude"]
+    keep = vitlab.masks.keep_largest(size, sparsity=0.5)
+    grams = vitlab.scores.grams(vit, batches)
+    titles.clear()
+    vitlab.scores.loss(vit, batches)
+    vitlab.scores.change(vit, vit, batches)
+    vitlab.compensate.refit(vit, keep, grams)
+    vitlab.evaluate.linear_probe(x, torch.arange(12) % 3, x, torch.arange(12) % 3)
+    made, _, _ = vitlab.runtimes.settings({"vit": vit}, ["eager float32"], images=None)
+    assert titles == [
+        "measuring the loss",
+        "comparing features",
+        "compensating",
+        "fitting a probe",
+        "making files",
+    ]
 
 
 def test_bars_are_for_slow_work_that_somebody_watches(monkeypatch, capsys):

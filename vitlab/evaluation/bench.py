@@ -441,11 +441,18 @@ def memory_mb(models, *, batch=64, precision="float32", device="cpu"):
                 checkpoint.save(model, folder)
             checkpoint.read(folder)  # a broken one is an error here, not in the process
             command.append(str(folder))
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().rpartition("\n")[2]
-        raise RuntimeError(f"python {' '.join(command)} failed: {reason}")
-    return dict(zip(models, json.loads(done.stdout), strict=True))
+        said = Path(scratch, "said")  # a pipe that nobody reads would fill up
+        pipes = {"stdout": subprocess.PIPE, "text": True}
+        with (
+            said.open("w") as to,
+            subprocess.Popen([sys.executable, *command], stderr=to, **pipes) as process,
+        ):
+            lines = files.progress(process.stdout, "measuring memory", total=len(models))
+            peaks = [json.loads(line) for line in lines]
+        if process.returncode:
+            reason = said.read_text().strip().rpartition("\n")[2]
+            raise RuntimeError(f"python {' '.join(command)} failed: {reason}")
+    return dict(zip(models, peaks, strict=True))
 
 
 def _memory_here(folder, *, batch, precision, device, threads):
@@ -470,7 +477,7 @@ def _memory_here(folder, *, batch, precision, device, threads):
 
 
 def _main():
-    """Print as JSON the peak memory of one inference with each checkpoint, in new processes.
+    """Print the peak memory of one inference with each checkpoint, a line each, in new processes.
 
     The command line holds the options of `_memory_here` as JSON, and the checkpoints' folders.
     """
@@ -479,8 +486,8 @@ def _main():
     # This process only imports. Where Python forks, its children start in no time and are as good
     # as new; each measures one checkpoint.
     with multiprocessing.Pool(1, maxtasksperchild=1) as pool:
-        peaks = pool.map(measure, folders, chunksize=1)
-    print(json.dumps(peaks))
+        for peak in pool.imap(measure, folders):
+            print(json.dumps(peak), flush=True)
 
 
 if __name__ == "__main__":

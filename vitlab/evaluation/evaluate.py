@@ -348,7 +348,7 @@ def linear_probe(
     weight = mean.new_zeros(classes, len(mean))
     bias = mean.new_zeros(classes)
     found = []
-    for strength in strengths:
+    for strength in files.progress(strengths, "fitting a probe"):
         _regress(standardised, train_labels, weight, bias, strength)
         # The same answers from features as they are.
         layer = skip_init(nn.Linear, len(mean), classes, device=mean.device)

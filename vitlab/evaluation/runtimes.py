@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from vitlab import files
 from vitlab.evaluation import bench, cost, deploy, evaluate, export
 
 _CALIBRATED = 128  # training images for int8
@@ -33,7 +34,7 @@ def settings(models, ways, *, images=None):
     calibration = None
     if images and any("int8" in way for way in ways):
         calibration = deploy.first(images.train, _CALIBRATED)
-    for name, model in models.items():
+    for name, model in files.progress(models.items(), "making files"):
         with tempfile.TemporaryDirectory() as folder:
             for way in ways:
                 key = f"{name} {way}"
@@ -102,7 +103,7 @@ def left(made, split, *, batch=64):
         images: how many there were
     """
     rows, expected = [], {}
-    for name, setting in made.items():
+    for name, setting in files.progress(made.items(), "comparing answers"):
         device = evaluate.device_of(setting.model)
         if setting.model not in expected:
             eager = bench.Setting(setting.model)

@@ -297,7 +297,7 @@ def _corrected(measure, is_counted, share, floor):
     low, high = floor, 1.0
     wanted = max(share, floor)
     tries = []
-    for number in range(_MOST_CORRECTIONS):
+    for number in files.progress(range(_MOST_CORRECTIONS), "planning"):
         tried, miss = measure(wanted)
         tries.append((tried, miss))
         if not miss:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vitlab import names
+from vitlab import files, names
 from vitlab.models import _layers, _structure, anatomy
 from vitlab.pruning import _sweep, lowrank, prune
 
@@ -39,7 +39,7 @@ def refit(model, keep, grams, *, method="least squares", damping=1e-3):
     parameters = prune.parameters_of(model, keep)
     if not {name.removesuffix(".weight") for name in keep} & grams.keys():
         raise ValueError("grams has none of the layers in keep: give scores.grams of them")
-    for name, weight in parameters.items():
+    for name, weight in files.progress(parameters.items(), "compensating"):
         mask = keep[name].to(weight.device)
         layer = name.removesuffix(".weight")
         gram = _sweep.fitting_gram(grams, layer, weight[0].numel(), damping, partial=True)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vitlab import models, parallel
+from vitlab import files, models, parallel
 from vitlab.models import anatomy
 from vitlab.names import known
 from vitlab.pruning._sweep import (
@@ -320,7 +320,7 @@ def loss(model, batches):
     """
     total = images = 0
     with Sweep(model):
-        for x, y in batches:
+        for x, y in files.progress(batches, "measuring the loss"):
             check_images(model, y)
             total += cross_entropy(model, model(x), y).item()
             images += len(x)
@@ -344,7 +344,7 @@ def change(model, cut, batches):
     """
     total = images = 0
     with Sweep(model), Sweep(cut):
-        for x, _ in batches:
+        for x, _ in files.progress(batches, "comparing features"):
             before, after = anatomy.features(model, x), anatomy.features(cut, x)
             if before.shape != after.shape:
                 raise ValueError(
