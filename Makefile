@@ -14,7 +14,8 @@ AGAIN = $(DATA)/again
 
 help:
 	@echo "make demo                  train, prune and compare two tiny models, in minutes"
-	@echo "make test                  the tests; make test-long those too that take minutes; make test-oldest with the oldest packages"
+	@echo "make test                  the tests; make test-long those too that take minutes, then make test-oldest:"
+	@echo "                           the tests with the oldest packages that pyproject.toml allows"
 	@echo "make lab                   JupyterLab; its first page leads to the notebooks"
 	@echo "make study STUDY=NAME      all notebooks of a study of notebooks/params: $(basename $(notdir $(wildcard notebooks/params/*.yaml)))"
 	@echo "                           MODEL=vit one model of it, SEED=1 another seed, CORES=2, ARGS=-n to see what would run"
@@ -80,6 +81,7 @@ test: install
 
 test-long: install
 	@$(BIN)/python -m pytest $(SHARED) $(ARGS)
+	@$(MAKE) --no-print-directory test-oldest
 
 test-oldest:
 	@echo "Installing the oldest packages that pyproject.toml allows into .venv/oldest (6 GB), and testing with them."

@@ -474,6 +474,14 @@ def test_make_names_a_python_that_is_not_there(tmp_path):
     assert done.returncode and "There is no no-python. Install Python 3.11" in done.stdout
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_the_long_tests_end_with_the_oldest_packages():
+    command = ["make", "-n", "-o", "install", "test-long"]
+    said = subprocess.run(command, cwd=files.repository(), capture_output=True, text=True).stdout
+    runs = re.findall(r"^(\S+)/bin/python -m pytest", said, re.MULTILINE)
+    assert runs == [".venv", ".venv/oldest"]
+
+
 def test_a_parameter_of_the_notebook_itself_is_given_by_p(capsys):
     assert main(["run", "1_train", "--study", "demo", "-p", "retrian=true"]) == 2
     assert "'retrian', did you mean 'retrain'" in capsys.readouterr().err
