@@ -10,7 +10,7 @@ NAME = $(basename $(notdir $(STUDY)))
 DATA = $(or $(VITLAB_DATA),data)
 AGAIN = $(DATA)/again
 
-.PHONY: help demo smoke study reproduce figures slides html readme test test-long test-oldest lab lint bench install
+.PHONY: help demo smoke study found reproduce figures slides html readme test test-long test-oldest lab lint bench install
 
 help:
 	@echo "make demo                  train, prune and compare two tiny models, in minutes"
@@ -38,9 +38,12 @@ study: install
 	@echo "Study $(NAME): running the notebooks that are missing or out of date, on $(CORES) cores."
 	@$(BIN)/snakemake --cores $(CORES) --config study=$(STUDY) $(if $(MODEL),model=$(MODEL)) \
 	    $(if $(SEED),seed=$(SEED)) $(if $(filter demo smoke,$(STUDY)),together=1) $(ARGS) || { echo "Study $(NAME) is not complete: the reason stands above."; exit 1; }
+	@$(if $(filter -n,$(ARGS)),true,$(MAKE) --no-print-directory found STUDY=$(STUDY))
+
+found:  # what a study leaves, and where
 	@# runs of another clone may lie in the data root, and its figures not here
-	@$(if $(filter -n,$(ARGS)),true,[ -d figures/$(NAME) ] || $(BIN)/python -m vitlab run 7_report --study $(STUDY))
-	@$(if $(filter -n,$(ARGS)),true,cd figures/$(NAME) && cat summary.md 2>/dev/null || cat efficiency.md)
+	@[ -d figures/$(NAME) ] || $(BIN)/python -m vitlab run 7_report --study $(STUDY)
+	@cd figures/$(NAME) && cat summary.md 2>/dev/null || cat efficiency.md
 	@echo
 	@echo "Figures and tables: figures/$(NAME)/"
 	@echo "Executed notebooks: $(DATA)/runs/$(NAME)/notebooks/ and $(DATA)/runs/$(NAME)/*/seed*/notebooks/"

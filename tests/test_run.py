@@ -428,11 +428,14 @@ def test_notebooks_that_need_only_the_first_share_the_cores(snakemake):
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_a_study_that_cannot_be_run_is_told_in_a_sentence():
-    command = ["make", "-o", "install", "study", "STUDY=dmeo", f"BIN={Path(sys.executable).parent}"]
-    done = subprocess.run(command, cwd=files.repository(), capture_output=True, text=True)
+    command = ["make", "-o", "install", "study", f"BIN={Path(sys.executable).parent}"]
+    how = dict(cwd=files.repository(), capture_output=True, text=True)
+    done = subprocess.run([*command, "STUDY=dmeo"], **how)
     said = done.stdout + done.stderr
     assert done.returncode and "Study dmeo cannot be run: unknown study 'dmeo', did you" in said
     assert not re.search("Traceback|Snakefile|is kept", said)
+    done = subprocess.run([*command, "STUDY=demo", "ARGS=-n"], **how)
+    assert done.returncode == 0 and "Figures and tables" not in done.stdout, "nothing was run"
 
 
 # -- make
