@@ -351,3 +351,11 @@ def test_the_strength_is_the_best_on_val_and_of_equal_ones_the_first():
     apart, classes = 10 * torch.eye(4).repeat(5, 1), torch.arange(4).repeat(5)
     probe = evaluate.linear_probe(apart, classes, apart, classes, strengths=strengths)
     assert (probe.strength, probe.val_top1) == (100.0, 100.0)
+
+
+@pytest.mark.parametrize("bf16, amx", [(True, False), (False, True), (False, False)])
+def test_an_older_torch_tells_bf16_in_other_words(bf16, amx, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert evaluate.gains_from_bf16(torch.device("cpu")) == (bf16 or amx)

@@ -450,7 +450,7 @@ def memory_mb(models, *, batch=64, precision="float32", device="cpu"):
             lines = files.progress(process.stdout, "measuring memory", total=len(models))
             peaks = [json.loads(line) for line in lines]
         if process.returncode:
-            reason = said.read_text().strip().rpartition("\n")[2]
+            reason = said.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
             raise RuntimeError(f"python {' '.join(command)} failed: {reason}")
     return dict(zip(models, peaks, strict=True))
 

@@ -49,6 +49,8 @@ def gains_from_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.11
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     features = torch.cpu.get_capabilities()
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
