@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from zipfile import BadZipFile
 
 import deck
 
@@ -21,6 +22,8 @@ def main(arguments=None):
     parser.add_argument("--only", help="numbers of the slides to write, such as 3,9")
     parser.add_argument("--template", help="a .potx or .pptx whose master and layout are taken")
     options = parser.parse_args(arguments)
+    if options.only and not re.fullmatch(r"\d+(,\d+)*", options.only):
+        parser.error(f"--only takes numbers of slides, such as 3,9, got {options.only!r}")
     name = re.sub(r"\.ya?ml$", "", Path(options.study).name)
     try:
         only = [int(number) for number in options.only.split(",")] if options.only else None
@@ -31,6 +34,9 @@ def main(arguments=None):
             only=only,
             template=options.template,
         )
+    except BadZipFile:
+        print(f"slides: {options.template} is no .potx or .pptx", file=sys.stderr)
+        return 1
     except (FileNotFoundError, ValueError) as error:
         print(f"slides: {error}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ import html
 import html.parser
 import io
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,18 @@ def test_some_slides_by_number_and_on_a_template(invented, tmp_path):
         assert lines * 1.2 * run.font.size.pt / 72 <= text.height.inches + 1e-6, run.text
     with pytest.raises(ValueError, match="there are slides 1 to"):
         deck.write(invented, tmp_path / "out", only=[99])
+
+
+def test_the_command_says_what_is_no_number_and_no_template(tmp_path, capsys):
+    main = runpy.run_path(str(files.repository() / "slides"))["main"]
+    (tmp_path / "look.potx").write_text("no archive")
+    study = ["cifar10-small", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main([*study, "--only", "3,a"])
+    assert main([*study, "--only", "1", "--template", str(tmp_path / "look.potx")]) == 1
+    said = capsys.readouterr().err
+    assert "numbers of slides, such as 3,9, got '3,a'" in said
+    assert "look.potx is no .potx or .pptx" in said
 
 
 @pytest.mark.parametrize("count", [1, 2])
