@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import flop_counter
 
 from vitlab import files, models
 from vitlab.evaluation import cost, memory
@@ -18,7 +18,7 @@ from vitlab.pruning import budget, factor, ranks, shrink
 
 def macs_by_torch(model, image_size):
     """Count MACs by torch."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, 3, image_size, image_size))
     return counter.get_total_flops() // 2
 
@@ -271,6 +271,9 @@ def test_bytes_in_memory_by_hand():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_torchs_counter_sees_fused_attention(fused):
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if fused and kernel not in flop_counter.flop_registry:
+        pytest.skip("the counter of this older torch does not know it")
     model = models.create("vit_tiny_patch16_224", num_classes=10, image_size=64)
     for block in model.blocks:
         block.attn.fused_attn = fused

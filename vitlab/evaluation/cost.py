@@ -210,8 +210,8 @@ def _metered(model):
     subject = _layers.merge(anatomy.copied(model).cpu().float().eval())
     for module in subject.modules():
         if hasattr(module, "fused_attn"):
-            # torch's counter gives the same for the fused kernel. The other two leave out what it
-            # does beside the two products.
+            # torch's counter gives the same for the fused kernel, but that of an older torch does
+            # not know it. The other two leave out what it does beside the two products.
             module.fused_attn = False
     return subject, torch.zeros(1, *input_shape(model))
 
