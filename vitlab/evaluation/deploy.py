@@ -294,10 +294,18 @@ def _quantise(source, path, images, dynamic):
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared, made = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
-    quant_pre_process(source, prepared)  # folds constants, or layers with others would be skipped
+    # This folds constants, or layers with others would be skipped. Symbolic shapes, which serve it in
+    # nothing here, cannot be had of what torch before 2.15 exports.
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)
     linear = ["MatMul", "Gemm"]
-    graph = onnx.load(prepared).graph
+    model = onnx.load(prepared)
+    graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
+    # An older torch writes shapes of constants, too, which are wrong once onnxruntime transposes one.
+    shapes = [shape for shape in graph.value_info if shape.name not in constants]
+    del graph.value_info[:]
+    graph.value_info.extend(shapes)
+    onnx.save(model, prepared)
     # Products of queries, keys and values are as fast in float32, and nearer.
     products = [
         node.name
