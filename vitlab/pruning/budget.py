@@ -260,7 +260,7 @@ def plan(
         return new_search().run(max(wanted, floor)).as_plan(what)
 
     # The time by layer is that of eager runs; elsewhere it is a first guess, which is corrected.
-    dense = what == "latency" and runtimes.timed(model, runtime)
+    dense = runtimes.timed(model, runtime) if what == "latency" else None
 
     def measure(wanted):
         plan = plan_for(wanted)
