@@ -96,12 +96,12 @@ def check_normalised(model, images):
 _Result = namedtuple("Result", "correct total top1 top5 mean_per_class loss ece per_class")
 
 
-def accuracy(model, images, *, batch_size=512, precision="float32"):
+def accuracy(model, images, *, batch_size=128, precision="float32"):
     """Measure how often a model is right over a split, and how sure it is of itself.
 
     model: runs on its own device
     images: a data.Split
-    batch_size: images in one forward pass
+    batch_size: images in one forward pass; more can be slower where they leave the cache
     precision: a word of `precision_on`
 
     Returns a named tuple of
@@ -256,7 +256,7 @@ def _top1_per_class(logits, labels):
 _Features = namedtuple("Features", "features labels")
 
 
-def features(model, images, *, batch_size=512, precision="float32"):
+def features(model, images, *, batch_size=128, precision="float32"):
     """Return what a model's classifier reads of a split, or would read if it had one.
 
     model: a ViT or Swin, on its own device
@@ -381,7 +381,7 @@ def _regress(x, y, weight, bias, strength):
         parameter.requires_grad_(False)
 
 
-def _logits(model, images, batch_size=512, precision="float32"):
+def _logits(model, images, batch_size=128, precision="float32"):
     """Return logits, float32 [N, classes], and labels [N] of a split on the model's device."""
     if len(images):
         anatomy.check_classes(model, images)
