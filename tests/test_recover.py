@@ -234,7 +234,7 @@ def test_removed_in_two_steps_as_in_one(model, batches):
     steps = recover.reconstruct(small, model, batches, drops=[first, second])
     once = recover.reconstruct(shrink.remove(model, whole), model, batches, drops=whole)
     x = batches[0][0]
-    assert torch.equal(steps(x), once(x))
+    torch.testing.assert_close(steps(x), once(x), rtol=1e-4, atol=1e-4)
 
 
 def test_masked_layers_keep_their_support(model, batches):

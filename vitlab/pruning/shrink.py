@@ -5,9 +5,11 @@ Every call returns a new model and leaves the one that it was given untouched.
 Public: features_left, remove.
 """
 
+import math
 from collections import defaultdict
 
 import torch
+from torch import nn
 
 from vitlab import models, names
 from vitlab.models import _attention, _layers, _structure, anatomy
@@ -26,7 +28,8 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
         (block, "heads"), (block, "neurons"): all of them are allowed.
         (block, "qk"), (block, "v"): dimensions of heads, numbered head * size + dimension; the
             same number from each head.
-        (stage, "width"): channels of the residual stream.
+        (stage, "width"): channels of the residual stream. Means of LayerNorms are then those of the
+            channels that stay; gains grow by the root of all channels over those that stay.
         (convolution, "filters"): filters of the stem.
         (layer, "rows"): rows with their biases.
         (block, "block"): [0], the whole block; not all blocks.
@@ -241,8 +244,7 @@ def _remove_channels(model, stage, removed, fill):
     for thing, how in stream:
         name = name_of[thing]
         kept = merged if how == "merged" else keep
-        # A norm then looks at the channels that stay. The masked model that this equals is
-        # therefore one whose norms leave dead channels out.
+        # A norm then looks at the channels that stay.
         if how == "last":  # a parameter of the model itself, such as a class token
             _structure.keep_entries(model, name, kept, axis=-1)
         elif how == "columns" or (how == "merged" and hasattr(thing, "in_features")):
@@ -250,6 +252,9 @@ def _remove_channels(model, stage, removed, fill):
             fill.narrow(model, name, kept)
         else:
             _keep_outputs(model, name, kept)
+        if isinstance(thing, nn.LayerNorm) and thing.weight is not None:
+            # Zeros would have counted in its mean square: what stays keeps the size that it had.
+            model.get_submodule(name).weight *= math.sqrt(size / len(keep))
     _merge_factors(model)
     _structure.tell_width(model)
 
