@@ -146,6 +146,18 @@ def test_a_file_that_is_wrong_does_not_replace_one_that_is_there(vit, tmp_path, 
     assert path.read_text() == "older" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_classifier_of_features_that_hardly_differ_is_named_as_the_reason(vit):
+    images = export.random_images(vit, 2)
+    assert not export.cancellation(vit, images)
+    with torch.no_grad():
+        vit.fc_norm.weight *= 1e-6
+        vit.fc_norm.bias += 1
+        vit.head.weight *= 1e6
+        vit.head.bias -= vit.head.weight @ vit.fc_norm.bias
+    assert "large terms cancel" in export.cancellation(vit, images)
+    assert vit.head.weight.dtype == torch.float32
+
+
 def test_without_the_packages(vit, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(

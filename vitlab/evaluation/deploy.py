@@ -95,7 +95,7 @@ def write(folder, path, *, images=None, int8=False):
         if not error <= export.TOLERANCE:
             raise ValueError(
                 f"{path} was not written: its logits differ by {error:.1e} of the largest (at most "
-                f"{export.TOLERANCE:.0e}) on {on}"
+                f"{export.TOLERANCE:.0e}) on {on}{export.cancellation(model, shown[:2])}"
             )
         lines = [f"float32: logits as torch's up to {error:.0e} of the largest, on {on}"]
         if int8:
