@@ -198,7 +198,10 @@ def _changes(lines, kind):
         first = not parts
         unit = "points" if first else ""
         words = _pair(own, lambda line: signed(line.untrained_change), unit, named=first)
-        parts.append(f"by {words} at {published.part_of(target, kind)}")
+        part = published.part_of(target, kind)
+        if not first:  # "a quarter" of the same
+            part = part.partition(" of the ")[0]
+        parts.append(f"by {words} at {part}")
     return ", ".join(parts)
 
 
@@ -209,9 +212,9 @@ def claim(study):
     """Say what the study found, in one sentence."""
     models = " and ".join(pages.family_of(model) for model in reversed(study.models))
     dense = study.dense.loc[study.models].reset_index()
+    data = published.listed(study.results, "data")
     points = [
-        f"{models} on {published.listed(study.results, 'data')}: dense top-1 is "
-        f"{_pair(dense, lambda line: number(line.top1), '%')}.",
+        f"{models} on {data}: dense top-1 is {_pair(dense, lambda line: number(line.top1), '%')}.",
         "MACs are the multiply-accumulates that one image takes: what has to be computed, on any machine.",
     ]
     try:
@@ -225,6 +228,9 @@ def claim(study):
     return Slide(
         f"With {published.part_of(best.target.iloc[0], kind)} and nothing trained, top-1 changes by {words}",
         points=tuple(points),
+        terms="JPEG: the images stored with a small loss, which costs a little accuracy."
+        if "JPEG" in data
+        else "",
         table=columns_of(best, "model name target untrained untrained_change seeds"),
         note="First what can be cut, where it hurts, and how that is foreseen; then global pruning, and heads with SVD "
         "and IHT; then one pool for all of it, its peers, and whether it is faster.",
@@ -253,13 +259,12 @@ def sensitivity(study):
     lines = lines.sort_values("increase", ascending=False)
     worst = lines.drop_duplicates("model")
     worst = worst.sort_values("model", ascending=False)
-    words = " or ".join(
-        f"{line.layer} ({pages.family_of(line.model)}, {signed(line.increase, 3)} nats)"
-        for line in worst.itertuples()
+    words = " and ".join(
+        f"{line.layer} ({pages.family_of(line.model)})" for line in worst.itertuples()
     )
     table = lines.groupby("model", sort=False).head(LINES // 2)
     return Slide(
-        f"The loss rises most where {words} loses {share(worst.ratio.max())} of its weights",
+        f"It hurts most to cut {words}",
         study.pictures("sensitivity"),
         terms="qkv makes queries, keys and values; proj mixes the heads; fc1 and fc2 are the MLP. "
         "Nats: unit of the loss.",
@@ -374,13 +379,13 @@ def pool(study):
     after = _pair(least, lambda line: number(line.reconstructed), "%", named=False)
     part = published.part_of(lines.target.min(), kind)
     return Slide(
-        f"In one pool the least loss for its MACs goes first; at {part} reconstruction brings top-1 from {before} "
-        f"to {after}",
+        "In one pool the least loss for its MACs goes first, then what stays is solved for anew",
         {"": pages.pool_picture()},
         terms="The rise of the loss is what Fisher predicts, from one pass over training images with or "
         "without labels.",
         table=columns_of(lines, "model name target cut reconstructed seeds"),
-        shows="How the pool works; heights are made up.",
+        shows="How the pool works; heights are made up. "
+        f"At {part} reconstruction brings top-1 from {before} to {after}.",
         note="First, all that may go: units are heads, neurons, filters of the stem and channels between blocks; ranks "
         "are singular directions of matrices. Second, all of them stand in one queue, by the loss that Fisher "
         "predicts for each MAC that is saved, and go until the budget is met. Third, what stays of each layer is "
@@ -448,9 +453,10 @@ def peers(study):
     if not (file.is_file() and published.listed(study.results, "data").startswith("CIFAR-10")):
         raise Absent("bench/accuracy.csv is of CIFAR-10, or missing")
     lines = tables.peers(pd.read_csv(file))
-    seeds = ", ".join(map(str, sorted(lines.seed.unique())))
+    draws = sorted(lines.seed.unique())
     lines = published.mean_over_seeds(lines, ["model", "name", "tool", "share"])
     ours, tuned, _ = pages.PEERS
+    lines = lines.assign(lost=lines.lost.round(1))  # so that differences are those of what is shown
     pooled = lines[lines.name == ours].set_index(["model", "share"]).lost
     keys = lines.set_index(["model", "share"]).index
     lines = lines.assign(behind=lines.lost - pooled.reindex(keys).to_numpy())
@@ -458,17 +464,18 @@ def peers(study):
     least = least.assign(model=least.model.str.removeprefix("small "))
     order = lines.sort_values(["model", "share"], ascending=False)
     return Slide(
-        f"At {published.part_of(lines.share.min(), 'macs')} Torch-Pruning's best, fine-tuned, is "
-        f"{_pair(_as_models(least), lambda line: number(line.behind), 'points')} behind one pool that trains nothing",
+        f"At {published.part_of(lines.share.min(), 'macs')} Torch-Pruning, fine-tuned, is "
+        f"{_pair(_as_models(least), lambda line: number(line.behind), 'points')} behind a pool without training",
         {"": file.with_suffix(".png")},
         terms="Torch-Pruning (Fang et al. 2023) removes heads, neurons and channels. "
         "Fine-tuned: one epoch on all images.",
         table=columns_of(order, "model name tool share top1 lost behind"),
-        shows="Points of test top-1 lost over the share of MACs left. A benchmark of its own: of the dense models of "
-        "seed 0, with other calibration images than the study.",
+        shows="Points of test top-1 lost over the share of MACs left. A benchmark of its own: of one dense model "
+        f"of each kind (seed 0), means over {len(draws)} draws of calibration images.",
         note="Of Torch-Pruning the setting that is best on test at each share. It has nothing that solves "
         "layers anew without labels. Losses differ a little from those of the study, which is of three dense models.",
-        source=f"Source: bench/accuracy.csv, accuracy.png. Small models on CIFAR-10 (JPEG), seeds {seeds}.",
+        source=f"Source: bench/accuracy.csv, accuracy.png. Small models on CIFAR-10 (JPEG), draws "
+        f"{', '.join(map(str, draws))}.",
     )
 
 
@@ -594,7 +601,9 @@ def _zeros(study):
     if lines.empty:
         return ""
     least, most = number(lines.speedup.min()), number(lines.speedup.max())
-    return f"Zeros in dense tensors are {least} to {most} times as fast as dense. "
+    return (
+        f"Weights zeroed in place: all such models are {least} to {most} times as fast as dense. "
+    )
 
 
 def how_timed(study):

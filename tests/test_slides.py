@@ -440,7 +440,7 @@ def test_a_real_backbone_stands_beside_its_peers_as_on_the_front_page():
 def test_the_pool_says_what_its_reconstruction_wins_back(invented):
     slide = findings.pool(published.Published(invented))
     lines = pd.read_csv(invented / "summary.csv").set_index(["method", "model"]).loc["pool"]
-    said = re.findall(r"\d+\.\d", slide.title)
+    said = re.findall(r"\d+\.\d", slide.shows)
     order = [(stage, model) for stage in ("cut", "reconstructed") for model in ("vit", "swin")]
     assert said == [published.number(lines.loc[model, stage]) for stage, model in order]
     assert slide.pictures == {"": FIGURES / "pool.png"}
