@@ -488,3 +488,12 @@ def test_the_long_tests_end_with_the_oldest_packages():
 def test_a_parameter_of_the_notebook_itself_is_given_by_p(capsys):
     assert main(["run", "1_train", "--study", "demo", "-p", "retrian=true"]) == 2
     assert "'retrian', did you mean 'retrain'" in capsys.readouterr().err
+
+
+def test_loggers_write_below_the_data_root_unless_they_are_told_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITLAB_DATA", str(tmp_path))
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
+    environment = notebooks._environment("kernels")
+    assert environment["WANDB_DIR"] == str(tmp_path / "runs")
+    assert environment["MLFLOW_TRACKING_URI"] == "http://there"

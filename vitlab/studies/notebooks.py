@@ -228,6 +228,9 @@ def _environment(folder):
         # On CPUs that is a part of each training step. These let it keep them.
         "MALLOC_TRIM_THRESHOLD_": str(10**9),
         "MALLOC_MMAP_THRESHOLD_": str(10**9),
+        # Else these loggers of `--log` write where the notebooks lie.
+        "WANDB_DIR": str(files.root() / "runs"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{files.root() / 'runs' / 'mlflow.db'}",
     }
     return defaults | os.environ | environment
 
