@@ -2,6 +2,8 @@
 
 import pickle
 import re
+from collections import Counter
+from itertools import product
 
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from vitlab.evaluation import bench, cost
 from vitlab.pruning import budget, factor, lowrank, pool, recover, scores, shrink
 from vitlab.pruning.ranks import uniform
 from vitlab.report import inside
+from vitlab.training import _shapes, data, train
 
 # -- one call
 
@@ -657,3 +660,60 @@ def test_a_plan_for_narrow_heads_costs_what_it_says(any_model, batch, macs, kind
     assert plan.share <= macs * (1 + 1e-9)
     saved = plan.table.macs_saved.sum() / cost.macs(any_model)
     assert saved == pytest.approx(1 - plan.share, abs=1e-9)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("share", [0.7, 0.5])
+def test_the_plan_is_nearly_the_best_of_all_cuts_by_brute_force(trained, share):
+    """Kinds that save with each other: heads, their dimensions, neurons and the width of the stream."""
+    model, batches, unseen = trained
+    kinds = ["heads", "qk", "v", "neurons", "width"]
+    known = budget.Calibration(model, batches, kinds=kinds)
+    units, _ = pool.candidates(model, known.candidates["unit_scores"], {}, kinds, 8, {})
+    total = cost.macs(model)
+
+    def loss_after(drop):
+        small = shrink.remove(model, drop)
+        assert macs_by_hand(model, drop) == cost.macs(small) <= share * total
+        return scores.loss(small, unseen)
+
+    found = loss_after(known.plan(macs=share).drop)
+    # Of each place none, half or all of what may go.
+    steps = [sorted({len(each.groups) * i // 2 for i in range(3)}) for each in units.values()]
+    losses = []
+    for numbers in product(*steps):
+        gone = zip(units.items(), numbers, strict=True)
+        drop = {key: sum(each.groups[:number], []) for (key, each), number in gone if number}
+        if share - 0.02 < macs_by_hand(model, drop) / total <= share:
+            losses.append(loss_after(drop))
+    assert len(losses) > 100
+    assert found <= 1.05 * min(losses)
+
+
+def macs_by_hand(model, drop):
+    """Return the MACs of a ViT on patches without some units: docs/methods/removal.md."""
+    left = Counter({key: -len(gone) for key, gone in drop.items()})
+    left.update(models.view(model).units(["heads", "qk", "v", "neurons", "width"]))
+    width, tokens = left["stages.0", "width"], model.patch_embed.num_patches + 1
+    macs = width * (tokens - 1) * model.patch_embed.proj.weight[0].numel()
+    for block in models.view(model).blocks:
+        heads, neurons = left[block.name, "heads"], left[block.name, "neurons"]
+        qk, v = (left[block.name, kind] // block.num_heads for kind in ("qk", "v"))
+        macs += tokens * width * heads * (2 * qk + v) + tokens * heads * v * width
+        macs += tokens * tokens * heads * (qk + v) + 2 * tokens * width * neurons
+    return macs + width * model.num_classes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A ViT that classifies drawn shapes, calibration batches, and batches that it has not seen."""
+    folder = _shapes.make(tmp_path_factory.mktemp("shapes") / "drawn")
+    images = data.load(folder, image_size=32)
+    torch.manual_seed(0)
+    small = {"image_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    small |= {"mlp_ratio": 2.0, "num_classes": len(images.classes)}
+    model = models.create("vit_tiny_patch16_224", **small)
+    recipe = {"epochs": 12, "lr": 3e-3, "batch_size": 64, "precision": "float32"}
+    train.fit(model, images.train, images.val, recipe)
+    batches = [list(split.subset(256).batches(128)) for split in (images.train, images.val)]
+    return model.eval(), *batches
