@@ -8,7 +8,7 @@ import torch
 from conftest import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import DropPath
+from timm.layers import DropPath, RmsNorm
 from torch import nn
 
 from vitlab import models
@@ -205,6 +205,14 @@ def norm_of(norm, x, keep):
     eps = norm.eps * len(keep) / x.shape[-1]
     y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight + norm.bias
     return zeroed(y, [i for i in range(x.shape[-1]) if i not in keep])
+
+
+def test_a_narrowed_stream_under_root_mean_squares_answers_as_with_plain_zeros(batch):
+    model = toy("conv_vit", embed_dim=32, depth=2, num_heads=4, norm_layer=RmsNorm)
+    drop = {("stages.0", "width"): [0, 1, 7, 30]}
+    assert isinstance(model.blocks[0].norm1, RmsNorm)
+    expected, small = masked_as_well(model, drop), shrink.remove(model, drop)
+    assert error(small(batch[0]), expected(batch[0])) < 1e-4
 
 
 @pytest.mark.parametrize("kind", anatomy.UNITS)

@@ -9,11 +9,14 @@ import math
 from collections import defaultdict
 
 import torch
+from timm.layers import RmsNorm, SimpleNorm
 from torch import nn
 
 from vitlab import models, names
 from vitlab.models import _attention, _layers, _structure, anatomy
 from vitlab.pruning import compensate
+
+_NORMS = nn.LayerNorm, nn.RMSNorm, RmsNorm, SimpleNorm  # over the channels of each token
 
 
 @torch.no_grad()
@@ -28,8 +31,8 @@ def remove(model, drop, *, means=None, grams=None, damping=1e-3):
         (block, "heads"), (block, "neurons"): all of them are allowed.
         (block, "qk"), (block, "v"): dimensions of heads, numbered head * size + dimension; the
             same number from each head.
-        (stage, "width"): channels of the residual stream. Means of LayerNorms are then those of the
-            channels that stay; gains grow by the root of all channels over those that stay.
+        (stage, "width"): channels of the residual stream. The mean in a LayerNorm is then that of
+            the channels that stay; gains grow by the root of all channels over those that stay.
         (convolution, "filters"): filters of the stem.
         (layer, "rows"): rows with their biases.
         (block, "block"): [0], the whole block; not all blocks.
@@ -252,7 +255,7 @@ def _remove_channels(model, stage, removed, fill):
             fill.narrow(model, name, kept)
         else:
             _keep_outputs(model, name, kept)
-        if isinstance(thing, nn.LayerNorm) and thing.weight is not None:
+        if isinstance(thing, _NORMS) and thing.weight is not None:
             # Zeros would have counted in its mean square: what stays keeps the size that it had.
             model.get_submodule(name).weight *= math.sqrt(size / len(keep))
     _merge_factors(model)
