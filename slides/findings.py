@@ -489,14 +489,11 @@ def backbone(study):
     file = study.folder.parent / "bench" / "foundation.csv"
     if not file.is_file():
         raise Absent("bench/foundation.csv is missing")
-    rows = pd.read_csv(file)
     data = pages.BACKBONE_DATA
-    rows = rows[(rows.data == data) & (rows.stage == "cut") & (rows.outcome == "runs")]
-    top1 = rows.groupby(["method", "budget"]).probe_anew.median().unstack()
+    rows, top1 = pages.backbone_cuts(file)
     dense = top1.loc["dense", 1.0]
     half = top1[0.5].drop("dense").dropna().sort_values(ascending=False)
-    peers = [name for name in half.index if not name.startswith("vitlab")]
-    peer = next(name for name in peers if not tables.is_control(name))
+    peer = pages.peers_of(half).index[0]
     shown = top1.loc[["dense", *half.index.drop("random units", errors="ignore")]]
     shown = shown[sorted(shown, reverse=True)].map(
         lambda top1: "" if pd.isna(top1) else number(top1)

@@ -412,23 +412,34 @@ def backbone_sentence(page):
     bench = files.repository() / "figures" / "bench"
     if not (bench / "foundation.csv").is_file():
         return ""
-    rows = pd.read_csv(bench / "foundation.csv")
-    rows = rows[(rows.data == BACKBONE_DATA) & (rows.stage == "cut") & (rows.outcome == "runs")]
-    top1 = rows[rows.budget.isin([0.5, 1.0])].groupby("method").probe_anew.median()
-    ours, dense = top1["vitlab, pool"], top1["dense"]
-    peers = top1[[name for name in top1.index if not name.startswith("vitlab")]].drop("dense")
-    peers = peers[[not tables.is_control(name) for name in peers.index]]
+    _, top1 = backbone_cuts(bench / "foundation.csv")
+    ours, dense = top1[0.5]["vitlab, pool"], top1[1.0]["dense"]
+    peers = peers_of(top1[0.5])
     # Those of one tool are named once.
-    best_first = peers.sort_values(ascending=False).index
-    _, *others = dict.fromkeys(name.partition(",")[0] for name in best_first)
+    _, *others = dict.fromkeys(name.partition(",")[0] for name in peers.index)
     link = Path(os.path.relpath(bench, page)).as_posix()
     return (
         "DINOv2's pretrained ViT-S/14 at half of its MACs, without labels or training: a new linear "
         f"probe on its features has {published.number(ours)} % of Caltech-101's test images right, "
-        f"{published.number(dense)} % before the cut. Its best peer, {peers.idxmax()}, "
-        f"leaves {published.number(peers.max())} %, {', '.join(others[:-1])} and {others[-1]} less "
+        f"{published.number(dense)} % before the cut. Its best peer, {peers.index[0]}, "
+        f"leaves {published.number(peers.iloc[0])} %, {', '.join(others[:-1])} and {others[-1]} less "
         f"([table]({link}/foundation.md), [picture]({link}/foundation.png))."
     )
+
+
+def backbone_cuts(file):
+    """Return rows of foundation.csv, nothing trained, and the top-1 of a probe fitted anew, method by budget."""
+    rows = pd.read_csv(file)
+    rows = rows[(rows.data == BACKBONE_DATA) & (rows.stage == "cut") & (rows.outcome == "runs")]
+    return rows, rows.groupby(["method", "budget"]).probe_anew.median().unstack()
+
+
+def peers_of(top1):
+    """Return the top-1 of others' methods, the best first, without controls."""
+    own = [name == "dense" or name.startswith("vitlab") for name in top1.index]
+    controls = [tables.is_control(name) for name in top1.index]
+    left = ~(np.array(own) | controls)
+    return top1[left].dropna().sort_values(ascending=False)
 
 
 def _markdown(table):

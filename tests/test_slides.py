@@ -425,7 +425,7 @@ def test_a_real_backbone_stands_beside_its_peers_as_on_the_front_page():
     slide = findings.backbone(study)
     sentence = pages.backbone_sentence(FIGURES.parent)
     assert numbers([slide.title.replace("top-1", "")]) <= numbers([sentence])
-    assert re.search(r"peers, ([^,]+), leaves", sentence)[1] in slide.title
+    assert re.search(r"best peer, ([^,]+), leaves", sentence)[1] in slide.title
     assert slide.table.source.all() and {"LAMP", "CORP"} <= {*slide.table.method}
     rows = pd.read_csv(FIGURES / "bench" / "foundation.csv")
     rows = rows[(rows.budget == 0.5) & (rows.stage == "cut")].groupby("method").probe_anew
