@@ -393,6 +393,7 @@ class _LayerPicture:
             cmap=ListedColormap(colors),
             vmin=0,
             vmax=len(colors) - 1,
+            interpolation="nearest",
             aspect="auto",
         )
         self.mask.grid(False)

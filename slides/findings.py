@@ -43,6 +43,7 @@ SOURCES = {  # of what stands in bench/foundation.csv, by the first words of a m
 # Columns of slides' tables: their header, and how a value is written.
 COLUMNS = {
     "after": ("after the cut (%)", number),
+    "batch": ("images in a batch", "{:.0f}".format),
     "behind": ("behind one pool (points)", number),
     "block": ("block", str),
     "change": ("change (points)", signed),
@@ -240,16 +241,18 @@ def claim(study):
 def what_is_cut(study):
     """Show what each cut does to a matrix."""
     model = study.models[-1]
-    return Slide(
+    slide = Slide(
         "Masked weights stay in a matrix as zeros; removed rows, heads, neurons and ranks make it smaller",
         {"": study.picture(f"cuts-{model}")},
         terms="W: matrix of a layer. U × V: its low rank, as many ranks as U has columns. S: weights beside it. "
         "Neuron: hidden value of an MLP.",
-        shows=f"What is left of one layer of the {model_name(model)}, weight by weight.",
+        shows=f"What is left of one layer of the {pages.family_of(model)}, weight by weight.",
         note="Masked weights are zero, and the product with the matrix takes as long as before. What is removed is "
         "gone: the matrix is smaller, or it becomes the product of two thin ones. IHT and "
         "thresholds come with the heads.",
     )
+    seed = study.results[study.results.model == model].seed.min()  # as drawn
+    return replace(slide, source=source_of(study, slide, "results.csv", seed))
 
 
 def sensitivity(study):
@@ -436,15 +439,16 @@ def kept(study):
         f"{line.block} ({pages.family_of(line.model)}, {share(line.kept)})"
         for line in most.itertuples()
     )
-    return Slide(
+    slide = Slide(
         f"At half the {published.COSTS[kinds[0]]} {method} keeps most of {words}",
         study.pictures(f"kept-{kinds[0]}-0.5"),
         terms="100: nothing was cut there. Rank of qkv: the singular directions of that matrix that stay.",
         table=columns_of(means.head(2 * LINES), "model block kept"),
         shows="Heads, neurons and ranks that stay, in percent of the dense model's; "
-        f"seed {published.listed(lines, 'seed')}. The title has the mean of a row.",
+        "the title has the mean of a row.",
         note="Compare it with where it hurts: the pool should keep what the loss depends on, and what saves few MACs.",
     )
+    return replace(slide, source=source_of(study, slide, "table-kept.csv", first.seed.max()))
 
 
 def peers(study):
@@ -543,6 +547,7 @@ def faster(study):
     lines = groups.cut_speedup.agg(least="min", most="max").join(groups.promised.mean())
     lines = lines.reset_index()
     lines = lines.assign(
+        batch=times.batch.max(),
         name=lines.checkpoint.map(tables.checkpoint_words),
         way=lines.runtime + " " + lines.precision,
     )
@@ -557,11 +562,12 @@ def faster(study):
     )
     part = published.part_of(round(1 / smallest.promised.max(), 2), "macs")
     return Slide(
-        f"With {part} a model is {words} as fast as dense in the same runtime; the MACs promise {promised}",
+        f"With {part} and batches of {times.batch.max():g} a model is {words} as fast as dense in the same runtime; "
+        f"the MACs promise {promised}",
         study.pictures("speedup"),
         terms="Eager: PyTorch as it is. onnxruntime: the exported model. bf16: numbers of 16 bits. "
         "Promised: MACs before over after.",
-        table=columns_of(lines, "model name way promised least most"),
+        table=columns_of(lines, "model name way batch promised least most"),
         shows="Times as fast as dense in the same runtime; a mark is one run on one processor.",
         note=f"Two thin matrices are two calls, and what is not a product takes as long as "
         f"before. {_zeros(study)}{how_timed(study)} {_backbone_times(study)}".strip(),
@@ -749,9 +755,14 @@ def inches(picture):
         return image.width / PIXELS, image.height / PIXELS
 
 
-def source_of(study, slide, file):
-    """Return the line that says where a slide comes from."""
+def source_of(study, slide, file, seed=None):
+    """Return the line that says where a slide comes from.
+
+    seed: that of a picture of one model; None: all seeds.
+    """
     results = study.results[study.results.model.isin(study.models)]
     table = study.read(file.removesuffix(".csv"))
+    if seed is not None:
+        results, table = results[results.seed == seed], table[table.seed == seed]
     names = [file, *(path.name for path in (slide.pictures or {}).values())]
     return study.source(names, results, tables=[table])

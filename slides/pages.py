@@ -10,6 +10,7 @@ pool_picture, results.
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -181,9 +182,11 @@ def _value(study, model, method, form, target, quantity):
         return published.share(round(left, 2))
     values = _present(cuts, (stage or "cut") if quantity == "top1" else quantity, model, method)
     # Speeds of several seeds are of different machines: their range, not their mean.
+    if quantity == "speedup" and stage:  # "at least" is rounded down, "at most" up
+        tenths = 10 * values
+        ends = {"least": math.floor(tenths.min() + 1e-9), "most": math.ceil(tenths.max() - 1e-9)}
+        return published.number(ends[stage] / 10)
     least, most = map(published.number, (values.min(), values.max()))
-    if quantity == "speedup" and stage:
-        return {"least": least, "most": most}[stage]
     ends = dict.fromkeys([least, most])
     return " to ".join(ends) + ("\u00a0%" if quantity == "top1" else "")
 
@@ -422,7 +425,7 @@ def backbone_sentence(page):
         "DINOv2's pretrained ViT-S/14 at half of its MACs, without labels or training: a new linear "
         f"probe on its features has {published.number(ours)} % of Caltech-101's test images right, "
         f"{published.number(dense)} % before the cut. Its best peer, {peers.index[0]}, "
-        f"leaves {published.number(peers.iloc[0])} %, {', '.join(others[:-1])} and {others[-1]} less "
+        f"leaves {published.number(peers.iloc[0])} %; {', '.join(others[:-1])} and {others[-1]} leave less "
         f"([table]({link}/foundation.md), [picture]({link}/foundation.png))."
     )
 

@@ -97,7 +97,7 @@ class Published:
     results: every published result. untimed: those without a latency, one for each model measured.
     models: names of the models that were cut. dense: the dense models' results, means over seeds, by model.
 
-    Raises FileNotFoundError for a folder without results.csv, with the commands that make it.
+    Raises FileNotFoundError for a folder without tables of a study, with the commands that make them.
     """
 
     def __init__(self, folder):
@@ -105,6 +105,8 @@ class Published:
         if not (self.folder / "results.csv").is_file():
             raise FileNotFoundError(_how_to_make(self.folder))
         self.results = self.read("results")
+        if "stage" not in self.results:  # those of benchmarks
+            raise FileNotFoundError(_how_to_make(self.folder))
         self.untimed = self.results[self.results.latency_ms.isna()]
         is_dense = self.untimed.stage.isin(tables.DENSE_STAGES)
         cut = self.untimed[~is_dense & self.untimed.top1.notna()]
@@ -180,9 +182,9 @@ class Published:
 def _how_to_make(folder):
     """Return the words of the error for a folder without results."""
     name = folder.name
-    others = sorted(path.parent.name for path in folder.parent.glob("*/results.csv"))
+    others = sorted(path.parent.name for path in folder.parent.glob("*/dense.csv"))
     return (
-        f"{folder} has no results.csv{names.nearest(name, others)} A study leaves it at its end: "
-        f"make study STUDY={name}, or, where its runs are, make figures STUDY={name}. There are "
+        f"{folder} has no tables of a study{names.nearest(name, others)} It leaves them at its end: "
+        f"make study STUDY={name}, or, where its runs are, vitlab run 7_report --study {name}. There are "
         f"tables of {', '.join(others) or 'none'}."
     )

@@ -27,6 +27,12 @@ def vitlab_in(folder, *arguments, package=ROOT):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def seen(folder, pattern):
+    """Return paths in a folder of the repository, without those in hidden ones, as Jupyter leaves."""
+    paths = (ROOT / folder).rglob(pattern)
+    return [path for path in paths if "/." not in str(path.relative_to(ROOT))]
+
+
 def test_help_has_words_for_every_option_and_names_the_notebooks(capsys):
     commands = _parser()._actions[-1]
     assert set(commands.choices) == {"init", "run", "results", "export", "slides"}
@@ -39,7 +45,7 @@ def test_help_has_words_for_every_option_and_names_the_notebooks(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["run", "--help"])
     said = capsys.readouterr().out
-    assert all(path.stem in said for path in (ROOT / "notebooks").rglob("[!.]*.[iy][pa][ym]*"))
+    assert all(path.stem in said for path in seen("notebooks", "[!.]*.[iy][pa][ym]*"))
 
 
 def test_help_and_errors_come_without_torch(tmp_path):
@@ -77,7 +83,7 @@ def test_a_wheel_brings_a_lab(wheel, tmp_path):
     assert made.returncode == 0 and "vitlab run 0 --study demo" in made.stdout
     lab = tmp_path / "lab"
     for folder in ("notebooks", "slides"):
-        names = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("[!.]*")}
+        names = {path.relative_to(ROOT) for path in seen(folder, "[!.]*")}
         names = {name for name in names if "__pycache__" not in name.parts and "." in name.name}
         assert names and all((lab / name).exists() for name in names)
     again = vitlab_in(tmp_path, "init", "lab", package=wheel)

@@ -249,7 +249,7 @@ def _to_openvino(source, path, images):
     sessions, errors = {}, {}
 
     def nearest_of(*ways):
-        for way in ways:
+        for way in files.progress(ways, "quantising"):
             sessions[way] = quantised(*way)
             errors[way] = _mean_error(sessions[way](images), expected)
         return min(errors, key=errors.get)
@@ -340,7 +340,8 @@ def _quantise(source, path, images, dynamic):
     expected = float32(images)
     # Where products of 8 bits are added up in 16, some of these saturate: only the error tells.
     files_by_way, errors = {}, {}
-    for way in ((False, False), (True, False), (False, True), (True, True)):
+    ways = ((False, False), (True, False), (False, True), (True, True))
+    for way in files.progress(ways, "quantising"):
         files_by_way[way] = quantised(linear, *way)
         errors[way] = _mean_error(export.session(files_by_way[way])(images), expected)
     best = min(errors, key=errors.get)
@@ -373,7 +374,7 @@ def _times(sessions, images):
     """Return {name: milliseconds [rounds]} of sessions on a batch, taken in turns."""
     cpu = torch.device("cpu")
     times = {name: [] for name in sessions}
-    for _ in range(_ROUNDS + 1):
+    for _ in files.progress(range(_ROUNDS + 1), "timing"):
         for name, session in sessions.items():
             times[name].append(bench.milliseconds(lambda run=session: run(images), cpu))
     return {name: np.array(each[1:]) for name, each in times.items()}  # the first warms up

@@ -119,9 +119,9 @@ def looks(names):
 def shades(names):
     """Choose a colour for each of names that have an order, such as blocks, from dark to light.
 
-    Returns {name: colour}.
+    Returns {name: colour}; the lightest is still 3 : 1 on white.
     """
-    shares = np.linspace(0, 1, len(names) + 2)[1:-1]
+    shares = np.linspace(0, 0.6, len(names))
     return dict(zip(names, plt.get_cmap("viridis")(shares), strict=True))
 
 

@@ -516,7 +516,7 @@ def speedups(times):
     ax.axvline(1, color="0.35", linewidth=0.8, zorder=0)
     ax.set_yticks([*ticks], ticks.values())
     ax.set(xscale="log", ylim=(place - 0.5, -0.6), xlabel="times as fast (log axis)")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_locator(ticker.NullLocator())
     ax.grid(False, axis="y")
@@ -660,7 +660,7 @@ def prediction_audit(frame):
         if times.max() > 3:
             words += f":\nup to {times.max():.0f} × too low"
         ax.scatter(cuts.predicted, cuts.measured, s=55, zorder=3, label=words, **look)
-    legend_beside(ax)
+    ax.figure.legend(loc="outside upper center", ncols=2)
     return ax
 
 
