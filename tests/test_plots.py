@@ -576,7 +576,8 @@ def test_the_audit_draws_budgets_by_fisher_and_says_how_far_off_they_are(audit):
     places = {tuple(place) for place in np.round(drawn.get_offsets().data, 6).tolist()}
     assert places <= {(0.1, 0.2), (1, 0.9), (2, 1), (0.2, -0.5)} and (0.1, 0.2) in places
     far = more.assign(measured=more.predicted * 20)
-    words = labels(plots.prediction_audit(far[far.criterion == "fisher"]))
+    (legend,) = plots.prediction_audit(far[far.criterion == "fisher"]).figure.legends
+    words = [text.get_text() for text in legend.get_texts()]
     assert any("up to 20 × too low" in word for word in words)
     with pytest.raises(ValueError, match="nothing to show"):
         plots.prediction_audit(audit.assign(predicted=0.0, measured=-1.0))

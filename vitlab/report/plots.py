@@ -236,14 +236,19 @@ def tradeoff(results, x="macs"):
     ax.xaxis.set_major_formatter("{x:.0%}")
     if len(others):
         ax.text(0.02, 0.02, "dots: other cuts", transform=ax.transAxes, color="0.45")
-    # The line of each series ends at its smallest model.
+    # The line of each series ends at its smallest model, and has its name there.
     ends = cuts[cuts.place == cuts.groupby("series").place.transform("min")]
-    ends = ends.groupby("series").lost.mean().clip(FLOOR)
+    ends = ends.groupby("series").agg(place=("place", "first"), lost=("lost", "mean"))
     styles = looks(names)
-    label_lines(
-        ax,
-        {_broken(name + marks[name]): (ends[name], styles[name]["color"]) for name in names},
-    )
+    beside = {}
+    for name in names:
+        end, color, words = ends.loc[name], styles[name]["color"], _broken(name + marks[name])
+        if end.place < cuts.place.min() + 0.1:
+            beside[words] = max(end.lost, FLOOR), color
+        else:
+            below = {"xytext": (0, -10), "textcoords": "offset points", "va": "top", "ha": "right"}
+            ax.annotate(words, (end.place, max(end.lost, FLOOR)), color=color, **below)
+    label_lines(ax, beside)
     return ax
 
 
