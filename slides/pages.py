@@ -439,10 +439,9 @@ def backbone_cuts(file):
 
 def peers_of(top1):
     """Return the top-1 of others' methods, the best first, without controls."""
-    own = [name == "dense" or name.startswith("vitlab") for name in top1.index]
-    controls = [tables.is_control(name) for name in top1.index]
-    left = ~(np.array(own) | controls)
-    return top1[left].dropna().sort_values(ascending=False)
+    own = ("dense", "vitlab")
+    peers = [name for name in top1.index if not (name.startswith(own) or tables.is_control(name))]
+    return top1[peers].dropna().sort_values(ascending=False)
 
 
 def _markdown(table):
