@@ -14,10 +14,12 @@ until val falls, others by that which is best on val there, for each tool and bu
 higher it is. `--speed` times seed 0's models of a budget together: speed does not depend on fine-tuning. `--table`
 writes accuracy.md and the figure. Cut models are kept in data/bench.
 
-Torch-Pruning cuts all it can, with the help of peers.torch_pruning_cut: heads, neurons, width and filters by one ratio,
-or heads and neurons alone; groups normalised by their mean and magnitude by L2, as is its default; Taylor by the
-gradient accumulated over the calibration images. SVD takes the same share of each linear layer, of each convolution of
+Torch-Pruning cuts all it can, with the help of peers.torch_pruning_cut: heads, neurons, width and filters by one ratio;
+groups normalised by their mean and magnitude by L2, as is its default; Taylor by the gradient accumulated over the
+calibration images. SVD takes the same share of each linear layer, of each convolution of
 the stem, too, or of all but the first of these, whichever has the lowest loss on these images and can reach the budget.
+Which test images a model has right is kept beside it; a row counts those that only the pool's model of the same stage
+has right (`pool_only`), or only this one (`tool_only`), where the pool's were made before.
 Ranks and Torch-Pruning's widths are not rounded: an equal share rounded to four meets no budget within 1 %. All of
 vitlab's tools but one, and random units, solve for what is left anew (recover.reconstruct, no labels); the peers have
 nothing of the sort.
@@ -37,9 +39,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from common import SMALL, folder, model_of
+from common import SMALL, answers, folder, model_of
 from filelock import FileLock
 from peers import torch_pruning, torch_pruning_to
+from safetensors.torch import load_file, save_file
 
 from vitlab import files, models
 from vitlab.evaluation import bench, cost, evaluate
@@ -65,6 +68,8 @@ COLUMNS = [
     "correct",
     "total",
     "loss",
+    "pool_only",
+    "tool_only",
     "val_top1",
     "params",
     "seconds",
@@ -151,16 +156,10 @@ TOOLS = {
     "vitlab, units": functools.partial(of_kinds, KINDS),
     "vitlab, units, cut alone": functools.partial(of_kinds, KINDS, solved=False),
     "vitlab, ranks": functools.partial(of_kinds, ["ranks"]),
-    "vitlab, heads and neurons": functools.partial(of_kinds, ("heads", "neurons")),
-    **{f"vitlab, {kind}": functools.partial(of_kinds, (kind,)) for kind in KINDS},
     "random units": random_units,
     **{
         f"Torch-Pruning, {word}, {way}": functools.partial(peer, word, ranked=way)
-        for word, way in product(CRITERIA, ("global", "isomorphic", "uniform"))
-    },
-    **{
-        f"Torch-Pruning, {word}, heads and neurons": functools.partial(peer, word, everything=False)
-        for word in CRITERIA
+        for word, way in product(CRITERIA, ("global", "isomorphic"))
     },
     "SVD, whitened": functools.partial(svd, True),
     "SVD, plain": functools.partial(svd, False),
@@ -210,11 +209,30 @@ def keep(key, **row):
     )
 
 
-def measured(model, images):
-    test = evaluate.accuracy(model, images.test)
+def measured(model, images, key, name):
+    """Columns of a model, whose right test images are kept under a name beside its cut."""
+    right, loss = answers(model, images.test)
+    kept = cut_folder(key)
+    kept.mkdir(parents=True, exist_ok=True)
+    save_file({"right": right}, kept / f"{name}.right.safetensors")
+    shown = {"top1": 100 * right.double().mean().item(), "correct": int(right.sum())}
+    shown |= {"total": len(right), "loss": loss} | beside_the_pool(key, name, right)
     counts = {"macs": cost.macs(model), "params": cost.params(model)}
-    shown = {"top1": test.top1, "correct": test.correct, "total": test.total, "loss": test.loss}
     return shown | {"val_top1": evaluate.accuracy(model, images.val).top1} | counts
+
+
+def beside_the_pool(key, name, right):
+    """Count the images that one of the two alone has right, a model and the pool's of the same stage; {} without it."""
+    pool = key | {"tool": POOL}
+    if name != "cut":
+        tuned = tables.best_rates(read())
+        rates = tuned[those(tuned, **pool, stage="finetuned")].lr
+        name = stage_of(rates.iloc[0]) if len(rates) else name
+    file = cut_folder(pool) / f"{name}.right.safetensors"
+    if key["tool"] == POOL or not file.exists():
+        return {}
+    pools = load_file(file)["right"]
+    return {"pool_only": int((pools & ~right).sum()), "tool_only": int((right & ~pools).sum())}
 
 
 def cut_folder(key):
@@ -268,12 +286,12 @@ def measure(given, share, tool, *, rates=None, epochs=1, images=None):
                 raise
             floor = round(float(floor[1]) * cost.macs(given.dense))
             return keep(key | {"stage": "unreachable"}, macs=floor, note=str(error))
-        seconds, found = time.perf_counter() - begun, measured(model, given.images)
-        before = there[there.stage == "cut"][["macs", "params"]].to_dict("records")
-        if before and before[0] != {name: found[name] for name in before[0]}:
-            raise ValueError(
-                f"{key} has {before[0]} in its rows, and is cut otherwise now: give --again"
-            )
+        seconds, found = time.perf_counter() - begun, measured(model, given.images, key, "cut")
+        for before in there[["macs", "params"]].dropna().to_dict("records"):
+            if before != {name: found[name] for name in before}:
+                raise ValueError(
+                    f"{key} has {before} in its rows, and is cut otherwise now: give --again"
+                )
         checkpoint.save(model, kept)
         keep(key | {"stage": "cut"}, **found, note=note, seconds=seconds)
     while lr := missing():
@@ -289,7 +307,11 @@ def measure(given, share, tool, *, rates=None, epochs=1, images=None):
             keep(key | {"stage": "finetuned"}, val_top1=0.0, note=str(error), **own)
             continue
         spent = {"seconds": history.seconds.sum()} | own
-        keep(key | {"stage": "finetuned"}, **measured(model, given.images), **spent)
+        keep(
+            key | {"stage": "finetuned"},
+            **measured(model, given.images, key, stage_of(lr)),
+            **spent,
+        )
         (kept / f"{stage_of(lr)}.state.pt").unlink()
 
 
@@ -361,6 +383,17 @@ def mean_and_range(values, form="{:.1f}"):
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def difference(rows):
+    """Points of top-1 between the pool and a tool, mean of seeds, with half of its 95 % interval over the test images.
+
+    Seeds share the test images, so that their mean is taken to vary as much as one of them does.
+    """
+    more, fewer = rows.pool_only / rows.total, rows.tool_only / rows.total
+    points = more - fewer
+    half = 1.96 * ((more + fewer - points**2) / rows.total) ** 0.5
+    return f"{100 * points.mean():+.2f} ± {100 * half.mean():.2f}"
+
+
 def summary(table, model, share):
     """One line a tool: MACs, top-1, its differences to vitlab's pool, paired by seed, learning rate, and speed-up."""
     every, table = table, tables.best_rates(table)
@@ -376,12 +409,16 @@ def summary(table, model, share):
             both = own[own.stage == stage].pivot(index="seed", columns="tool", values="top1")
             if tool in both:
                 line[word] = mean_and_range(both[tool])
-            if (
-                tool != POOL
-                and {tool, POOL} <= set(both)
-                and len(pairs := (both[POOL] - both[tool]).dropna())
-            ):
-                line[f"pool − tool, {word}"] = mean_and_range(pairs, "{:+.2f}")
+            if tool != POOL and {tool, POOL} <= set(both):
+                counted = mine[(mine.stage == stage) & mine.pool_only.notna()]
+                pairs = (both[POOL] - both[tool]).dropna()
+                line[f"pool − tool, {word}"] = (
+                    difference(counted)
+                    if len(counted) and len(counted) == len(pairs)
+                    else mean_and_range(pairs, "{:+.2f}")
+                    if len(pairs)
+                    else ""
+                )
         if mine.lr.notna().any():
             is_searched = not next_rate(every[those(every, model=model, budget=share, tool=tool)])
             line["learning rate"] = f"{mine.lr.max():g}" + ("" if is_searched else " \\*")
@@ -437,7 +474,9 @@ def table_and_figure():
     tests = table.total.dropna().astype(int).max()
     text.append(
         f"Mean (lowest to highest) of seeds {', '.join(map(str, seeds))}, which draw calibration images, random "
-        "choices and the order of fine-tuning, all of one dense model and split; differences are paired by seed. The "
+        "choices and the order of fine-tuning, all of one dense model and split. Differences are paired by seed and, "
+        "where ± stands, by image: ± is half of a 95 % interval over the test images, of one seed; without it, the range of "
+        "seeds. The "
         f"learning rate is, for each tool and budget, that of {', '.join(f'{lr:g}' for lr in RATES)} which is best on "
         "val at the first seed, tried upward until val falls (\\*: not yet). At "
         f"84 % {tests:,} test images leave a standard error of {100 * (0.84 * 0.16 / tests) ** 0.5:.1f} points. All "
@@ -502,7 +541,7 @@ def main():
     parser.add_argument(
         "--again",
         action="store_true",
-        help="drop the rows of these models, budgets, seeds and tools first",
+        help="drop the rows of these models, budgets, seeds and tools first (--epochs 0: of their cuts)",
     )
     parser.add_argument(
         "--speed", action="store_true", help="time the cut models of seed 0 instead"
@@ -539,6 +578,8 @@ def main():
                 "seed": options.seeds,
                 "tool": tools,
             }
+            if options.epochs == 0:
+                gone["stage"] = ["cut", "unreachable"]
             change(lambda table: table[~table[list(gone)].isin(gone).all(axis=1)])
         measure_all(given_of(options.models), options.budgets, options.seeds, tools, **how)
 

@@ -90,3 +90,11 @@ def publish(name, rows, *, shown=None, beside=None):
     tables.save_table(short, folder(name), formats=formats, kinds=["md"])
     print(f"\n{name}\n\n{folder(f'{name}.md').read_text()}", flush=True)
     return table
+
+
+@torch.inference_mode()
+def answers(model, split):
+    """Return which images a model answers rightly, bool [N], and its mean loss."""
+    parts = [(model(x), y) for x, y in split.batches(128)]
+    logits, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logits.argmax(1) == labels, torch.nn.functional.cross_entropy(logits, labels).item()

@@ -12,8 +12,7 @@ import time
 from itertools import product
 
 import pandas as pd
-import torch
-from common import ROOT, folder, publish
+from common import ROOT, answers, folder, publish
 
 from vitlab.evaluation import cost
 from vitlab.models import anatomy, checkpoint
@@ -77,14 +76,6 @@ def stages(known, share, images, seed):
     recipe = RECIPE | {"seed": seed, "lr": RATES[share]}
     imitate.relearn(small, known.model, images.train, images.val.subset(500), recipe)
     yield {"stage": "relearned", "seconds": time.perf_counter() - begun}, small
-
-
-@torch.inference_mode()
-def answers(model, split):
-    """Return which images a model answers rightly, bool [N], and its mean loss."""
-    parts = [(model(x), y) for x, y in split.batches(500)]
-    logits, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logits.argmax(1) == labels, torch.nn.functional.cross_entropy(logits, labels).item()
 
 
 def of(right, loss):

@@ -1,6 +1,7 @@
 """Benchmarks: each runs and says where its numbers come from. Times themselves are never asserted."""
 
 import copy
+import functools
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,8 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(
     torch.manual_seed(0)
     dense = models.create(name, num_classes=10, image_size=16, **TOYS[name]).eval()
     given_of = {name: lambda seed: accuracy.Given(name, dense, drawn, seed)}
+    alone = {"vitlab, filters": functools.partial(accuracy.of_kinds, ["filters"])}
+    monkeypatch.setattr(accuracy, "TOOLS", accuracy.TOOLS | alone)
     accuracy.measure_all(given_of, [0.5], [0], list(accuracy.TOOLS), epochs=0)
     table = accuracy.read().set_index("tool")
     assert set(table.index) == set(accuracy.TOOLS)
@@ -89,6 +92,9 @@ def test_every_tool_meets_the_budget_or_names_its_floor_and_is_not_run_twice(
     assert (
         share[reached].max() <= 1.01 and share[reached].drop(GROUPS, errors="ignore").min() >= 0.99
     )
+    counts = table[reached & (table.budget < 1)].drop("vitlab, pool")
+    pools = table.correct["vitlab, pool"]
+    assert (counts.pool_only - counts.tool_only).eq(pools - counts.correct).all()
     for tool in table.index[reached]:
         key = {"tool": tool, "model": name, "budget": table.budget[tool], "seed": 0}
         model = checkpoint.load(accuracy.cut_folder(key))
@@ -178,7 +184,7 @@ def test_the_table_counts_seeds_of_a_stage_and_marks_those_that_cannot_reach_it(
         ("SVD, plain", 0.5, 2, "cut", 70.0, 49),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["tool", "budget", "seed", "stage", "top1", "macs"]).assign(
-        model="m", speedup=None, val_top1=None
+        model="m", speedup=None, val_top1=None, pool_only=None
     )
     table["lr"] = table.stage.map({"finetuned": 1e-3})
     lines = accuracy.summary(table, "m", 0.5).set_index("tool")
@@ -188,12 +194,14 @@ def test_the_table_counts_seeds_of_a_stage_and_marks_those_that_cannot_reach_it(
     assert lines.cut.to_list() == ["81.0 (80.0 to 82.0)", "79.0", "70.0"]
 
 
-GROUPS = [
-    "vitlab, units",
-    "random units",
-    "vitlab, heads and neurons",
-    "vitlab, width",
-]  # go by eight, or by the head
+def test_differences_are_paired_by_image(accuracy):
+    """Of 100 images 9 and 1 differ: 8 points, and each image varies by (9 + 1) / 100 - 0.08**2."""
+    rows = pd.DataFrame({"pool_only": [9, 9], "tool_only": [1, 1], "total": [100, 100]})
+    half = 1.96 * ((0.10 - 0.0064) / 100) ** 0.5
+    assert accuracy.difference(rows) == f"+8.00 ± {100 * half:.2f}"
+
+
+GROUPS = ["vitlab, units", "random units"]  # go by eight, or by the head
 
 
 LONG = [
