@@ -475,8 +475,8 @@ def table_and_figure():
     text.append(
         f"Mean (lowest to highest) of seeds {', '.join(map(str, seeds))}, which draw calibration images, random "
         "choices and the order of fine-tuning, all of one dense model and split. Differences are paired by seed and, "
-        "where ± stands, by image: ± is half of a 95 % interval over the test images, of one seed; without it, the range of "
-        "seeds. The "
+        "where ± stands, by image: ± is half of a 95 % interval over the test images, of one seed; without it, seeds' "
+        "range. The "
         f"learning rate is, for each tool and budget, that of {', '.join(f'{lr:g}' for lr in RATES)} which is best on "
         "val at the first seed, tried upward until val falls (\\*: not yet). At "
         f"84 % {tests:,} test images leave a standard error of {100 * (0.84 * 0.16 / tests) ** 0.5:.1f} points. All "
