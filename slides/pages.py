@@ -401,7 +401,7 @@ def headline(study, *, page):
     by_family = " and ".join(f"{change} ({family})" for family, change in changes.items())
     said = (
         "Cut a ViT or Swin of timm to half of its multiply-accumulates (MACs), without training: "
-        f"top-1 on {_data(study)} changes by {by_family} points."
+        f"top-1, the share of {_data(study)}'s test images it gets right, changes by {by_family} points."
     )
     parts = [said, _front_picture(page), backbone_sentence(page)]
     return "\n\n".join(part for part in parts if part)
@@ -422,8 +422,8 @@ def backbone_sentence(page):
     _, *others = dict.fromkeys(name.partition(",")[0] for name in peers.index)
     link = Path(os.path.relpath(bench, page)).as_posix()
     return (
-        "DINOv2's pretrained ViT-S/14 at half of its MACs, without labels or training: a new linear "
-        f"probe on its features has {published.number(ours)} % of Caltech-101's test images right, "
+        "DINOv2's pretrained ViT-S/14 at half of its MACs, without labels or training: a linear "
+        f"classifier fitted to its features has {published.number(ours)} % of Caltech-101's test images right, "
         f"{published.number(dense)} % before the cut. Its best peer, {peers.index[0]}, "
         f"leaves {published.number(peers.iloc[0])} %; {', '.join(others[:-1])} and {others[-1]} leave less "
         f"([table]({link}/foundation.md), [picture]({link}/foundation.png))."
