@@ -1,7 +1,7 @@
 """Give all figures one look that reads on slides and in grey. No torch.
 
-Public: BAD, COLORS, CONTROL, FLOOR, GOOD, HALF, STYLE, TEXT, TOGETHER, WIDE, color_of, label_lines,
-legend_beside, looks, loss_axis, new_axes, panels_beside, range_bars, shades, styled.
+Public: BAD, COLORS, CONTROL, FLOOR, GOOD, HALF, MARKERS, STYLE, TEXT, TOGETHER, WIDE, color_of, label_lines,
+legend_beside, looks, loss_axis, new_axes, panels_beside, range_bars, styled.
 """
 
 import functools
@@ -69,9 +69,9 @@ TOGETHER = [
     ["svd", "heads+svd+iht columns", "heads+svd+iht entries", "heads+iht"],
 ]
 CONTROL = "0.55"  # the grey of random cuts, magnitude, and the dense model with more training
-GOOD, BAD = COLORS["ranks"], COLORS["units"]  # a gain and a loss
+GOOD, BAD = COLORS["ranks"], COLORS["units"]  # photographs newly right and newly wrong
 _HUES = list(COLORS.values())
-_MARKERS = "os^DvPX"
+MARKERS = "os^DvPX"
 _BY_WORDS = {tables.METHODS.get(method, method): color for method, color in COLORS.items()}
 _BY_WORDS["heads, SVD"] = COLORS["svd"]
 FLOOR = 0.1  # points of top-1; what is lost below is within the noise of all test sets here
@@ -109,20 +109,11 @@ def looks(names):
     own = {name: color_of(name) for name in names}
     others = itertools.cycle([color for color in _HUES if color not in own.values()] or _HUES)
     styles = {}
-    for name, marker in zip(names, itertools.cycle(_MARKERS), strict=False):
+    for name, marker in zip(names, itertools.cycle(MARKERS), strict=False):
         color = own[name] or next(others)
         width = 1 if color == CONTROL else 2.5 if name == tables.METHODS["pool"] else 1.8
         styles[name] = {"color": color, "marker": marker, "linewidth": width}
     return styles
-
-
-def shades(names):
-    """Choose a colour for each of names that have an order, such as blocks, from dark to light.
-
-    Returns {name: colour}; the lightest is still 3 : 1 on white.
-    """
-    shares = np.linspace(0, 0.6, len(names))
-    return dict(zip(names, plt.get_cmap("viridis")(shares), strict=True))
 
 
 def new_axes(width, height):

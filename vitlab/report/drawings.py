@@ -16,11 +16,12 @@ from vitlab.report import _style, tables
 
 # Weights that stay, by the letter of their size in the cells of inside.layers.
 _BLUES = dict(zip("abcdefghi", plt.get_cmap("Blues")(np.linspace(0.45, 1, 9)), strict=True))
-_REMOVED = {"facecolor": "#fbe3d0", "edgecolor": _style.BAD, "linewidth": 0}
+_REMOVED = {"facecolor": "#fbe3d0", "edgecolor": _style.COLORS["units"], "linewidth": 0}
 # The sign before a part that stands beside another: W = U × V + S.
 _SIGNS = {"V": "×", "S": "+"}
 _SMALL = {"color": "0.35"}
 _BLUE = _style.COLORS["pool"]
+_INK = "0.35"  # of what has no colour of a method
 # The |w| up to which magnitude alone would have cut as many weights.
 _THRESHOLD = {"color": "0.1", "linestyle": ":"}
 
@@ -72,7 +73,8 @@ def _arrange(ax, pictures, high):
     for rows in pictures:
         columns = rows.groupby("part", sort=False).cells.first().str.len()
         # A narrow picture takes as much room as its title.
-        title = 0.058 * high * len(rows.title.iloc[0])
+        lines = rows.title.iloc[0], tables.layer_words(rows.layer.iloc[0])
+        title = 0.058 * high * max(map(len, lines))
         widths.append(max((columns + gap).sum(), title, 1.05 * high) + gap)
     # One line takes about eight square matrices, or the widest picture.
     line = max(8 * high, *widths)
@@ -96,9 +98,7 @@ def _arrange(ax, pictures, high):
 def _picture(ax, rows, x, y, gap):
     """Draw the matrices of one layer in a row, with signs between and their sizes below."""
     ax.text(x, y - 1.6 * gap, rows.title.iloc[0], va="bottom")
-    layer = rows.layer.iloc[0]
-    if layer.startswith("layers."):  # of a Swin: short names leave room
-        layer = layer.replace("layers.", "").replace("blocks.", "")
+    layer = tables.layer_words(rows.layer.iloc[0])
     ax.text(x, y - 0.3 * gap, layer, va="bottom", **_SMALL)
     left = x
     for part, cells in rows.groupby("part", sort=False).cells:
@@ -185,14 +185,15 @@ def weight_histograms(frame):
     stages = frame.groupby("stage", sort=False)
     figure, panels = _style.panels_beside(stages, *_style.WIDE)
     limit = frame.right.max()
+    name = tables.method_words(frame.method.iloc[0])
     for ax, stage, bins in panels:
-        _histogram(ax, bins, limit)
+        _histogram(ax, bins, limit, _style.color_of(name) or _INK)
         ax.set_title(tables.STAGES.get(stage, stage))
     # The axis starts below 1, which would have no height otherwise.
     first = figure.axes[0]
     first.set_ylim(0.5, 2 * max(frame["count"].max(), frame.zeros.max()))
     first.set_ylabel("weights (log axis)")
-    name = tables.method_words(frame.method.iloc[0])
+    first.yaxis.set_major_formatter("{x:,.0f}")  # with exponents, digits would be too small
     figure.supxlabel(f"value of the weight; {frame.target.iloc[0]:.0%} of the {name} cut")
     # The first stage has all that is drawn; both lines have one name.
     artists, labels = first.get_legend_handles_labels()
@@ -201,13 +202,16 @@ def weight_histograms(frame):
     return figure
 
 
-def _histogram(ax, bins, limit):
-    """Draw the bins of one stage, up to a limit of the weights' size, and the bar of the zeros."""
+def _histogram(ax, bins, limit, color):
+    """Draw the bins of one stage, up to a limit of the weights' size, and the bar of the zeros.
+
+    color: of the weights that stay.
+    """
     edges = [*bins.left, bins.right.iloc[-1]]
     # What the masks will let go is light, behind what they keep.
     if bins.survivors.sum() < bins["count"].sum():
         ax.stairs(bins["count"], edges, fill=True, color="0.75", label="will go")
-    ax.stairs(bins.survivors, edges, fill=True, color=_BLUE, label="stay")
+    ax.stairs(bins.survivors, edges, fill=True, color=color, label="stay")
     threshold = bins.threshold.iloc[0]
     label = "where magnitude\nwould cut as many"
     for place in (-threshold, threshold):
@@ -229,7 +233,7 @@ def weight_violins(frame):
     survivors of the last one. All are equally wide. Dotted lines show where magnitude would have
     cut as many.
 
-    frame: as inside.weights(by="layer") returns it, of one cut.
+    frame: as inside.weights(by="layer") returns it, of one cut, with the column method.
     Returns a Figure.
     """
     # Layers outside of blocks have no place here.
@@ -238,12 +242,13 @@ def weight_violins(frame):
     frame = frame.assign(place=places)
     roles = frame.role.unique()
     first, last = frame.stage.unique()[[0, -1]]
+    color = _style.color_of(tables.method_words(frame.method.iloc[0])) or _INK
     size = (1.6 + 0.9 * max(5, len(blocks)), 0.9 + 0.95 * len(roles))
     figure, panels = plt.subplots(len(roles), 1, figsize=size, sharex=True, squeeze=False)
     for ax, (role, bins) in zip(panels.flat, frame.groupby("role", sort=False), strict=True):
         after = bins[bins.stage == last]
         _violins(ax, bins[bins.stage == first], "count", side="low", color="0.7")
-        _violins(ax, after, "survivors", side="high", color=_BLUE)
+        _violins(ax, after, "survivors", side="high", color=color)
         _zeros(ax, after)
         _limits(ax, bins)
         ax.set_ylabel(role)
@@ -254,7 +259,7 @@ def weight_violins(frame):
     figure.supylabel("value of the weight")
     handles = [
         Patch(color="0.7", label=tables.STAGES.get(first, first)),
-        Patch(color=_BLUE, label=tables.STAGES.get(last, last)),
+        Patch(color=color, label=tables.STAGES.get(last, last)),
         plt.Line2D([], [], label="where magnitude would cut as many", **_THRESHOLD),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
@@ -308,9 +313,10 @@ def _limits(ax, bins):
 
 @_style.styled
 def spectra(frame):
-    """Draw singular values, as shares of the largest: a panel for each role, a line for each block.
+    """Draw singular values, as shares of the largest: a panel for each role.
 
-    Dashed is the rank at which two thin layers have as many MACs as one.
+    The first and the last layer of a role have a line, and a grey band goes from the lowest to the
+    highest of all. Dashed is the rank at which two thin layers have as many MACs as one.
 
     frame: as inside.spectra returns it. A column faster puts a small mark on each line: the rank up
         to which factoring was measured to be faster, as bench.break_even returns it.
@@ -320,42 +326,62 @@ def spectra(frame):
     full = frame[["m", "n"]].min(axis=1)
     # Ranks are shares of the full one, so that stages of several widths compare.
     frame = frame.assign(full=full, relative=frame.sigma / largest, share=frame["rank"] / full)
-    groups = frame.groupby("role", sort=False)
-    colors = _style.shades(frame.block.dropna().unique())
-    figure, panels = _style.panels_beside(groups, *_style.WIDE)
-    for ax, role, lines in panels:
-        _spectra_of_role(ax, lines, colors)
-        ax.set(title=role, xlim=(0, 1.02), xticks=[0, 0.5, 1])
-        ax.xaxis.set_major_formatter("{x:.0%}")
+    # Roles of one layer come first: the names of lines stand at the right of the last panel.
+    several = frame.groupby("role").layer.transform("nunique") > 1
+    frame = frame.loc[several.sort_values(kind="stable").index]
+    figure, panels = _style.panels_beside(frame.groupby("role", sort=False), *_style.WIDE)
     # Four decades are enough: what is smaller is rounding.
     floor = max(frame.relative[frame.relative > 0].min(), 1e-4)
+    for ax, role, lines in panels:
+        ends = _spectra_of_role(ax, lines, floor)
+        ax.set(title=role, xlim=(0, 1.02), xticks=[0, 0.5, 1])
+        ax.set_xticklabels(["0", "50%", "100%"])
     first = figure.axes[0]
-    first.set(yscale="log", ylim=(floor, 1.5), ylabel="singular value, of the largest")
+    first.set(yscale="log", ylim=(floor, 1.5), ylabel="singular value,\nof the largest (log axis)")
+    first.yaxis.set_major_formatter("{x:g}")
     figure.supxlabel("rank, as a share of the full rank")
-    looks = {block: {"color": color} for block, color in colors.items()}
-    looks["break-even in MACs"] = {"color": "0.1", "linestyle": "--"}
+    handles = [
+        Patch(**_BAND, label="from the lowest to the highest block"),
+        plt.Line2D([], [], color="0.1", linestyle="--", label="break-even in MACs"),
+    ]
     if "faster" in frame:
-        looks["faster up to here"] = {"color": "0.35", "marker": "o", "linestyle": ""}
-    handles = []
-    for label, look in looks.items():
-        handles.append(plt.Line2D([], [], label=label, **look))
-    figure.legend(handles=handles, loc="outside right center")
+        look = {"color": "0.35", "marker": "o", "linestyle": ""}
+        handles.append(plt.Line2D([], [], label="faster up to here", **look))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    if several.any():
+        _style.label_lines(figure.axes[-1], ends)
     return figure
 
 
-def _spectra_of_role(ax, frame, colors):
-    """Draw the lines of one role's layers, with marks where they are faster, and the break-even."""
-    for _, line in frame.groupby("layer", sort=False):
-        first = line.iloc[0]
-        look = {"color": colors.get(first.block, "0.3"), "linewidth": 1.3}
+_BAND = {"facecolor": "0.9", "edgecolor": _style.CONTROL, "linewidth": 0.8}
+
+
+def _spectra_of_role(ax, frame, floor):
+    """Draw a role's first and last layer, the band of all, where they are faster, and the break-even.
+
+    floor: the lowest height of the axes.
+    Returns {name: (height of its end, colour)} of both lines.
+    """
+    layers = [line for _, line in frame.groupby("layer", sort=False)]
+    shares = np.linspace(0, 1, 200)
+    logs = [np.interp(shares, line.share, np.log(line.relative.clip(floor / 2))) for line in layers]
+    if len(layers) > 1:
+        ax.fill_between(shares, np.exp(np.min(logs, axis=0)), np.exp(np.max(logs, axis=0)), **_BAND)
+    ends = {"first block": (layers[0], "0.1"), "last block": (layers[-1], "0.45")}
+    drawn = ends.values() if len(layers) > 1 else [(layers[0], "0.35")]
+    for line, color in drawn:
+        look = {"color": color, "linewidth": 2}
         ax.plot(line.share, line.relative, **look)
-        if "faster" in line and first.faster > 0:
-            share = first.faster / first.full
+        if "faster" in line and line.faster.iloc[0] > 0:
+            share = line.faster.iloc[0] / line.full.iloc[0]
             # The rank lies between two that the frame has.
-            ax.plot(share, np.interp(share, line.share, line.relative), "o", markersize=5, **look)
+            height = np.exp(np.interp(share, line.share, np.log(line.relative.clip(floor / 2))))
+            ax.plot(share, height, "o", markersize=6, **look)
     # Layers of one shape have one line; their shares differ by rounding.
     for share in (frame.break_even / frame.full).round(6).unique():
         ax.axvline(share, color="0.1", linestyle="--", linewidth=1)
+    heights = {name: max(line.relative.iloc[-1], floor) for name, (line, _) in ends.items()}
+    return {name: (heights[name], color) for name, (_, color) in ends.items()}
 
 
 @_style.styled
@@ -405,7 +431,7 @@ def attention_maps(frame, images, *, most=3):
         ax.set_title(title)
     bar = figure.colorbar(drawn, ax=list(panels.flat), shrink=0.8, extend="max")
     bar.set_ticks([0, top], labels=["little", "much"])
-    bar.set_label(f"attention received in {frame.block.iloc[0]}")
+    bar.set_label(f"attention received in {tables.layer_words(frame.block.iloc[0])}")
     return figure
 
 
@@ -423,9 +449,9 @@ def heads(frame, *, value="score", label="score of the head"):
     if "kept" in frame:
         removed = frame[~frame.kept.astype(bool)]
         # The cross lies in the upper right corner of its cell, beside the number.
-        x = table.columns.get_indexer(removed["head"]) + 0.86
-        y = table.index.get_indexer(removed.block) + 0.25
-        look = {"color": "black", "markeredgecolor": "white", "markersize": 10}
+        x = table.columns.get_indexer(removed["head"]) + 0.88
+        y = table.index.get_indexer(removed.block) + 0.18
+        look = {"color": "black", "markeredgecolor": "white", "markersize": 9}
         for place in zip(x, y, strict=True):
             ax.plot(*place, marker="X", **look)
     return ax

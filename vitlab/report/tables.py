@@ -1,8 +1,8 @@
 """Compute the statistics of a study's results: frames in, frames out. No matplotlib, no torch.
 
 Public: AXES, DENSE_STAGES, METHODS, STAGES, TOP1, audit_table, beside_dense, best_rates,
-best_under, caption, check_places, checkpoint_words, costs_of, in_words, is_control, like_for_like,
-lost_points, marks, method_words, of_seeds, only_cuts, over_seeds, peers, ranges_of, save_table,
+best_under, caption, check_places, checkpoint_words, costs_of, in_words, is_control, layer_words,
+like_for_like, lost_points, marks, method_words, of_seeds, only_cuts, over_seeds, peers, ranges_of, save_table,
 score_words, seeds_of, series, sets_of_seeds.
 """
 
@@ -80,8 +80,18 @@ def method_words(method):
 
 def score_words(criterion):
     """Return a criterion in the words of figures: names of people begin with a capital."""
-    names = {"fisher": "Fisher", "taylor": "Taylor", "snip": "SNIP", "obd": "OBD", "obs": "OBS"}
+    names = {"fisher": "Fisher", "taylor": "Taylor", "michel": "Michel", "snip": "SNIP"}
+    names |= {"obd": "OBD", "obs": "OBS"}
     return names.get(criterion, criterion)
+
+
+def layer_words(name):
+    """Return a layer or block in words, such as "stage 0, block 1, fc1" for layers.0.blocks.1.mlp.fc1."""
+    words = re.sub(r"layers\.(\d+)\.?", r"stage \1, ", name)
+    words = re.sub(r"blocks\.(\d+)\.?", r"block \1, ", words)
+    words = re.sub(r"downsample(\.reduction)?", "merging", words)
+    words = re.sub(r"\b(attn|mlp)\.", "", words).removesuffix(", ")
+    return re.sub(r"[._]", " ", words)
 
 
 def checkpoint_words(name):
