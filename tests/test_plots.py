@@ -271,6 +271,35 @@ def test_a_method_has_one_colour_and_controls_are_grey_and_thin():
     assert _style.color_of("heads, SVD + IHT columns, seed 0") != _style.color_of("heads, SVD")
 
 
+def colors_of(figure):
+    """Return the colours of all lines, marks and bars of a figure, as hex."""
+    found = set()
+    for ax in figure.axes:
+        found |= {line.get_color() for line in ax.lines} | {p.get_facecolor() for p in ax.patches}
+        found |= {tuple(color) for each in ax.collections for color in each.get_facecolor()}
+    return {matplotlib.colors.to_hex(color) for color in found}
+
+
+def test_what_is_no_method_has_no_methods_colour():
+    ranks = pd.DataFrame({"criterion": ["fisher", "random"] * 2, "spearman": [0.9, 0.1] * 2})
+    ranks["kind"] = ["heads"] * 2 + ["neurons"] * 2
+    curves = pd.DataFrame({"layer": ["a", "b"], "ratio": 0.9, "increase": [1.0, 2.0]})
+    drawn = [
+        plots.agreement(ranks),
+        plots.class_change(changes(3)),
+        plots.sensitivity_curves(curves),
+    ]
+    for each in drawn:
+        assert not colors_of(each.figure) & set(_style.COLORS.values())
+
+
+def test_a_cut_that_was_timed_has_its_methods_colour(timed):
+    others = timed.replace({"budget-pool-0.25": "SVD, equal shares, factored"})
+    for times, method in ((timed, "pool"), (others, "svd")):
+        found = colors_of(plots.speedups(times).figure) & set(_style.COLORS.values())
+        assert found == {_style.COLORS[method]}
+
+
 def test_a_series_is_named_in_words_by_what_tells_it_apart(rows):
     names = set(tables.series(rows))
     assert names == {"dense", "weights", "rows, masked", "rows, removed"}
@@ -382,6 +411,7 @@ def test_zeros_stand_apart_from_the_histogram_of_the_largest_target():
     both = pd.concat([dense, pruned]).assign(method="unstructured", target=0.9)
     milder = both.assign(target=0.5, zeros=7)
     left, right = drawings.weight_histograms(pd.concat([milder, both])).axes
+    assert _style.COLORS["unstructured"] in colors_of(right.figure)
     (bar,) = right.containers[0]
     assert bar.get_height() == 40 and bar.get_x() > 1  # beyond the largest weight
     assert left.get_yscale() == "log" and left.get_ylim()[1] > 40
@@ -397,6 +427,8 @@ def test_sensitivity_curves_name_the_three_that_rise_most():
     frame.columns = ["layer", "ratio", "increase"]
     ax = plots.sensitivity_curves(frame)
     assert words_of(ax) == {"layer 2", "layer 3", "layer 4"} and len(ax.lines) == 5
+    named = frame.assign(layer="layers.0.blocks." + frame.layer.str[-1] + ".mlp.fc1")
+    assert "stage 0, block 4, fc1" in words_of(plots.sensitivity_curves(named))
     by_role = frame.rename(columns={"layer": "role"}).assign(layer="all")
     assert "share of one role cut" in plots.sensitivity_curves(by_role).get_xlabel()
 
@@ -463,6 +495,21 @@ def test_what_a_cut_brings_stands_apart_from_what_the_runtime_brings(timed):
 )  # fmt: skip
 def test_a_checkpoint_of_any_stage_has_words(name, words):
     assert tables.checkpoint_words(name) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("blocks.3.attn.proj", "block 3, proj"),
+        ("layers.0.blocks.11.mlp.fc1", "stage 0, block 11, fc1"),
+        ("layers.1.downsample.reduction", "stage 1, merging"),
+        ("layers.1.blocks.0", "stage 1, block 0"),
+        ("patch_embed.proj", "patch embed proj"),
+        ("qkv", "qkv"),
+    ],
+)
+def test_a_layer_has_words(name, words):
+    assert tables.layer_words(name) == words
 
 
 def test_no_mark_lies_between_two_processors(timed):

@@ -21,12 +21,11 @@ from vitlab import files
 from vitlab.names import check
 from vitlab.report import _style, tables
 from vitlab.report._style import (
-    BAD,
     COLORS,
     CONTROL,
     FLOOR,
-    GOOD,
     HALF,
+    MARKERS,
     TEXT,
     WIDE,
     color_of,
@@ -168,8 +167,9 @@ def _loss_lines(ax, cuts, names, x, marks, *, label=True, more=None, prefix=""):
 
 
 def _broken(name):
-    """Return a name in short lines, without a break before a seed's number."""
-    return textwrap.fill(name.replace("seed ", "seed\u00a0"), 16, break_on_hyphens=False)
+    """Return a name in short lines, without a break before the number of a seed or block."""
+    name = name.replace("seed ", "seed\u00a0").replace("block ", "block\u00a0")
+    return textwrap.fill(name, 16, break_on_hyphens=False)
 
 
 def _same_epochs(ax, results):
@@ -177,15 +177,17 @@ def _same_epochs(ax, results):
     lost = tables.lost_points(results)[results.stage == "dense+epochs"].mean()
     if pd.isna(lost):
         return {}
-    ax.axhline(max(lost, FLOOR), color=CONTROL, linestyle="--", linewidth=1, zorder=0)
-    return {"dense, as many epochs": (max(lost, FLOOR), CONTROL)}
+    words = "dense, as many epochs"
+    look = {"color": CONTROL, "linestyle": "--", "linewidth": 1, "label": words}
+    ax.axhline(max(lost, FLOOR), zorder=0, **look)
+    return {words: (max(lost, FLOOR), CONTROL)}
 
 
 @styled
 def tradeoff(results, x="macs"):
     """Draw the points of test top-1 lost over the share of a cost that is left.
 
-    A line goes through the targets of each series, at most six; what has no name is faint. Of a
+    A line goes through the targets of each series, at most six; what has no name is a ring. Of a
     series that was reconstructed this is shown, without training; others are fine-tuned.
 
     results: results.csv of one model, the dense results among them. Masked models stand where their
@@ -223,7 +225,8 @@ def tradeoff(results, x="macs"):
     others = cuts[~cuts.series.isin(names)]
     rest = others.groupby([*keys, "place"], dropna=False).lost.mean().clip(FLOOR)
     places = rest.index.get_level_values("place")
-    ax.scatter(places, rest, s=18, color="0.8", zorder=1, label="_others")
+    look = {"facecolor": "none", "edgecolor": CONTROL, "linewidth": 0.8}
+    ax.scatter(places, rest, s=18, zorder=1, label="_others", **look)
     marks = tables.marks(cuts, "series").where(lambda mark: mark.index.isin(names), "")
     trained = cuts.groupby("series").stage.first().isin(_TRAINED)
     marks = trained.map({True: ", fine-tuned", False: ""}) + marks
@@ -235,7 +238,7 @@ def tradeoff(results, x="macs"):
     ax.xaxis.set_major_locator(ticker.MaxNLocator(5))
     ax.xaxis.set_major_formatter("{x:.0%}")
     if len(others):
-        ax.text(0.02, 0.02, "dots: other cuts", transform=ax.transAxes, color="0.45")
+        ax.text(0.02, 0.02, "rings: other cuts", transform=ax.transAxes, color="0.45")
     # The line of each series ends at its smallest model, and has its name there.
     ends = cuts[cuts.place == cuts.groupby("series").place.transform("min")]
     ends = ends.groupby("series").agg(place=("place", "first"), lost=("lost", "mean"))
@@ -378,8 +381,7 @@ def ladder(results):
     _share_loss_axis(figure.axes, cuts.lost.max())
     first = figure.axes[0]
     if _same_epochs(first, results):
-        words = "dashed: dense,\nas many epochs"
-        first.text(0.03, 0.03, words, transform=first.transAxes, color="0.35")
+        figure.legend(handles=first.lines[-1:], loc="outside upper center")
     return figure
 
 
@@ -420,9 +422,9 @@ def peers(lines, *, models=None):
 def backbones(lines, *, metric="probe_kept", words="linear probe of the dense model"):
     """Draw the top-1 of cut backbones over the share of the MACs that is left.
 
-    There is a panel for each data set. Methods of this package have colours, others are grey, and
-    the dense model is a line across. Bars go from the lowest to the highest draw. The name of a line that
-    ends before the smallest share stands at its end.
+    There is a panel for each data set. Methods of this package have colours, others are grey, each
+    has a mark, and the dense model is a line across. Bars go from the lowest to the highest draw.
+    The name of a line that ends before the smallest share stands at its end.
 
     lines: columns data, method ("dense", and those of this package as "vitlab, pool"), budget, draw
         and the metric, as benchmarks/foundation.py leaves them.
@@ -437,14 +439,14 @@ def backbones(lines, *, metric="probe_kept", words="linear probe of the dense mo
         ends = {"dense": (rows[rows.method == "dense"][metric].mean(), "0.35")}
         cuts = rows[rows.method != "dense"]
         ax.set_xlim(1.02 * cuts.budget.max(), 0.98 * cuts.budget.min())
-        for method, line in cuts.groupby("method", sort=False):
+        for (method, line), mark in zip(cuts.groupby("method"), MARKERS, strict=False):
             ours = method.startswith("vitlab, ")
             kind = method.removeprefix("vitlab, ").partition(",")[0]
             look = {"color": COLORS.get(kind, CONTROL) if ours else CONTROL}
-            look |= {"linewidth": 3 if ours else 1.2, "marker": "o" if ours else "s"}
+            look |= {"linewidth": 3 if ours else 1.2, "marker": mark}
             look |= {"linestyle": "--" if "labels" in method else "-"}
             ranges = tables.ranges_of(line.groupby("budget")[metric])
-            range_bars(ax, ranges, markersize=8 if ours else 4, zorder=3 if ours else 2, **look)
+            range_bars(ax, ranges, markersize=8 if ours else 6, zorder=3 if ours else 2, **look)
             end = (line.budget.min(), ranges["mean"].iloc[0])
             if end[0] == cuts.budget.min():
                 ends[method] = (end[1], look["color"])
@@ -452,6 +454,7 @@ def backbones(lines, *, metric="probe_kept", words="linear probe of the dense mo
                 at_end = {"xytext": (8, 2), "textcoords": "offset points", "va": "top"}
                 color = "0.35" if look["color"] == CONTROL else look["color"]
                 ax.annotate(textwrap.fill(method, 18), end, color=color, **at_end)
+        ax.margins(y=0.12)  # with room for the names of lines that end early
         label_lines(ax, ends, size=TEXT)
         ax.set(title=name, xticks=sorted(cuts.budget.unique()))
         ax.xaxis.set_major_formatter("{x:.0%}")
@@ -511,7 +514,8 @@ def speedups(times):
             place += 1
             ticks[place] = way
             line = times[(times.model == name) & (times.way == way)]
-            color = "0.45" if column == "runtime_speedup" else COLORS["pool"]
+            color = None if column == "runtime_speedup" else color_of(words)
+            color = color or "0.45"
             for run, value in zip(line.run, line[column], strict=True):
                 ax.scatter(value, place, s=45, marker=runs[run], color=color, alpha=0.85, zorder=3)
         if column == "cut_speedup":
@@ -521,7 +525,9 @@ def speedups(times):
     ax.axvline(1, color="0.35", linewidth=0.8, zorder=0)
     ax.set_yticks([*ticks], ticks.values())
     ax.set(xscale="log", ylim=(place - 0.5, -0.6), xlabel="times as fast (log axis)")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
+    low, high = ax.get_xlim()
+    subs = (1, 1.5, 2, 3, 4, 6) if high < 10 * low else (1, 2, 5)  # more would overlap
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_locator(ticker.NullLocator())
     ax.grid(False, axis="y")
@@ -545,23 +551,26 @@ def _ways(table):
 def sensitivity_curves(frame):
     """Draw the rise of the loss (nats) over the share cut from one layer alone, or from one role.
 
-    The three that rise most have a colour and their name, the others are grey.
+    The three that rise most are black and have their name, the others are grey.
 
     frame: columns layer, role, ratio and increase, as sensitivity.curves returns it.
     Returns the Axes.
     """
     name = "role" if (frame.layer == "all").all() else "layer"
     worst = frame[frame.ratio == frame.ratio.max()].sort_values("increase", ascending=False)
-    named = dict(zip(worst[name].head(3), [*COLORS.values()], strict=False))
+    named = dict(zip(worst[name].head(3), MARKERS, strict=False))
     ax = new_axes(*HALF)
     for each, line in frame.groupby(name, sort=False):
-        color = named.get(each, "0.75")
-        width = 2.2 if each in named else 1
-        ax.plot(line.ratio, line.increase, marker=".", color=color, linewidth=width)
+        # No colour: these are of methods.
+        look = {"color": CONTROL, "marker": ".", "linewidth": 0.8}
+        if each in named:
+            look = {"color": "0.1", "marker": named[each], "linewidth": 1.8}
+        ax.plot(line.ratio, line.increase, **look)
     # From a thousandth of a nat on the axis is logarithmic: below, and below zero, it is straight.
     ax.set_yscale("symlog", linthresh=1e-3)
+    ax.yaxis.set_major_formatter("{x:g}")
     ends = worst.set_index(name).increase
-    label_lines(ax, {each: (ends[each], color) for each, color in named.items()})
+    label_lines(ax, {_broken(tables.layer_words(each)): (ends[each], "0.1") for each in named})
     ax.set(xlabel=f"share of one {name} cut", ylabel="rise of the loss (nats, log axis from 0.001)")
     ax.xaxis.set_major_formatter("{x:.0%}")
     return ax
@@ -622,7 +631,8 @@ def agreement(frame):
     size = (HALF[0], 1.2 + 0.4 * len(order))
     figure, panels = panels_beside(groups, *size)
     for ax, kind, rows in panels:
-        color = [CONTROL if tables.is_control(name) else COLORS["pool"] for name in order]
+        # Scores have no colour: these are of methods.
+        color = [CONTROL if tables.is_control(name) else "0.25" for name in order]
         ax.barh(range(len(order)), means[kind].reindex(order), 0.6, color=color)
         places = rows.criterion.map([*order].index)
         ax.scatter(rows.spearman, places, s=16, color="white", edgecolor="0.2", zorder=3)
@@ -630,7 +640,7 @@ def agreement(frame):
         ax.set(title=kind, xlim=(-1, 1), ylim=(len(order) - 0.5, -0.5))
         ax.set_xticks([-1, 0, 1])
         ax.grid(False, axis="y")
-    figure.axes[0].set_yticks(range(len(order)), order)
+    figure.axes[0].set_yticks(range(len(order)), map(tables.score_words, order))
     figure.supxlabel("rank correlation with the measured rise of the loss")
     return figure
 
@@ -655,10 +665,10 @@ def prediction_audit(frame):
     if frame.empty:
         raise ValueError("no rise of the loss is above 0: logarithmic axes have nothing to show")
     values = frame[["predicted", "measured"]]
-    ax = new_axes(*HALF)
+    ax = new_axes(HALF[0], 4.8)
     _diagonal(ax, np.array([values.min(axis=None) / 2, values.max(axis=None) * 2]))
-    styles = looks(frame.kind.map(tables.method_words))
-    for kind, cuts in frame.groupby("kind", sort=False):
+    styles = looks(_by_rank(frame.kind.map(tables.method_words)))
+    for kind, cuts in frame.groupby("kind"):
         words = tables.method_words(kind)
         look = {"color": styles[words]["color"], "marker": styles[words]["marker"]}
         times = cuts.measured / cuts.predicted
@@ -683,8 +693,8 @@ def _diagonal(ax, reach):
         yscale="log",
         xlim=reach,
         ylim=reach,
-        xlabel="predicted rise of the loss (nats)",
-        ylabel="measured rise of the loss (nats)",
+        xlabel="predicted rise of the loss\n(nats, log axis)",
+        ylabel="measured rise of the loss\n(nats, log axis)",
     )
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:g}")
@@ -717,7 +727,7 @@ def class_change(frame):
         places = np.r_[:6, 7.2:13.2]
     ax = new_axes(HALF[0], 1 + 0.27 * (places[-1] + 1))
     means = changes["mean"]
-    bars = ax.barh(places, means, 0.75, color=np.where(means < 0, BAD, GOOD))
+    bars = ax.barh(places, means, 0.75, color="0.85", edgecolor="0.35")
     lengths = changes[["below", "above"]].to_numpy().T
     if lengths.any():
         look = {"fmt": "none", "ecolor": "0.2", "elinewidth": 1}
@@ -729,7 +739,7 @@ def class_change(frame):
     ax.axvline(0, color="0.35", linewidth=0.8)
     # The number of its images stands behind each name: of few, one weighs much.
     counts = frame.groupby("class").images.first()
-    words = [f"{str(name)[:18]} ({counts[name]:g})" for name in changes.index]
+    words = [f"{str(name)[:18]} ({counts[name]:g})".replace("_", " ") for name in changes.index]
     ax.set_yticks(places, words)
     ax.set(xlabel="change of top-1 (percentage points)", ylim=(places[-1] + 0.7, -0.7))
     ax.margins(x=0.12)
