@@ -93,7 +93,13 @@ def memory(made):
     return pd.DataFrame(lines).set_index(["model", "runtime", "precision", "batch"]).memory_mb
 
 
+# What went of each form, in words that have a colour in the figures.
+FORMS = {"masked": "weights, masked", "removed": "units, removed"}
+FORMS["factored"] = "SVD, equal shares, factored"
+
+
 def draw_cuts(table):
+    table = table.assign(model=table.model.replace(FORMS))
     for case, rows in table[table.batch == 8].groupby("case", sort=False):
         said = f"{case} at 224 px, random weights, half the MACs or half the weights, batches of 8, threads: "
         source = runs.provenance()

@@ -513,8 +513,7 @@ def backbone(study):
         f"At half the MACs, without labels or training, {BACKBONE} keeps {number(half['vitlab, pool'])} of "
         f"{number(dense)} % top-1; its best peer, {peer}, keeps {number(half[peer])} %",
         {"": file.with_suffix(".png")},
-        terms="CORP: Zhang and Yang 2026. SVD, whitened: Wang et al. 2024. Linear maps: Cannistraci et al. 2024. "
-        "SNIP: Lee et al. 2019.",
+        terms="CORP: Zhang and Yang 2026. SVD, whitened: Wang et al. 2024. Linear maps: Cannistraci et al. 2024.",
         table=table,
         shows=f"Top-1 on {data} of a linear probe, one linear layer trained on the features of the cut model.",
         note="A model that is used as it comes, without a classifier. All methods got the same "
