@@ -105,17 +105,16 @@ def _layers_of(folder):
 
 def _lacks_images(study, lab):
     """Return which images of a study are not here, "" if they are. Nothing is downloaded."""
-    places = {"cifar10": ("cifar10", "cifar-10-batches-py"), "caltech101": ("caltech101",)}
     try:
-        study = study.partition("+")[0]
-        given = lab.given if study == lab.study else study
-        name = settings.study(given).data.name
-        if name not in settings.DATASETS:
-            settings.find(given, name)
+        name, is_overridden, _ = study.partition("+")
+        given = lab.given if name == lab.study else name
+        # Of overridden runs the list has none but lab.
+        name = (lab.params if is_overridden else settings.study(given)).data.name
+        path = name if name in settings.DATASETS else settings.find(given, name)
     except (ValueError, TypeError, OSError) as error:
         return str(error).splitlines()[0]
-    folders = [files.root() / place for place in places.get(name, ())]
-    return f"no images of {name}" if folders and not any(map(Path.is_dir, folders)) else ""
+    # Shapes are drawn where they are missing.
+    return "" if name == "shapes" or data.is_here(path) else f"no images of {name}"
 
 
 # -- cuts
@@ -209,7 +208,10 @@ class _Subject:
     def code(self, criterion, sparsity, unit_criterion, macs):
         """Return the lines of Python that make the model of `cut`, given the same."""
         calibration = self.lab.params.calibration
-        given = f'"{self.lab.given}", "{self.lab.model_name}", {self.lab.seed}'
+        study = self.lab.given
+        if str(study).endswith((".yaml", ".yml")):  # the code may be run in another folder
+            study = Path(study).absolute()
+        given = f'"{study}", "{self.lab.model_name}", {self.lab.seed}'
         if self.lab.override:
             given += f", {self.lab.override}"
         lines = [
@@ -364,7 +366,9 @@ def _units_table(units, drop):
         for i, score in enumerate(units.get((block, "heads"), ())):
             is_removed = i in drop.get((block, "heads"), ())
             line.append(
-                f'<s style="background:{color}">{score:.2g}</s>' if is_removed else f"{score:.2g}"
+                f'<s style="background:{color};color:white">{score:.2g}</s>'
+                if is_removed
+                else f"{score:.2g}"
             )
         lines.append(line)
     return _table(lines)
@@ -566,7 +570,7 @@ class Explorer:
         self.box = ipywidgets.VBox([*rows, tables, self.test_image])
 
     def _options(self):
-        """Return (words, label) of each checkpoint; words say why one cannot be tested."""
+        """Return (words, label) of each checkpoint; words say why one cannot be opened."""
         lacks_images = cache(partial(_lacks_images, lab=self.lab))  # it reads the study's file
         options = []
         for label in self.folders:
@@ -591,6 +595,9 @@ class Explorer:
             return
         self.status.value = f"opening {label} …"
         try:
+            # To open it would download its images, which is more than a choice in a list should do.
+            if lacks := _lacks_images(label.split("/")[0], self.lab):
+                raise FileNotFoundError(f"not opened: {lacks}")
             self._open(label)
         except Exception as error:  # it is shown here: nobody sees what a callback raises
             self.checkpoint.value = self.label
@@ -600,7 +607,8 @@ class Explorer:
         subject = _Subject(label, self.folders[label], self.lab, device=self.device)
         blocks, floor = subject.layers, subject.floor
         self.dense = _costs(subject.model)
-        # From here on nothing can fail: the explorer changes wholly or not at all.
+        # From here on nothing can fail: the explorer changes wholly or not at all. Widgets that are
+        # given their new bounds one by one move nothing until all have them.
         self.subject, self.label = subject, label
         self.answer.value = ""  # the old answer is about another model
         self.test_image.layout.display = "none"
@@ -619,6 +627,8 @@ class Explorer:
 
     def _move(self, change=None):
         """Make the cut that the widgets describe, and show it."""
+        if change and self.shown is None:  # a checkpoint is being opened
+            return
         criterion, unit_criterion = self.criterion.value, self.unit_criterion.value
         sparsity, macs = round(self.sparsity.value, 2), round(self.macs.value, 2)
         self.cut = self.subject.cut(criterion, sparsity, unit_criterion, macs)

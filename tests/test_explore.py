@@ -375,6 +375,42 @@ def test_weights_of_factored_layers_can_be_masked_and_units_stay(lab, vit):
     assert not explorer.cut.drop and "units cannot" in explorer.status.value
 
 
+def test_a_factored_checkpoint_can_be_chosen_while_units_of_another_go(lab, vit):
+    checkpoint.save(vit, lab.path("dense"))
+    thin, _ = factor.compress(vit, ratio=0.5, method="svd", multiple=1)
+    checkpoint.save(thin, lab.path("ranks"))
+    explorer = explore.Explorer(lab)
+    assert explorer.macs.value < 1 and explorer.cut.drop
+    explorer.checkpoint.value = "smoke/vit/seed0/ranks"
+    assert explorer.status.value.startswith("Its layers were cut before")
+    assert explorer.macs.value == 1 and not explorer.cut.drop
+    assert cost.macs(explorer.cut.model) == cost.macs(thin)
+    explorer.checkpoint.value = "smoke/vit/seed0/dense"
+    assert explorer.status.value == "" and cost.macs(explorer.cut.model) == cost.macs(vit)
+
+
+def test_a_checkpoint_without_images_is_not_opened_and_nothing_is_downloaded(
+    lab, vit, tmp_path, monkeypatch
+):
+    checkpoint.save(vit, lab.path("dense"))
+    (tmp_path / "cifar10").mkdir()  # as a download that failed leaves it
+    explorer = explore.Explorer(lab)
+    monkeypatch.setattr(explore.data, "load", lambda **_: pytest.fail("images were looked for"))
+    explorer.checkpoint.value = "cifar10-small/vit/seed0/shipped"
+    assert explorer.checkpoint.value == explorer.label == "smoke/vit/seed0/dense"
+    assert "vit/seed0/shipped: not opened: no images of cifar10" in explorer.status.value
+
+
+def test_lines_of_code_name_a_file_of_ones_own_from_everywhere(lab, vit, tmp_path, monkeypatch):
+    text = (files.repository() / "notebooks" / "params" / "smoke.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    own = runs.open_run("own.yaml", "vit")
+    checkpoint.save(vit, own.path("dense"))
+    explorer = explore.Explorer(own)
+    assert f'runs.open_run("{tmp_path / "own.yaml"}", "vit", 0)' in explorer.code.value
+
+
 def test_a_checkpoint_that_cannot_be_opened_says_why_and_the_last_one_stays(lab, vit):
     for name in ("dense", "other"):
         checkpoint.save(vit, lab.path(name))
