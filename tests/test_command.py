@@ -51,6 +51,8 @@ def test_help_has_words_for_every_option_and_names_the_notebooks(capsys):
 def test_help_and_errors_come_without_torch(tmp_path):
     for arguments, status, words in [
         (["run", "1", "--study", "dmeo"], 2, "unknown study 'dmeo', did you mean 'demo'"),
+        (["run", "1", "--study", "dmeo", "--processes", "2"], 2, "did you mean 'demo'"),
+        (["run", "1", "--log", "tensorbord"], 2, "'tensorbord', did you mean 'tensorboard'"),
         (["export", "nowhere"], 2, "no checkpoint"),
     ]:
         done = vitlab_in(tmp_path, *arguments)

@@ -490,6 +490,25 @@ def test_a_parameter_of_the_notebook_itself_is_given_by_p(capsys):
     assert "'retrian', did you mean 'retrain'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_logger_that_is_not_here_is_told_before_anything_starts(
+    capsys, data_root, monkeypatch, processes
+):
+    monkeypatch.setattr(notebooks.importlib.util, "find_spec", lambda name: None)
+    run = ["run", "1", "--study", "smoke", "--processes", processes]
+    for asked, words in [
+        ("wandb", "wandb is missing: pip install wandb"),
+        ("", "tensorboard is missing: pip install tensorboard"),
+        ("tensorbord", "unknown logger 'tensorbord', did you mean 'tensorboard'?"),
+    ]:
+        assert main([*run, "--log", *filter(None, [asked])]) == 2
+        assert capsys.readouterr().err.startswith(f"vitlab run: {words}")
+    monkeypatch.setenv("VITLAB_LOG", "mlflow")
+    assert main(run) == 2
+    assert "mlflow is missing" in capsys.readouterr().err
+    assert not data_root.exists()
+
+
 def test_loggers_write_below_the_data_root_unless_they_are_told_where(tmp_path, monkeypatch):
     monkeypatch.setenv("VITLAB_DATA", str(tmp_path))
     monkeypatch.delenv("WANDB_DIR", raising=False)

@@ -20,6 +20,7 @@ from vitlab import models
 from vitlab.evaluation import evaluate
 from vitlab.models import _layers
 from vitlab.pruning import masks, prune, scores, shrink
+from vitlab.studies import settings
 from vitlab.training import _resume, train
 
 
@@ -115,6 +116,10 @@ def test_epochs_are_logged_to_the_loggers_that_are_named(vit, tmp_path, monkeypa
     monkeypatch.setenv("VITLAB_LOG", "tensorboard,aim")
     with pytest.raises(ModuleNotFoundError, match="aim is missing: pip install aim"):
         train.fit(vit, *images, recipe, folder=tmp_path / "b")
+
+
+def test_the_command_line_knows_the_loggers_of_accelerate():
+    assert {*settings.LOGGERS} == {*LoggerType.list()} - {"all"}
 
 
 def test_wandb_and_mlflow_get_each_epoch_of_a_run_that_is_called_after_it(

@@ -16,6 +16,7 @@ Public: run.
 
 import ast
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -255,23 +256,26 @@ def run(options, arguments):
     arguments: list of str, the command line itself, for the processes that it may start.
     Returns the exit status: 0, 1 for a notebook that failed, 2 for wrong arguments.
     """
-    if options.processes != 1 and "WORLD_SIZE" not in os.environ:
-        return _together(options.processes, arguments)
     try:
+        if options.processes < 1:
+            raise ValueError(f"--processes is at least 1, got {options.processes}")
         paths = [_find_notebook(notebook) for notebook in options.notebook]
         parameters = _parameters(options)
         if options.out and len(paths) > 1:
             raise ValueError(f"--out names the copy of one notebook, and here are {len(paths)}")
         for path in paths:
             _check(path, parameters)
-            if parallel.world_size() > 1 and path.stem in _ONE_PROCESS:
+            if max(options.processes, parallel.world_size()) > 1 and path.stem in _ONE_PROCESS:
                 raise ValueError(
                     f"{path.stem} measures one process or writes figures: run it without "
                     "--processes"
                 )
-    except (ValueError, TypeError, FileNotFoundError) as error:
+        _check_loggers(options.log or os.environ.get("VITLAB_LOG"))
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"vitlab run: {error}", file=sys.stderr)
         return 2
+    if options.processes > 1 and "WORLD_SIZE" not in os.environ:
+        return _together(options.processes, arguments)
     log = {"VITLAB_LOG": options.log} if options.log else {}
     with _kernel() as kernel:
         for path in paths:
@@ -298,11 +302,21 @@ def _parameters(options):
     return parameters
 
 
+def _check_loggers(asked):
+    """Raise in words, before anything starts, where a logger that train.fit is to log to is not here.
+
+    asked: their names with commas between, as --log has them, or None.
+    """
+    for name in asked.split(",") if asked else []:
+        name = "tensorboard" if name in ("", "1") else name  # as train.fit reads them
+        names.check("logger", name, settings.LOGGERS)
+        # A folder that a logger has left here is no module: it has no origin.
+        if getattr(importlib.util.find_spec(name), "origin", None) is None:
+            raise ModuleNotFoundError(f"{name} is missing: pip install {name}", name=name)
+
+
 def _together(processes, arguments):
     """Run this command line in several processes of this machine, which share its cores."""
-    if processes < 1:
-        print(f"vitlab run: --processes is at least 1, got {processes}", file=sys.stderr)
-        return 2
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -3,7 +3,7 @@
 A study is one YAML file in notebooks/params that holds all its values. Each value is declared here
 in one line: its type, its bounds, its unit and its meaning.
 
-Public: DATASETS, SETTINGS, USES, Values, as_lists, checked, find, study, weights_of,
+Public: DATASETS, LOGGERS, SETTINGS, USES, Values, as_lists, checked, find, study, weights_of,
 without_defaults.
 """
 
@@ -33,6 +33,17 @@ from pydantic_core import PydanticCustomError
 from vitlab import files, names
 
 DATASETS = ("cifar10", "caltech101", "shapes")  # what data.load knows by name, else by path
+LOGGERS = (  # of accelerate, by the names of their modules
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
+    "comet_ml",
+    "clearml",
+    "dvclive",
+    "swanlab",
+    "aim",
+)
 _DENSE = ("data", "models", "train")
 _SCORED = (*_DENSE, "calibration")
 # The sections of a study that each notebook reads, itself or through the notebooks before it.

@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 from timm.optim import create_optimizer_v2
@@ -35,6 +34,7 @@ from vitlab import files, names, parallel
 from vitlab.evaluation import cost, evaluate, memory
 from vitlab.models import anatomy
 from vitlab.pruning import prune
+from vitlab.studies import settings
 from vitlab.training import _resume
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
@@ -287,7 +287,7 @@ def _join(stage, folder, log):
         loggers = ["tensorboard" if name in ("", "1") else name for name in asked.split(",")]
     there = [str(name) for name in get_available_trackers()]
     for name in loggers:
-        names.check("logger (VITLAB_LOG)", name, LoggerType.list())
+        names.check("logger (VITLAB_LOG)", name, settings.LOGGERS)
         if name not in there:
             raise ModuleNotFoundError(f"{name} is missing: pip install {name}", name=name)
     accelerator = Accelerator(log_with=loggers or None, project_dir=log and Path(log, stage))
