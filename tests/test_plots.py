@@ -401,6 +401,15 @@ def test_training_curves_stand_beside_each_other_and_are_of_val():
     assert plots.training_curves(history).axes[0].get_ylabel() == "training top-1 (%)"
 
 
+@pytest.mark.parametrize("epoch", [0, 1])  # weights as they were given, or one epoch of training
+def test_a_single_epoch_is_a_whole_number(epoch):
+    history = pd.DataFrame([{"method": "dense", "target": 0.0, "epoch": epoch, "val_top1": 93.4}])
+    figure = plots.training_curves(history)
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_xlim()
+    assert [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high] == [epoch]
+
+
 def test_zeros_stand_apart_from_the_histogram_of_the_largest_target():
     bins = {"left": [-1.0, -0.5, 0.0, 0.5], "right": [-0.5, 0.0, 0.5, 1.0]}
     stays = {"survivors": [1, 0, 0, 1], "threshold": 0.4}

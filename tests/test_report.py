@@ -136,6 +136,17 @@ def test_cuts_are_held_against_dense_models_of_their_own_seeds(report):
     assert {method: (short.dense - short.finetuned)[method].item() for method in lost} == lost
 
 
+def test_a_dense_model_alone_is_no_table_of_heads_svd_and_iht(report, capsys):
+    notebook = json.loads((files.repository() / "notebooks" / "7_report.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"]]
+    (code,) = [cell for cell in cells if 'lab.figures / "heads_svd_iht"' in cell]
+    untimed = report[2]["untimed"]
+    exec(code, report[2] | {"untimed": untimed[untimed.target_kind != "ratio"]})
+    assert capsys.readouterr().out == "heads_svd_iht: no results yet, not written\n"
+    written = pd.read_csv(report[0] / "heads_svd_iht.csv")
+    assert {"dense", "heads+svd"} <= {*written.method}
+
+
 def test_a_rank_correlation_is_of_one_seed(report):
     trust = pd.read_csv(report[0] / "audit-spearman.csv")
     assert trust.seed.tolist() == [0, 1] and trust.spearman.tolist() == pytest.approx([1, 1])

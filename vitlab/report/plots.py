@@ -110,7 +110,7 @@ def training_curves(history):
             range_bars(ax, ranges, color=color, linestyle=dash, marker=".")
             ends[ax][label] = (ranges["mean"].iloc[-1], color)
         ax.set(title=f"share of {name} cut" if name != "dense" else name, xlabel="epoch")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for ax, names in ends.items():  # when the common axis has its ends
         label_lines(ax, names)
     words = {"val_top1": "val", "train_top1": "training"}
