@@ -330,15 +330,15 @@ def _table(lines):
     return f"<table><tr>{'</tr><tr>'.join(rows)}</tr></table>"
 
 
-def _costs_table(dense, cut):
+def _costs_table(before, cut):
     """Return the HTML of a table of costs and of the predicted rise of the loss.
 
-    dense: `_costs` of the dense model
+    before: `_costs` of the checkpoint
     cut: what `_Subject.cut` returned
     """
-    lines = [("", "dense", "cut", "left")]
+    lines = [("", "checkpoint", "cut", "left")]
     for name, count in _costs(cut.model).items():
-        lines.append((name, f"{dense[name]:,}", f"{count:,}", f"{count / dense[name]:.1%}"))
+        lines.append((name, f"{before[name]:,}", f"{count:,}", f"{count / before[name]:.1%}"))
     rises = {
         "predicted rise of the loss (nats)": cut.masked + cut.removed,
         "of which by weights (obd)": cut.masked,
@@ -606,7 +606,7 @@ class Explorer:
     def _open(self, label):
         subject = _Subject(label, self.folders[label], self.lab, device=self.device)
         blocks, floor = subject.layers, subject.floor
-        self.dense = _costs(subject.model)
+        self.costs = _costs(subject.model)
         # From here on nothing can fail: the explorer changes wholly or not at all. Widgets that are
         # given their new bounds one by one move nothing until all have them.
         self.subject, self.label = subject, label
@@ -643,7 +643,7 @@ class Explorer:
         self.layer_picture.move(keep, stay, self.cut.threshold)
         self.layer_image.value = self.layer_picture.png()
         self.heads.value = _units_table(self.subject.units[unit_criterion], self.cut.drop)
-        self.table.value = _costs_table(self.dense, self.cut)
+        self.table.value = _costs_table(self.costs, self.cut)
         if change and self.answer.value and change["owner"] not in (self.block, self.layer):
             self.answer.value = (
                 f'<span style="opacity:.5">Before the last move: {self.tested}</span>'
@@ -665,12 +665,12 @@ class Explorer:
             self.answer.value = _in_red(error)
 
     def _compared(self):
-        """Compare the dense model and the cut one, show images, and return the answer as HTML."""
+        """Compare the checkpoint and the cut model, show images, and return the answer as HTML."""
         images, before, after = self.subject.images, self.subject.model, self.cut.model
         count = min(_TESTED, len(images.val))
         split = images.val.subset(count)
         moved = evaluate.compare(before, after, split, most=count, classes=images.classes).images
-        dense = (moved.before == moved.label).sum()
+        right = (moved.before == moved.label).sum()
         cut = (moved.after == moved.label).sum()
         # The pictures are the validation images whose predictions differ most between the models.
         figure = drawings.changed_images(split, moved.head(_SHOWN))
@@ -684,11 +684,11 @@ class Explorer:
         is_near = predicted / 3 <= rise <= 3 * predicted
         warning = "The prediction is off by more than 3 times: choose by what is measured. "
         return (
-            f"Of {count} validation images dense gets <b>{dense} ({dense / count:.1%})</b> right, "
+            f"Of {count} validation images the checkpoint gets <b>{right} ({right / count:.1%})</b> right, "
             f"cut <b>{cut} ({cut / count:.1%})</b>. On the calibration images the loss changes by "
             f"<b>{rise:+.2g}</b> nats, predicted: {predicted:+.2g}. "
             f"{'' if is_near else _in_red(warning)}"
-            "At the bottom, those whose prediction moved most, as label: dense → cut."
+            "At the bottom, those whose prediction moved most, as label: checkpoint → cut."
         )
 
 

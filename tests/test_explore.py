@@ -385,6 +385,9 @@ def test_a_factored_checkpoint_can_be_chosen_while_units_of_another_go(lab, vit)
     assert explorer.status.value.startswith("Its layers were cut before")
     assert explorer.macs.value == 1 and not explorer.cut.drop
     assert cost.macs(explorer.cut.model) == cost.macs(thin)
+    explorer.button.click()
+    assert "validation images the checkpoint gets" in explorer.answer.value
+    assert "dense" not in explorer.answer.value + explorer.table.value
     explorer.checkpoint.value = "smoke/vit/seed0/dense"
     assert explorer.status.value == "" and cost.macs(explorer.cut.model) == cost.macs(vit)
 
@@ -433,6 +436,7 @@ def jupyterlab(tmp_path):
     lab = runs.open_run("smoke", "vit")  # under tmp_path
     checkpoint.save(models.create(**lab.model, num_classes=10, image_size=32), lab.path("dense"))
     text = (files.repository() / "notebooks" / "explore.ipynb").read_text()
+    shutil.copy(files.repository() / "notebooks" / "explore.py", tmp_path)  # which it imports
     (tmp_path / "explore.ipynb").write_text(
         text.replace('study = \\"demo\\"', 'study = \\"smoke\\"')
     )
@@ -528,7 +532,7 @@ def test_sliders_and_the_button_answer_in_jupyterlab(chromium, lab, jupyterlab):
         assert before[number] != after[number] and (number == 1 or before[1] == after[1])
     assert not pictures.nth(1).is_visible()
     page.get_by_role("button", name="test on images").click()
-    page.get_by_text("validation images dense gets").wait_for()
+    page.get_by_text("validation images the checkpoint gets").wait_for()
     pictures.nth(1).wait_for()
     assert page.get_by_text("Traceback").count() == 0
 
