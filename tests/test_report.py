@@ -136,7 +136,8 @@ def test_cuts_are_held_against_dense_models_of_their_own_seeds(report):
     assert {method: (short.dense - short.finetuned)[method].item() for method in lost} == lost
 
 
-def test_a_dense_model_alone_is_no_table_of_heads_svd_and_iht(report, capsys):
+def test_a_dense_model_alone_is_no_table_of_heads_svd_and_iht(report, capsys, monkeypatch):
+    monkeypatch.setattr(runs.Run, "figures", report[0])
     notebook = json.loads((files.repository() / "notebooks" / "7_report.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"]]
     (code,) = [cell for cell in cells if 'lab.figures / "heads_svd_iht"' in cell]
