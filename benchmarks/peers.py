@@ -31,8 +31,7 @@ def torch_pruning_cut(model, ratio, importance, *, heads=None, everything=False,
     """Torch-Pruning, helped, in place: this share of the heads and of the neurons, at least one head a block.
 
     heads: share of the heads, if another one. everything: of the residual stream's channels and of the stem's filters,
-    too. ranked: all together ("global"), groups of one structure among themselves ("isomorphic"), or each group by
-    itself, so that all lose the same share ("uniform").
+    too. ranked: all together ("global"), or groups of one structure among themselves ("isomorphic").
     """
     num_heads, dims, table = {}, {}, "relative_position_bias_table"
     left_out = [model.get_classifier()]
@@ -54,7 +53,7 @@ def torch_pruning_cut(model, ratio, importance, *, heads=None, everything=False,
     with warnings.catch_warnings(action="ignore"):
         pruner = torch_pruning.pruner.BasePruner(
             model, images_of(model, 1), importance=importance, ignored_layers=left_out, num_heads=num_heads,
-            prune_head_dims=False, max_pruning_ratio=max(kept.values()), global_pruning=ranked != "uniform",
+            prune_head_dims=False, max_pruning_ratio=max(kept.values()), global_pruning=True,
             isomorphic=ranked == "isomorphic",
             unwrapped_parameters=None if position is None else [(position, 2)],
             customized_pruners={PatchMerging: Merging()}, in_channel_groups={}, out_channel_groups={}, **options,
@@ -145,7 +144,7 @@ class Floored:
         return sum(some for some, _ in self.sizes) / sum(whole for _, whole in self.sizes)
 
 
-def torch_pruning_to(dense, share, importance, *, gradients=None, everything=True, ranked="global"):
+def torch_pruning_to(dense, share, importance, *, gradients=None, ranked="global"):
     """Torch-Pruning's cut of dense nearest to this share of its MACs, and words for its ratios, found by bisection.
 
     One ratio for everything, heads included as far as one stays in each block; where a head is too coarse a step, the
@@ -153,10 +152,7 @@ def torch_pruning_to(dense, share, importance, *, gradients=None, everything=Tru
     Raises ValueError for a share below its floor.
     """
     counts, whole, tried = [module.num_heads for module in attentions(dense)], cost.macs(dense), []
-    options = {"everything": everything, "ranked": ranked}
-    stay = (
-        1 / min(counts) if ranked == "uniform" else len(counts) / sum(counts)
-    )  # one of each block
+    stay = len(counts) / sum(counts)  # one of each block
 
     def left(ratio, heads):
         model, heads = copy.deepcopy(dense), min(heads, 1 - stay - 1e-6)
@@ -165,7 +161,7 @@ def torch_pruning_to(dense, share, importance, *, gradients=None, everything=Tru
         ):
             parameter.grad = gradient.clone()
         floored = Floored(importance, model)
-        torch_pruning_cut(model, ratio, floored, heads=heads, **options)
+        torch_pruning_cut(model, ratio, floored, heads=heads, everything=True, ranked=ranked)
         model.zero_grad()
         tried.append(
             (cost.macs(model) / whole, model, f"ratio {ratio:.4f}, of heads {heads:.4f}", floored)
