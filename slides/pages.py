@@ -399,8 +399,10 @@ def headline(study, *, page):
         for model in sorted(study.models, reverse=True)
     }
     by_family = " and ".join(f"{change} ({family})" for family, change in changes.items())
+    sizes = study.dense.params[sorted(study.models, reverse=True)] / 1e6
     said = (
-        "Cut a ViT or Swin of timm to half of its multiply-accumulates (MACs), without training: "
+        f"Cut a small ViT or Swin ({' and '.join(f'{size:.1f}' for size in sizes)} M parameters) to half "
+        "of its multiply-accumulates (MACs), without training: "
         f"top-1, the share of {_data(study)}'s test images it gets right, changes by {by_family} points."
     )
     parts = [said, _front_picture(page), backbone_sentence(page)]
