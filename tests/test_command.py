@@ -157,9 +157,23 @@ def test_what_takes_long_on_a_large_model_has_a_bar(vit, batch, monkeypatch):
     ]
 
 
-def test_bars_are_for_slow_work_that_somebody_watches(monkeypatch, capsys):
-    for headless, delay, words in [("0", 0, "deciding"), ("0", 60, ""), ("1", 0, "")]:
-        monkeypatch.setenv("VITLAB_HEADLESS", headless)
-        assert list(files.progress(range(3), "deciding", delay=delay)) == [0, 1, 2]
-        said = capsys.readouterr().err
-        assert words in said and bool(words) == bool(said.strip())
+@pytest.mark.parametrize(
+    "headless, terminal, notebook, delay, is_shown",
+    [
+        ("0", True, False, 0, True),
+        ("0", True, False, 60, False),
+        ("1", True, False, 0, False),
+        ("0", False, False, 0, False),  # a pipe or a file
+        ("0", False, True, 0, True),
+    ],
+)
+def test_bars_are_for_slow_work_that_somebody_watches(
+    monkeypatch, capsys, headless, terminal, notebook, delay, is_shown
+):
+    monkeypatch.setenv("VITLAB_HEADLESS", headless)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    if notebook:  # tqdm.auto takes another class there
+        monkeypatch.setattr(files, "notebook_tqdm", object())
+    assert list(files.progress(range(3), "deciding", delay=delay)) == [0, 1, 2]
+    said = capsys.readouterr().err
+    assert ("deciding" in said) == bool(said.strip()) == is_shown

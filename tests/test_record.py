@@ -752,6 +752,7 @@ def test_a_target_is_a_number(lab):
 
 def test_a_bar_counts_the_outer_loop_and_names_the_newest_result(lab, monkeypatch):
     monkeypatch.setenv("VITLAB_HEADLESS", "0")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     log = lab.results("3_global_pruning", SimpleNamespace(test=[]), lambda *_: {"top1": 75.25})
     shown = []
     for ratio in log.watch(iter([0.5, 0.9])):

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+from tqdm.auto import notebook_tqdm, std_tqdm, tqdm
 
 from vitlab import parallel
 
@@ -214,7 +214,10 @@ def headless():
 
 
 def progress(items, title, *, delay=2, **options):
-    """Return items with a bar, which goes when they end; VITLAB_HEADLESS=1 switches bars off.
+    """Return items with a bar, which goes when they end.
+
+    Bars are for terminals and notebooks: what is piped or kept in a file has none, and
+    VITLAB_HEADLESS=1 switches all of them off.
 
     items: what is gone through.
     title: str, what is done meanwhile.
@@ -222,7 +225,9 @@ def progress(items, title, *, delay=2, **options):
     options: of tqdm.
     Of several processes only the first has bars.
     """
-    hidden = headless() or not parallel.is_first()
+    in_notebook = notebook_tqdm is not std_tqdm
+    is_seen = (in_notebook or sys.stderr.isatty()) and not headless()
+    hidden = not (is_seen and parallel.is_first())
     return tqdm(items, desc=title, delay=delay, leave=False, disable=hidden, **options)
 
 
