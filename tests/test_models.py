@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.utils.prune  # torch itself does not import it
 import torchvision
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from vitlab import models
@@ -213,6 +214,25 @@ def test_timm_weights_of_a_file_load_into_another_number_of_classes(tmp_path):
 def test_options_that_cannot_be_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         models.create(name, num_classes=2, **options)
+
+
+@pytest.mark.parametrize("kind", [LocalEntryNotFoundError, ConnectionError])
+def test_weights_that_cannot_be_downloaded_are_told_in_one_sentence(kind, monkeypatch):
+    def fails(*arguments, **options):
+        try:
+            raise TimeoutError("no such host")
+        except TimeoutError as error:
+            raise kind("Check your connection.\nMore of it.") from error
+
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", fails)
+    words = (
+        r"^timm's weights of vit_tiny_patch16_224 are not on this machine .*"
+        rf"\({kind.__name__}: Check your connection\.\); .* give weights= the path of a file that"
+        r" holds them, instead of pretrained=True$"
+    )
+    with pytest.raises(ConnectionError, match=words) as caught:
+        models.create("vit_tiny_patch16_224", num_classes=3, pretrained=True, depth=1)
+    assert caught.value.__suppress_context__, "the long way to the first error would be printed"
 
 
 def test_weights_of_a_checkpoint_that_is_stored_without_its_zeros(vit, tmp_path):

@@ -49,7 +49,8 @@ def create(
     Raises ValueError for an unknown name, with the nearest known one, and for weights of another
     architecture, with what differs. So it does for files that hold no weights, and for options that
     the model cannot be built with.
-    Raises FileNotFoundError for missing weights.
+    Raises FileNotFoundError for missing weights, and ConnectionError, with what to do, where timm's
+    cannot be downloaded.
     """
     if not weights:
         model = build.create(

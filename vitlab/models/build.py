@@ -156,6 +156,13 @@ def create(name, *, num_classes, image_size=None, pretrained=False, **options):
         # timm's own words do not say which model or value they are about.
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{name} cannot be built with {options}: {reason}") from error
+    except OSError as error:  # whatever a download raises, at the end of a long way
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"timm's weights of {name} are not on this machine and could not be downloaded "
+            f"({type(error).__name__}: {reason}); try again with a network, or give weights= the "
+            "path of a file that holds them, instead of pretrained=True"
+        ) from None
     if not anatomy.family_of(model):
         known = ", ".join(family.__name__ for family in anatomy.FAMILIES)
         raise ValueError(
