@@ -61,7 +61,10 @@ class Plan:
 
     @property
     def predicted(self):
-        """Return what the loss is predicted to rise by: the sum over all that goes."""
+        """Return what the loss is predicted to rise by: the sum over all that goes.
+
+        It puts cuts in order, and is often too low by a factor of several: measure what one costs.
+        """
         return self.table.predicted.sum()
 
     def __repr__(self):
@@ -74,8 +77,8 @@ class Plan:
         text = lines.to_string(float_format="{:.4g}".format) if len(lines) else "nothing goes"
         return (
             f"Plan: {self.share:.1%} of the {what} stay, the loss is predicted to rise by "
-            f"{self.predicted:.3g}\n{text}\nplan.table has all places, plan.drop and plan.ranks "
-            "what goes there"
+            f"{self.predicted:.3g} (no promise: it is often too low by a factor of several)\n{text}\n"
+            "plan.table has all places, plan.drop and plan.ranks what goes there"
         )
 
 
