@@ -32,7 +32,8 @@ help:
 
 demo smoke: %: install
 	@$(MAKE) --no-print-directory study STUDY=$@
-	@echo "Models this small are no judges between criteria (notebook 3 says why): docs/results.md has larger ones."
+	@echo "Models this small are no judges between criteria (notebook 3 says why), nor their times of what saves time:"
+	@echo "docs/results.md has larger ones."
 
 study: install
 	@echo "Study $(NAME): running the notebooks that are missing or out of date, on $(CORES) cores."
@@ -43,13 +44,13 @@ study: install
 found:  # what a study leaves, and where
 	@# runs of another clone may lie in the data root, and its figures not here
 	@[ -d figures/$(NAME) ] || $(BIN)/python -m vitlab run 7_report --study $(STUDY)
-	@cd figures/$(NAME) && cat summary.md 2>/dev/null || cat efficiency.md
+	@$(BIN)/python -m vitlab results $(STUDY) --short 2>/dev/null || cat figures/$(NAME)/efficiency.md
 	@echo
 	@echo "Figures and tables: figures/$(NAME)/"
 	@echo "Executed notebooks: $(DATA)/runs/$(NAME)/notebooks/ and $(DATA)/runs/$(NAME)/*/seed*/notebooks/"
-	@for run in $(DATA)/runs/$(NAME)/*/seed*; do \
-	    echo "Checkpoints in $$run: $$(cd $$run && ls -d */model.json 2>/dev/null | sed 's,/.*,,' | paste -sd' ' -)"; done
-	@echo "Export one: $(BIN)/python -m vitlab export FOLDER small.onnx"
+	@echo "Checkpoints: the other folders of $(DATA)/runs/$(NAME)/*/seed*/"
+	@one=$$(ls -d $(DATA)/runs/$(NAME)/*/seed*/*-reconstructed 2>/dev/null | grep -m 1 . || echo FOLDER); \
+	    echo "Export one: $(BIN)/python -m vitlab export $$one $(DATA)/small.onnx"
 
 reproduce: install
 	@[ -f figures/$(NAME)/results.csv ] || { echo "figures/$(NAME) has no results to compare with."; exit 1; }

@@ -1022,6 +1022,36 @@ def test_figures_of_a_study_are_in_the_repository_and_of_an_overridden_one_are_n
     assert runs.open_run("demo").figures == published
 
 
+def test_a_study_in_short_has_a_table_and_a_sentence_for_each_model(published, capsys):
+    assert main(["results", "dmo", "--short"]) == main(["results", "demo", "--short"]) == 1
+    said = capsys.readouterr().err
+    assert "did you mean 'demo'" in said and "notebook 7 writes it" in said
+    rows = [
+        ("swin", "structured", "removed", "sparsity", 0.6, 88.0, np.nan, np.nan, np.nan, 81.5, 3e6),
+        ("vit", "heads+svd+iht columns", "factored", "ratio", 0.4, 93.0, 90.0, 91.5, np.nan, 92.25, 3e6),
+        ("vit", "pool", "factored", "macs", 0.25, 93.0, 40.0, 60.0, 80.0, np.nan, 1e6),
+        ("vit", "pool", "factored", "macs", 0.5, 92.75, 88.0, 90.0, 92.5, 93.25, 2e6),
+    ]  # fmt: skip
+    columns = ["model", "method", "form", "target_kind", "target", "dense", "cut", "compensated"]
+    columns += ["reconstructed", "finetuned", "macs"]
+    published.mkdir(parents=True)
+    pd.DataFrame(rows, columns=columns).to_csv(published / "summary.csv", index=False)
+    assert main(["results", "demo", "--short"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("swin") and lines[4].startswith("vit, test top-1 (%): 93.0 dense")
+    assert [line.split()[-3:] for line in lines[6:9]] == [
+        ["91.5", "92.2", "3.0"],
+        ["factored", "80.0", "1.0"],
+        ["92.5", "93.2", "2.0"],
+    ]
+    assert lines[8].startswith("one pool, 50% left")
+    assert lines[9:] == [
+        "",
+        "vit: dense 92.8 %; half of the MACs, nothing trained: 92.5 %, fine-tuned: 93.2 %",
+    ]
+
+
 # -- files and progress
 
 

@@ -102,6 +102,11 @@ def _parser():
         action="store_true",
         help="set them beside the published figures/STUDY/results.csv instead",
     )
+    add(
+        "--short",
+        action="store_true",
+        help="of figures/STUDY/summary.csv instead, as a table for each model and a sentence",
+    )
 
     add = command(_export, "write a checkpoint for ONNX or OpenVINO, checked against torch")
     add("checkpoint", help="its folder, such as data/runs/demo/vit/seed0/budget-pool-0.5")
@@ -166,11 +171,32 @@ def _run(options, arguments):
 
 
 def _results(options, arguments):
-    if options.compare and not options.study:
-        return _refuse("results", "--compare needs a study")
+    for option in ("compare", "short"):
+        if getattr(options, option) and not options.study:
+            return _refuse("results", f"--{option} needs a study")
+    if options.short:
+        return _short(options.study)
     from vitlab.studies import results
 
     return results.show(options.study, compare=options.compare)
+
+
+def _short(study):
+    import pandas as pd
+
+    from vitlab.report import tables
+    from vitlab.studies import settings
+
+    try:
+        path = files.repository() / "figures" / settings.study(study).name / "summary.csv"
+    except (TypeError, ValueError) as error:
+        return _refuse("results", error, 1)
+    if not path.is_file():
+        return _refuse(
+            "results", f"there is no {path}: notebook 7 writes it, once there are cuts", 1
+        )
+    print(tables.in_short(pd.read_csv(path)))
+    return 0
 
 
 def _export(options, arguments):

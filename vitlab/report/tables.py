@@ -1,7 +1,7 @@
 """Compute the statistics of a study's results: frames in, frames out. No matplotlib, no torch.
 
 Public: AXES, DENSE_STAGES, METHODS, STAGES, TOP1, audit_table, beside_dense, best_rates,
-best_under, caption, check_places, checkpoint_words, costs_of, in_words, is_control, layer_words,
+best_under, caption, check_places, checkpoint_words, costs_of, in_short, in_words, is_control, layer_words,
 like_for_like, lost_points, marks, method_words, of_seeds, only_cuts, over_seeds, peers, ranges_of, save_table,
 score_words, seeds_of, series, sets_of_seeds.
 """
@@ -404,6 +404,49 @@ def check_places(places, images):
 
 
 # -- words and files of tables
+
+_IN_WORDS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "time"}
+
+
+def in_short(summary):
+    """Say what a study found, in lines that a terminal has room for.
+
+    summary: summary.csv, as the report writes it.
+    Returns text: a table for each model, and a sentence for each of the pool's cut nearest to half.
+    """
+    steps = ["cut", "folded", "compensated", "reconstructed"]
+    lasts = summary.reindex(columns=steps).ffill(axis="columns").reconstructed
+    trained = summary.reindex(columns=["finetuned", "distilled"]).bfill(axis="columns").finetuned
+    is_kept = ~summary.target_kind.isin(["sparsity", "ratio"])
+    shares = summary.target.map("{:.0%} ".format) + np.where(is_kept, "left", "cut")
+    words = summary.method.map(method_words) + ", " + shares
+    width = words.str.len().max()
+    columns = {
+        "cut".ljust(width): words.str.ljust(width),
+        "form": summary.form,
+        "before": lasts,
+        "fine-tuned": trained,
+        "MACs (M)": summary.macs / 1e6,
+    }
+    shown = pd.DataFrame(columns)
+    lines, sentences = [], []
+    for model, cuts in summary.groupby("model", sort=False):
+        table = shown.loc[cuts.index]
+        text = table.to_string(index=False, float_format="{:.1f}".format, na_rep="")
+        title = f"{model}, test top-1 (%): {cuts.dense.iloc[0]:.1f} dense, and of its cuts"
+        lines += [title, text, ""]
+        pools = cuts[is_kept[cuts.index] & (cuts.method == "pool")]
+        if len(pools):
+            row = pools.loc[(pools.target - 0.5).abs().idxmin()]
+            share = "half" if row.target == 0.5 else f"{row.target:.0%}"
+            sentence = (
+                f"{model}: dense {row.dense:.1f} %; {share} of the {_IN_WORDS[row.target_kind]}, "
+                f"nothing trained: {lasts[row.name]:.1f} %"
+            )
+            after = trained[row.name]
+            sentences.append(sentence + (f", fine-tuned: {after:.1f} %" if after > 0 else ""))
+    return "\n".join(lines + sentences)
+
 
 # Columns of results.csv that a caption quotes.
 _SOURCES = ["study", "data", "model", "split_seed", "device", "threads", "torch", "timm", "commit"]
