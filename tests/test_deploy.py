@@ -75,7 +75,23 @@ def test_a_model_leaves_with_what_its_user_must_know(folder, images, tmp_path):
         "on 30 validation images of noise",
     ):
         assert words in card
-    assert len(lines) == 1 and "\nlicense" not in card
+    assert len(lines) == 2 and "\nlicense" not in card
+
+
+def test_the_card_says_how_many_answers_of_each_file_are_right(
+    folder, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(deploy, "_AGREEMENT", 0.8)  # of a toy on noise
+    path = tmp_path / "small.onnx"
+    lines = deploy.write(folder, path, images=images, int8=True)
+    [(shown, labels)] = images.test.batches(12)
+    with torch.inference_mode():
+        answers = {"float32": checkpoint.load(folder)(shown)}
+    answers["int8"] = export.session(path)(shown.contiguous())
+    for precision, logits in answers.items():
+        top1 = 100 * (logits.argmax(1) == labels).double().mean()
+        line = f"{precision}: top-1 {top1:.1f} % on 12 test images"
+        assert line in lines and f"- {line}" in path.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize("gain", [0.9, 1.1])
@@ -120,7 +136,7 @@ def test_int8_is_of_the_way_whose_logits_are_nearest(
     monkeypatch.setattr(quantization, "quantize_static", worse)
     monkeypatch.setattr(deploy, "_AGREEMENT", 0.8)
     lines = deploy.write(folder, tmp_path / "small.onnx", images=images, int8=True)
-    assert f"per_channel={changed[0]}, reduce_range={changed[1]}" in lines[1]
+    assert f"per_channel={changed[0]}, reduce_range={changed[1]}" in lines[2]
 
 
 with_openvino = pytest.mark.skipif(
@@ -181,7 +197,7 @@ def test_openvino_int8_is_of_the_bits_whose_logits_are_nearest(
 
     monkeypatch.setattr(deploy, "_mean_error", first_is_nearest)
     lines = deploy.write(folder, path, images=images, int8=True)
-    assert "weights of eight bits with SmoothQuant" in lines[1] and "1.00 times as fast" in lines[2]
+    assert "weights of eight bits with SmoothQuant" in lines[2] and "1.00 times as fast" in lines[3]
     shown = deploy.first(images.train, 128)
     torch.testing.assert_close(export.session(path, "openvino")(shown), logits[0])
     assert 0 < made(logits[0], logits[1]) < 0.2  # without SmoothQuant
@@ -255,7 +271,8 @@ def test_what_cannot_be_right_is_refused_first(folder, vit, images, tmp_path, ca
     assert "got no images: give --images" in capsys.readouterr().err
     assert not list(tmp_path.glob("small*"))
     assert main(["export", folder, tmp_path / "small.onnx"]) == 0
-    assert "16 drawn images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "16 drawn images" in said and "top-1" not in said
 
 
 def test_images_are_here_or_not(tmp_path):

@@ -54,8 +54,8 @@ def write(folder, path, *, images=None, int8=False):
     folder: a checkpoint, as checkpoint.save wrote it
     path: of NAME.onnx, or of NAME.xml for OpenVINO, which writes NAME.bin, too; what stands there
         is replaced only when all files are made and checked
-    images: data.Dataset of the model's classes and size: it is checked on images of val, and int8
-        is calibrated by some of train. None: it is checked on drawn ones
+    images: data.Dataset of the model's classes and size: it is checked on images of val, top-1 is
+        measured on test, and int8 is calibrated by some of train. None: it is checked on drawn ones
     int8: quantise linear layers statically, and convolutions where that is faster here
 
     Returns lines that say what was compared, chosen and measured.
@@ -98,15 +98,18 @@ def write(folder, path, *, images=None, int8=False):
                 f"{export.TOLERANCE:.0e}) on {on}{export.cancellation(model, shown[:2])}"
             )
         lines = [f"float32: logits as torch's up to {error:.0e} of the largest, on {on}"]
+        lines += _right(model, session, images, "float32")
         if int8:
             lines += convert(source, made, first(images.train, _CALIBRATED))
-            agreement = _agreement(model, export.session(made, runtime), shown)
+            session = export.session(made, runtime)
+            agreement = _agreement(model, session, shown)
             if not agreement >= _AGREEMENT:
                 raise ValueError(
                     f"{path} was not written: in int8 {100 * agreement:.1f} % of its answers are "
                     f"torch's (at least {100 * _AGREEMENT:.0f} %) on {on}; export it in float32"
                 )
             lines.append(f"int8: {100 * agreement:.1f} % of its answers are torch's, on {on}")
+            lines += _right(model, session, images, "int8")
         made.with_suffix(".json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         use = LINES[path.suffix].replace("NAME", path.stem)
         text = "\n".join([_history(folder), "", *(f"- {line}" for line in lines)])
@@ -152,7 +155,7 @@ def first(split, count):
 
 
 def _history(folder):
-    """Return in words what a checkpoint's record, and that of its dense model, say of accuracy."""
+    """Return in words what a checkpoint's record, and that of its dense model, say of top-1."""
     words = []
     for each, name in ((folder.parent / "dense", "before the cut"), (folder, "of this model")):
         with suppress(OSError, ValueError):
@@ -160,11 +163,22 @@ def _history(folder):
             top1 = extra.get("top1", extra.get("test", {}).get("top1"))
             if top1 is not None:
                 words.append(f"{top1:.2f} % {name}")
-    known = ", ".join(words) or "not recorded"
+    known = ", ".join(words) or "not at all"
     return (
-        f"Top-1 on test images, in float32: {known}. The licence is for the owner to say: `license:` "
-        "in the head of this card."
+        f"Top-1 on test images, as the checkpoint records it: {known}. The licence is for the owner "
+        "to say: `license:` in the head of this card."
     )
+
+
+def _right(model, session, images, precision):
+    """Return a line of a session's top-1 on the test images, none where nothing can be right."""
+    if not (images and model.num_classes and len(images.test)):
+        return []
+    right = sum(
+        (session(x.contiguous()).argmax(1) == y).sum().item() for x, y in images.test.batches(BATCH)
+    )
+    count = len(images.test)
+    return [f"{precision}: top-1 {100 * right / count:.1f} % on {count} test images"]
 
 
 @torch.inference_mode()
