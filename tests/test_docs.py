@@ -5,16 +5,19 @@ import importlib
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import toy
+from safetensors.torch import load_file
 
-from vitlab import files
+from vitlab import files, models
 from vitlab.evaluation import cost
 from vitlab.models import _layers, anatomy
 from vitlab.pruning import compensate, factor, pool, prune, recover, scores, shrink
+from vitlab.studies import settings
 from vitlab.training import data
 
 ROOT = files.repository()
@@ -91,6 +94,21 @@ def test_the_front_page_cuts_a_trained_model_to_half(capsys, monkeypatch):
     (whole, before), (left, after) = ((int(macs), float(top1)) for macs, top1 in lines)
     assert before > 84 and after > before - 1
     assert left == cost.macs(made["small"]) <= 0.5 * whole == 0.5 * cost.macs(made["model"])
+
+
+def test_the_way_without_a_network_is_a_swin_of_the_clone():
+    page = blocks(ROOT / "docs" / "your-own-model.md", "python")
+    (code,) = [each for each in page if "swin-dinov2" in each]
+    made = {"models": models, "images": SimpleNamespace(classes=["a", "b", "c"])}
+    with pytest.warns(UserWarning, match="has no head, which starts new with 3 classes"):
+        exec(code.replace("CLONE", str(ROOT)), made)
+    own = settings.study("caltech101-dinov2").models.swin
+    assert {"name": made["name"], **made["shape"]}.items() <= own.items()
+    stored = load_file(ROOT / own.weights)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    state = made["model"].state_dict()
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in stored.items())
+    assert set(state) - set(stored) <= {"head.fc.weight", "head.fc.bias"}
 
 
 @pytest.fixture
