@@ -4,7 +4,6 @@ Public: Absent, BUDGETS, COSTS, Published, SOLVED, TRAINED, distinct, listed, mi
 number, part_of, share, signed.
 """
 
-import math
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pandas as pd
 
 from vitlab import names
 from vitlab.report import tables
-from vitlab.report.tables import seeds_of
+from vitlab.report.tables import number, rounding, seeds_of
 
 PARTS = {0.25: "a quarter of the", 0.5: "half the", 0.75: "three quarters of the"}
 BUDGETS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "measured time"}
@@ -31,18 +30,6 @@ def model_name(model):
     return re.sub(r"\bswin\b", "Swin", name)
 
 
-def number(value, digits=1, sign=""):
-    """Write a number with so many digits after the point, and a true minus.
-
-    value: a float. Halves are rounded away from zero, as on paper: 84.05 becomes 84.1.
-    sign: "+" writes the sign always, but for zero, which has none.
-    """
-    rounded = value + math.copysign(1e-9, value)
-    text = f"{rounded:{sign}z,.{digits}f}".replace("-", "−")
-    is_zero = not text.strip("+0.")
-    return text.removeprefix("+") if is_zero else text
-
-
 def signed(value, digits=1):
     """Write a change with its sign, "+" too."""
     return number(value, digits, "+")
@@ -50,7 +37,7 @@ def signed(value, digits=1):
 
 def share(value):
     """Write a share in [0, 1] as a percentage of three digits."""
-    return f"{100 * value:.3g}\u00a0%"
+    return f"{rounding(100 * value):.3g}\u00a0%"
 
 
 def millions(value):

@@ -3,6 +3,7 @@ import itertools
 import matplotlib
 import numpy as np
 import pandas as pd
+import published
 import pytest
 import torch
 
@@ -64,12 +65,16 @@ def test_tradeoff_names_the_costs_there_are(rows):
 
 def test_maps_keep_the_order_of_blocks_and_leave_holes():
     frame = pd.DataFrame(
-        {"block": ["b.10", "b.2", "b.2"], "head": [0, 0, 1], "score": [1.0, 2.0, 3.0]}
+        {
+            "block": ["blocks.10", "blocks.2", "blocks.2"],
+            "head": [0, 0, 1],
+            "score": [1.0, 2.0, 3.0],
+        }
     )
     ax = drawings.heads(frame.assign(kept=[True, False, True]))
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["b.10", "b.2"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["block 10", "block 2"]
     words = [text.get_text() for text in ax.texts]
-    assert words == ["1000.0", "2000.0", "3000.0"]  # thousandths; b.10 has no head 1
+    assert words == ["1,000.0", "2,000.0", "3,000.0"]  # thousandths; block 10 has no head 1
     assert len(ax.lines) == 1  # one cross
     ax = drawings.heat_map(
         frame.rename(columns={"head": "role"}), value="score", label="loss (nats)"
@@ -268,7 +273,7 @@ def test_a_method_has_one_colour_and_controls_are_grey_and_thin():
     for name in ("weights, random", "random units"):
         assert look[name]["color"] == _style.CONTROL and look[name]["linewidth"] == 1
     assert look["a new method"]["color"] not in {look[name]["color"] for name in names[:-1]}
-    assert _style.color_of("heads, SVD + IHT columns, seed 0") != _style.color_of("heads, SVD")
+    assert _style.color_of("heads, SVD + IHT on columns, seed 0") != _style.color_of("heads, SVD")
 
 
 def colors_of(figure):
@@ -459,7 +464,23 @@ def test_criteria_stand_in_the_order_of_what_they_keep():
     frame["val_top1"] = frame.criterion.map({"a": 20.0, "b": 70.0, "c": 50.0}) + frame.target
     ax = plots.criteria(frame)
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["b", "c", "a"]
-    assert words_of(ax) == {"71 / 71", "51 / 51", "21 / 21"}
+    assert words_of(ax) == {"70.9 / 70.9", "50.9 / 50.9", "20.9 / 20.9"}
+
+
+def test_a_half_is_rounded_alike_in_pictures_tables_and_sentences(rows, tmp_path):
+    """Away from zero, as on paper; formats alone round 84.25 to 84.2, and 26.85 either way."""
+    for value, words in ((84.25, "84.3"), (26.85, "26.9"), (78.45, "78.5"), (-0.05, "−0.1")):
+        assert tables.number(value) == published.number(value) == words
+        tables.save_table(pd.DataFrame({"a": [value]}), tmp_path / "a", formats={"a": "{:.1f}"})
+        assert words.replace("−", "-") in (tmp_path / "a.md").read_text()
+    cut = rows[rows.stage.isin(["dense", "cut"])]
+    cut = cut.assign(top1=cut.top1.where(cut.stage == "dense", 26.85))
+    assert {text.get_text() for text in plots.recovery(cut).texts} == {"26.9 %"}
+    one = pd.DataFrame({"criterion": ["a"], "method": "structured", "target": 0.9})
+    assert words_of(plots.criteria(one.assign(val_top1=78.45))) == {"78.5"}
+    place = pd.DataFrame({"where": ["blocks.0"], "kind": "heads", "kept": 1, "whole": 8})
+    assert "13" in words_of(drawings.widths(place))  # 12.5
+    assert published.share(0.1225) == "12.3\u00a0%"  # of three digits
 
 
 # -- time
@@ -498,7 +519,7 @@ def test_what_a_cut_brings_stands_apart_from_what_the_runtime_brings(timed):
         ("budget-heads+neurons-0.5", "heads and neurons, 50% left"),
         ("structured-0.9-removed", "rows, 90% cut, removed"),
         ("unstructured-0.5", "weights, 50% cut"),
-        ("heads-svd+iht-columns-0.4", "heads, SVD + IHT columns, 40% cut"),
+        ("heads-svd+iht-columns-0.4", "heads, SVD + IHT on columns, 40% cut"),
         ("budget-dense", "budget-dense"),
     ],
 )  # fmt: skip
@@ -513,7 +534,8 @@ def test_a_checkpoint_of_any_stage_has_words(name, words):
         ("layers.0.blocks.11.mlp.fc1", "stage 0, block 11, fc1"),
         ("layers.1.downsample.reduction", "stage 1, merging"),
         ("layers.1.blocks.0", "stage 1, block 0"),
-        ("patch_embed.proj", "patch embed proj"),
+        ("patch_embed.proj", "stem, proj"),
+        ("patch_embed.steps.4", "stem, step 4"),
         ("qkv", "qkv"),
     ],
 )

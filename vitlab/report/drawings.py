@@ -7,6 +7,8 @@ Public: attention_maps, changed_images, cut_kinds, heads, heat_map, image_grid, 
 pool, spectra, weight_histograms, weight_violins.
 """
 
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -149,7 +151,7 @@ def cut_kinds(frame):
 
 @_style.styled
 def widths(frame):
-    """Draw how much of each place is left, in percent of the dense model's: the darker, the less.
+    """Draw how much of each place is left, in percent of the dense model's: the darker, the more.
 
     There is a line for each block (or stage, convolution, layer) and a column for each kind. Kinds
     of which nothing went are left out, except heads and neurons.
@@ -159,12 +161,12 @@ def widths(frame):
     """
     frame = cut_kinds(frame)
     frame = frame.assign(left=100 * frame.kept / frame.whole)
-    # Short names leave room: "0.blocks.1" for "layers.0.blocks.1".
-    places = frame["where"].str.replace("layers.", "").str.replace(".reduction", "")
-    table = _table(frame.assign(block=places), "kind", "left")
-    width = 1.4 + 0.09 * places.str.len().max() + 0.5 * table.shape[1]
+    names = frame["where"].map(tables.layer_words)
+    kinds = frame["kind"].str.replace("merge", "merging")
+    table = _table(frame.assign(block=frame["where"], kind=kinds), "kind", "left")
+    width = 1.3 + 0.07 * names.str.len().max() + 0.5 * table.shape[1]
     label = "share that stays (%)"
-    ax = _heat(table, width, label=label, fmt=".0f", least=0, most=100)
+    ax = _heat(table, width, label=label, digits=0, least=0, most=100)
     ax.set_xticks(ax.get_xticks(), table.columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set(xlabel="", ylabel="")
     return ax
@@ -445,7 +447,7 @@ def heads(frame, *, value="score", label="score of the head"):
     Returns the Axes.
     """
     table = 1000 * _table(frame, "head", value)
-    ax = _heat(table, 3 + 0.5 * table.shape[1], label=f"{label}, × 1,000", fmt=".1f")
+    ax = _heat(table, 3 + 0.5 * table.shape[1], label=f"{label}, × 1,000", digits=1)
     if "kept" in frame:
         removed = frame[~frame.kept.astype(bool)]
         # The cross lies in the upper right corner of its cell, beside the number.
@@ -466,9 +468,8 @@ def heat_map(frame, *, value, label):
     label: words and unit of the colour bar.
     Returns the Axes.
     """
-    # The sum makes 0.000 of next to nothing below zero, such as -1.6e-08.
-    table = _table(frame, "role", value).round(3) + 0.0
-    return _heat(table, 2.2 + 0.85 * table.shape[1], label=label, fmt=".3f")
+    table = _table(frame, "role", value)
+    return _heat(table, 2.2 + 0.85 * table.shape[1], label=label, digits=3)
 
 
 def _table(frame, columns, value):
@@ -477,11 +478,11 @@ def _table(frame, columns, value):
     return means.unstack(sort=False)
 
 
-def _heat(table, width, *, label, fmt, least=None, most=None):
+def _heat(table, width, *, label, digits, least=None, most=None):
     """Draw a table as colours and numbers, and return the Axes.
 
     width: inches.
-    label: of the colour bar; fmt: of the numbers; least, most: ends of the colours.
+    label: of the colour bar; digits: of the numbers; least, most: ends of the colours.
     """
     import seaborn as sns  # not above: where scipy is there, it takes two seconds
 
@@ -490,16 +491,16 @@ def _heat(table, width, *, label, fmt, least=None, most=None):
     sns.heatmap(
         table,
         ax=ax,
-        fmt=fmt,
+        fmt="",
         cbar_kws={"label": label},
-        annot=True,
+        annot=table.map(partial(tables.number, digits=digits)),
         linewidths=0.5,
-        cmap="rocket_r" if most is None else "rocket",
+        cmap="rocket_r",
         vmin=least,
         vmax=most,
     )
     ax.tick_params(left=False, bottom=False)
-    ax.tick_params(axis="y", rotation=0)
+    ax.set_yticks(ax.get_yticks(), map(tables.layer_words, table.index), rotation=0)
     ax.grid(False)
     return ax
 

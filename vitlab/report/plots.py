@@ -172,14 +172,17 @@ def _broken(name):
     return textwrap.fill(name, 16, break_on_hyphens=False)
 
 
-def _same_epochs(ax, results):
-    """Draw a line at what the dense model loses in as many epochs, and return its name and end."""
+def _same_epochs(ax, results, draw=None):
+    """Draw a line at what the dense model loses in as many epochs, and return its name and end.
+
+    draw: ax.axvline where points lost go across.
+    """
     lost = tables.lost_points(results)[results.stage == "dense+epochs"].mean()
     if pd.isna(lost):
         return {}
     words = "dense, as many epochs"
     look = {"color": CONTROL, "linestyle": "--", "linewidth": 1, "label": words}
-    ax.axhline(max(lost, FLOOR), zorder=0, **look)
+    (draw or ax.axhline)(max(lost, FLOOR), zorder=0, **look)
     return {words: (max(lost, FLOOR), CONTROL)}
 
 
@@ -259,7 +262,8 @@ def tradeoff(results, x="macs"):
 def recovery(results):
     """Draw the points of test top-1 that each cut has lost, and what each stage wins back.
 
-    A line of marks for each cut: hollow ones are of no training, the last is written out in percent.
+    A line of marks for each cut: hollow ones are of no training, and the first and the last are
+    written out in percent. The dashed line is the dense model after as many epochs.
 
     results: results.csv of one model.
     Returns the Axes.
@@ -272,6 +276,7 @@ def recovery(results):
     cuts = cuts.sort_values("series", key=lambda names: names.map(rank), kind="stable")
     names = cuts.name.drop_duplicates().tolist()
     ax = new_axes(HALF[0], max(2.2, 1.1 + 0.36 * len(names)))
+    solved = {"compensated": "D"}
     for place, name in enumerate(names):
         own = cuts[cuts.name == name]
         color = color_of(own.series.iloc[0]) or "0.2"
@@ -280,15 +285,22 @@ def recovery(results):
         ax.plot(lost, [place] * len(lost), color=color, linewidth=1.5, zorder=1)
         for stage, value in lost.items():
             face = color if stage in _TRAINED else "white"
-            ax.scatter(value, place, s=60, facecolor=face, edgecolor=color, linewidth=1.6, zorder=2)
+            look = {"facecolor": face, "edgecolor": color, "linewidth": 1.6, "zorder": 2}
+            ax.scatter(value, place, s=60, marker=solved.get(stage, "o"), **look)
         top1 = own.groupby("stage").top1.mean()[stages]
-        words = " → ".join(f"{top1[stage]:.1f}" for stage in dict.fromkeys([stages[0], stages[-1]]))
+        words = " → ".join(
+            tables.number(top1[stage]) for stage in dict.fromkeys([stages[0], stages[-1]])
+        )
         ax.text(1.02, place, words + " %", transform=ax.get_yaxis_transform(), va="center")
     loss_axis(ax, cuts.lost.max(), axis="x")
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(False, axis="y")
-    handles = [_mark("white", "nothing trained"), _mark("0.3", "fine-tuned")]
+    handles = [_mark("white", "after the cut"), _mark("0.3", "fine-tuned")]
+    if "compensated" in set(cuts.stage):
+        handles.insert(1, _mark("white", "least squares", solved["compensated"]))
+    if _same_epochs(ax, results, ax.axvline):
+        handles.append(ax.lines[-1])
     ax.figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return ax
 
@@ -323,7 +335,7 @@ def criteria(frame):
     low, high = means.min(axis=1), means.max(axis=1)
     ax.hlines(places, low, high, color="0.8", zorder=1)
     for place, row in enumerate(means.itertuples(index=False)):
-        words = " / ".join(f"{value:.0f}" for value in row)
+        words = " / ".join(map(tables.number, row))
         ax.text(1.02, place, words, transform=ax.get_yaxis_transform(), va="center")
     ax.set_yticks(places, map(tables.score_words, means.index))
     for tick in ax.get_yticklabels():
@@ -424,7 +436,8 @@ def backbones(lines, *, metric="probe_kept", words="linear probe of the dense mo
 
     There is a panel for each data set. Methods of this package have colours, others are grey, each
     has a mark, and the dense model is a line across. Bars go from the lowest to the highest draw.
-    The name of a line that ends before the smallest share stands at its end.
+    The name of a line that ends before the smallest share stands at its end. That of the best other
+    method at the last share but one stands there, too.
 
     lines: columns data, method ("dense", and those of this package as "vitlab, pool"), budget, draw
         and the metric, as benchmarks/foundation.py leaves them.
@@ -454,6 +467,12 @@ def backbones(lines, *, metric="probe_kept", words="linear probe of the dense mo
                 at_end = {"xytext": (8, 2), "textcoords": "offset points", "va": "top"}
                 color = "0.35" if look["color"] == CONTROL else look["color"]
                 ax.annotate(textwrap.fill(method, 18), end, color=color, **at_end)
+        others = cuts[~cuts.method.str.startswith("vitlab, ")]
+        if len(shares := sorted(others.budget.unique())) > 1:
+            there = others[others.budget == shares[1]].groupby("method")[metric].mean()
+            place = {"xytext": (8, 2), "textcoords": "offset points", "va": "bottom"}
+            if there.idxmax() in ends:  # else its name stands there already
+                ax.annotate(there.idxmax(), (shares[1], there.max()), color="0.35", **place)
         ax.margins(y=0.12)  # with room for the names of lines that end early
         label_lines(ax, ends, size=TEXT)
         ax.set(title=name, xticks=sorted(cuts.budget.unique()))
@@ -673,7 +692,7 @@ def prediction_audit(frame):
         look = {"color": styles[words]["color"], "marker": styles[words]["marker"]}
         times = cuts.measured / cuts.predicted
         if times.max() > 3:
-            words += f":\nup to {times.max():.0f} × too low"
+            words += f":\nup to {tables.number(times.max(), 0)} × too low"
         ax.scatter(cuts.predicted, cuts.measured, s=55, zorder=3, label=words, **look)
     ax.figure.legend(loc="outside upper center", ncols=2)
     return ax
@@ -733,7 +752,7 @@ def class_change(frame):
         look = {"fmt": "none", "ecolor": "0.2", "elinewidth": 1}
         ax.errorbar(means, places, xerr=lengths, **look)
     else:
-        ax.bar_label(bars, fmt="{:+.1f}", padding=3)
+        ax.bar_label(bars, fmt=functools.partial(tables.number, sign="+"), padding=3)
     if is_long:
         _gap(ax, f"… {hidden} classes between …", 6.1)
     ax.axvline(0, color="0.35", linewidth=0.8)

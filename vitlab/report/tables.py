@@ -2,11 +2,12 @@
 
 Public: AXES, DENSE_STAGES, METHODS, STAGES, TOP1, audit_table, beside_dense, best_rates,
 best_under, caption, check_places, checkpoint_words, costs_of, in_short, in_words, is_control, layer_words,
-like_for_like, lost_points, marks, method_words, of_seeds, only_cuts, over_seeds, peers, ranges_of, save_table,
-score_words, seeds_of, series, sets_of_seeds.
+like_for_like, lost_points, marks, method_words, number, of_seeds, only_cuts, over_seeds, peers, ranges_of,
+rounding, save_table, score_words, seeds_of, series, sets_of_seeds, timed_apart.
 """
 
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -46,8 +47,8 @@ METHODS = {  # in the words of figures and slides
     "heads+svd": "heads, SVD",
     "heads+iht": "heads, IHT",
     "heads+threshold": "heads, SVD, threshold",
-    "heads+svd+iht entries": "heads, SVD + IHT weights",
-    "heads+svd+iht columns": "heads, SVD + IHT columns",
+    "heads+svd+iht entries": "heads, SVD + IHT on weights",
+    "heads+svd+iht columns": "heads, SVD + IHT on columns",
 }
 TOP1 = "test top-1 (%)"
 AXES = {  # costs, as column: (label with unit, factor to that unit)
@@ -62,6 +63,25 @@ AXES = {  # costs, as column: (label with unit, factor to that unit)
 }
 _LIMITS = (0.75, 0.5, 0.25)  # shares of the dense model's cost
 _SLACK = 0.01  # a limit may be exceeded by this share, as budgets are met to within a hundredth
+
+
+def rounding(value):
+    """Return a float of which every format then rounds halves away from zero, as on paper.
+
+    Formats alone round them to even, and means of binary numbers either way. So figures, tables and
+    sentences write one number alike.
+    """
+    return value + math.copysign(1e-9, value)
+
+
+def number(value, digits=1, sign=""):
+    """Write a number with so many digits after the point, and a true minus: 84.05 becomes 84.1.
+
+    sign: "+" writes the sign always, but for zero, which has none.
+    """
+    text = f"{rounding(value):{sign}z,.{digits}f}".replace("-", "−")
+    is_zero = not text.strip("+0.")
+    return text.removeprefix("+") if is_zero else text
 
 
 def is_control(name):
@@ -89,6 +109,7 @@ def layer_words(name):
     """Return a layer or block in words, such as "stage 0, block 1, fc1" for layers.0.blocks.1.mlp.fc1."""
     words = re.sub(r"layers\.(\d+)\.?", r"stage \1, ", name)
     words = re.sub(r"blocks\.(\d+)\.?", r"block \1, ", words)
+    words = words.replace("patch_embed.steps.", "stem, step ").replace("patch_embed.", "stem, ")
     words = re.sub(r"downsample(\.reduction)?", "merging", words)
     words = re.sub(r"\b(attn|mlp)\.", "", words).removesuffix(", ")
     return re.sub(r"[._]", " ", words)
@@ -195,6 +216,22 @@ def like_for_like(times):
     times = times[times.speedup.notna()]
     cut_speedup = times.achieved_here * times.promised
     return times.assign(cut_speedup=cut_speedup, runtime_speedup=times.speedup / cut_speedup)
+
+
+def timed_apart(results):
+    """Return the timed results of cuts whose accuracy is that of other cuts to the same target.
+
+    Where budgets were cut anew and not timed again, both have other parameters or MACs.
+    """
+    keys = ["model", "seed", "method", "form", "target_kind", "target", "stage"]
+    costs = ["params", "macs"]
+    if not {*keys, *costs, "latency_ms"} <= {*results}:
+        return results.head(0)
+    cuts = only_cuts(results)
+    judged = cuts[cuts.latency_ms.isna()][[*keys, *costs]].drop_duplicates()
+    timed = cuts[cuts.latency_ms.notna()].merge(judged[keys].drop_duplicates(), on=keys)
+    both = timed.merge(judged, on=[*keys, *costs], how="left", indicator=True)
+    return both[both["_merge"] == "left_only"].drop(columns="_merge")
 
 
 def peers(table):
@@ -432,19 +469,19 @@ def in_short(summary):
     lines, sentences = [], []
     for model, cuts in summary.groupby("model", sort=False):
         table = shown.loc[cuts.index]
-        text = table.to_string(index=False, float_format="{:.1f}".format, na_rep="")
-        title = f"{model}, test top-1 (%): {cuts.dense.iloc[0]:.1f} dense, and of its cuts"
+        text = table.to_string(index=False, float_format=number, na_rep="")
+        title = f"{model}, test top-1 (%): {number(cuts.dense.iloc[0])} dense, and of its cuts"
         lines += [title, text, ""]
         pools = cuts[is_kept[cuts.index] & (cuts.method == "pool")]
         if len(pools):
             row = pools.loc[(pools.target - 0.5).abs().idxmin()]
             share = "half" if row.target == 0.5 else f"{row.target:.0%}"
             sentence = (
-                f"{model}: dense {row.dense:.1f} %; {share} of the {_IN_WORDS[row.target_kind]}, "
-                f"nothing trained: {lasts[row.name]:.1f} %"
+                f"{model}: dense {number(row.dense)} %; {share} of the {_IN_WORDS[row.target_kind]}, "
+                f"nothing trained: {number(lasts[row.name])} %"
             )
             after = trained[row.name]
-            sentences.append(sentence + (f", fine-tuned: {after:.1f} %" if after > 0 else ""))
+            sentences.append(sentence + (f", fine-tuned: {number(after)} %" if after > 0 else ""))
     return "\n".join(lines + sentences)
 
 
@@ -511,8 +548,9 @@ def _cell(value, form):
     """Return the text of one value of a table, in a format if there is one."""
     if pd.isna(value):
         return ""
+    value = rounding(value) if isinstance(value, float) else value
     if form:
         return form.format(value)
     if isinstance(value, float):
-        return f"{value:.3f}".rstrip("0").rstrip(".")  # at most three digits
+        return f"{value:z.3f}".rstrip("0").rstrip(".")  # at most three digits
     return str(value)
