@@ -268,11 +268,8 @@ def _fill(slide, content, width, height, *, opening=False):
             )
             drawn._element.nvPicPr.cNvPr.set("descr", f"{name} {content.shows}".strip())
     elif content.points:
-        step = min(0.95, (body - above) / len(content.points))
-        for number, point in enumerate(content.points):
-            top = TOP + 0.1 + above + number * step
-            place = (MARGIN + 0.3, top, wide - 0.6, step - 0.1)
-            _write(_box(slide), point, place, range(24, 15, -1))
+        place = (MARGIN + 0.3, TOP + 0.1 + above, wide - 0.6, body - above - 0.1)
+        _write_points(slide, content.points, place)
     elif content.table is not None:
         fit = _fit_table(content.table, 22, wide, body)
         if fit is None:
@@ -286,8 +283,9 @@ def _fill(slide, content, width, height, *, opening=False):
 
 
 def _short(source):
-    """Return study and seeds of a source; files, machines and commits stand in the notes."""
+    """Return study and seeds of a source as one says them; files, machines and commits stand in the notes."""
     _, _, rest = source.partition(". ")
+    rest = re.sub(r" \((some )?cuts: [^)]*\)", ", or fewer", rest)
     return rest.partition(";")[0].rstrip(".") + "."
 
 
@@ -331,6 +329,19 @@ def _write(shape, text, place, sizes, *, bold=False, grey=False, center=False):
     size = _fit_text(text, sizes, *place[2:], bold=bold)
     side = "CENTER" if center else "LEFT"
     _add_paragraph(frame, text, size, color="595959" if grey else "1A1A1A", bold=bold, side=side)
+
+
+def _write_points(slide, points, place):
+    """Write points below each other, all as large as fits at (left, top, width, height) in inches."""
+    left, top, width, height = place
+    for size in range(24, 11, -1):
+        heights = [_height(lines_of(point, size, width), size) for point in points]
+        gap = min(0.3, (height - sum(heights)) / len(points))
+        if gap >= 0.1:
+            break
+    for point, high in zip(points, heights, strict=True):
+        _write(_box(slide), point, (left, top, width, high + gap / 2), [size])
+        top += high + gap
 
 
 def _add_paragraph(frame, text, size, *, color, bold=False, side="LEFT"):

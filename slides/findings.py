@@ -45,14 +45,15 @@ COLUMNS = {
     "after": ("after the cut (%)", number),
     "batch": ("images in a batch", "{:.0f}".format),
     "behind": ("behind one pool (points)", number),
-    "block": ("block", str),
+    "block": ("block", tables.layer_words),
     "change": ("change (points)", signed),
     "criterion": ("score", tables.score_words),
     "cut": ("right after the cut (%)", number),
     "epochs": ("epochs", "{:.0f}".format),
     "increase": ("loss (nats)", partial(signed, digits=3)),
     "kept": ("kept", share),
-    "layer": ("layer", str),
+    "kind": ("what", str),
+    "layer": ("layer", tables.layer_words),
     "least": ("least (times as fast)", number),
     "lost": ("change (points)", lambda lost: signed(-lost)),
     "macs": ("MACs (M)", published.millions),
@@ -214,41 +215,62 @@ def claim(study):
     models = " and ".join(pages.family_of(model) for model in reversed(study.models))
     dense = study.dense.loc[study.models].reset_index()
     data = published.listed(study.results, "data")
+    params, macs = (
+        _pair(dense, lambda line, cost=cost: published.millions(getattr(line, cost)), named=False)
+        for cost in ("params", "macs")
+    )
     points = [
-        f"{models} on {data}: dense top-1 is {_pair(dense, lambda line: number(line.top1), '%')}.",
-        "MACs are the multiply-accumulates that one image takes: what has to be computed, on any machine.",
+        f"{models} have {params} million parameters, and {macs} million MACs{_size(study)}.",
+        f"Trained on {data}{_start(study)}, their test top-1 is "
+        f"{_pair(dense, lambda line: number(line.top1), '%')}.",
+        "How much of a model can go, how is it best chosen, and is the model then faster?",
     ]
+    terms = "MACs are the multiply-accumulates that one image takes, on any machine."
+    terms += " JPEG: stored with a small loss, which costs a little accuracy." * ("JPEG" in data)
     try:
         best, kind = best_budgets(study)
     except Absent:
-        return Slide(f"What pruning does to {models}", points=tuple(points))
+        return Slide(f"What pruning does to {models}", points=tuple(points), terms=terms)
     with contextlib.suppress(Absent):
-        points.append(f"{backbone(study).title}.")
+        points.append(_backbone_point(study))
     best = best[best.target == best.target.max()]
     words = _pair(best, lambda line: signed(line.untrained_change), "points")
     return Slide(
         f"With {published.part_of(best.target.iloc[0], kind)} and nothing trained, top-1 changes by {words}",
         points=tuple(points),
-        terms="JPEG: the images stored with a small loss, which costs a little accuracy."
-        if "JPEG" in data
-        else "",
+        terms=terms,
         table=columns_of(best, "model name target untrained untrained_change seeds"),
         note="First what can be cut, where it hurts, and how that is foreseen; then global pruning, and heads with SVD "
         "and IHT; then one pool for all of it, its peers, and whether it is faster.",
     )
 
 
+def _size(study):
+    """Return words such as " at 32 px", or "" where no result names the size of the images."""
+    sizes = published.distinct(study.results, "image_size")
+    return f" at {' and '.join(sizes)} px" if "image_size" in study.results else ""
+
+
+def _start(study):
+    """Return where the training of the dense models began: "" where nothing is known of it."""
+    if "weights" not in study.results:
+        return ""
+    weights = study.results[study.results.model.isin(study.models)].weights.dropna()
+    return " from given weights" if len(weights) else " from scratch"
+
+
 def what_is_cut(study):
     """Show what each cut does to a matrix."""
     model = study.models[-1]
     slide = Slide(
-        "Masked weights stay in a matrix as zeros; removed rows, heads, neurons and ranks make it smaller",
+        "Masked weights and rows stay in a matrix as zeros; removed rows, heads, neurons and ranks make it smaller",
         {"": study.picture(f"cuts-{model}")},
         terms="W: matrix of a layer. U × V: its low rank, as many ranks as U has columns. S: weights beside it. "
         "Neuron: hidden value of an MLP.",
-        shows=f"What is left of one layer of the {pages.family_of(model)}, weight by weight.",
-        note="Masked weights are zero, and the product with the matrix takes as long as before. What is removed is "
-        "gone: the matrix is smaller, or it becomes the product of two thin ones. IHT and "
+        shows=f"What is left of one layer of the {pages.family_of(model)}, weight by weight. "
+        "Shares of weights, rows and MACs are of the whole model: one layer may lose more or less.",
+        note="Masked weights and rows are zero, and the product with the matrix takes as long as before. What is "
+        "removed is gone: the matrix is smaller, or it becomes the product of two thin ones. IHT and "
         "thresholds come with the heads.",
     )
     seed = study.results[study.results.model == model].seed.min()  # as drawn
@@ -263,16 +285,18 @@ def sensitivity(study):
     worst = lines.drop_duplicates("model")
     worst = worst.sort_values("model", ascending=False)
     words = " and ".join(
-        f"{line.layer} ({pages.family_of(line.model)})" for line in worst.itertuples()
+        f"{tables.layer_words(line.layer)} ({pages.family_of(line.model)})"
+        for line in worst.itertuples()
     )
     table = lines.groupby("model", sort=False).head(LINES // 2)
     return Slide(
         f"It hurts most to cut {words}",
         study.pictures("sensitivity"),
         terms="qkv makes queries, keys and values; proj mixes the heads; fc1 and fc2 are the MLP. "
-        "Nats: unit of the loss.",
+        "Nats: unit of the loss. Taylor: mean of |w g|, weight times gradient.",
         table=columns_of(table, "model layer ratio increase"),
-        shows=f"Rise of the loss when one layer alone loses {share(worst.ratio.max())} of its weights.",
+        shows=f"Rise of the loss when one layer alone loses {share(worst.ratio.max())} of its weights, "
+        "the least by Taylor.",
         note="One layer is cut at a time, and put back. Where few layers hurt, a cut should not take the same share "
         "of each layer.",
     )
@@ -324,19 +348,17 @@ def weights_and_rows(study):
         first = not words
         unit = "points" if first else ""
         change = _pair(own, lambda line: signed(line.trained_change), unit, named=first)
-        cut = f"{'zeroing' if words else 'Zeroing'} {share(most.target.max())} of the {name}"
-        words.append(
-            f"{cut} changes top-1 by {change} after fine-tuning" if first else f"{cut} by {change}"
-        )
+        cut = f"zeroing {share(most.target.max())} of the {name} changes top-1"
+        words.append(f"{cut if first else f'of the {name}'} by {change}")
     return Slide(
-        ", ".join(words),
+        f"After fine-tuning, {', '.join(words)}",
         study.pictures("recovery"),
-        terms="Global: one ranking of all layers. Fine-tuned: some short epochs of training after the cut. "
-        "Grey: controls.",
+        terms="Fine-tuned: some short epochs of training after the cut. Least squares: what stays takes over, "
+        "layer by layer. Grey: controls.",
         table=columns_of(lines, "model name target cut trained trained_change seeds"),
         shows="Points of test top-1 lost; at the right top-1 before and after fine-tuning.",
         note="Weights are ranked by Taylor, rows by Fisher, all layers against each other. Masked models execute all "
-        "MACs. Hollow marks in the middle: least squares, without training.",
+        "MACs. Where as many epochs make the dense model worse, too, what a mild cut loses is not the cut's alone.",
     )
 
 
@@ -353,8 +375,7 @@ def heads_svd_iht(study):
     by = f" ({name})" if name else ""
     table = lines.groupby("model", sort=False).head(LINES // 2)
     return Slide(
-        f"Cutting {share(best.target.max())} of the heads and of each layer{by} changes top-1 by {words} after "
-        "fine-tuning",
+        f"Cutting {share(best.target.max())} of heads and of each layer{by} changes top-1 by {words}, fine-tuned",
         study.pictures("heads_svd_iht"),
         terms="SVD: W ≈ U × V of few ranks. IHT, iterative hard thresholding, chooses weights or columns beside it. "
         "Threshold: small entries to zero.",
@@ -408,12 +429,13 @@ def budgets(study):
     return Slide(
         f"Nothing trained, {who} {_changes(best, kind)}",
         study.pictures("tradeoff"),
-        terms="Ranks, units: one kind of cut alone, else the same. SVD, equal shares: of each layer as much. "
+        terms="Ranks: by the same steps, only ranks go. Units: only units. SVD, equal shares: of each layer as much. "
         "Random units: the control.",
         table=columns_of(lines, "model name target untrained untrained_change trained seeds"),
         shows="Points of test top-1 lost over the share of MACs left; nothing trained where not said.",
         note="See how far lines are apart at half and at a quarter: the less is left, the more it matters what goes."
-        " The title takes the best of all methods by test top-1, which favours the lucky one a little.",
+        f" {f'Of all methods {name}' if name else 'The cut in the title'} is the best by test top-1 at each of these "
+        "shares; to choose by test favours the lucky one a little.",
     )
 
 
@@ -429,26 +451,34 @@ def kept(study):
     lines = lines[lines.kept.notna()]
     lines = pd.concat([drawings.cut_kinds(own) for _, own in lines.groupby("model", sort=False)])
     lines = lines[lines["where"].str.contains("blocks")]
-    means = lines.assign(kept=lines.kept / lines.whole)
-    means = means.groupby(["model", "where"], sort=False).kept.mean().reset_index(name="kept")
-    means = means.rename(columns={"where": "block"})
-    most = means.sort_values("kept", kind="stable").drop_duplicates("model", keep="last")
+    shares = lines.assign(kept=lines.kept / lines.whole).rename(columns={"where": "block"})
+    shares = shares[shares.kind == _most_uneven(shares)]
+    order = shares.sort_values("kept", ascending=False, kind="stable")
+    most = order.drop_duplicates("model")
     method = ", ".join(map(tables.method_words, lines.method.unique()))
     most = most.sort_values("model", ascending=False)
-    words = " and of ".join(
-        f"{line.block} ({pages.family_of(line.model)}, {share(line.kept)})"
+    words = " and ".join(
+        f"{tables.layer_words(line.block)} ({pages.family_of(line.model)}, {share(line.kept)})"
         for line in most.itertuples()
     )
     slide = Slide(
-        f"At half the {published.COSTS[kinds[0]]} {method} keeps most of {words}",
+        f"At half the {published.COSTS[kinds[0]]} {method} keeps most of the {shares.kind.iloc[0]} in {words}",
         study.pictures(f"kept-{kinds[0]}-0.5"),
-        terms="100: nothing was cut there. Rank of qkv: the singular directions of that matrix that stay.",
-        table=columns_of(means.head(2 * LINES), "model block kept"),
-        shows="Heads, neurons and ranks that stay, in percent of the dense model's; "
-        "the title has the mean of a row.",
+        terms="100: nothing was cut there. Rank of qkv: the singular directions of that matrix that stay. "
+        "Merging: the layer between two stages.",
+        table=columns_of(shares.head(2 * LINES), "model block kind kept"),
+        shows="Heads, neurons and ranks that stay, in percent of the dense model's.",
         note="Compare it with where it hurts: the pool should keep what the loss depends on, and what saves few MACs.",
     )
     return replace(slide, source=source_of(study, slide, "table-kept.csv", first.seed.max()))
+
+
+def _most_uneven(shares):
+    """Return the kind of which, in every model, one block keeps far more than the others do on average."""
+    groups = shares.groupby(["kind", "model"], sort=False).kept
+    uneven = (groups.max() - groups.mean()).groupby("kind", sort=False)
+    every = uneven.count() == shares.model.nunique()
+    return uneven.min()[every].idxmax()
 
 
 def peers(study):
@@ -460,7 +490,8 @@ def peers(study):
     draws = sorted(lines.seed.unique())
     lines = published.mean_over_seeds(lines, ["model", "name", "tool", "share"])
     ours, tuned, _ = pages.PEERS
-    lines = lines.assign(lost=lines.lost.round(1))  # so that differences are those of what is shown
+    # so that differences are those of what is shown
+    lines = lines.assign(lost=lines.lost.map(tables.rounding).round(1))
     pooled = lines[lines.name == ours].set_index(["model", "share"]).lost
     keys = lines.set_index(["model", "share"]).index
     lines = lines.assign(behind=lines.lost - pooled.reindex(keys).to_numpy())
@@ -471,7 +502,7 @@ def peers(study):
         f"At {published.part_of(lines.share.min(), 'macs')} Torch-Pruning, fine-tuned, is "
         f"{_pair(_as_models(least), lambda line: number(line.behind), 'points')} behind a pool without training",
         {"": file.with_suffix(".png")},
-        terms="Torch-Pruning (Fang et al. 2023) removes heads, neurons and channels. "
+        terms="Torch-Pruning (Fang et al. 2023) removes units only; the pool may take ranks, too. "
         "Fine-tuned: one epoch on all images.",
         table=columns_of(order, "model name tool share top1 lost behind"),
         shows="Points of test top-1 lost over the share of MACs left. A benchmark of its own: of one dense model "
@@ -503,36 +534,40 @@ def backbone(study):
         lambda top1: "" if pd.isna(top1) else number(top1)
     )
     shown.columns = [f"{share(budget)} of the MACs (%)" for budget in shown]
+    count = rows.draw.nunique()
+    draws = "one draw" if count == 1 else f"median of {count} draws"
     sources = [
         next(words for name, words in SOURCES.items() if method.startswith(name))
         for method in shown.index
     ]
-    table = shown.rename(index={"dense": f"{BACKBONE}, dense"}).rename_axis("method").reset_index()
+    table = (
+        shown.rename(index={"dense": f"{BACKBONE} on {data}, dense"})
+        .rename_axis("method")
+        .reset_index()
+    )
     table = table.assign(source=sources)
     return Slide(
-        f"At half the MACs, without labels or training, {BACKBONE} keeps {number(half['vitlab, pool'])} of "
-        f"{number(dense)} % top-1; its best peer, {peer}, keeps {number(half[peer])} %",
+        f"At half the MACs DINOv2's features still get {number(half['vitlab, pool'])} % of {data} right, "
+        f"{number(dense)} % before; with the best peer, {peer}, {number(half[peer])} %",
         {"": file.with_suffix(".png")},
         terms="CORP: Zhang and Yang 2026. SVD, whitened: Wang et al. 2024. Linear maps: Cannistraci et al. 2024.",
         table=table,
-        shows=f"Top-1 on {data} of a linear probe, one linear layer trained on the features of the cut model.",
+        shows=f"Test top-1 on {data} of a linear probe, one linear layer fitted with labels to the features of the "
+        f"cut model; {draws} of calibration images.",
         note="A model that is used as it comes, without a classifier. All methods got the same "
-        f"{rows.calibration.max():g} images, and no labels where not said. CORP takes "
+        f"{rows.calibration.max():g} images, and cut without labels where not said. CORP takes "
         "neurons and query-key dimensions and corrects each layer in closed form; whitened SVD weighs what it leaves "
         "out by the inputs; linear maps take the place of whole blocks; SNIP and LAMP rank units by gradients and by "
-        f"magnitude within a layer. {_without_rows(rows)}",
+        "magnitude within a layer.",
         source=f"Source: bench/foundation.csv, foundation.png. {BACKBONE} at 112 px, {data}.",
     )
 
 
-def _without_rows(rows):
-    """Say which peers of SOURCES have no row; "" where all have."""
-    left = [
-        f"{name} ({words.partition(',')[0]})"
-        for name, words in SOURCES.items()
-        if not rows.method.str.startswith(name).any()
-    ]
-    return f"No row yet: {', '.join(left)}." if left else ""
+def _backbone_point(study):
+    """Return the finding of `backbone` as a sentence that needs no picture. Raises Absent as it does."""
+    backbone(study)
+    sentence = pages.backbone_sentence(study.folder)
+    return sentence.partition("; ")[0].replace(" before the cut. Its", " before; its") + "."
 
 
 def faster(study):
@@ -560,17 +595,27 @@ def faster(study):
         dict.fromkeys(number(line.promised) for line in ends[::-1].itertuples())
     )
     part = published.part_of(round(1 / smallest.promised.max(), 2), "macs")
-    return Slide(
-        f"With {part} and batches of {times.batch.max():g} a model is {words} as fast as dense in the same runtime; "
-        f"the MACs promise {promised}",
+    slide = Slide(
+        f"With {part} a model is {words} as fast; the MACs promise {promised}",
         study.pictures("speedup"),
         terms="Eager: PyTorch as it is. onnxruntime: the exported model. bf16: numbers of 16 bits. "
         "Promised: MACs before over after.",
         table=columns_of(lines, "model name way batch promised least most"),
-        shows="Times as fast as dense in the same runtime; a mark is one run on one processor.",
+        shows="Times as fast as dense in the same runtime (grey: dense beside dense in eager float32); batches of "
+        f"{times.batch.max():g}; a mark is one run. {_timed_apart(study, lines)}".strip(),
         note=f"Two thin matrices are two calls, and what is not a product takes as long as "
         f"before. {_zeros(study)}{how_timed(study)} {_backbone_times(study)}".strip(),
     )
+    source = source_of(study, slide, "table-runtimes.csv")
+    return replace(slide, source=source.replace("means over seeds", "seeds"))  # one mark a run
+
+
+def _timed_apart(study, lines):
+    """Say that other cuts were timed than those whose accuracy is told; "" where they are the same."""
+    apart = tables.timed_apart(study.results)
+    if "checkpoint" in apart and apart.checkpoint.isin(lines.checkpoint).any():
+        return "Timed were earlier cuts than those of the other slides, to the same shares of the MACs."
+    return ""
 
 
 def _backbone_times(study):
@@ -595,17 +640,9 @@ def _backbone_times(study):
 def _zeros(study):
     """Return a sentence on what masked weights do not save; "" where they were not timed."""
     try:
-        lines = study.read("efficiency")
+        return pages.filled(study, pages.ZEROS).replace("**", "") + " "
     except Absent:
         return ""
-    lines = lines[(lines.form == "masked") & (lines.target_kind == "sparsity")]
-    lines = lines[lines.speedup.notna() & lines.method.isin(WEIGHTS)]
-    if lines.empty:
-        return ""
-    least, most = number(lines.speedup.min()), number(lines.speedup.max())
-    return (
-        f"Weights zeroed in place: all such models are {least} to {most} times as fast as dense. "
-    )
 
 
 def how_timed(study):
@@ -624,11 +661,13 @@ def conclusion(study):
     points = []
     for make in (budgets, backbone, peers, weights_and_rows, faster):
         with contextlib.suppress(Absent):
-            points.append(f"{make(study).title}.")
+            is_backbone = make is backbone
+            points.append(_backbone_point(study) if is_backbone else f"{make(study).title}.")
     zeros = _zeros(study).strip()
     points += [zeros] if zeros else []
     if not points:
         raise Absent("no slide has a finding")
+    points.append(_limits(study))
     return Slide(
         "Let units and ranks compete, reconstruct what stays, and time the cut where it runs",
         points=tuple(points),
@@ -636,6 +675,19 @@ def conclusion(study):
         "(He, Zhang and Sun 2017).",
         note=f"{' '.join(method(study))} Molchanov: arXiv 1906.10771; Wang: arXiv 2403.07378; He: arXiv 1707.06168. "
         "All others: docs/citing.md.",
+    )
+
+
+def _limits(study):
+    """Say what the talk does not show."""
+    data, devices = (
+        published.listed(study.results, "data"),
+        published.listed(study.results, "device"),
+    )
+    largest = published.millions(study.dense.loc[study.models].params.max())
+    return (
+        f"Not shown: tasks other than classification; beyond one backbone, models of more than {largest} million "
+        f"parameters and images other than {data}; times on processors other than {devices}."
     )
 
 

@@ -4,7 +4,7 @@
 `<!-- results of STUDY -->` and `<!-- /results -->`, and the sentence and picture of the front page between
 `<!-- claim -->` and `<!-- /claim -->`.
 
-Public: backbone_sentence, claims, family_of, fill, headline, hero, main, peer_sentence, pool,
+Public: ZEROS, backbone_sentence, claims, family_of, fill, filled, headline, hero, main, peer_sentence, pool,
 pool_picture, results.
 """
 
@@ -43,7 +43,7 @@ LABELS = {  # method and form: what was done, in the order of a table
     "heads+svd, random factored": "{share}: random heads and directions",
     "heads+iht masked": "{share}: heads, IHT",
     "heads+threshold masked": "{share}: heads, SVD, small entries to zero",
-    "heads+svd+iht entries masked": "{share}: heads, SVD + IHT on entries",
+    "heads+svd+iht entries masked": "{share}: heads, SVD + IHT on weights",
     "heads+svd+iht columns factored": "{share}: heads, SVD + IHT on columns",
     "units removed": "{part}: heads, neurons, filters, width",
     "pool removed": "{part}: heads, neurons, filters, width in one pool",  # where no rank was cut
@@ -73,6 +73,10 @@ FRONT_CLAIMS = [  # of the first model
     "**Removed rows save some**: without nine tenths of its rows, "
     "the {model} is at least {structured removed 0.9 speedup, least} times as fast as dense.",
 ]
+ZEROS = (  # of every model, on slides, too
+    "**Zeros save no time**: with 90\u00a0% of the weights zeroed, "
+    "{unstructured masked 0.9 speedup} times as fast as dense."
+)
 CLAIMS = [  # of every model
     "**Half of the MACs**, nothing trained: {pool factored 0.5 reconstructed} points of top-1, "
     "when units and ranks leave from one pool.",
@@ -80,10 +84,10 @@ CLAIMS = [  # of every model
     "**90\u00a0% of the weights zeroed** by sensitivity, nothing trained: {unstructured masked 0.9 top1} "
     "top-1 is left.",
     "**90\u00a0% by magnitude**, for comparison: {unstructured, magnitude masked 0.9 top1}.",
-    "**Zeros save no time**: {unstructured masked 0.9 speedup} times as fast as dense.",
+    ZEROS,
     "**90\u00a0% of the rows removed** save some: {structured removed 0.9 speedup} times as fast.",
     "**A quarter by random units**, for comparison: {random removed 0.25 reconstructed} points.",
-    "**40\u00a0% of heads and of each layer's weights** by SVD + IHT, fine-tuned: "
+    "**40\u00a0% of heads and of each layer's weights** by SVD + IHT on weights, fine-tuned: "
     "{heads+svd+iht entries masked 0.4 finetuned} points.",
     "**Half of the MACs, ranks alone**: {ranks factored 0.5 reconstructed} points.",
     "**Half of the MACs, units alone** (heads, neurons, filters, channels): "
@@ -102,7 +106,7 @@ CLAIMS = [  # of every model
     "with {structured removed 0.5 macs} of the MACs.",
     "**90\u00a0% of the rows removed, fine-tuned**: {structured removed 0.9 finetuned} points, "
     "with {structured removed 0.9 macs} of the MACs.",
-    "**40\u00a0% of heads and weights by SVD + IHT** leave "
+    "**40\u00a0% of heads and weights by SVD + IHT on weights** leave "
     "{heads+svd+iht entries masked 0.4 macs} of the MACs.",
     "**40\u00a0% of heads and weights by SVD alone, fine-tuned**: "
     "{heads+svd factored 0.4 finetuned} points, with {heads+svd factored 0.4 macs} of the MACs.",
@@ -124,14 +128,18 @@ def claims(study, front=False):
 
     front: whether they have the first model's numbers only. Else they have those of all models.
     """
-    models = sorted(study.models, reverse=True)
-    write = partial(_of_first_model if front else _of_all_models, study, models)
     lines = []
     for sentence in FRONT_CLAIMS if front else CLAIMS:
         with contextlib.suppress(published.Absent):
-            filled = re.sub(r"\{(.+?)\}", lambda place: write(place[1]), sentence)
-            lines.append(f"- {filled}")
+            lines.append(f"- {filled(study, sentence, front)}")
     return lines
+
+
+def filled(study, sentence, front=False):
+    """Return a claim with its numbers, of the first model or of all. Raises Absent for a cut that was not run."""
+    models = sorted(study.models, reverse=True)
+    write = partial(_of_first_model if front else _of_all_models, study, models)
+    return re.sub(r"\{(.+?)\}", lambda place: write(place[1]), sentence)
 
 
 def _of_first_model(study, models, place):
@@ -181,13 +189,13 @@ def _value(study, model, method, form, target, quantity):
         left = _present(cuts, quantity, model, method).mean() / study.dense.loc[model, quantity]
         return published.share(round(left, 2))
     values = _present(cuts, (stage or "cut") if quantity == "top1" else quantity, model, method)
+    least, most = values.min(), values.max()
     # Speeds of several seeds are of different machines: their range, not their mean.
     if quantity == "speedup" and stage:  # "at least" is rounded down, "at most" up
-        tenths = 10 * values
-        ends = {"least": math.floor(tenths.min() + 1e-9), "most": math.ceil(tenths.max() - 1e-9)}
+        ends = {"least": math.floor(10 * least + 1e-9), "most": math.ceil(10 * most - 1e-9)}
         return published.number(ends[stage] / 10)
-    least, most = map(published.number, (values.min(), values.max()))
-    ends = dict.fromkeys([least, most])
+    digits = 2 if quantity == "speedup" else 1  # so that none seems to be beyond those ends
+    ends = dict.fromkeys(published.number(end, digits) for end in (least, most))
     return " to ".join(ends) + ("\u00a0%" if quantity == "top1" else "")
 
 
@@ -352,6 +360,13 @@ def _origin(study, lines, names, link):
         f"{source} {dense.total.max():,.0f} test images; "
         f"torch {published.listed(lines, 'torch')}, timm {published.listed(lines, 'timm')}."
     ]
+    apart = tables.timed_apart(study.results[study.results.model.isin([*names])])
+    if len(apart):
+        methods = ", ".join(map(tables.method_words, dict.fromkeys(apart.method)))
+        sentences.append(
+            "Times in efficiency.md are of earlier cuts to the same targets, with other parameters than "
+            f"those of this table, for: {methods}."
+        )
     given = dense[dense.weights.notna()] if "weights" in dense else dense.head(0)
     if len(given):
         starters = [names[model] for model in dict.fromkeys(given.model)]

@@ -174,8 +174,9 @@ def test_what_was_not_run_is_not_claimed(invented, tmp_path):
     finetuned = [*[1.0] * (len(summary) - 2), 60.04, 79.94]  # of the Swin, then of the ViT
     summary = summary.assign(dense=80.0, finetuned=finetuned)
     summary.to_csv(study.folder / "summary.csv", index=False)
-    (claim,) = [claim for claim in pages.claims(study, front=False) if "IHT, fine-tuned" in claim]
-    assert claim.endswith("by SVD + IHT, fine-tuned: ViT −0.1, Swin −20.0 points.")
+    claims = pages.claims(study, front=False)
+    (claim,) = [claim for claim in claims if "IHT on weights, fine-tuned" in claim]
+    assert claim.endswith("by SVD + IHT on weights, fine-tuned: ViT −0.1, Swin −20.0 points.")
     summary[summary.model == "vit"].to_csv(study.folder / "summary.csv", index=False)
     assert not any("SVD + IHT" in claim for claim in pages.claims(study, front=False))
 

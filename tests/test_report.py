@@ -180,8 +180,8 @@ def test_slides_and_pages_compare_like_with_like(report, monkeypatch):
     monkeypatch.setattr(published.Published, "pictures", lambda self, name: {})
     study = published.Published(report[0])
     slide = findings.heads_svd_iht(study)
-    assert slide.title.startswith("Cutting 40\u00a0% of the heads and of each layer (SVD) changes")
-    assert slide.title.endswith("by −2.0 points (ViT) after fine-tuning")
+    assert slide.title.startswith("Cutting 40\u00a0% of heads and of each layer (SVD) changes")
+    assert slide.title.endswith("by −2.0 points (ViT), fine-tuned")
     assert slide.table.seeds.tolist() == ["2", "1"]
     assert slide.table["fine-tuned (points)"].tolist() == ["−2.0", "−5.0"]
     # The best, 0.75 x the MACs, is of one seed and stands back.
