@@ -317,14 +317,9 @@ def _box(slide):
 
 def _write(shape, text, place, sizes, *, bold=False, grey=False, center=False):
     """Write a text into a shape at (left, top, width, height) in inches, as large as fits."""
-    from pptx.enum.text import MSO_ANCHOR, MSO_AUTO_SIZE
-    from pptx.util import Inches
+    from pptx.enum.text import MSO_ANCHOR
 
-    shape.left, shape.top, shape.width, shape.height = map(Inches, place)
-    frame = shape.text_frame
-    frame.margin_left = frame.margin_right = frame.margin_top = frame.margin_bottom = 0
-    frame.word_wrap = True
-    frame.auto_size = MSO_AUTO_SIZE.NONE
+    frame = _empty_frame(shape, place)
     frame.vertical_anchor = MSO_ANCHOR.MIDDLE if bold else MSO_ANCHOR.TOP
     size = _fit_text(text, sizes, *place[2:], bold=bold)
     side = "CENTER" if center else "LEFT"
@@ -333,24 +328,39 @@ def _write(shape, text, place, sizes, *, bold=False, grey=False, center=False):
 
 def _write_points(slide, points, place):
     """Write points below each other, all as large as fits at (left, top, width, height) in inches."""
-    left, top, width, height = place
+    from pptx.util import Inches
+
+    _, _, width, height = place
     for size in range(24, 11, -1):
-        heights = [_height(lines_of(point, size, width), size) for point in points]
-        gap = min(0.3, (height - sum(heights)) / len(points))
+        lines = sum(lines_of(point, size, width) for point in points)
+        gap = min(0.3, max(0, height - _height(lines, size)) / len(points))
         if gap >= 0.1:
             break
-    for point, high in zip(points, heights, strict=True):
-        _write(_box(slide), point, (left, top, width, high + gap / 2), [size])
-        top += high + gap
+    frame = _empty_frame(_box(slide), place)
+    for point in points:
+        _add_paragraph(frame, point, size, color="1A1A1A").space_after = Inches(gap)
+
+
+def _empty_frame(shape, place):
+    """Return the text frame of a shape that is put at (left, top, width, height) in inches."""
+    from pptx.enum.text import MSO_AUTO_SIZE
+    from pptx.util import Inches
+
+    shape.left, shape.top, shape.width, shape.height = map(Inches, place)
+    frame = shape.text_frame
+    frame.margin_left = frame.margin_right = frame.margin_top = frame.margin_bottom = 0
+    frame.word_wrap = True
+    frame.auto_size = MSO_AUTO_SIZE.NONE
+    return frame
 
 
 def _add_paragraph(frame, text, size, *, color, bold=False, side="LEFT"):
-    """Write one paragraph as all of the text of a frame. size: points. side: LEFT, CENTER or RIGHT."""
+    """Add a paragraph to the text of a frame, and return it. size: points. side: LEFT, CENTER or RIGHT."""
     from pptx.dml.color import RGBColor
     from pptx.enum.text import PP_ALIGN
     from pptx.util import Pt
 
-    paragraph = frame.paragraphs[0]
+    paragraph = frame.add_paragraph() if frame.text else frame.paragraphs[0]
     paragraph.alignment = PP_ALIGN[side]
     run = paragraph.add_run()
     text = text or "\u00a0"  # an empty cell would be as high as the template's text
@@ -359,6 +369,7 @@ def _add_paragraph(frame, text, size, *, color, bold=False, side="LEFT"):
     run.font.size = Pt(size)
     run.font.bold = bold
     run.font.color.rgb = RGBColor.from_string(color)
+    return paragraph
 
 
 def _unbroken(text):

@@ -83,14 +83,24 @@ def test_texts_fit_their_boxes_and_can_be_read(made):
             if shape.has_table:
                 texts = [cell for row in shape.table.rows for cell in row.cells]
             for text in texts:
-                for run in text.text_frame.paragraphs[0].runs:
+                for run in runs_of(text):
                     assert run.font.size.pt >= (deck.LEAST if shape.has_table else deck.CAPTION)
-                    if shape.has_table:
-                        continue
-                    width = shape.width.inches + 1e-6
-                    lines = deck.lines_of(run.text, run.font.size.pt, width, run.font.bold)
-                    height = lines * 1.2 * run.font.size.pt / 72
-                    assert height <= shape.height.inches + 1e-6, run.text
+            if shape.has_text_frame:
+                assert_fits(shape)
+
+
+def runs_of(shape):
+    return [run for paragraph in shape.text_frame.paragraphs for run in paragraph.runs]
+
+
+def assert_fits(shape):
+    """Each paragraph is one run, and all of them fit the shape."""
+    height = 0
+    for run in runs_of(shape):
+        size = run.font.size.pt
+        lines = deck.lines_of(run.text, size, shape.width.inches + 1e-6, run.font.bold)
+        height += lines * 1.2 * size / 72
+    assert height <= shape.height.inches + 1e-6, shape.text_frame.text
 
 
 def test_both_files_are_the_same_byte_for_byte_whenever_they_are_made(
@@ -216,11 +226,8 @@ def test_some_slides_by_number_and_on_a_template(invented, tmp_path):
     small.slide_width, small.slide_height = map(pptx.util.Inches, (10, 5.625))
     small.save(tmp_path / "small.pptx")
     made, _ = deck.write(invented, tmp_path / "out", only=[1], template=tmp_path / "small.pptx")
-    texts = [shape for shape in pptx.Presentation(made).slides[0].shapes if shape.has_text_frame]
-    for text in [text for text in texts if text.text_frame.paragraphs[0].runs]:
-        (run,) = text.text_frame.paragraphs[0].runs
-        lines = deck.lines_of(run.text, run.font.size.pt, text.width.inches, run.font.bold)
-        assert lines * 1.2 * run.font.size.pt / 72 <= text.height.inches + 1e-6, run.text
+    for shape in pptx.Presentation(made).slides[0].shapes:
+        assert_fits(shape)
     with pytest.raises(ValueError, match="there are slides 1 to"):
         deck.write(invented, tmp_path / "out", only=[99])
 

@@ -76,7 +76,7 @@ def _arrange(ax, pictures, high):
         columns = rows.groupby("part", sort=False).cells.first().str.len()
         # A narrow picture takes as much room as its title.
         lines = rows.title.iloc[0], tables.layer_words(rows.layer.iloc[0])
-        title = 0.058 * high * max(map(len, lines))
+        title = 0.063 * high * max(map(len, lines))
         widths.append(max((columns + gap).sum(), title, 1.05 * high) + gap)
     # One line takes about eight square matrices, or the widest picture.
     line = max(8 * high, *widths)
