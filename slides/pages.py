@@ -10,7 +10,6 @@ pool_picture, results.
 
 import argparse
 import contextlib
-import math
 import os
 import re
 import sys
@@ -191,11 +190,10 @@ def _value(study, model, method, form, target, quantity):
     values = _present(cuts, (stage or "cut") if quantity == "top1" else quantity, model, method)
     least, most = values.min(), values.max()
     # Speeds of several seeds are of different machines: their range, not their mean.
-    if quantity == "speedup" and stage:  # "at least" is rounded down, "at most" up
-        ends = {"least": math.floor(10 * least + 1e-9), "most": math.ceil(10 * most - 1e-9)}
-        return published.number(ends[stage] / 10)
-    digits = 2 if quantity == "speedup" else 1  # so that none seems to be beyond those ends
+    digits = 2 if quantity == "speedup" else 1
     ends = dict.fromkeys(published.number(end, digits) for end in (least, most))
+    if quantity == "speedup" and stage:
+        return [*ends][-1 if stage == "most" else 0]
     return " to ".join(ends) + ("\u00a0%" if quantity == "top1" else "")
 
 
