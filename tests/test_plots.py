@@ -615,6 +615,16 @@ def test_the_name_of_a_line_that_ends_early_stands_at_its_end():
     assert len(ax.texts) == 3 and ax.figure.get_figwidth() == _style.WIDE[0]
 
 
+def test_the_best_peer_has_its_name_at_the_last_share_but_one_too():
+    tops = {"vitlab, pool": (80, 75, 70), "CORP": (78, 70, 40), "SVD, whitened": (76, 65, 41)}
+    table = pd.DataFrame(tops, index=[0.75, 0.5, 0.35]).rename_axis("budget").reset_index()
+    table = table.melt("budget", var_name="method", value_name="probe_kept")
+    table.loc[len(table)] = 1.0, "dense", 90
+    (ax,) = plots.backbones(table.assign(data="Caltech-101", draw=0)).axes
+    named = {text.get_text(): text.xy for text in ax.texts if hasattr(text, "xy")}
+    assert named == {"CORP": (0.5, 70)}
+
+
 # -- recovery, step by step
 
 

@@ -444,6 +444,14 @@ def test_titles_are_of_two_lines(study):
 
 
 @pytest.mark.parametrize("study", COMMITTED)
+def test_captions_are_whole_and_say_seeds_as_one_speaks(study):
+    slides = findings.slides(FIGURES / study, long=True)
+    for slide in opened(deck.to_pptx(slides, title="title", date="2026-11-24")).slides:
+        texts = [text_of(shape) for shape in slide.shapes if shape.has_text_frame]
+        assert not any("cuts: " in text or text.endswith("…") for text in texts), texts
+
+
+@pytest.mark.parametrize("study", COMMITTED)
 def test_the_talk_begins_with_its_models_and_its_question(study):
     opening = findings.slides(FIGURES / study)[0]
     models, trained, question = opening.points[:3]
@@ -483,6 +491,7 @@ def test_a_real_backbone_stands_beside_its_peers_as_on_the_front_page():
     assert numbers([slide.title.replace("top-1", "")]) <= numbers([sentence])
     assert re.search(r"best peer, ([^,]+), leaves", sentence)[1] in slide.title
     assert slide.table.source.all() and {"LAMP", "CORP"} <= {*slide.table.method}
+    assert re.search("one draw|median of [23] draws", slide.shows)
     rows = pd.read_csv(FIGURES / "bench" / "foundation.csv")
     rows = rows[(rows.budget == 0.5) & (rows.stage == "cut")].groupby("method").probe_anew
     for method, value in rows.median().items():
