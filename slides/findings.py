@@ -193,6 +193,11 @@ def _method_of(lines):
     return names[0] if len(names) == 1 else ""
 
 
+def _methods_of(lines):
+    """Return the name that all lines have, else the names with their models."""
+    return _method_of(lines) or _pair(lines, lambda line: line.name)
+
+
 def _changes(lines, kind):
     """Return words such as "by 0.0 (ViT) and −0.3 points (Swin) at half the MACs", for each share of a budget."""
     parts = []
@@ -371,8 +376,8 @@ def heads_svd_iht(study):
         raise Absent("summary.csv has no fine-tuned cuts of heads")
     best = pd.concat([comparable(own).head(1) for _, own in lines.groupby("model", sort=False)])
     words = _pair(best, lambda line: signed(line.trained_change), "points")
-    name = _method_of(best).removeprefix("heads, ")
-    by = f" ({name})" if name else ""
+    best = best.assign(name=best.name.str.removeprefix("heads, "))
+    by = f" ({name})" if (name := _method_of(best)) else ""
     table = lines.groupby("model", sort=False).head(LINES // 2)
     return Slide(
         f"Cutting {share(best.target.max())} of heads and of each layer{by} changes top-1 by {words}, fine-tuned",
@@ -381,8 +386,8 @@ def heads_svd_iht(study):
         "Threshold: small entries to zero.",
         table=columns_of(table, "model name target cut trained trained_change share seeds"),
         shows="Points of test top-1 lost over the share cut of heads and of each layer, fine-tuned.",
-        note="The title takes cuts of all seeds; some others had one seed. Random heads and directions are the "
-        "control. Share of MACs: single weights in a dense matrix save next to none.",
+        note=f"The title takes the best cut of all seeds, {_methods_of(best)}; some others had one seed. Random heads "
+        "and directions are the control. Share of MACs: single weights in a dense matrix save next to none.",
     )
 
 
@@ -425,7 +430,9 @@ def budgets(study):
     keys = ["target", "model", "untrained"]
     lines = lines.sort_values(keys, ascending=False, kind="stable")
     name = _method_of(best)
-    who = f"{name} changes top-1" if name else "the best cut changes top-1"
+    who = f"{name or 'the best cut'} changes top-1"
+    parts = best.groupby("target", sort=False)
+    names = [f"{_methods_of(own)} at {published.part_of(part, kind)}" for part, own in parts]
     return Slide(
         f"Nothing trained, {who} {_changes(best, kind)}",
         study.pictures("tradeoff"),
@@ -434,8 +441,8 @@ def budgets(study):
         table=columns_of(lines, "model name target untrained untrained_change trained seeds"),
         shows="Points of test top-1 lost over the share of MACs left; nothing trained where not said.",
         note="See how far lines are apart at half and at a quarter: the less is left, the more it matters what goes."
-        f" {f'Of all methods {name}' if name else 'The cut in the title'} is the best by test top-1 at each of these "
-        "shares; to choose by test favours the lucky one a little.",
+        f" Best of all methods by test top-1: {name or ', '.join(names)}; to choose by test favours the lucky one a "
+        "little.",
     )
 
 

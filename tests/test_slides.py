@@ -444,6 +444,14 @@ def test_titles_are_of_two_lines(study):
 
 
 @pytest.mark.parametrize("study", COMMITTED)
+def test_where_models_differ_in_the_best_cut_the_notes_name_it(study):
+    found = published.Published(FIGURES / study)
+    best, _ = findings.best_budgets(found)
+    assert all(name in findings.budgets(found).note for name in best.name)
+    assert "SVD + IHT on weights" in findings.heads_svd_iht(found).note
+
+
+@pytest.mark.parametrize("study", COMMITTED)
 def test_captions_are_whole_and_say_seeds_as_one_speaks(study):
     slides = findings.slides(FIGURES / study, long=True)
     for slide in opened(deck.to_pptx(slides, title="title", date="2026-11-24")).slides:
