@@ -59,7 +59,7 @@ KINDS = ("heads", "neurons", "filters", "width")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ABOUT = ["tool", "model", "budget"]
 KEY = [*ABOUT, "seed", "stage"]
-SPEED = ["speedup", "speedup_q1", "speedup_q3", "latency_ms", "speed_threads"]
+SPEED = ["speedup", "speedup_q1", "speedup_q3", "latency_ms", "speed_threads", "speed_device"]
 COLUMNS = [
     *KEY,
     "top1",
@@ -358,8 +358,10 @@ def speed(given, budgets, *, batch=64, rounds=30):
             made[tool] = checkpoint.load(kept) if is_kept else TOOLS[tool](given, share)[0].eval()
         times = bench.latency(made, batch=batch, repeats=rounds, seconds=600).set_index("model")
         times["speed_threads"] = times.threads
+        times["speed_device"] = runs.provenance()["device"]
 
         def edit(table, times=times, share=share):
+            table = table.astype({"speed_device": object})  # of numbers while nothing is timed
             for tool in times.index:
                 about = {
                     "model": given.name,
@@ -482,8 +484,8 @@ def table_and_figure():
         f"84 % {tests:,} test images leave a standard error of {100 * (0.84 * 0.16 / tests) ** 0.5:.1f} points. All "
         "rows of vitlab but *cut alone*, and random units (as many of each place as *vitlab, units* takes), are "
         "reconstructed without labels, which the peers do not offer. Times as fast as dense: median (quartiles), "
-        "batches of 64, "
-        f"threads: {', '.join(map(str, threads)) or 'not timed yet'}.\n"
+        f"batches of 64, threads: {', '.join(map(str, threads)) or 'not timed yet'}; "
+        f"{', '.join(sorted(table.speed_device.dropna().unique()))}.\n"
     )
     files.write_atomic(folder("accuracy.md"), "\n".join(text))
     said = tables.caption(table.assign(study="benchmark", data="CIFAR-10 (JPEG)", split_seed=0))

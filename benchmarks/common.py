@@ -76,13 +76,15 @@ def publish(name, rows, *, shown=None, beside=None):
 
     beside: a column, such as "cpu"; rows of an earlier run with other values in it stay above the new ones.
     """
-    table = pd.DataFrame(rows)
+    table, origin = pd.DataFrame(rows), runs.provenance()
+    if "device" in table:  # times say "cpu", which is not yet a processor
+        table["device"] = table.device.replace("cpu", origin["device"])
     if beside and folder(f"{name}.csv").exists():
         earlier = pd.read_csv(folder(f"{name}.csv"))
         earlier = earlier[~earlier[beside].isin(table[beside])]
         table = pd.concat([earlier, table], ignore_index=True)
     whole = table.copy()
-    for column, value in runs.provenance().items():  # rows of an earlier run keep their own
+    for column, value in origin.items():  # rows of an earlier run keep their own
         whole[column] = whole[column].fillna(value) if column in whole else value
     tables.save_table(whole, folder(name), kinds=["csv"])
     short = table[[column for column in shown or table.columns if column in table]]

@@ -515,7 +515,8 @@ def peers(study):
         shows="Points of test top-1 lost over the share of MACs left. A benchmark of its own: of one dense model "
         f"of each kind (seed 0), means over {len(draws)} draws of calibration images.",
         note="Of Torch-Pruning the setting that is best on test at each share. It has nothing that solves "
-        "layers anew without labels. Losses differ a little from those of the study, which is of three dense models.",
+        "layers anew without labels. The study has three dense models of each kind and takes only ranks that are "
+        "faster on its machine, so that a quarter costs it more.",
         source=f"Source: bench/accuracy.csv, accuracy.png. Small models on CIFAR-10 (JPEG), draws "
         f"{', '.join(map(str, draws))}.",
     )

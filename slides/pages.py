@@ -394,6 +394,7 @@ def results(folders, *, page, front=False):
         sentences += _origin(study, lines[study], names[study], links[study])
     if len(studies) > 1:
         sentences.append(f"MACs are those of the {_data(first)} models.")
+    sentences.append("Changes are taken before rounding.")
     sentences += _seed_note(pd.concat(lines.values()))
     costs = {"macs": "MACs (M)"} if front else {"macs": "MACs (M)", "nonzero": "non-zero (M)"}
     text = _markdown(_table(studies, lines, names, costs)) + "\n\n" + "\n".join(sentences)
@@ -437,10 +438,10 @@ def backbone_sentence(page):
     _, *others = dict.fromkeys(name.partition(",")[0] for name in peers.index)
     link = Path(os.path.relpath(bench, page)).as_posix()
     return (
-        "DINOv2's pretrained ViT-S/14 at half of its MACs, without labels or training: a linear "
-        f"classifier fitted to its features has {published.number(ours)} % of Caltech-101's test images right, "
-        f"{published.number(dense)} % before the cut. Its best peer, {peers.index[0]}, "
-        f"leaves {published.number(peers.iloc[0])} %; {', '.join(others[:-1])} and {others[-1]} leave less "
+        "DINOv2's pretrained ViT-S/14, cut to half of its MACs without labels or training: a linear "
+        f"classifier then fitted to its features, with labels, has {published.number(ours)} % of "
+        f"Caltech-101's test images right, {published.number(dense)} % before the cut. Its best peer, "
+        f"{peers.index[0]}, leaves {published.number(peers.iloc[0])} %; {', '.join(others[:-1])} and {others[-1]} leave less "
         f"([table]({link}/foundation.md), [picture]({link}/foundation.png))."
     )
 
@@ -475,7 +476,7 @@ def _front_picture(page):
     link = Path(os.path.relpath(bench.parents[1] / "hero.png", page)).as_posix()
     words = peer_sentence(_hero_lines(bench))
     return (
-        f'<img src="{link}" alt="{words}" width="600">'  # the first command is on the first screen
+        f'<img src="{link}" alt="{words}" width="480">'  # the first command is on the first screen
     )
 
 
@@ -490,7 +491,7 @@ def peer_sentence(lines):
     if len(lost) == 1:
         ours, tuned, cut = map(published.number, lost.iloc[0])
         return (
-            f"With {part} a {lost.index[0]} loses {ours} points of top-1, nothing trained; "
+            f"With {part} one {lost.index[0]} loses {ours} points of top-1, nothing trained; "
             f"Torch-Pruning’s best loses {tuned} after fine-tuning and {cut} without"
         )
     ours, tuned = (

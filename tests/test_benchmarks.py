@@ -42,9 +42,10 @@ def test_a_table_keeps_the_rows_of_other_processors(tmp_path, monkeypatch):
     import common
 
     for cpu, ms in (("old", 3.0), ("new", 1.0), ("new", 2.0)):
-        common.publish("times", [{"cpu": cpu, "ms": ms}], beside="cpu")
+        common.publish("times", [{"cpu": cpu, "ms": ms, "device": "cpu"}], beside="cpu")
     table = pd.read_csv(tmp_path / "times.csv")
     assert table[["cpu", "ms"]].values.tolist() == [["old", 3.0], ["new", 2.0]]
+    assert not table.device.eq("cpu").any()  # but the name of a processor
     assert table.date.notna().all() and "old" in (tmp_path / "times.md").read_text()
 
 

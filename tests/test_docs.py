@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import toy
@@ -109,6 +110,18 @@ def test_the_way_without_a_network_is_a_swin_of_the_clone():
     state = made["model"].state_dict()
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in stored.items())
     assert set(state) - set(stored) <= {"head.fc.weight", "head.fc.bias"}
+
+
+def test_a_plan_is_printed_as_the_page_of_ones_own_model_shows_it():
+    text = (ROOT / "docs" / "your-own-model.md").read_text()
+    shown = text.partition("It printed:\n\n```\n")[2].partition("\n```")[0].splitlines()
+    of_kinds = [line.split() for line in shown if line.startswith(("heads", "neurons", "ranks"))]
+    rows = [(kind, "somewhere", *map(float, rest[1:])) for kind, *rest in of_kinds]
+    table = pd.DataFrame(rows, columns="kind block units dropped predicted macs_saved".split())
+    table = table.astype({"units": int, "dropped": int})
+    first, *others = repr(pool.Plan({}, {}, table, 0.5)).splitlines()
+    assert first == shown[0]
+    assert others[0].split() == shown[1].split() and others[-1] == shown[len(of_kinds) + 3]
 
 
 @pytest.fixture

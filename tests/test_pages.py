@@ -217,7 +217,7 @@ def test_lines_by_hand(tmp_path):
     told = re.findall(r"(ViT|Swin) ([−+]?[\d.]+)", half)
     assert " and ".join(f"{change} ({family})" for family, change in told) in sentence
     assert re.fullmatch(
-        r'<img src=".*figures/hero\.png" alt="With a quarter of the MACs [^"]*" width="600">',
+        r'<img src=".*figures/hero\.png" alt="With a quarter of the MACs [^"]*" width="480">',
         picture,
     )
     assert table_of(text)["ViT top-1 (%)"].to_dict() == {
