@@ -441,7 +441,8 @@ def backbone_sentence(page):
         "DINOv2's pretrained ViT-S/14, cut to half of its MACs without labels or training: a linear "
         f"classifier then fitted to its features, with labels, has {published.number(ours)} % of "
         f"Caltech-101's test images right, {published.number(dense)} % before the cut. Its best peer, "
-        f"{peers.index[0]}, leaves {published.number(peers.iloc[0])} %; {', '.join(others[:-1])} and {others[-1]} leave less "
+        f"{peers.index[0]}, leaves {published.number(peers.iloc[0])} %; "
+        f"{', '.join(others[:-1])} and {others[-1]} leave less "
         f"([table]({link}/foundation.md), [picture]({link}/foundation.png))."
     )
 
