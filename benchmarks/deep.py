@@ -1,13 +1,14 @@
 """A quarter and 0.15 of the MACs, first trained on no labels: the small models of CIFAR-10, three seeds, on test.
 
-Stage `reconstructed` is budget.reach, from 2,048 calibration images. `relearned` follows it with 2,000
+Stage `reconstructed` is budget.reach, from 2,048 calibration images. `searched` is that with 48 trials
+of other plans, judged by these images without their labels. `relearned` follows `reconstructed` with 2,000
 steps of imitate.relearn, which are less than three epochs. Rates were chosen on validation images and
 seed 0, and so were the steps, of 500, 1,000 and 2,000, for the ViT at 0.15 and the Swin at 0.25. Only
 the scores of what goes read labels, of the calibration images. `finetuned` follows at a quarter: one
 epoch with the labels of all training images, half of its loss from the dense model's answers, at a rate
 chosen on validation images for the Swin of seed 0. `lost` is in points of test top-1 below the dense
 model of the same seed; `low` and `high` are its 95 % interval over the test images, which are the same
-in both. Rows that are there are not made again, but for those of a share of which a stage is missing.
+in both. Rows that are there are not made again, but for those that lead to one that is missing.
 """
 
 import time
@@ -34,6 +35,7 @@ RECIPE = {
 }
 RATES = {0.15: 1e-3, 0.25: 3e-4}  # the less is lost, the smaller
 FINETUNED = {0.25: 1e-4}  # rate of the epoch with labels
+TRIALS = 48
 KEY = ["model", "seed", "share", "stage"]
 SHOWN = [*KEY, "macs", "top1", "lost", "low", "high", "loss"]
 SHOWN += ["predicted", "seconds"]
@@ -45,9 +47,12 @@ def deep(rounds):
     file = folder("deep.csv")
     rows = pd.read_csv(file).to_dict("records") if file.exists() else []
     for seed, model in product(SEEDS[:rounds], MODELS):
-        made = {(row["model"], row["seed"], row["share"], row["stage"]) for row in rows}
-        last = {share: "finetuned" if share in FINETUNED else "relearned" for share in SHARES}
-        missing = [share for share in SHARES if (model, seed, share, last[share]) not in made]
+        made = {tuple(row[name] for name in KEY) for row in rows}
+        missing = {
+            share: {stage for stage in stages_of(share) if (model, seed, share, stage) not in made}
+            for share in SHARES
+        }
+        missing = {share: stages for share, stages in missing.items() if stages}
         if not missing:
             continue
         name = model if seed == 0 else f"{model}-seed{seed}"
@@ -57,8 +62,8 @@ def deep(rounds):
         known = budget.Calibration(
             dense, list(images.train.subset(IMAGES, seed=seed).batches(BATCH))
         )
-        for share in missing:
-            for row, small in stages(known, share, images, seed):
+        for share, asked in missing.items():
+            for row, small in stages(known, share, images, seed, asked):
                 row = {"model": model, "seed": seed, "share": share} | row
                 own = answers(small, images.test)
                 row |= of(*own) | lost(own, whole)
@@ -70,8 +75,23 @@ def deep(rounds):
             publish("deep_means", means(table))
 
 
-def stages(known, share, images, seed):
-    """Yield (columns, model) after each stage; what shares have in common counts with the first."""
+def stages_of(share):
+    trained = ["relearned", "finetuned"] if share in FINETUNED else ["relearned"]
+    return ["searched", "reconstructed", *trained]
+
+
+def stages(known, share, images, seed, asked):
+    """Yield (columns, model) after each stage that is asked for, or leads to one; what shares have in common counts
+    with the first.
+    """
+    begun = time.perf_counter()
+    if "searched" in asked:
+        plan = known.search(TRIALS, seed=seed, macs=share)
+        small = known.reconstruct(*known.cut(plan))
+        row = {"stage": "searched", "predicted": plan.predicted}
+        yield row | {"seconds": time.perf_counter() - begun}, small
+    if asked == {"searched"}:
+        return
     begun = time.perf_counter()
     plan = known.plan(macs=share)
     small = known.reconstruct(*known.cut(plan))

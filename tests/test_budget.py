@@ -111,6 +111,31 @@ def test_kinds_that_a_model_lacks_are_left_out_unless_they_are_named(batch):
         budget.candidates(normed, [batch], kinds=["heads", "qk"])
 
 
+def test_a_search_is_no_worse_on_its_images_and_predicts_by_the_scores(any_model, batch):
+    model, batches = any_model, list(zip(*(part.split(2) for part in batch), strict=True))
+    known = budget.Calibration(model, batches)
+    first, best = known.plan(macs=0.5), known.search(8, macs=0.5)
+    assert repr(known.search(0, macs=0.5)) == repr(first)
+    assert (
+        best.share <= 0.5 and budget.reach(model, batches, macs=0.5, trials=8)[1].drop == best.drop
+    )
+    few, whole = budget.Calibration(model, batches[::4]), scores.Answers(model, batches[1::2])
+    missed = [whole.distance(few.reconstruct(*few.cut(plan))) for plan in (first, best)]
+    assert missed[1] <= missed[0] and (missed[1] < missed[0] or best.drop == first.drop)
+    # What goes is predicted to lose what its own scores say, at whatever rates it was chosen.
+    scored = known.candidates["unit_scores"]
+    units = best.table[best.table.kind != "ranks"]
+    expected = [
+        sum(scored[row.block, row.kind][best.drop.get((row.block, row.kind), [])]).item()
+        if (row.block, row.kind) in best.drop
+        else 0
+        for row in units.itertuples()
+    ]
+    assert units.predicted.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    with pytest.raises(ValueError, match="give two batches"):
+        budget.reach(model, [batch], macs=0.5, trials=1)
+
+
 def test_reach_says_at_once_what_is_wrong(vit, batch):
     with pytest.raises(ValueError, match="unknown target 'flops'.* macs, params, bytes, latency"):
         budget.reach(vit, [batch], flops=0.5)

@@ -1010,3 +1010,20 @@ def test_errors_of_criteria_and_kinds_name_what_is_wrong(vit, batch):
         scores.weights(vit, criteria="obs", grams=dead, damping=0)
     with pytest.raises(ValueError, match="no batches"):
         scores.loss(vit, [])
+
+
+def test_answers_are_as_far_as_by_hand(vit, batch):
+    images, _ = batch
+    other = copy.deepcopy(vit)
+    with torch.no_grad():
+        other.head.bias += torch.linspace(0, 1, len(other.head.bias))
+        told, said = (model.eval()(images).log_softmax(1) for model in (vit, other))
+    whole = scores.Answers(vit, split(batch, 2))
+    assert whole.distance(vit) == pytest.approx(0, abs=1e-6)
+    by_hand = (told.exp() * (told - said)).sum(1).mean().item()
+    assert whole.distance(other) == pytest.approx(by_hand, rel=1e-4)
+    vit.reset_classifier(0)
+    features = scores.Answers(vit, [batch])
+    assert features.distance(vit) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="batches"):
+        scores.Answers(vit, [])

@@ -11,6 +11,8 @@ import math
 from dataclasses import replace
 from functools import cached_property, partial
 
+import numpy as np
+
 from vitlab import files, models, names
 from vitlab.evaluation import bench, cost, runtimes
 from vitlab.pruning import factor, pool, recover, scores, shrink
@@ -18,9 +20,12 @@ from vitlab.pruning import factor, pool, recover, scores, shrink
 _POOL = ("heads", "neurons", "filters", "width", "ranks")  # the kinds that do best together
 _MOST_CORRECTIONS = 12
 _TOKENS = 16  # positions of an image that tell most of what all do
+_SPREAD = (
+    0.4  # deviation of the logarithm of a rate, which each trial of `Calibration.search` draws
+)
 
 
-def reach(model, batches, *, labels="true", keep=(), **target):
+def reach(model, batches, *, labels="true", keep=(), trials=0, **target):
     """Cut a model to a target without training.
 
     Call it as in `small, plan = budget.reach(model, batches, macs=0.5)`. It does what did best in
@@ -28,6 +33,7 @@ def reach(model, batches, *, labels="true", keep=(), **target):
 
     model, batches, labels: see `Calibration`.
     keep: layers that stay as they are, see `plan`; their weights do, too.
+    trials: how many other plans are tried, see `Calibration.search`. Some dozens help deep cuts.
     target: one of macs, params, bytes, latency, and the share to keep, in (0, 1).
 
     Returns the smaller model and its Plan.
@@ -36,7 +42,7 @@ def reach(model, batches, *, labels="true", keep=(), **target):
     pool.checked_target(target, model)
     kept = pool.layers_of(model, keep)
     known = Calibration(model, batches, labels=labels)
-    chosen = known.plan(keep=keep, **target)
+    chosen = known.search(trials, keep=keep, **target)
     small, drops = known.cut(chosen)
     return known.reconstruct(small, drops, untouched=kept), chosen
 
@@ -99,6 +105,52 @@ class Calibration:
         """Return `plan` of what competes. options: its own, a target among them."""
         options = {"kinds": self.kinds, "narrow": True} | options
         return plan(self.model, **self.candidates | options)
+
+    def search(self, trials, *, seed=0, **options):
+        """Return the best of `plan` and of so many others, by what is left of the model's answers.
+
+        What is predicted of kinds and places is off by unlike factors. Each trial multiplies the
+        best rates so far, one for each kind in each place, by chance. Its plan is cut and
+        reconstructed from a quarter of the images, and is better if its answers to half of them,
+        none of that quarter, are nearer to the model's (scores.Answers). It reads no labels.
+
+        trials: at least 0, which gives `plan` itself.
+        seed: of the rates that are tried.
+        options: those of `plan`.
+
+        Returns a Plan, whose predictions are those of the scores.
+        Raises ValueError for fewer than two batches, and what `plan` raises.
+        Source: random search with one parent (Rechenberg 1973), here over exchange rates.
+        """
+        best = self.plan(**options)
+        if not trials:
+            return best
+        if len(self.batches) < 2:
+            raise ValueError("a search judges images that a cut is not fitted to: give two batches")
+        few = Calibration(self.model, self.batches[::4], kinds=self.kinds, labels=self.labels)
+        whole = scores.Answers(self.model, self.batches[1::2])
+        kept = pool.layers_of(self.model, options.get("keep", ()))
+
+        def missed(plan):
+            small = few.reconstruct(*few.cut(plan), untouched=kept)
+            is_narrow = any(kind == "width" for _, kind in plan.drop)
+            left = shrink.features_left(self.model, plan.drop) if is_narrow else slice(None)
+            return whole.distance(small, left)
+
+        found = self.candidates | options
+        units, directions = found.get("unit_scores", {}), found.get("directions", {})
+        draw = np.random.default_rng(seed)
+        rates = dict.fromkeys([*units, *((layer, "ranks") for layer in directions)], 1.0)
+        least = missed(best)
+        for _ in files.progress(range(trials), "searching"):
+            tried = {key: rate * math.exp(draw.normal(0, _SPREAD)) for key, rate in rates.items()}
+            rated = {key: score * tried[key] for key, score in units.items()}
+            thin = {layer: lost * tried[layer, "ranks"] for layer, lost in directions.items()}
+            plan = self.plan(**options | {"unit_scores": rated, "directions": thin})
+            if (now := missed(plan)) < least:
+                least, rates, best = now, tried, plan
+        own = [rates[key] for key in zip(best.table.block, best.table.kind, strict=True)]
+        return replace(best, table=best.table.assign(predicted=best.table.predicted / own))
 
     def cut(self, chosen, compensate="least squares"):
         """Return `cut` of a plan: the smaller model, and what went."""

@@ -6,7 +6,7 @@ evaluation transforms. The model is a ViT or Swin. It is used in eval mode and l
 modes, requires_grad, gradients and hooks. Where several processes train (see `parallel`), the first
 one computes for all.
 
-Public: ROWS, UNITS, WEIGHTS, change, check_calibration, directions, gradient_grams, grams, loss,
+Public: Answers, ROWS, UNITS, WEIGHTS, change, check_calibration, directions, gradient_grams, grams, loss,
 measure, position_weights, rows, units, weights.
 """
 
@@ -357,6 +357,41 @@ def change(model, cut, batches):
     if not images:
         raise ValueError(NO_BATCHES)
     return total / images
+
+
+class Answers:
+    """Hold what a model answers to some images, and say how far others are from it, without labels.
+
+    model, batches: as at the top of this file; the y of batches are not looked at.
+
+    Raises ValueError for no batches.
+    """
+
+    def __init__(self, model, batches):
+        if not batches:
+            raise ValueError(NO_BATCHES)
+        self.batches, self.has_classes = batches, bool(model.num_classes)
+        self.told = self.of(model)
+
+    @torch.no_grad()
+    def of(self, model):
+        """Return the log-probabilities [N, classes] of a model, or its features [N, channels]."""
+        read = model if self.has_classes else partial(anatomy.features, model)
+        with Sweep(model):
+            found = torch.cat([wide(read(x)) for x, _ in self.batches])
+        return found.log_softmax(1) if self.has_classes else found
+
+    @parallel.first_decides
+    def distance(self, model, channels=slice(None)):
+        """Return how far a model is: the mean KL(held || its own) in nats, or 1 - cosine of features.
+
+        channels: of the held features, those that model still has, see shrink.features_left.
+        """
+        said = self.of(model)
+        if self.has_classes:
+            how = {"reduction": "batchmean", "log_target": True}
+            return functional.kl_div(said, self.told, **how).item()
+        return 1 - functional.cosine_similarity(self.told[:, channels], said, dim=1).mean().item()
 
 
 def check_calibration(model, calibration, held_out):
