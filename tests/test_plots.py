@@ -251,15 +251,18 @@ def lab(color, see):
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
+def assert_apart(colors):
+    """Check that each two colours differ for every eye and in grey."""
+    for pair in itertools.combinations(colors, 2):
+        for see in SEE:
+            difference = np.linalg.norm(np.subtract(*(lab(color, see) for color in pair)))
+            assert difference > 25, (pair, see)
+        assert abs(np.subtract(*(lab(color, "all")[0] for color in pair))) > 7, (pair, "grey")
+
+
 def test_methods_drawn_together_differ_for_every_eye_and_in_grey():
     for group in _style.TOGETHER:
-        for one, other in itertools.combinations(group, 2):
-            colors = _style.COLORS[one], _style.COLORS[other]
-            for see in SEE:
-                difference = np.linalg.norm(np.subtract(*(lab(color, see) for color in colors)))
-                assert difference > 25, (one, other, see)
-            lightness = [lab(color, "all")[0] for color in colors]
-            assert abs(np.subtract(*lightness)) > 7, (one, other, "grey")
+        assert_apart([_style.COLORS[method] for method in group])
     for color in [*_style.COLORS.values(), _style.CONTROL]:
         light = ((lab(color, "all")[0] + 16) / 116) ** 3  # luminance
         assert 1.05 / (light + 0.05) >= 3, color  # of white
@@ -481,6 +484,17 @@ def test_a_half_is_rounded_alike_in_pictures_tables_and_sentences(rows, tmp_path
     place = pd.DataFrame({"where": ["blocks.0"], "kind": "heads", "kept": 1, "whole": 8})
     assert "13" in words_of(drawings.widths(place))  # 12.5
     assert published.share(0.1225) == "12.3\u00a0%"  # of three digits
+
+
+def test_forms_timed_together_differ_and_a_mask_is_grey_as_it_saves_no_time(timed):
+    cut = timed[timed.checkpoint != "dense"]
+    forms = {"weights, masked": 1.0, "units, removed": 2.0, "SVD, equal shares, factored": 2.0}
+    parts = [cut.assign(checkpoint=name, promised=times) for name, times in forms.items()]
+    ax = plots.speedups(pd.concat([timed[timed.checkpoint == "dense"], *parts]))
+    found = {matplotlib.colors.to_hex(each.get_facecolor()[0]) for each in scatters(ax)}
+    grey = matplotlib.colors.to_hex("0.45")
+    assert found == {grey, _style.COLORS["units"], _style.COLORS["svd"]}
+    assert_apart(found)
 
 
 # -- time

@@ -499,7 +499,8 @@ def speedups(times):
     """Draw what a cut brings in time beside the dense model in the same runtime.
 
     What a runtime alone brings to the dense model stands apart, on top. A mark is one run on one
-    processor: nothing is averaged. Upright lines are what the MACs promise.
+    processor: nothing is averaged. Upright lines are what the MACs promise. A cut that leaves all
+    MACs, such as a mask, is a control and grey.
 
     times: as roofline.bounds returns it, of one batch, with columns model (or checkpoint, the name
         of what was cut), runtime, precision, speedup, promised and achieved_here; a column run
@@ -533,7 +534,8 @@ def speedups(times):
             place += 1
             ticks[place] = way
             line = times[(times.model == name) & (times.way == way)]
-            color = None if column == "runtime_speedup" else color_of(words)
+            saves = column == "cut_speedup" and line.promised.max() > 1.01
+            color = color_of(words) if saves else None
             color = color or "0.45"
             for run, value in zip(line.run, line[column], strict=True):
                 ax.scatter(value, place, s=45, marker=runs[run], color=color, alpha=0.85, zorder=3)
