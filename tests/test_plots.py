@@ -6,6 +6,7 @@ import pandas as pd
 import published
 import pytest
 import torch
+from invented import COMMITTED, FIGURES
 
 from vitlab.report import _style, drawings, plots, tables
 from vitlab.report.tables import caption
@@ -964,6 +965,49 @@ def test_a_figure_for_each_kind_has_the_controls_a_title_and_says_where_rows_com
     plots.draw_each(frames, "ladder", plots.ladder, per="kind", titled=True, **about)
     drawn = " ".join(picture.read_text().split())
     assert all(word in drawn for word in (*plots.TITLES["ladder"].split(), "commit", "abc,"))
+
+
+def with_legends(rows, timed, audit):
+    """Yield a figure of each function that puts a legend on top of the panels."""
+    half = rows[rows.form.isna() | (rows.form == "masked")].assign(target_kind="macs")
+    yield plots.ladder(half)
+    yield plots.recovery(half).figure
+    yield plots.speedups(timed).figure
+    yield plots.prediction_audit(audit).figure
+    for name, draw in {
+        "criteria": plots.criteria,
+        "layer_distributions": drawings.weight_violins,
+        "spectra": drawings.spectra,
+    }.items():
+        table = pd.read_csv(FIGURES / COMMITTED[0] / f"table-{name}.csv")
+        first = table.drop_duplicates(["model", "seed"]).iloc[0]
+        yield draw(table[(table.model == first.model) & (table.seed == first.seed)]).figure
+
+
+class Boxes(matplotlib.artist.Artist):
+    """Note where the title, the legend and the panels of a figure lie when it is drawn."""
+
+    def draw(self, renderer):
+        panels = self.figure.axes
+        title, _source = self.figure.texts[-2:]
+        seen = [
+            title,
+            *self.figure.legends,
+            *(ax.title for ax in panels if ax.get_title()),
+            *panels,
+        ]
+        self.found = [each.get_window_extent(renderer).frozen() for each in seen]
+
+
+def test_a_title_and_a_legend_have_places_of_their_own(rows, timed, audit, tmp_path):
+    title = "A title of several lines " * 6
+    for figure in with_legends(rows, timed, audit):
+        boxes = figure.add_artist(Boxes())
+        boxes.set_in_layout(False)
+        plots.save(figure, tmp_path / "titled", caption="where it comes from", title=title)
+        above, legend, *panels = boxes.found
+        assert len(figure.legends) == 1 and above.y0 > legend.y1
+        assert all(legend.y0 > each.y1 for each in panels)
 
 
 def test_a_missing_target_is_left_out_of_the_name(results, shown, tmp_path):

@@ -832,6 +832,13 @@ def _write_into(figure, title, provenance):
     above = 1 + line * 0.25 * len(lines)
     figure.text(0, above, "\n".join(lines), fontsize=TEXT + 3, weight="bold", va="top")
     figure.text(0, -0.1 * line, "\n".join(small), fontsize=7, color="0.4", va="top")
+    if figure.legends:
+        # They would move to the edge of the picture, which the title moves up. So they stay where the
+        # layout has made room for them.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for legend in figure.legends:
+            legend.set_bbox_to_anchor((0, 0, 1, 1), figure.transFigure)
 
 
 def draw_each(
