@@ -4,14 +4,13 @@ Public: Absent, BUDGETS, COSTS, Published, SOLVED, TRAINED, distinct, listed, mi
 number, part_of, share, signed.
 """
 
-import re
 from pathlib import Path
 
 import pandas as pd
 
 from vitlab import names
 from vitlab.report import tables
-from vitlab.report.tables import number, rounding, seeds_of
+from vitlab.report.tables import model_name, number, rounding, seeds_of
 
 PARTS = {0.25: "a quarter of the", 0.5: "half the", 0.75: "three quarters of the"}
 BUDGETS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "measured time"}
@@ -22,12 +21,6 @@ TRAINED = ["finetuned", "distilled"]
 
 class Absent(Exception):
     """Say that something cannot be shown; the message names what is missing."""
-
-
-def model_name(model):
-    """Return a model's name as people write it: ViT and Swin for vit and swin."""
-    name = re.sub(r"\bvit\b", "ViT", str(model))
-    return re.sub(r"\bswin\b", "Swin", name)
 
 
 def signed(value, digits=1):

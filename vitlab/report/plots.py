@@ -1,7 +1,7 @@
 """Draw the results of a study: frames in, Axes or Figures out. No torch.
 
 A colour stands for a method, in all figures. Axes carry units and have no title; the sentence of
-TITLES stands above where a figure is saved with it.
+TITLES, or of a ladder what it shows, stands above where a figure is saved with it.
 
 Public: TITLES, accuracy_curve, agreement, backbones, class_change, criteria, draw_each, ladder, peers,
 prediction_audit, probes, recovery, save, sensitivity_curves, speedups, tradeoff, training_curves.
@@ -38,7 +38,7 @@ from vitlab.report._style import (
     range_bars,
     styled,
 )
-from vitlab.report.tables import STAGES, TOP1, caption
+from vitlab.report.tables import STAGES, TOP1, caption, model_name
 
 _MOST = 6  # series of a figure; more cannot be told apart
 TITLES = {  # of figures, by the first part of their files' names
@@ -351,6 +351,36 @@ def _words(method):
     return tables.method_words(method)
 
 
+def _of_ladder(results):
+    """Return the results that a ladder draws. Raises ValueError for several kinds of target, or none."""
+    cuts = _cuts_of(results[results.stage.isin(STAGES) & results.top1.notna()])
+    kinds = sorted(set(cuts.target_kind))
+    if len(kinds) != 1:
+        raise ValueError(f"a ladder is of one kind of budget, and the results have {kinds}")
+    cuts = cuts[cuts.stage != "folded"]  # which changes little, and stays in the tables
+    names = _by_rank(cuts.series)
+    # What has no colour of its own stays in the tables.
+    names = [name for name in names if color_of(name) or len(names) < _MOST][:_MOST]
+    return cuts[cuts.series.isin(names)]
+
+
+def _ladder_says(results):
+    """Say which line of a ladder ends best at the smallest share, and from where it comes."""
+    cuts = _of_ladder(results)
+    cuts = cuts[cuts.target == cuts.target.min()]
+    part = f"{cuts.target.min():.0%} of the {cuts.target_kind.iloc[0].replace('macs', 'MACs')}"
+    steps = pd.Categorical(cuts.stage, STAGES)
+    lost = cuts.groupby(["series", steps], observed=True).lost.mean()
+    marks = tables.marks(cuts, "series")
+    # What fewer seeds have than others is not compared.
+    best = lost.groupby("series").last()[marks == ""].idxmin()
+    (stage, value), *later = lost[best].items()
+    words = f"{tables.number(value)} points {STAGES[stage]}"
+    for stage, value in later[-1:]:
+        words += f", and {tables.number(value)} {STAGES[stage]}"
+    return f"No cut to {part} ends better than {best}: it loses {words}"
+
+
 @styled
 def ladder(results):
     """Draw the points of test top-1 lost after each step of recovery, in the order of the steps.
@@ -362,17 +392,11 @@ def ladder(results):
     Returns a Figure.
     Raises ValueError for results of several kinds of target, or of none.
     """
-    cuts = _cuts_of(results[results.stage.isin(STAGES) & results.top1.notna()])
-    kinds = sorted(set(cuts.target_kind))
-    if len(kinds) != 1:
-        raise ValueError(f"a ladder is of one kind of budget, and the results have {kinds}")
-    cuts = cuts[cuts.stage != "folded"]  # which changes little, and stays in the tables
+    cuts = _of_ladder(results)
+    (kind,) = set(cuts.target_kind)
     stages = [stage for stage in STAGES if stage in set(cuts.stage)]
-    names = _by_rank(cuts.series)
-    # What has no colour of its own stays in the tables.
-    names = [name for name in names if color_of(name) or len(names) < _MOST][:_MOST]
-    cuts = cuts[cuts.series.isin(names)]
     cuts = cuts.assign(step=cuts.stage.map(stages.index))
+    names = _by_rank(cuts.series)
     styles = looks(names)
     panels = cuts.sort_values("target", ascending=False).groupby("target", sort=False)
     figure, panels = panels_beside(panels, HALF[0], HALF[1] + 0.3)
@@ -385,7 +409,7 @@ def ladder(results):
             points = line.groupby("step").lost.mean().clip(FLOOR)
             look = styles[name] | {"markersize": 6, "linestyle": "", "zorder": 3}
             ax.plot(points, markerfacecolor="white", **look)
-        ax.set_title(f"{target:.0%} of the {kinds[0].replace('macs', 'MACs')}")
+        ax.set_title(f"{target:.0%} of the {kind.replace('macs', 'MACs')}")
         words = ["least squares" if one == "compensated" else STAGES[one] for one in stages]
         words = [word.replace("fine-tuned, distilled", "distilled") for word in words]
         ax.set_xticks(range(len(stages)), words, rotation=45, ha="right", rotation_mode="anchor")
@@ -826,7 +850,7 @@ def save(drawn, path, *, caption=None, title=None):
 def _write_into(figure, title, provenance):
     """Write a title above a figure, and small below it where its numbers come from."""
     width = figure.get_figwidth()
-    lines = textwrap.wrap(title, int(9.5 * width))
+    lines = textwrap.wrap(title, int(9.5 * width), break_on_hyphens=False)
     small = textwrap.wrap(provenance, int(19 * width))
     line = 1 / figure.get_figheight()  # an inch
     above = 1 + line * 0.25 * len(lines)
@@ -876,7 +900,8 @@ def draw_each(
     table: name of the table where it is another one.
     note: last sentence of the caption, with {column} for a value of the first result.
     controls: results that are drawn before those of the same model, such as the dense model's.
-    titled: whether the sentence of TITLES and the caption stand in the picture.
+    titled: whether a title and the caption stand in the picture. The title is that of TITLES; that
+        of a ladder says what it shows.
     options: handed on to draw.
     """
     found = tables.get(table or name)
@@ -897,5 +922,8 @@ def draw_each(
         parts = [_file_part(part) for part in target if pd.notna(part)]
         path = folder / "-".join([name, *parts, model])
         text = f"{caption(*source)} {words}".rstrip()
-        title = f"{TITLES.get(name, name)} ({model})" if titled else None
+        title = None
+        if titled:
+            words = _ladder_says(group) if draw is ladder else TITLES.get(name, name)
+            title = f"{words} ({model_name(model)})"
         display(save(draw(group, **options), path, caption=text, title=title))

@@ -2,7 +2,7 @@
 
 Public: AXES, DENSE_STAGES, METHODS, STAGES, TOP1, audit_table, beside_dense, best_rates,
 best_under, caption, check_places, checkpoint_words, costs_of, in_short, in_words, is_control, layer_words,
-like_for_like, lost_points, marks, method_words, number, of_seeds, only_cuts, over_seeds, peers, ranges_of,
+like_for_like, lost_points, marks, method_words, model_name, number, of_seeds, only_cuts, over_seeds, peers, ranges_of,
 rounding, save_table, score_words, seeds_of, series, sets_of_seeds, timed_apart.
 """
 
@@ -103,6 +103,12 @@ def score_words(criterion):
     names = {"fisher": "Fisher", "taylor": "Taylor", "michel": "Michel", "snip": "SNIP"}
     names |= {"obd": "OBD", "obs": "OBS"}
     return names.get(criterion, criterion)
+
+
+def model_name(model):
+    """Return a model's name as people write it: ViT and Swin for vit and swin."""
+    name = re.sub(r"\bvit\b", "ViT", str(model))
+    return re.sub(r"\bswin\b", "Swin", name)
 
 
 def layer_words(name):
