@@ -304,6 +304,7 @@ class _Budget(_Tuning):
     shares: _Some[_PositiveShare]  # kept
     kinds: Annotated[_Some[_Kind], AfterValidator(_with_controls)]
     keep: list[str] = []  # layers that no cut may change, as for budget.plan
+    trials: NonNegativeInt = 0  # other plans that each cut but the random one tries
     audit: _Some[_PositiveShare]  # shares of the MACs kept, at which predictions are checked
     audit_images: PositiveInt  # validation images
     distilled: _Some[_Method]  # methods that are fine-tuned once more, with the dense teacher
