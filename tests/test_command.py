@@ -14,15 +14,16 @@ import yaml
 
 import vitlab
 from vitlab import files
-from vitlab.__main__ import _parser, main
+from vitlab.__main__ import command_line, main
 
 ROOT = files.repository()
 
 
-def vitlab_in(folder, *arguments, package=ROOT):
+def vitlab_in(folder, *arguments, package=ROOT, **variables):
     """Run the command line of a package in a folder, and return what came of it."""
     environment = {**os.environ, "PYTHONPATH": str(package)}
     environment.pop("VITLAB_DATA", None)
+    environment |= variables
     command = [sys.executable, "-X", "importtime", "-m", "vitlab", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -34,7 +35,7 @@ def seen(folder, pattern):
 
 
 def test_help_has_words_for_every_option_and_names_the_notebooks(capsys):
-    commands = _parser()._actions[-1]
+    commands = command_line()._actions[-1]
     assert set(commands.choices) == {"init", "run", "results", "export", "slides"}
     for parser in commands.choices.values():
         assert parser.description and all(action.help for action in parser._actions)
@@ -48,6 +49,40 @@ def test_help_has_words_for_every_option_and_names_the_notebooks(capsys):
     assert all(path.stem in said for path in seen("notebooks", "[!.]*.[iy][pa][ym]*"))
 
 
+def without_torch(done):
+    """Whether a process of `vitlab_in` loaded vitlab and not torch."""
+    loaded = re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE)
+    return "vitlab" in loaded and "torch" not in loaded
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("run 3", "3_global_pruning"),
+        ("run 3 --study d", "demo"),
+        ("run 3 --study mi", "mine.yaml"),
+        ("run 3 --study demo --model s", "swin"),
+        ("results ca", "caltech101 caltech101-dinov2 caltech101-small"),
+        ("slides cifar10-s", "cifar10-small"),
+        ("slides demo --o", "--out --only"),
+        ("export data/runs/demo/v", "data/runs/demo/vit/seed0/dense"),
+        ("export da", "data/runs/demo/vit/seed0/dense"),
+    ],
+)
+def test_the_shell_completes_what_the_lab_has_without_torch(line, words, tmp_path):
+    pytest.importorskip("argcomplete")
+    folder = tmp_path / "data/runs/demo/vit/seed0/dense"
+    folder.mkdir(parents=True)
+    (folder / "model.json").touch()
+    (tmp_path / "mine.yaml").touch()
+    said, line = tmp_path / "said", f"vitlab {line}"
+    asked = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1"}
+    asked |= {"_ARGCOMPLETE_IFS": " ", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(said), "VITLAB_DATA": str(tmp_path / "data")}
+    done = vitlab_in(tmp_path, **asked)
+    assert said.read_text() == words and without_torch(done)
+
+
 def test_help_and_errors_come_without_torch(tmp_path):
     for arguments, status, words in [
         (["run", "1", "--study", "dmeo"], 2, "unknown study 'dmeo', did you mean 'demo'"),
@@ -57,8 +92,7 @@ def test_help_and_errors_come_without_torch(tmp_path):
     ]:
         done = vitlab_in(tmp_path, *arguments)
         assert done.returncode == status and words in done.stdout + done.stderr
-        loaded = re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE)
-        assert "vitlab" in loaded and "torch" not in loaded
+        assert without_torch(done)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,12 +2,14 @@
 
 What a command needs is imported when it runs, so that help and errors do not wait for torch.
 
-Public: main.
+Public: command_line, main.
 """
 
 import argparse
 import contextlib
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,20 +30,18 @@ def main(arguments=None):
     if arguments is None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         arguments = sys.argv[1:]
-    parser = _parser()
+    parser = command_line()
     with contextlib.suppress(ImportError):  # completion in the shell, see docs/package.md
         import argcomplete
 
         argcomplete.autocomplete(parser)
     arguments = [str(word) for word in arguments]
-    options, others = parser.parse_known_args(arguments)
-    if others and options.call is not _slides:
-        parser.error(f"unknown arguments: {' '.join(others)}")
-    return options.call(options, others if options.call is _slides else arguments)
+    options = parser.parse_args(arguments)
+    return options.call(options, arguments)
 
 
-def _parser():
-    """Return the parser of the command line."""
+def command_line():
+    """Return the parser of the command line, whose arguments know what the shell may complete."""
     parser = argparse.ArgumentParser(
         "vitlab", description="What pruning does to a Vision Transformer.", allow_abbrev=False
     )
@@ -57,7 +57,9 @@ def _parser():
         made.set_defaults(call=call)
         return made.add_argument
 
-    add = command(_init, "make a folder with the notebooks and studies of an installed vitlab")
+    add = command(
+        _init, "make a folder with the notebooks, studies and slides of an installed vitlab"
+    )
     add("folder", help="where to make it; its notebooks/ and slides/ may not be there yet")
 
     add = command(
@@ -66,9 +68,11 @@ def _parser():
         epilog=_known(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add("notebook", nargs="+", help="number, name or path, such as 3 or 3_global_pruning")
-    add("--study", help="name in notebooks/params, or path of your own .yaml file (demo)")
-    add("--model", help="a name in the study's `models` (the first)")
+    each = add("notebook", nargs="+", help="number, name or path, such as 3 or 3_global_pruning")
+    each.completer = _completer(lambda: _names("*.ipynb"), ".ipynb")
+    study = add("--study", help="name in notebooks/params, or path of your own .yaml file (demo)")
+    study.completer = _completer(lambda: _names("params/*.yaml"), ".yaml", ".yml")
+    add("--model", help="a name in the study's `models` (the first)").completer = _models
     add("--seed", type=int, help="of initial weights, order and draws, from 0 (0)")
     add(
         "--set",
@@ -96,7 +100,7 @@ def _parser():
     )
 
     add = command(_results, "print the results of all runs as one CSV table")
-    add("study", nargs="?", help="of this study alone")
+    add("study", nargs="?", help="of this study alone").completer = study.completer
     add(
         "--compare",
         action="store_true",
@@ -109,7 +113,8 @@ def _parser():
     )
 
     add = command(_export, "write a checkpoint for ONNX or OpenVINO, checked against torch")
-    add("checkpoint", help="its folder, such as data/runs/demo/vit/seed0/budget-pool-0.5")
+    folder = add("checkpoint", help="its folder, such as data/runs/demo/vit/seed0/budget-pool-0.5")
+    folder.completer = _completer(_checkpoints)
     add(
         "file",
         nargs="?",
@@ -119,12 +124,51 @@ def _parser():
     add("--int8", action="store_true", help="quantise it, calibrated by training images")
     add("--images", metavar="NAME", help="dataset or folder to check it on (those of its study)")
 
-    command(
-        _slides,
-        "make slides of a study, and pages of results; all options are its own",
-        add_help=False,
-    )
+    add = command(_slides, "make slides.pptx and slides.html of a study, from figures/STUDY")
+    add("study", help="its name, or path of its .yaml file").completer = study.completer
+    add("--out", help="the folder to write to (figures/STUDY/slides)")
+    add("--long", action="store_true", help="with an appendix: all tables and pictures")
+    add("--only", type=_numbers, help="numbers of the slides to write, such as 3,9")
+    add("--template", help="a .potx or .pptx whose master and layout are taken")
     return parser
+
+
+def _numbers(text):
+    """Return the ints of "3,9", for --only."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"takes numbers of slides, such as 3,9, got {text!r}")
+    return [int(number) for number in text.split(",")]
+
+
+def _names(pattern):
+    """Return the names of what a pattern finds in the folder of the notebooks."""
+    return sorted(path.stem for path in (files.repository() / "notebooks").glob(pattern))
+
+
+def _completer(names, *endings):
+    """Return what argcomplete calls for a word: the names that begin like it, else folders and files.
+
+    names: function that returns them. endings: of the files.
+    """
+
+    def complete(prefix, **_):
+        from argcomplete.completers import FilesCompleter
+
+        known = [name for name in names() if name.startswith(prefix)]
+        return known or FilesCompleter(endings)(prefix)
+
+    return complete
+
+
+def _checkpoints():
+    records = (files.root() / "runs").glob("*/*/seed*/*/model.json")
+    return sorted(os.path.relpath(record.parent) for record in records)
+
+
+def _models(parsed_args, **_):
+    from vitlab.studies import settings
+
+    return settings.study(parsed_args.study or "demo").models
 
 
 def _known():
@@ -134,8 +178,7 @@ def _known():
     for path in sorted(folder.glob("*.ipynb")):
         title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
         lines.append(f"  {path.stem:17} {title.splitlines()[0].lstrip('# ')}")
-    studies = sorted(path.stem for path in (folder / "params").glob("*.yaml"))
-    if not studies:
+    if not (studies := _names("params/*.yaml")):
         return "Here are no notebooks: `vitlab init DIR` makes a folder that has them."
     return "\n".join([*lines, "", f"studies: {', '.join(studies)}"])
 
@@ -157,7 +200,7 @@ def _init(options, arguments):
     compiled = shutil.ignore_patterns("__pycache__")
     shutil.copytree(_LAB, folder, ignore=compiled, dirs_exist_ok=True)
     print(
-        f"{folder} has the notebooks, and studies in notebooks/params. Images and results will go "
+        f"{folder} has the notebooks, slides, and studies in notebooks/params. Images and results will go "
         f"to {folder}/data (or to VITLAB_DATA). Next:\n"
         f"  cd {folder}\n  vitlab run 0 --study demo    # or: jupyter lab notebooks"
     )
@@ -246,7 +289,7 @@ def _slides(options, arguments):
         folder = files.notebooks().with_name("slides")
     except FileNotFoundError as error:
         return _refuse("slides", error)
-    return subprocess.call([sys.executable, str(folder), *arguments])
+    return subprocess.call([sys.executable, str(folder), *arguments[1:]])
 
 
 if __name__ == "__main__":
