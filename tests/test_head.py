@@ -1,6 +1,7 @@
 """The head alone, and rates by layer: what moves and what does not, on every architecture, cut and masked."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ def test_masks_and_averages_hold_for_the_head_alone(vit):
     history = train.fit(vit, Blobs(), Blobs(seed=1), recipe, masks=keep)
     assert history.epoch.tolist() == [0, 1] and history.lr[0] == 0
     assert not any(vit.get_parameter(name)[~mask].any() for name, mask in keep.items())
+
+
+def test_the_log_calls_it_no_epoch(vit, tmp_path, capsys):
+    for _ in range(2):
+        train.fit(copy.deepcopy(vit), Blobs(), Blobs(seed=1), ALONE, folder=tmp_path)
+    first, *_, again = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"dense: the head alone is fitted, val [\d.]+ %, \d+ s", first)
+    assert re.fullmatch(r"dense: taken from an earlier run \(the head alone, val .*\)", again)
 
 
 def test_a_stopped_run_does_not_compute_features_twice(vit, tmp_path, monkeypatch):

@@ -327,9 +327,11 @@ class Training:
             self.start(file)
             history = self.state["history"]
             if history:
+                done = history[-1]["epoch"]
+                done = f"{done} of {self.recipe.epochs} epochs" if done else "the head alone"
                 files.log(
-                    f"{self.stage}: taken from an earlier run ({history[-1]['epoch']} of "
-                    f"{self.recipe.epochs} epochs, val {self.state['best']['top1']:.1f} %)"
+                    f"{self.stage}: taken from an earlier run ({done}, "
+                    f"val {self.state['best']['top1']:.1f} %)"
                 )
             for epoch in range(len(history) - self.recipe.head, self.recipe.epochs):
                 row = self.epoch(epoch)
@@ -592,10 +594,10 @@ class Training:
         if row["val_top1"] > self.state["best"]["top1"] or not self.recipe.keep_best:
             weights = copy.deepcopy(self.outcome.state_dict())
             self.state["best"] = {"top1": row["val_top1"], "model": weights}
-        files.log(
-            f"{self.stage} epoch {row['epoch']}/{self.recipe.epochs}: "
-            f"train {row['train_top1']:.1f} %, val {row['val_top1']:.1f} %, {row['seconds']:.0f} s"
-        )
+        done = f" epoch {row['epoch']}/{self.recipe.epochs}: train {row['train_top1']:.1f} %"
+        if not row["epoch"]:  # what was fitted to features says little by its top-1 on them
+            done = ": the head alone is fitted"
+        files.log(f"{self.stage}{done}, val {row['val_top1']:.1f} %, {row['seconds']:.0f} s")
         self.accelerator.log(row, step=row["epoch"])
 
 
