@@ -89,8 +89,7 @@ def _checkpoints(lab):
     if chosen:
         return chosen
     raise FileNotFoundError(
-        f"no checkpoint in {runs} or {shipped}: run make demo, or train one with\n"
-        f"  {lab.command('1_train')}"
+        f"no checkpoint in {runs} or {shipped}: train one with\n  {lab.command('1_train')}"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vitlab import names
+from vitlab import files, names
 from vitlab.report import tables
 from vitlab.report.tables import model_name, number, rounding, seeds_of
 
@@ -165,6 +165,6 @@ def _how_to_make(folder):
     others = sorted(path.parent.name for path in folder.parent.glob("*/dense.csv"))
     return (
         f"{folder} has no tables of a study{names.nearest(name, others)} It leaves them at its end: "
-        f"make study STUDY={name}, or, where its runs are, vitlab run 7_report --study {name}. There are "
+        f"{files.how_to_run(name)}, or, where its runs are, vitlab run 7_report --study {name}. There are "
         f"tables of {', '.join(others) or 'none'}."
     )

@@ -122,10 +122,18 @@ def test_a_wheel_brings_a_lab(wheel, tmp_path):
         names = {path.relative_to(ROOT) for path in seen(folder, "[!.]*")}
         names = {name for name in names if "__pycache__" not in name.parts and "." in name.name}
         assert names and all((lab / name).exists() for name in names)
+    for page in [*(lab / "notebooks").glob("*.md"), *(lab / "notebooks").glob("*.ipynb")]:
+        links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+        paths = [page.parent / link for link in links if re.fullmatch(r"[\w./-]+", link)]
+        assert [path for path in paths if not path.exists()] == [], page.name
     again = vitlab_in(tmp_path, "init", "lab", package=wheel)
     assert again.returncode == 2 and "already" in again.stderr
     inside = vitlab_in(lab / "notebooks", "run", "0", "--study", "dmeo", package=wheel)
     assert "did you mean 'demo'" in inside.stderr
+    for command in (["results"], ["slides", "demo"]):
+        done = vitlab_in(lab, *command, package=wheel)
+        assert done.returncode == 1 and "make study" not in done.stderr
+        assert "vitlab run 0 1 2 3 4 5 6 7 --study demo" in done.stderr
     assert (wheel / "vitlab" / "py.typed").exists()
     [entry] = wheel.glob("*.dist-info/entry_points.txt")
     assert "vitlab = vitlab.__main__:main" in entry.read_text()

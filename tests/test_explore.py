@@ -341,7 +341,7 @@ def test_without_any_checkpoint_the_commands_that_make_one_are_named(lab, tmp_pa
     monkeypatch.setattr(files, "repository", lambda: tmp_path / "clone")
     with pytest.raises(
         FileNotFoundError,
-        match="make demo.*\n.*vitlab run 1_train --study smoke --model vit --seed 0",
+        match="train one with\n.*vitlab run 1_train --study smoke --model vit --seed 0",
     ):
         explore.Explorer(lab)
 

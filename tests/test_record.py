@@ -841,6 +841,9 @@ def published(data_root, monkeypatch, tmp_path):
 
 
 def test_a_study_is_read_over_models_and_seeds(lab, published):
+    with pytest.raises(FileNotFoundError, match="vitlab run 0 .* --study demo"):
+        results.read("demo")
+    (published.parents[1] / "Makefile").touch()
     with pytest.raises(FileNotFoundError, match="make study STUDY=demo"):
         results.read("demo")
     for model, seed in [("vit", 0), ("vit", 1), ("swin", 0)]:

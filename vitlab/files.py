@@ -1,7 +1,7 @@
 """Find the folders of the project, and write files whole or not at all.
 
-Public: fingerprint, headless, lock, log, make_folder, notebooks, progress, repository, root,
-version, warn_of_other_lab, write_atomic.
+Public: fingerprint, headless, how_to_run, lock, log, make_folder, notebooks, progress, repository,
+root, version, warn_of_other_lab, write_atomic.
 """
 
 import contextlib
@@ -60,6 +60,13 @@ def notebooks():
             "them; run the same there"
         )
     return folder
+
+
+def how_to_run(study):
+    """Return the command for all notebooks of a study: make's, where the lab has a Makefile."""
+    if (repository() / "Makefile").is_file():
+        return f"make study STUDY={study}"
+    return f"vitlab run 0 1 2 3 4 5 6 7 --study {study}"
 
 
 def version():

@@ -59,7 +59,7 @@ def read(name, *, override=None):
     results = frames.pop("results-*")
     history = frames.pop("history-*")
     if results.empty:
-        raise FileNotFoundError(f"no results in {runs}; run the study: make study STUDY={name}")
+        raise FileNotFoundError(f"no results in {runs}; run the study: {files.how_to_run(name)}")
     return settings.Values(
         results=_without_stale_timings(results),
         history=history,
@@ -174,7 +174,7 @@ def _gather(name=None):
             results += [{"folder": folder.as_posix(), **result} for result in _read_log(path)]
     if not results:
         words = f"no results of {name or 'any study'} under {runs}"
-        raise FileNotFoundError(f"{words}; run a study: make study STUDY=demo")
+        raise FileNotFoundError(f"{words}; run a study: {files.how_to_run(name or 'demo')}")
     frame = pd.DataFrame(results)
     last = frame.groupby(["folder", "notebook"]).save.transform("last")
     frame = frame[frame.save == last].reset_index(drop=True)
