@@ -661,6 +661,13 @@ def test_the_ladder_has_a_panel_per_share_and_a_line_per_method(rows):
     assert words_of(figure.axes[1]) == {"one pool", "random units"}
 
 
+def test_means_of_small_losses_are_drawn_where_they_are():
+    lost = pd.Series([-0.3, 0.1, 0.5, 0.0, 0.0])
+    drawn = tables.ranges_of(lost.groupby([0, 0, 0, 1, 1]), _style.FLOOR)
+    expected = [[0.1, 0.0, 0.4], [_style.FLOOR, 0, 0]]  # not 0.7 / 3, the mean of what is drawn
+    assert drawn.to_numpy() == pytest.approx(np.array(expected))
+
+
 def test_a_ladder_is_of_one_kind_of_budget(rows):
     other = rows.assign(target_kind=rows.target_kind.where(rows.target != 0.5, "macs"))
     with pytest.raises(ValueError, match="one kind of budget, and the results have"):

@@ -157,7 +157,7 @@ def _loss_lines(ax, cuts, names, x, marks, *, label=True, more=None, prefix=""):
     ends = dict(more or {})
     for name in names:
         line = cuts[cuts.series == name]
-        ranges = tables.ranges_of(line.assign(lost=line.lost.clip(FLOOR)).groupby(x).lost)
+        ranges = tables.ranges_of(line.groupby(x).lost, FLOOR)
         range_bars(ax, ranges, markersize=6, **styles[name])
         words = name.removeprefix(prefix) + marks[name]
         ends[words] = (ranges["mean"].iloc[-1], styles[name]["color"])
@@ -443,7 +443,7 @@ def peers(lines, *, models=None):
             ours = name.startswith("vitlab")
             look = {"color": COLORS["pool"] if ours else CONTROL, "linewidth": 3 if ours else 1.6}
             look |= {"linestyle": "--" if "as cut" in name else "-", "marker": "o" if ours else "s"}
-            ranges = tables.ranges_of(line.assign(lost=line.lost.clip(FLOOR)).groupby("share").lost)
+            ranges = tables.ranges_of(line.groupby("share").lost, FLOOR)
             range_bars(ax, ranges, markersize=8 if ours else 6, zorder=3 if ours else 2, **look)
             ends[name.replace(", ", ",\n")] = (ranges["mean"].iloc[0], look["color"])
         label_lines(ax, ends, size=TEXT + 1)

@@ -341,13 +341,14 @@ def of_seeds(seeds):
     return f", seed{'s' if len(seeds) > 1 else ''} {_listed(seeds)}"
 
 
-def ranges_of(groups):
+def ranges_of(groups, least=None):
     """Return the mean of each group, and how far its lowest and highest number are below and above.
 
     groups: a grouped Series.
+    least: where means and numbers below it are drawn; None: where they are.
     Returns a frame with the columns mean, below and above.
     """
-    table = groups.agg(["mean", "min", "max"])
+    table = groups.agg(["mean", "min", "max"]).clip(lower=least)
     # The computed mean of three equal numbers may lie an ulp beside them.
     mean = table["mean"].clip(table["min"], table["max"])
     return pd.DataFrame({"mean": mean, "below": mean - table["min"], "above": table["max"] - mean})
