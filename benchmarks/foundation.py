@@ -166,10 +166,10 @@ def dense(given, share):
     return Cut(anatomy.copied(given.dense).eval(), "nothing is cut")
 
 
-def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
+def vitlab(given, share, *, kinds=None, labels="none", shuffled=False, trials=0):
     """As budget.reach and notebook 8 do it.
 
-    kinds: what may go; None for all of the study's. shuffled: of each place random units.
+    kinds: what may go; None for all of the study's. shuffled: of each place random units. trials: other plans.
     """
     model = given.dense if labels == "none" else given.labelled
     parts = budget.Calibration(model, given.batches, kinds=given.kinds, labels=labels)
@@ -181,7 +181,7 @@ def vitlab(given, share, *, kinds=None, labels="none", shuffled=False):
         generator = torch.Generator().manual_seed(given.seed)
         options["unit_scores"] = shuffle(parts.candidates["unit_scores"], generator)
     keep = ["head"] if labels != "none" else []  # features are what counts
-    plan = parts.plan(**options, kinds=kinds or given.kinds, keep=keep, macs=share)
+    plan = parts.search(trials, **options, kinds=kinds or given.kinds, keep=keep, macs=share)
     small = parts.reconstruct(*parts.cut(plan), untouched=keep)
     small.reset_classifier(0)
     return Cut(small, f"labels: {labels}", shrink.features_left(model, plan.drop))
@@ -299,6 +299,7 @@ METHODS = {  # the most telling ones first
     "SVD, whitened": functools.partial(svd, whitened=True),
     "vitlab, units": functools.partial(vitlab, kinds=["heads", "neurons", "width"]),
     "vitlab, ranks": functools.partial(vitlab, kinds=["ranks"]),
+    "vitlab, pool, 24 trials": functools.partial(vitlab, trials=24),
     "vitlab, pool, relearned": relearned,
     "vitlab, pool, by labels": functools.partial(vitlab, labels="true"),
     "SnapViT": functools.partial(snapvits, corrected=False),
