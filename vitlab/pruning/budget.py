@@ -112,7 +112,7 @@ class Calibration:
         What is predicted of kinds and places is off by unlike factors. Each trial multiplies the
         best rates so far, one for each kind in each place, by chance. Its plan is cut and
         reconstructed from a quarter of the images, and is better if its answers to half of them,
-        none of that quarter, are nearer to the model's (scores.Answers). It reads no labels.
+        none of that quarter, are nearer to the model's, whatever the labels say (scores.Answers).
 
         trials: at least 0, which gives `plan` itself.
         seed: of the rates that are tried.
