@@ -440,10 +440,21 @@ def budgets(study):
         "Random units: the control.",
         table=columns_of(lines, "model name target untrained untrained_change trained seeds"),
         shows="Points of test top-1 lost over the share of MACs left; nothing trained where not said.",
-        note="See how far lines are apart at half and at a quarter: the less is left, the more it matters what goes."
-        f" Best of all methods by test top-1: {name or ', '.join(names)}; to choose by test favours the lucky one a "
-        "little.",
+        note="See how far lines are apart at half and at a quarter: the less is left, the more it matters what goes. "
+        f"{_untrained(lines)} Best of all methods by test top-1: {name or ', '.join(names)}; to choose by test favours "
+        "the lucky one a little.",
     )
+
+
+def _untrained(lines):
+    """Say what is left of each method at the smallest share, so that none seems better than it is."""
+    least = lines[lines.target == lines.target.min()]
+    words = [
+        f"{pages.family_of(model)}: "
+        + ", ".join(f"{line.name} {number(line.untrained)}" for line in own.itertuples(index=False))
+        for model, own in least.groupby("model", sort=False)
+    ]
+    return f"At {share(least.target.iloc[0])}, top-1 in percent: {'; '.join(words)}."
 
 
 def kept(study):
@@ -469,7 +480,7 @@ def kept(study):
         for line in most.itertuples()
     )
     slide = Slide(
-        f"At half the {published.COSTS[kinds[0]]} {method} keeps most of the {shares.kind.iloc[0]} in {words}",
+        f"At half the {published.COSTS[kinds[0]]} {method} spares the {shares.kind.iloc[0]} in {words}",
         study.pictures(f"kept-{kinds[0]}-0.5"),
         terms="100: nothing was cut there. Rank of qkv: the singular directions of that matrix that stay. "
         "Merging: the layer between two stages.",
@@ -516,9 +527,34 @@ def peers(study):
         f"of each kind (seed 0), means over {len(draws)} draws of calibration images.",
         note="Of Torch-Pruning the setting that is best on test at each share. It has nothing that solves "
         "layers anew without labels. The study has three dense models of each kind and takes only ranks that are "
-        "faster on its machine, so that a quarter costs it more.",
+        f"faster on its machine, so that a quarter costs it more. {_at_equal_time(pd.read_csv(file))}".strip(),
         source=f"Source: bench/accuracy.csv, accuracy.png. Small models on CIFAR-10 (JPEG), draws "
         f"{', '.join(map(str, draws))}.",
+    )
+
+
+def _at_equal_time(rows):
+    """Say how fast the pool at its smallest share is, and Torch-Pruning at the next; "" where not timed.
+
+    rows: of bench/accuracy.csv.
+    """
+    timed = rows[(rows.stage == "cut") & rows.speedup.notna() & (rows.budget < 1)]
+    shares = sorted(timed.budget.unique())
+    ours = timed[(timed.tool == "vitlab, pool") & timed.budget.isin(shares[:1])]
+    theirs = timed[timed.tool.str.startswith("Torch-Pruning") & timed.budget.isin(shares[1:2])]
+    if ours.empty or theirs.empty:
+        return ""
+    fast = [
+        _pair(
+            _as_models(own.assign(model=own.model.str.removeprefix("small "))),
+            lambda line: number(line.speedup),
+        )
+        for own in (part.groupby("model").speedup.max().reset_index() for part in (ours, theirs))
+    ]
+    return (
+        f"In eager PyTorch, batches of 64, the pool at {published.part_of(shares[0], 'macs')} is {fast[0]} times as "
+        f"fast as dense; Torch-Pruning, at {published.part_of(shares[1], 'macs')}, at most {fast[1]}: compare these "
+        "two for equal time."
     )
 
 
@@ -604,7 +640,7 @@ def faster(study):
     )
     part = published.part_of(round(1 / smallest.promised.max(), 2), "macs")
     slide = Slide(
-        f"With {part} a model is {words} as fast; the MACs promise {promised}",
+        f"In batches of {times.batch.max():g}, {part} are {words} as fast; the MACs promise {promised}",
         study.pictures("speedup"),
         terms="Eager: PyTorch as it is. onnxruntime: the exported model. bf16: numbers of 16 bits. "
         "Promised: MACs before over after.",
@@ -677,7 +713,7 @@ def conclusion(study):
         raise Absent("no slide has a finding")
     points.append(_limits(study))
     return Slide(
-        "Let units and ranks compete, reconstruct what stays, and time the cut where it runs",
+        "Cut by predicted loss, reconstruct what stays, and time the cut where it runs",
         points=tuple(points),
         terms="Builds on scores (Molchanov et al. 2019), weighted SVD (Wang et al. 2024), and reconstruction "
         "(He, Zhang and Sun 2017).",

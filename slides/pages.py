@@ -58,7 +58,7 @@ FRONT = [  # cuts and stages of the front page
     "dense dense",
     "unstructured masked finetuned",
     "structured removed finetuned",
-    "heads+svd+iht columns factored finetuned",
+    "heads+svd+iht entries masked finetuned",
     "pool factored reconstructed",
 ]
 # Sentences above a table. In braces: the name of the model, or method, form and target of a cut and one of its numbers.

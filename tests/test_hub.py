@@ -36,7 +36,7 @@ def test_a_cut_model_comes_back_from_what_was_pushed(model, batch, tmp_path, mon
         "Cut to half.",
         "| top1 | 84.5 |",
         "| classes | cat, dog, cow |",
-        "| cut | True |",
+        "| cut | in 2 layers |",  # qkv and proj
     ):
         assert words in card.text
     assert "log" not in card.text

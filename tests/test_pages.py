@@ -261,7 +261,10 @@ def test_models_of_one_family_are_kept_apart_or_the_one_most_cut_is_shown(tmp_pa
         [
             given,
             given.iloc[[2]].assign(
-                method="heads+svd+iht columns", target_kind="ratio", stage="finetuned"
+                method="heads+svd+iht entries",
+                form="masked",
+                target_kind="ratio",
+                stage="finetuned",
             ),
         ]
     )  # now the other one was cut more

@@ -45,11 +45,12 @@ def card(folder, title, *, about="", license=None, use=None):
     """
     record = checkpoint.read(folder)
     said = {"architecture": record["recipe"]["name"], "image size": record["recipe"]["image_size"]}
-    said |= {"cut": any(record["structure"].values())}
+    changed = len(record["structure"].get("layers", ()))
+    said |= {"cut": f"in {changed} layers" if changed else "no"}
     for name, value in record["extra"].items():
         # What runs keep of a training is no line of a table.
         if isinstance(value, str | int | float):
-            said[name] = value
+            said[name] = f"{value:.4g}" if isinstance(value, float) else value
     mean, std = record.get("normalise") or (None, None)
     said |= {"mean of images": mean, "deviation of images": std}
     if record.get("classes"):

@@ -489,7 +489,10 @@ def in_short(summary):
             )
             after = trained[row.name]
             sentences.append(sentence + (f", fine-tuned: {number(after)} %" if after > 0 else ""))
-    return "\n".join(lines + sentences)
+    note = (
+        "untrained: the last step before training, which may be least squares; blank: was not run"
+    )
+    return "\n".join([*lines, note, *sentences])
 
 
 # Columns of results.csv that a caption quotes.

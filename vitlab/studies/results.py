@@ -9,6 +9,7 @@ import sys
 import pandas as pd
 
 from vitlab import files
+from vitlab.names import nearest
 from vitlab.studies import settings
 from vitlab.studies.runs import _COLUMNS, IDENTITY, LOG, open_run, study_label, with_first_columns
 
@@ -174,7 +175,11 @@ def _gather(name=None):
             results += [{"folder": folder.as_posix(), **result} for result in _read_log(path)]
     if not results:
         words = f"no results of {name or 'any study'} under {runs}"
-        raise FileNotFoundError(f"{words}; run a study: {files.how_to_run(name or 'demo')}")
+        studies = [path.stem for path in (files.repository() / "notebooks/params").glob("*.yaml")]
+        near = nearest(name or "", studies)
+        if name in studies or near == ".":
+            near = f"; run a study: {files.how_to_run(name or 'demo')}"
+        raise FileNotFoundError(words + near)
     frame = pd.DataFrame(results)
     last = frame.groupby(["folder", "notebook"]).save.transform("last")
     frame = frame[frame.save == last].reset_index(drop=True)
