@@ -640,7 +640,7 @@ def faster(study):
     )
     part = published.part_of(round(1 / smallest.promised.max(), 2), "macs")
     slide = Slide(
-        f"In batches of {times.batch.max():g}, {part} are {words} as fast; the MACs promise {promised}",
+        f"With {part} batches of {times.batch.max():g} are {words} as fast; the MACs promise {promised}",
         study.pictures("speedup"),
         terms="Eager: PyTorch as it is. onnxruntime: the exported model. bf16: numbers of 16 bits. "
         "Promised: MACs before over after.",

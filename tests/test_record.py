@@ -1051,6 +1051,7 @@ def test_a_study_in_short_has_a_table_and_a_sentence_for_each_model(published, c
     assert lines[8].startswith("one pool, 50% left")
     assert lines[9:] == [
         "",
+        "before: after the last step that trains nothing; blank: not run",
         "vit: dense 92.8 %; half of the MACs, nothing trained: 92.5 %, fine-tuned: 93.3 %",
     ]
 

@@ -489,9 +489,7 @@ def in_short(summary):
             )
             after = trained[row.name]
             sentences.append(sentence + (f", fine-tuned: {number(after)} %" if after > 0 else ""))
-    note = (
-        "untrained: the last step before training, which may be least squares; blank: was not run"
-    )
+    note = "before: after the last step that trains nothing; blank: not run"
     return "\n".join([*lines, note, *sentences])
 
 
