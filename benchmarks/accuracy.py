@@ -484,8 +484,8 @@ def table_and_figure():
         f"84 % {tests:,} test images leave a standard error of {100 * (0.84 * 0.16 / tests) ** 0.5:.1f} points. All "
         "rows of vitlab but *cut alone*, and random units (as many of each place as *vitlab, units* takes), are "
         "reconstructed without labels, which the peers do not offer. Times as fast as dense: median (quartiles), "
-        f"batches of 64, threads: {', '.join(map(str, threads)) or 'not timed yet'}; "
-        f"{', '.join(sorted(table.speed_device.dropna().unique()))}.\n"
+        f"batches of 64, threads: {', '.join(map(str, threads)) or 'not timed yet'}"
+        f"{''.join(f'; {name}' for name in sorted(table.speed_device.dropna().unique()))}.\n"
     )
     files.write_atomic(folder("accuracy.md"), "\n".join(text))
     said = tables.caption(table.assign(study="benchmark", data="CIFAR-10 (JPEG)", split_seed=0))

@@ -3,7 +3,7 @@
 Stage `reconstructed` is budget.reach, from 2,048 calibration images. `searched` is that with 48 trials
 of other plans, judged by these images without their labels. `relearned` follows `reconstructed` with 2,000
 steps of imitate.relearn, which are less than three epochs. Rates were chosen on validation images and
-seed 0, and so were the steps, of 500, 1,000 and 2,000, for the ViT at 0.15 and the Swin at 0.25. Only
+seed 0, and so were the steps, of 500, 1,000 and 2,000, for the ViT at 0.15 and the Swin at 0.25. So far only
 the scores of what goes read labels, of the calibration images. `finetuned` follows at a quarter: one
 epoch with the labels of all training images, half of its loss from the dense model's answers, at a rate
 chosen on validation images for the Swin of seed 0. `lost` is in points of test top-1 below the dense

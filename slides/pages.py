@@ -10,6 +10,7 @@ pool_picture, results.
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -190,7 +191,11 @@ def _value(study, model, method, form, target, quantity):
     values = _present(cuts, (stage or "cut") if quantity == "top1" else quantity, model, method)
     least, most = values.min(), values.max()
     # Speeds of several seeds are of different machines: their range, not their mean.
-    digits = 2 if quantity == "speedup" else 1
+    digits = 1
+    if quantity == "speedup":  # outward, so that "at least" and "at most" hold
+        digits = 2
+        least = math.floor(100 * least + 1e-9) / 100
+        most = math.ceil(100 * most - 1e-9) / 100
     ends = dict.fromkeys(published.number(end, digits) for end in (least, most))
     if quantity == "speedup" and stage:
         return [*ends][-1 if stage == "most" else 0]

@@ -46,3 +46,12 @@ def test_a_cut_model_comes_back_from_what_was_pushed(model, batch, tmp_path, mon
 def test_what_is_no_checkpoint_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         hub.push(tmp_path, "me/cut")
+
+
+def test_a_card_says_of_a_model_without_a_block_that_it_was_cut(vit, tmp_path):
+    for name, model, cut in (
+        ("dense", vit, "no"),
+        ("small", shrink.remove(vit, {("blocks.0", "block"): [0]}), "yes"),
+    ):
+        checkpoint.save(model, tmp_path / name)
+        assert f"| cut | {cut} |" in hub.card(tmp_path / name, name).text

@@ -1098,7 +1098,7 @@ def test_a_line_on_a_screen_is_the_same(capsys, monkeypatch):
 # -- the log of every row
 
 
-def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root):
+def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root, capsys):
     for top1 in (50.0, 60.0):
         lab.save_results("1_train", [ROW | {"top1": top1}, ROW | {"top1": top1 + 1}])
     other = runs.open_run("demo", "vit", 0, {"train.epochs": 2})
@@ -1114,6 +1114,8 @@ def test_the_log_keeps_what_was_replaced_and_tells_the_parameters(lab, data_root
     assert json.loads(own.parameters.iloc[0])["models"] == lab.params.models.vit
     with pytest.raises(FileNotFoundError, match="no results of smoke"):
         results._gather("smoke")
+    capsys.readouterr()
+    assert main(["results", "smok"]) == 1 and "did you mean 'smoke'" in capsys.readouterr().err
     assert main(["results", "smoke"]) == 1 and main(["results", "demo"]) == 0
 
 

@@ -517,3 +517,21 @@ def test_the_pool_says_what_its_reconstruction_wins_back(invented):
     order = [(stage, model) for stage in ("cut", "reconstructed") for model in ("vit", "swin")]
     assert said == [published.number(lines.loc[model, stage]) for stage, model in order]
     assert slide.pictures == {"": FIGURES / "pool.png"}
+
+
+def test_a_note_sets_beside_each_other_what_takes_equal_time():
+    tools = {
+        "vitlab, pool": (1.4, 2.16),
+        "Torch-Pruning, a": (1.6, 2.7),
+        "Torch-Pruning, b": (1.7, 2.6),
+    }
+    rows = [
+        ("small ViT", tool, budget, "cut", speedup)
+        for tool, speeds in tools.items()
+        for budget, speedup in zip((0.5, 0.25), speeds, strict=True)
+    ]
+    table = pd.DataFrame(rows, columns="model tool budget stage speedup".split())
+    said = findings._at_equal_time(table)
+    assert "the pool at a quarter of the MACs is 2.2 (ViT) times as fast" in said
+    assert "at half the MACs, at most 1.7 (ViT)" in said
+    assert findings._at_equal_time(table.assign(speedup=np.nan)) == ""

@@ -45,8 +45,9 @@ def card(folder, title, *, about="", license=None, use=None):
     """
     record = checkpoint.read(folder)
     said = {"architecture": record["recipe"]["name"], "image size": record["recipe"]["image_size"]}
-    changed = len(record["structure"].get("layers", ()))
-    said |= {"cut": f"in {changed} layers" if changed else "no"}
+    parts = {name: part for name, part in record["structure"].items() if name != "opened"}
+    layers = len(parts.get("layers", ()))
+    said |= {"cut": f"in {layers} layers" if layers else "yes" if any(parts.values()) else "no"}
     for name, value in record["extra"].items():
         # What runs keep of a training is no line of a table.
         if isinstance(value, str | int | float):

@@ -20,9 +20,8 @@ from vitlab.pruning import factor, pool, recover, scores, shrink
 _POOL = ("heads", "neurons", "filters", "width", "ranks")  # the kinds that do best together
 _MOST_CORRECTIONS = 12
 _TOKENS = 16  # positions of an image that tell most of what all do
-_SPREAD = (
-    0.4  # deviation of the logarithm of a rate, which each trial of `Calibration.search` draws
-)
+# Deviation of the logarithm of a rate, which each trial of `Calibration.search` draws.
+_SPREAD = 0.4
 
 
 def reach(model, batches, *, labels="true", keep=(), trials=0, **target):
@@ -33,7 +32,7 @@ def reach(model, batches, *, labels="true", keep=(), trials=0, **target):
 
     model, batches, labels: see `Calibration`.
     keep: layers that stay as they are, see `plan`; their weights do, too.
-    trials: how many other plans are tried, see `Calibration.search`. Some dozens help deep cuts.
+    trials: how many other plans are tried, see `Calibration.search`. Some dozens help some deep cuts.
     target: one of macs, params, bytes, latency, and the share to keep, in (0, 1).
 
     Returns the smaller model and its Plan.

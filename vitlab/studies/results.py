@@ -9,7 +9,6 @@ import sys
 import pandas as pd
 
 from vitlab import files
-from vitlab.names import nearest
 from vitlab.studies import settings
 from vitlab.studies.runs import _COLUMNS, IDENTITY, LOG, open_run, study_label, with_first_columns
 
@@ -174,12 +173,10 @@ def _gather(name=None):
         if name in (None, folder.parts[0].partition("+")[0]):
             results += [{"folder": folder.as_posix(), **result} for result in _read_log(path)]
     if not results:
+        if name:
+            settings.study(name)  # which knows the nearest name of a mistyped one
         words = f"no results of {name or 'any study'} under {runs}"
-        studies = [path.stem for path in (files.repository() / "notebooks/params").glob("*.yaml")]
-        near = nearest(name or "", studies)
-        if name in studies or near == ".":
-            near = f"; run a study: {files.how_to_run(name or 'demo')}"
-        raise FileNotFoundError(words + near)
+        raise FileNotFoundError(f"{words}; run a study: {files.how_to_run(name or 'demo')}")
     frame = pd.DataFrame(results)
     last = frame.groupby(["folder", "notebook"]).save.transform("last")
     frame = frame[frame.save == last].reset_index(drop=True)
