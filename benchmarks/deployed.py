@@ -19,7 +19,7 @@ from vitlab.pruning import budget, factor, scores, shrink
 from vitlab.training import data
 
 WAYS = ["eager float32", "onnxruntime float32", "onnxruntime int8", "onnxruntime int8-dynamic"]
-WAYS += ["openvino float32", "openvino int8"]
+WAYS += ["openvino float32", "openvino bf16", "openvino int8", "openvino int8-bf16"]
 CALIBRATED, TESTED = 512, 500  # images
 BATCHES = [1, 32]
 INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")  # of processors that multiply 8 bits

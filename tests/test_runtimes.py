@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import onnx
 import pandas as pd
@@ -62,9 +63,11 @@ def test_a_row_says_why_a_runtime_cannot_be_had(vit, images, monkeypatch):
 
 def test_a_processor_without_bf16_is_not_timed_imitating_it(vit, monkeypatch):
     monkeypatch.setattr(evaluate, "gains_from_bf16", lambda device: False)
-    made, _, refused = runtimes.settings({"dense": vit}, ["eager float32", "eager bf16"])
+    ways = ["eager float32", "eager bf16", "openvino bf16", "openvino int8-bf16"]
+    made, _, refused = runtimes.settings({"dense": vit}, ways)
     assert list(made) == ["dense eager float32"]
-    assert refused.note.tolist() == ["this cpu has no bf16 instructions: it would imitate them"]
+    assert set(refused.note) == {"this cpu has no bf16 instructions: it would imitate them"}
+    assert len(refused) == 3
 
 
 def test_int8_is_made_as_it_is_exported(vit, images, monkeypatch):
@@ -112,6 +115,43 @@ def test_openvino_beside_the_others(vit, images):
     assert refused.empty and runtimes.left(made, images.test).difference.max() < 1e-4
     times = bench.latency({"one": bench.Setting(vit, "openvino")}, batch=2, repeats=3)
     assert times.runtime.tolist() == ["openvino"]
+
+
+@pytest.mark.skipif(
+    not find_spec("openvino"), reason='openvino is missing: pip install "vitlab[runtimes]"'
+)
+def test_openvino_computes_in_bf16_what_it_is_told(vit, images, monkeypatch):
+    monkeypatch.setattr(evaluate, "gains_from_bf16", lambda device: True)
+    ways = ["eager float32", *(f"openvino {how}" for how in ("bf16", "int8", "int8-bf16"))]
+    made, sizes, refused = runtimes.settings({"dense": vit}, ways, images=images)
+    assert refused.empty
+    size = sizes.set_index("model").bytes
+    assert size["dense openvino int8-bf16"] == size["dense openvino int8"]
+    assert runtimes.left(made, images.test).difference_mean.max() < 0.05
+    settings = made | {"more": bench.Setting(vit, "openvino", "bf16")}
+    assert set(bench.latency(settings, batch=2, repeats=3).precision) == {
+        "float32",
+        "bf16",
+        "int8",
+        "int8-bf16",
+    }
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_session_in_openvino_has_the_precision_that_was_asked(bf16, monkeypatch):
+    told = {}
+
+    class Core:
+        def set_property(self, options):
+            pass
+
+        def compile_model(self, path, device, options):
+            told.update(options)
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core, __spec__=None))
+    monkeypatch.setattr(export, "_need", lambda name: None)
+    export.session("any.xml", "openvino", bf16=bf16)
+    assert told["INFERENCE_PRECISION_HINT"] == ("bf16" if bf16 else "f32")
 
 
 def test_what_is_timed_in_int8_computes_the_model(vit):

@@ -1,7 +1,7 @@
 """Measure models: latency side by side, time by layer, speed by rank, and memory.
 
 Public: EXPORTED, PRECISIONS, Setting, as_settings, break_even, latency, layer_times, memory_mb,
-milliseconds, rank_speed, ready, runnable.
+milliseconds, rank_speed, read_by, ready, runnable.
 """
 
 import copy
@@ -32,7 +32,10 @@ from vitlab.models import _layers, anatomy, checkpoint
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 EXPORTED = ("onnxruntime", "openvino")  # runtimes of files, on CPUs here
-_INTEGERS = {"onnxruntime": ("int8", "int8-dynamic"), "openvino": ("int8",)}
+_OTHERS = {  # precisions of files beside float32
+    "onnxruntime": ("int8", "int8-dynamic"),
+    "openvino": ("bf16", "int8", "int8-bf16"),
+}
 _RUNTIMES = ("eager", "compiled", *EXPORTED)
 _QUARTILES = [0.25, 0.5, 0.75]
 
@@ -43,8 +46,9 @@ class Setting:
 
     model: the model
     runtime: "eager", "compiled" (torch.compile), or "onnxruntime" or "openvino" (on CPUs)
-    precision: "float32" or "bf16", to which weights and images are converted; of the last two
-        runtimes "float32", "int8" or (onnxruntime) "int8-dynamic"
+    precision: "float32" or "bf16", to which weights and images are converted; of onnxruntime
+        "float32", "int8" or "int8-dynamic"; of openvino "float32", "bf16", "int8" or "int8-bf16",
+        which computes in bf16 what is not in int8, and reads images in float32
     run: what takes images to logits there, as runtimes.settings makes it. None: it is made of the
         model, but not in int8, which is calibrated by images
     Raises ValueError for another runtime or precision, and where the runtime has no such precision.
@@ -57,13 +61,10 @@ class Setting:
 
     def __post_init__(self):
         names.check("runtime", self.runtime, _RUNTIMES)
-        if self.runtime in EXPORTED and self.precision in PRECISIONS:
-            if self.precision != "float32":
-                raise ValueError(
-                    f"{self.runtime} has no {self.precision} on a CPU; run it in float32"
-                )
-        elif self.precision not in _INTEGERS.get(self.runtime, ()):
-            names.check("precision", self.precision, PRECISIONS)
+        others = _OTHERS.get(self.runtime)
+        if others and self.precision in {*PRECISIONS} - {*others, "float32"}:
+            raise ValueError(f"{self.runtime} has no {self.precision} on a CPU; run it in float32")
+        names.check("precision", self.precision, ["float32", *others] if others else PRECISIONS)
 
 
 @parallel.first_decides
@@ -146,12 +147,13 @@ def runnable(setting, device):
     if setting.run:
         return setting.run
     if setting.runtime in EXPORTED:
-        if setting.precision != "float32":
+        if "int8" in setting.precision:
             raise ValueError("int8 is calibrated by images: runtimes.settings makes it")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")
             export.to_onnx(setting.model, path)
-            return export.session(path, setting.runtime)  # which has read the file when it is made
+            # It has read the file when it is made.
+            return export.session(path, setting.runtime, bf16=setting.precision == "bf16")
     model = _converted(setting, device)
     if setting.runtime == "compiled":
         # torch.compile works twice: for the first batch, and then once for any number of images.
@@ -172,7 +174,12 @@ def _images(setting, batch, device):
     shape = cost.input_shape(setting.model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *shape, generator=generator)
-    return images.to(device, PRECISIONS.get(setting.precision, torch.float32))
+    return images.to(device, read_by(setting))
+
+
+def read_by(setting):
+    """Return the dtype of the images that a setting reads."""
+    return torch.float32 if setting.runtime in EXPORTED else PRECISIONS[setting.precision]
 
 
 def ready(setting, batch, device=None):

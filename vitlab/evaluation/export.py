@@ -107,16 +107,17 @@ def to_onnx(model, path):
     return error
 
 
-def session(model, runtime="onnxruntime"):
+def session(model, runtime="onnxruntime", *, bf16=False):
     """Return an exported model as a function, run on as many CPU threads as torch.
 
     The function takes float32 images [B, C, H, W] and returns logits [B, classes].
 
     model: an ONNX file, or its bytes; for OpenVINO an ONNX file or one that ends in .xml
     runtime: "onnxruntime" or "openvino"
+    bf16: whether OpenVINO computes in bf16 what a file has in float32
     Raises ModuleNotFoundError, which says what to install, without the runtime.
     """
-    return _in_openvino(model) if runtime == "openvino" else _in_onnxruntime(model)
+    return _in_openvino(model, bf16) if runtime == "openvino" else _in_onnxruntime(model)
 
 
 def _in_onnxruntime(model):
@@ -140,12 +141,12 @@ def _in_onnxruntime(model):
     return logits_of
 
 
-def _in_openvino(path):
+def _in_openvino(path, bf16):
     openvino = openvino_package()
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        # Or processors with bf16 would take it for float32.
-        "INFERENCE_PRECISION_HINT": "f32",
+        # Unless it is told, processors with bf16 take it for float32.
+        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
     }
     core = openvino.Core()
     core.set_property({"ENABLE_MMAP": False})  # the file may change once it is read

@@ -21,8 +21,8 @@ def settings(models, ways, *, images=None):
     """Make models ready to be run and timed in several runtimes.
 
     models: {name: model}, on one device
-    ways: a runtime and a precision each, as in "eager float32", "openvino int8" or
-        "onnxruntime int8-dynamic"
+    ways: a runtime and a precision each, as in "eager float32", "openvino int8-bf16" or
+        "onnxruntime int8-dynamic"; see bench.Setting
     images: data.Dataset, whose training images calibrate int8
 
     Returns three:
@@ -66,10 +66,10 @@ def timed(model, way):
 def _made(model, runtime, precision, calibration, folder):
     """Return a setting and the bytes of its file; the folder keeps the ONNX file of the model."""
     setting = bench.Setting(model, runtime, precision)
+    device, bf16 = evaluate.device_of(model), "bf16" in precision
+    if bf16 and not evaluate.gains_from_bf16(device):
+        raise ValueError(f"this {device.type} has no bf16 instructions: it would imitate them")
     if runtime not in bench.EXPORTED:
-        device = evaluate.device_of(model)
-        if precision == "bf16" and not evaluate.gains_from_bf16(device):
-            raise ValueError(f"this {device.type} has no bf16 instructions: it would imitate them")
         run = bench.runnable(setting, device)
         weights = cost.bytes_memory(model)  # in float32
         size = weights if precision == "float32" else weights // 2
@@ -77,14 +77,17 @@ def _made(model, runtime, precision, calibration, folder):
     source = folder / "float32.onnx"
     if not source.exists():
         export.to_onnx(model, source)
-    path = folder / f"{precision}{_SUFFIXES[runtime]}"
-    if precision != "float32" and calibration is None:
+    # The same file is run with bf16 and without.
+    stored = {"bf16": "float32", "int8-bf16": "int8"}.get(precision, precision)
+    path = folder / f"{stored}{_SUFFIXES[runtime]}"
+    if stored != "float32" and calibration is None:
         raise ValueError("int8 is calibrated by images; got none")
-    if path != source:
-        images = None if precision == "float32" else calibration
-        deploy.convert(source, path, images, dynamic=precision == "int8-dynamic")
+    if not path.exists():
+        images = None if stored == "float32" else calibration
+        deploy.convert(source, path, images, dynamic=stored == "int8-dynamic")
     size = sum(path.with_suffix(each).stat().st_size for each in deploy.FILES[path.suffix])
-    return bench.Setting(model, runtime, precision, export.session(path, runtime)), size
+    run = export.session(path, runtime, bf16=bf16)
+    return bench.Setting(model, runtime, precision, run), size
 
 
 @torch.inference_mode()
@@ -125,7 +128,7 @@ def left(made, split, *, batch=64):
 def _logits(setting, split, batch, device):
     """Return the logits of a split in a setting, and its labels, both on the CPU."""
     run = bench.runnable(setting, device)
-    to = partial(torch.Tensor.to, device=device, dtype=bench.PRECISIONS.get(setting.precision))
+    to = partial(torch.Tensor.to, device=device, dtype=bench.read_by(setting))
     pairs = [(run(to(x).contiguous()).float().cpu(), y.cpu()) for x, y in split.batches(batch)]
     logits, labels = zip(*pairs, strict=True)
     return torch.cat(logits), torch.cat(labels)

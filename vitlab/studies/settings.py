@@ -146,7 +146,9 @@ _Runtime = Literal[
     "onnxruntime int8",
     "onnxruntime int8-dynamic",
     "openvino float32",
+    "openvino bf16",
     "openvino int8",
+    "openvino int8-bf16",
 ]
 _NOT_HERE = {  # known words, and why they are none where others of their sort are
     "wanda": "its scores compare inside one row alone, not over all layers",
