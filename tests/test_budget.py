@@ -3,6 +3,7 @@
 import pickle
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pandas as pd
@@ -134,6 +135,45 @@ def test_a_search_is_no_worse_on_its_images_and_predicts_by_the_scores(any_model
     assert units.predicted.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-9)
     with pytest.raises(ValueError, match="give two batches"):
         budget.reach(model, [batch], macs=0.5, trials=1)
+
+
+def test_a_kind_is_expected_to_lose_what_its_trial_cuts_lost(any_model, batch, monkeypatch):
+    monkeypatch.setattr(budget, "_TOLD", 0)  # the model is not trained, and loses little
+    model, batches = any_model, list(zip(*(part.split(4) for part in batch), strict=True))
+    known = budget.Calibration(model, batches)
+    before = scores.loss(model, batches[1::2])
+    tried = 0
+    for kind in known.kinds:
+        floor = known._floor(kind)
+        for share in (5 / 6, 1 / 2):
+            plan = known.plan(kinds=[kind], macs=share + (1 - share) * floor)
+            rise = scores.loss(known.cut(plan, compensate=None)[0], batches[1::2]) - before
+            if plan.predicted > 0 and rise > 0:
+                assert known.expected(plan) == pytest.approx(rise, rel=0.01)
+                tried += 1
+    assert tried
+    # A pool is expected to lose the sum of its kinds, whatever its order.
+    both = known.plan(macs=0.5)
+    parts = both.table.groupby("kind").predicted.sum()
+    alone = [
+        known.expected(replace(both, table=both.table[both.table.kind == kind]))
+        for kind in parts.index
+    ]
+    assert known.expected(both) == pytest.approx(sum(alone)) and sum(alone) > 0
+
+
+def test_what_is_expected_by_hand(vit, batch):
+    known = budget.Calibration(vit, [batch])
+    known.trials["neurons"] = [(0.001, 0.005), (0.1, 0.2), (0.4, 3.2)]  # the first is noise
+    table = pd.DataFrame({"kind": ["neurons"] * 2})
+    for predicted, times in ((0.01, 2), (0.1, 2), (0.2, 4), (0.4, 8), (1, 8)):
+        plan = pool.Plan({}, {}, table.assign(predicted=predicted / 2), 0.5)
+        assert known.expected(plan) == pytest.approx(times * predicted)
+    assert known.expected(pool.Plan({}, {}, table.assign(predicted=0.0), 1)) == 0
+    known.trials["neurons"] = []
+    assert known.expected(plan) == pytest.approx(1)
+    for kind in known.kinds:  # one batch is all there is to try cuts on
+        assert known.expected(known.plan(kinds=[kind], macs=0.95)) >= 0
 
 
 def test_reach_says_at_once_what_is_wrong(vit, batch):

@@ -686,6 +686,10 @@ def test_the_audit_draws_budgets_by_fisher_and_says_how_far_off_they_are(audit):
     drawn = scatters(ax)[-1]
     places = {tuple(place) for place in np.round(drawn.get_offsets().data, 6).tolist()}
     assert places <= {(0.1, 0.2), (1, 0.9), (2, 1), (0.2, -0.5)} and (0.1, 0.2) in places
+    corrected = plots.prediction_audit(more.assign(expected=more.measured.abs()))
+    hollow = [tuple(each) for each in scatters(corrected)[-2].get_offsets().data.tolist()]
+    assert hollow and all(x == y for x, y in hollow)
+    assert not len(scatters(corrected)[-2].get_facecolors())
     far = more.assign(measured=more.predicted * 20)
     (legend,) = plots.prediction_audit(far[far.criterion == "fisher"]).figure.legends
     words = [text.get_text() for text in legend.get_texts()]
@@ -810,6 +814,7 @@ def test_the_audit_has_the_rank_correlation_of_pandas(count):
     assert table.cuts.sum() == count
     for row in table.itertuples():
         part = frame[frame.kind == row.kind]
+        assert np.isnan(row.corrected)
         if row.cuts > 2 and part.predicted.nunique() > 1:
             expected = part[["predicted", "measured"]].corr("spearman").iloc[0, 1]
             assert row.spearman == pytest.approx(expected)
@@ -823,15 +828,16 @@ def test_the_audit_by_hand_and_its_ends():
     frame = pd.DataFrame({"kind": ["heads"] * 4 + ["ranks"] * 2 + ["none"] * 3 + ["tiny"] * 3})
     frame["predicted"] = [1.0, 2, 3, np.nan, 1, 2, 0, 0, 0, 1e-11, 1e-9, 1e-6]
     frame["measured"] = [2.0, 8, 3, 1, 1, 1, 1, 2, 3, -1e-6, 9e-4, 2e-3]
+    frame["expected"] = [2.0, 4, np.nan, np.nan, 1, 1, 1, 2, 3, 0, 0, 1e-3]
     table = tables.audit_table(frame, by=["kind"]).set_index("kind")
-    assert table.loc["heads"].tolist() == pytest.approx(
-        [3, 0.5, 2]
-    )  # ranks 1 2 3 against 1 3 2; ratios 2, 4, 1
-    assert table.loc["ranks"].tolist() == pytest.approx([2, np.nan, 0.75], nan_ok=True)
-    assert table.loc["none"].tolist() == pytest.approx([3, np.nan, np.nan], nan_ok=True)
-    assert table.loc["tiny"].tolist() == pytest.approx(
-        [3, 1, 2000]
-    )  # those below a millinat have no ratio
+    by_hand = {
+        "heads": [3, 0.5, 2, 1.5],  # ranks 1 2 3 against 1 3 2; ratios 2, 4, 1
+        "ranks": [2, np.nan, 0.75, 1],
+        "none": [3, np.nan, np.nan, 1],
+        "tiny": [3, np.nan, 2000, 2],  # those below a millinat have no order and no ratio
+    }
+    for kind, numbers in by_hand.items():
+        assert table.loc[kind].tolist() == pytest.approx(numbers, nan_ok=True)
     assert tables.audit_table(frame.head(0), by=["kind"]).empty
     with pytest.raises(ValueError, match="unknown column 'criterion'"):
         tables.audit_table(frame)

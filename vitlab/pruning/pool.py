@@ -63,7 +63,8 @@ class Plan:
     def predicted(self):
         """Return what the loss is predicted to rise by: the sum over all that goes.
 
-        It puts cuts in order, and is often too low by a factor of several: measure what one costs.
+        It puts cuts in order, and is often too low by a factor of several: measure what one costs,
+        or ask budget.Calibration.expected, which corrects it by trial cuts.
         """
         return self.table.predicted.sum()
 

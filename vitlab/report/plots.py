@@ -694,10 +694,11 @@ def agreement(frame):
 def prediction_audit(frame):
     """Draw the measured over the predicted rise of the loss (nats) of budgets, both logarithmic.
 
-    Each cut has a point, and the legend says how many times too low predictions were. Shown are
-    the pool, units and ranks, by Fisher's criterion; all others are in the table.
+    Each cut has a point, and the legend says how many times too low predictions were. What trial
+    cuts corrected is hollow. Shown are the pool, units and ranks, by Fisher's criterion; all others
+    are in the table.
 
-    frame: columns criterion, kind, predicted, measured.
+    frame: columns criterion, kind, predicted, measured, and expected where it is known.
     Returns the Axes.
     Raises ValueError where no value is above 0.
     """
@@ -709,7 +710,9 @@ def prediction_audit(frame):
     frame = frame[(values > 0).all(axis=1) & (values.max(axis=1) >= 1e-3)]
     if frame.empty:
         raise ValueError("no rise of the loss is above 0: logarithmic axes have nothing to show")
-    values = frame[["predicted", "measured"]]
+    if "expected" not in frame:
+        frame = frame.assign(expected=np.nan)
+    values = frame[["predicted", "expected", "measured"]]
     ax = new_axes(HALF[0], 4.8)
     _diagonal(ax, np.array([values.min(axis=None) / 2, values.max(axis=None) * 2]))
     styles = looks(_by_rank(frame.kind.map(tables.method_words)))
@@ -720,6 +723,13 @@ def prediction_audit(frame):
         if times.max() > 3:
             words += f":\nup to {tables.number(times.max(), 0)} × too low"
         ax.scatter(cuts.predicted, cuts.measured, s=55, zorder=3, label=words, **look)
+        cuts = cuts.dropna(subset="expected")
+        if len(cuts):
+            hollow = {"facecolor": "none", "edgecolor": look["color"], "marker": look["marker"]}
+            ax.scatter(cuts.expected, cuts.measured, s=55, zorder=4, **hollow)
+    if frame.expected.notna().any():
+        hollow = {"facecolor": "none", "edgecolor": "0.35", "label": "corrected by\ntrial cuts"}
+        ax.scatter([], [], s=55, **hollow)
     ax.figure.legend(loc="outside upper center", ncols=2)
     return ax
 

@@ -416,29 +416,35 @@ def _best(points):
 def audit_table(frame, by=("criterion", "kind")):
     """Tell how far predicted rises of the loss can be trusted, for each group of cuts.
 
-    frame: columns predicted and measured (nats), and those of `by`.
+    frame: columns predicted and measured (nats), and those of `by`; expected (nats), if it is known.
     by: columns that tell groups apart.
     Returns a frame with the columns of `by` and
     cuts: how many there are;
-    spearman: rank correlation of both, in [-1, 1]: do they come in the right order?
+    spearman: rank correlation of predicted and measured, in [-1, 1]: is the order right?
     ratio: the median of measured / predicted: are they of the right size?
+    corrected: the same of measured / expected, where that is known.
     Raises ValueError for a missing column.
     """
     names.known([*by, "predicted", "measured"], frame, "column")
     rises = frame.dropna(subset=["predicted", "measured"])
+    if "expected" not in rises:
+        rises = rises.assign(expected=np.nan)
     lines = []
     for name, cuts in rises.groupby(list(by), sort=False, dropna=False):
         both = cuts[["predicted", "measured"]]
+        # Less than a millinat of both is rounding: its order is chance, and its ratios run to
+        # 100,000.
+        large = cuts[both.abs().max(axis=1) >= 1e-3]
         # Spearman's correlation is Pearson's of the ranks. Two cuts, or equal ones, have no order.
-        ranks = both.rank()
-        varied = len(cuts) > 2 and (ranks.nunique() > 1).all()
+        ranks = large[both.columns].rank()
+        varied = len(large) > 2 and (ranks.nunique() > 1).all()
         spearman = ranks.predicted.corr(ranks.measured) if varied else np.nan
-        # A ratio needs a predicted rise, and a millinat or more of one of both: smaller ones are
-        # rounding, and their ratios run to 100,000. Without any the median is nan.
-        large = cuts[(cuts.predicted > 0) & (both.abs().max(axis=1) >= 1e-3)]
-        ratio = (large.measured / large.predicted).median()
-        lines.append((*name, len(cuts), spearman, ratio))
-    return pd.DataFrame(lines, columns=[*by, "cuts", "spearman", "ratio"])
+        ratios = [
+            (large.measured / large[column].where(large[column] > 0)).median()
+            for column in ("predicted", "expected")
+        ]
+        lines.append((*name, len(cuts), spearman, *ratios))
+    return pd.DataFrame(lines, columns=[*by, "cuts", "spearman", "ratio", "corrected"])
 
 
 def check_places(places, images):
