@@ -110,6 +110,25 @@ def test_summary_counts_images_and_classes(one_tree):
     assert list(summary.index) == ["train", "val", "test"]
 
 
+def test_calibration_images_are_apart_from_those_of_training(one_tree):
+    whole, images = load(one_tree), load(one_tree, calibration=6)
+    assert whole.apart is None and whole.calibration is whole.train
+    assert images.calibration is images.apart and len(images.apart) == 6
+    both = np.sort(np.concatenate([images.train.indices, images.apart.indices]))
+    assert both.tolist() == whole.train.indices.tolist()
+    assert images.apart.labels.unique().tolist() == whole.train.labels.unique().tolist()
+    for split in ("val", "test"):
+        assert getattr(images, split).identity == getattr(whole, split).identity
+    assert (images.train.mean, images.train.std) == (whole.train.mean, whole.train.std)
+    assert images.identity["train"] != whole.identity["train"]
+    assert "6 apart" in repr(images) and images.summary().loc["apart", "images"] == 6
+    again = load(one_tree, calibration=6, split_seed=0)
+    assert again.apart.indices.tolist() == images.apart.indices.tolist()
+    for count in (0, -1, len(whole.train) // 2 + 1):
+        with pytest.raises(ValueError, match=f"keeps 1 to .* training images; got {count}"):
+            load(one_tree, calibration=count)
+
+
 @pytest.mark.parametrize("n", [1, 3, 10, 32, 64])
 @pytest.mark.parametrize("seed", range(3))
 def test_subset_keeps_the_proportions(one_tree, n, seed):

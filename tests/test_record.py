@@ -525,6 +525,7 @@ def test_no_permission_says_where_and_what_to_do(tmp_path, monkeypatch):
 def test_arguments_for_the_calls_that_a_notebook_makes(lab):
     assert lab.model == lab.params.models.vit
     plain = {"name": "shapes", "image_size": 32, "split_seed": 0, "normalise": "train"}
+    plain["calibration"] = 256
     assert lab.data == plain | {"images": None, "skip_broken": None} and lab.origin["data"] == plain
     settings = lab.training("global_pruning")
     assert settings["epochs"] == lab.params.global_pruning.epochs != lab.params.train.epochs

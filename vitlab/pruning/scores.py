@@ -411,7 +411,8 @@ def check_calibration(model, calibration, held_out):
         warnings.warn(
             f"the model fits its calibration images: loss {fitted:.3g} on them, {unseen:.3g} on "
             "held-out ones. A few outliers rule scores by true-label gradients: consider "
-            'labels="model" or augmented images',
+            'labels="model", augmented images, or some that training never sees '
+            "(data.calibration of a study)",
             stacklevel=2,
         )
     return fitted, unseen

@@ -163,6 +163,7 @@ class Dataset:
     layout: how the folder was read, with the endings of images and of what was left out, and
         from where the splits were taken that were not there
     drawn: {split that was not there: how many images were taken from where, in words}
+    apart: images of train that no training sees, or None
     """
 
     name: str
@@ -175,9 +176,16 @@ class Dataset:
     skipped: list = field(default_factory=list)
     layout: str = ""
     drawn: dict = field(default_factory=dict)
+    apart: Split | None = None
+
+    @property
+    def calibration(self):
+        """Return the Split that calibration images are taken from: `apart`, or train."""
+        return self.train if self.apart is None else self.apart
 
     def __repr__(self):
         counts = ", ".join(f"{len(getattr(self, part))} {part}" for part in _folders.SPLITS)
+        counts += f", {len(self.apart)} apart" if self.apart else ""
         classes = f"{len(self.classes)} classes"
         return f"Dataset {self.name!r}: {counts} images, {self.image_size} px, {classes}"
 
@@ -200,7 +208,7 @@ class Dataset:
     def summary(self):
         """Return a row for each split: images, classes, images of smallest and largest class."""
         counts = {}
-        for name in _folders.SPLITS:
+        for name in [*_folders.SPLITS, *(["apart"] if self.apart else [])]:
             labels = getattr(self, name).labels
             counts[name] = torch.bincount(labels, minlength=len(self.classes)).numpy()
         counts = pd.DataFrame(counts)
@@ -217,7 +225,15 @@ class Dataset:
 
 
 def load(
-    name, *, root=None, image_size, split_seed=0, normalise="train", images=None, skip_broken=False
+    name,
+    *,
+    root=None,
+    image_size,
+    split_seed=0,
+    normalise="train",
+    images=None,
+    calibration=None,
+    skip_broken=False,
 ):
     """Return a Dataset of train / val / test, from its cache or decoded into it.
 
@@ -236,10 +252,12 @@ def load(
         for those of its record; {"name": of a model, "weights": its file or folder} for those that
         the file says, else timm's for the name; "imagenet"; or (mean, std) of three numbers each
     images: at most so many of each split, stratified, for a trial run; None for all
+    calibration: so many images of train, stratified, become the split `apart`, which training never
+        sees: what a model does to images that it fits is less than what it does to others
     skip_broken: leave out files that cannot be decoded and list them in `skipped`
 
-    Raises ValueError for an unknown name, a folder of no known layout, an empty class folder or a
-    file that is no whole image.
+    Raises ValueError for an unknown name, a folder of no known layout, an empty class folder, a
+    file that is no whole image, or more calibration images than half of train.
     Raises RuntimeError where the images are missing and cannot be downloaded.
     Raises PermissionError where the cache cannot be written.
     """
@@ -269,6 +287,8 @@ def load(
         splits[part] = Split(store, rows, labels, image_size, window, mean, std, classes)
         if images is not None:
             splits[part] = splits[part].subset(min(images, len(rows)))
+    if calibration is not None:
+        splits |= _apart(splits["train"], calibration, split_seed)
     drawn = _drawn(source, splits)
     return Dataset(
         source.name,
@@ -280,6 +300,18 @@ def load(
         layout="; ".join([source.layout, *(f"{part}: {words}" for part, words in drawn.items())]),
         drawn=drawn,
     )
+
+
+def _apart(train, count, seed):
+    """Return {"train", "apart"}: so many images of a split, and those that stay."""
+    if not 1 <= count <= len(train) // 2:
+        raise ValueError(
+            f"calibration keeps 1 to {len(train) // 2} images apart, half of the {len(train)} "
+            f"training images; got {count}"
+        )
+    apart = train.subset(count, seed=seed)
+    stays = ~np.isin(train.indices, apart.indices)
+    return {"train": train.take(np.flatnonzero(stays)), "apart": apart}
 
 
 def is_here(name, *, root=None):
