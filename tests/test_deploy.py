@@ -125,7 +125,7 @@ def test_int8_is_of_the_way_whose_logits_are_nearest(
         if (per_channel, reduce_range) != changed:
             written = onnx.load(target)
             for tensor in written.graph.initializer:
-                if tensor.name.startswith("head.weight") and tensor.name.endswith("scale"):
+                if "head.weight" in tensor.name and tensor.name.endswith("scale"):
                     tensor.CopyFrom(
                         onnx.numpy_helper.from_array(
                             0 * onnx.numpy_helper.to_array(tensor), tensor.name
@@ -137,6 +137,36 @@ def test_int8_is_of_the_way_whose_logits_are_nearest(
     monkeypatch.setattr(deploy, "_AGREEMENT", 0.8)
     lines = deploy.write(folder, tmp_path / "small.onnx", images=images, int8=True)
     assert f"per_channel={changed[0]}, reduce_range={changed[1]}" in lines[2]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("errors", "chosen", "words"),
+    [
+        (
+            [3, 2, 4, 9, 1, 9],
+            4,
+            "per_channel=False, reduce_range=False, signed weights with Smooth",
+        ),
+        ([3, 1, 2, 2, 2, 2], 1, "reduce_range=False, unsigned weights with SmoothQuant"),
+        ([1, 2, 1.05, 3, 3, 3], 2, "per_channel=True, reduce_range=False, signed weights without"),
+    ],
+)
+def test_int8_smooths_where_that_is_nearer(
+    vit, images, tmp_path, monkeypatch, dynamic, errors, chosen, words
+):
+    """With and without by one way, then the other ways; unsigned weights must be a tenth nearer."""
+    times = {"float32": np.full(5, 3.0), "linear": np.full(5, 2.0), "all": np.full(5, 2.5)}
+    monkeypatch.setattr(deploy, "_times", lambda sessions, images: times)
+    logits, told = [], iter(errors)
+    monkeypatch.setattr(
+        deploy, "_mean_error", lambda given, expected: logits.append(given) or next(told)
+    )
+    export.to_onnx(vit, tmp_path / "float32.onnx")
+    shown, path = deploy.first(images.train, 40), tmp_path / "int8.onnx"
+    lines = deploy.convert(tmp_path / "float32.onnx", path, shown, dynamic=dynamic)
+    assert words in lines[0] and next(told, None) is None
+    torch.testing.assert_close(export.session(path)(shown), logits[chosen])
 
 
 with_openvino = pytest.mark.skipif(

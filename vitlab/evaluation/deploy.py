@@ -11,6 +11,7 @@ import logging
 import shutil
 import tempfile
 from contextlib import redirect_stdout, suppress
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from vitlab import files
-from vitlab.evaluation import bench, cost, evaluate, export
+from vitlab.evaluation import _smooth, bench, cost, evaluate, export
 from vitlab.models import anatomy, checkpoint, hub
 
 # The files of a model, by the suffix that the user names.
@@ -45,6 +46,8 @@ _CALIBRATED = 128  # images that int8 is calibrated by
 BATCH = 16
 _AGREEMENT = 0.95  # the least share of images with torch's answer, in int8
 _SMOOTH = 0.95  # NNCF's own share of scales that SmoothQuant moves
+_ALPHA = 0.5  # such a share in onnxruntime: with 0.75 logits were as near, or farther
+_SLOWER = 1.1  # how many times as far as unsigned weights signed ones may be
 _ROUNDS = 9  # of timing
 
 
@@ -311,7 +314,7 @@ def _quantise(source, path, images, dynamic):
     # This folds constants, or layers with others would be skipped. Symbolic shapes, which serve it in
     # nothing here, cannot be had of what torch before 2.15 exports.
     quant_pre_process(source, prepared, skip_symbolic_shape=True)
-    linear = ["MatMul", "Gemm"]
+    linear = _smooth.LINEAR
     model = onnx.load(prepared)
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
@@ -319,7 +322,8 @@ def _quantise(source, path, images, dynamic):
     shapes = [shape for shape in graph.value_info if shape.name not in constants]
     del graph.value_info[:]
     graph.value_info.extend(shapes)
-    onnx.save(model, prepared)
+    # Models that compute the same, with large values in the inputs of layers or in their weights.
+    models = {False: model, True: _smooth.smoothed(model, images, _ALPHA)}
     # Products of queries, keys and values are as fast in float32, and nearer.
     products = [
         node.name
@@ -327,13 +331,14 @@ def _quantise(source, path, images, dynamic):
         if node.op_type in linear and node.input[1] not in constants
     ]
 
-    def quantised(kinds, per_channel, reduce_range):
+    def quantised(kinds, smooth, per_channel, reduce_range, unsigned):
+        onnx.save(models[smooth], prepared)
         batches = iter([{"images": batch.numpy()} for batch in images.split(BATCH)])
         options = {
             "op_types_to_quantize": kinds,
             "per_channel": per_channel,
             "reduce_range": reduce_range,
-            "weight_type": quantization.QuantType.QInt8,
+            "weight_type": getattr(quantization.QuantType, "QUInt8" if unsigned else "QInt8"),
             "nodes_to_exclude": products,
         }
         if dynamic:
@@ -352,18 +357,30 @@ def _quantise(source, path, images, dynamic):
 
     float32 = export.session(source)
     expected = float32(images)
-    # Where products of 8 bits are added up in 16, some of these saturate: only the error tells.
     files_by_way, errors = {}, {}
-    ways = ((False, False), (True, False), (False, True), (True, True))
-    for way in files.progress(ways, "quantising"):
-        files_by_way[way] = quantised(linear, *way)
-        errors[way] = _mean_error(export.session(files_by_way[way])(images), expected)
-    best = min(errors, key=errors.get)
-    shares = [f"{100 * error:.2f}" for error in sorted(errors.values())]
+
+    def nearest_of(ways):
+        for way in files.progress(ways, "quantising"):
+            files_by_way[way] = quantised(linear, *way)
+            errors[way] = _mean_error(export.session(files_by_way[way])(images), expected)
+        return min(errors, key=lambda way: errors[way] * (_SLOWER if way[-1] else 1))
+
+    # Where a processor adds products of 8 bits up in 16, some saturate: only the error tells.
+    # onnxruntime adds those of unsigned weights up in 32, so that what SmoothQuant brings shows by
+    # them; processors that have instructions for products of 8 bits may be slower by them.
+    smooth, *_ = nearest_of([(smooth, True, False, True) for smooth in models])
+    best = nearest_of([(smooth, *way, False) for way in product((True, False), (False, True))])
+    others = sorted(error for way, error in errors.items() if way != best)
+    smooth, per_channel, reduce_range, unsigned = best
+    way = (
+        f"per_channel={per_channel}, reduce_range={reduce_range}, "
+        f"{'unsigned' if unsigned else 'signed'} weights {'with' if smooth else 'without'} SmoothQuant"
+    )
+    off = f"{100 * errors[best]:.2f}"
     chosen = files_by_way[best]
     if dynamic:
         path.write_bytes(chosen)
-        return [f"dynamic int8: per_channel={best[0]}, reduce_range={best[1]}, {shares[0]} % off"]
+        return [f"dynamic int8: {way}, {off} % off"]
     with_convolutions = quantised([*linear, "Conv"], *best)
     sessions = {
         "float32": float32,
@@ -376,10 +393,10 @@ def _quantise(source, path, images, dynamic):
     path.write_bytes(with_convolutions if takes_convolutions else chosen)
     speed = np.median(rounds["float32"] / rounds["all" if takes_convolutions else "linear"])
     return [
-        f"int8: per_channel={best[0]}, reduce_range={best[1]}, as the mean error of the logits on "
-        f"{len(images)} training images is the least, {shares[0]} % of the largest (up to "
-        f"{shares[-1]} % otherwise); convolutions in {'int8' if takes_convolutions else 'float32'}: "
-        f"int8 ones make the model {gain[1]:.2f} times as fast (lower quartile {gain[0]:.2f})",
+        f"int8: {way}: the mean error of the logits on {len(images)} training images is {off} % of "
+        f"the largest ({100 * others[0]:.2f} to {100 * others[-1]:.2f} % otherwise); convolutions in "
+        f"{'int8' if takes_convolutions else 'float32'}: int8 ones make the model {gain[1]:.2f} "
+        f"times as fast (lower quartile {gain[0]:.2f})",
         _speed(speed, "onnxruntime"),
     ]
 

@@ -4,7 +4,7 @@ An ONNX file is checked against torch before it is kept. Weights with 2:4 zeros 
 semi-structured tensors, which newer GPUs multiply faster.
 
 Public: TOLERANCE, cancellation, difference, opened, openvino_package, random_images,
-semi_structured, session, to_onnx.
+runtime_session, semi_structured, session, to_onnx.
 """
 
 import functools
@@ -121,6 +121,20 @@ def session(model, runtime="onnxruntime", *, bf16=False):
 
 
 def _in_onnxruntime(model):
+    runtime = runtime_session(model)
+
+    def logits_of(images):
+        (logits,) = runtime.run(["logits"], {"images": images.numpy()})
+        return torch.from_numpy(logits)
+
+    return logits_of
+
+
+def runtime_session(model):
+    """Return onnxruntime's own session of an ONNX file or its bytes, on as many threads as torch.
+
+    Raises ModuleNotFoundError, which says what to install, without onnxruntime.
+    """
     _need("onnxruntime")
     import onnxruntime
 
@@ -132,13 +146,7 @@ def _in_onnxruntime(model):
     # gigabytes
     _share_memory()
     options.add_session_config_entry("session.use_env_allocators", "1")
-    runtime = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-    def logits_of(images):
-        (logits,) = runtime.run(["logits"], {"images": images.numpy()})
-        return torch.from_numpy(logits)
-
-    return logits_of
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _in_openvino(path, bf16):
