@@ -1,7 +1,9 @@
 """A quarter and 0.15 of the MACs, first trained on no labels: the small models of CIFAR-10, three seeds, on test.
 
 Stage `reconstructed` is budget.reach, from 2,048 calibration images. `searched` is that with 48 trials
-of other plans, judged by these images without their labels. `relearned` follows `reconstructed` with 2,000
+of other plans, judged by these images without their labels. `unseen` is budget.reach, from 1,024 training images and
+as many validation images, which rank what goes: no training has seen them, and nothing else is chosen by them but the
+rates and steps below. `relearned` follows `reconstructed` with 2,000
 steps of imitate.relearn, which are less than three epochs. Rates were chosen on validation images and
 seed 0, and so were the steps, of 500, 1,000 and 2,000, for the ViT at 0.15 and the Swin at 0.25. So far only
 the scores of what goes read labels, of the calibration images. `finetuned` follows at a quarter: one
@@ -77,7 +79,7 @@ def deep(rounds):
 
 def stages_of(share):
     trained = ["relearned", "finetuned"] if share in FINETUNED else ["relearned"]
-    return ["searched", "reconstructed", *trained]
+    return ["searched", "unseen", "reconstructed", *trained]
 
 
 def stages(known, share, images, seed, asked):
@@ -90,7 +92,16 @@ def stages(known, share, images, seed, asked):
         small = known.reconstruct(*known.cut(plan))
         row = {"stage": "searched", "predicted": plan.predicted}
         yield row | {"seconds": time.perf_counter() - begun}, small
-    if asked == {"searched"}:
+    if "unseen" in asked:
+        begun = time.perf_counter()
+        parts = [split.subset(IMAGES // 2, seed=seed) for split in (images.val, images.train)]
+        pairs = zip(*(part.batches(BATCH) for part in parts), strict=True)
+        mixed = budget.Calibration(known.model, [batch for pair in pairs for batch in pair])
+        plan = mixed.plan(macs=share)
+        small = mixed.reconstruct(*mixed.cut(plan))
+        row = {"stage": "unseen", "predicted": plan.predicted}
+        yield row | {"seconds": time.perf_counter() - begun}, small
+    if asked <= {"searched", "unseen"}:
         return
     begun = time.perf_counter()
     plan = known.plan(macs=share)

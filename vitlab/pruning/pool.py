@@ -421,7 +421,9 @@ class Search:
         goal = share * self.total
         goal *= 1 + 1e-12  # rounding alone misses no goal
         prices = {}  # {candidate: (loss per cost saved, its number after that)}, if still right
-        while self.cost(self.state) > goal:
+        left = self.cost(self.state)
+        # Differences add up rounding, so that the whole sum says when it is enough.
+        while left > goal or self.cost(self.state) > goal:
             for candidate in [*self.units, *self.thin]:
                 if candidate not in prices:
                     price = self.rank_price if candidate in self.thin else self.unit_price
@@ -430,7 +432,9 @@ class Search:
             price, number = prices[best]
             if math.isinf(price):  # nothing more may go
                 break
+            left -= self.cost(self.state, best)  # of the lines that change, before and after
             self.state[best] = number
+            left += self.cost(self.state, best)
             if best in self.units:
                 self.taken.append(best)
             # Prices of what shares no line with it stay right.
