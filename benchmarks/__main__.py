@@ -11,6 +11,7 @@
     python benchmarks --only runtimes --threads 1  # some 30 minutes; needs CIFAR-10, onnxruntime and OpenVINO
     python benchmarks --only elsewhere --threads 1  # some 10 minutes; needs CIFAR-10 and what elsewhere.py names
     python benchmarks --only runtimes_of_vit_s --threads 1  # some 30 minutes; DINOv2, Caltech-101, both
+    python benchmarks --only predicted --threads 1  # some 10 minutes; DINOv2 and Caltech-101
     python benchmarks --only weighted weighted_features  # some 20 minutes; the second needs these, too:
     python benchmarks --only steps --rounds 3  # some 15 minutes; needs Caltech-101 and weights of DINOv2
 
@@ -29,6 +30,7 @@ import elsewhere
 import foundation
 import methods
 import peers
+import predicted
 import speed
 import steps
 import targets
@@ -37,7 +39,7 @@ import weighted
 
 USUAL = methods.CASES | peers.CASES | speed.CASES
 CASES = USUAL | accuracy.CASES | targets.CASES | steps.CASES | foundation.CASES | weighted.CASES
-CASES |= deep.CASES | deployed.CASES | elsewhere.CASES
+CASES |= predicted.CASES | deep.CASES | deployed.CASES | elsewhere.CASES
 
 
 def main():

@@ -81,13 +81,7 @@ def real(rounds):
     Taylor, global; nothing is trained. Scores and gradients are of 256 training images with labels, 128 calibrate
     int8, and top-1 and differences of logits are of 500 test images.
     """
-    lab = foundation.Lab("Caltech-101")
-    images, backbone = lab.images, lab.dense
-    parts = images.train.subset(2000), images.val.subset(500)
-    probe = evaluate.linear_probe(
-        *[each for part in parts for each in evaluate.features(backbone, part)]
-    )
-    dense = foundation.with_head(backbone, probe.layer)
+    images, dense = with_classifier()
     batches = list(images.train.subset(256).batches(32))
     known = budget.Calibration(
         dense, batches, kinds=["heads", "neurons", "width", "ranks"], labels="true"
@@ -108,6 +102,16 @@ def real(rounds):
     table = in_runtimes(made, images, rounds, seconds=400)
     table = table.assign(case="ViT-S/14", cut=table.model.str.split().str[0], cpu=processor())
     publish("runtimes_of_vit_s", table, shown=SHOWN.split(), beside="cpu")
+
+
+def with_classifier():
+    """Caltech-101, and DINOv2's ViT-S/14 with a linear head of 2,000 images of it."""
+    lab = foundation.Lab("Caltech-101")
+    parts = lab.images.train.subset(2000), lab.images.val.subset(500)
+    probe = evaluate.linear_probe(
+        *[each for part in parts for each in evaluate.features(lab.dense, part)]
+    )
+    return lab.images, foundation.with_head(lab.dense, probe.layer)
 
 
 def rows(rounds):
