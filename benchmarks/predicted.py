@@ -22,7 +22,7 @@ def predicted(rounds):
         list(images.val.take(np.arange(first, len(images.val), 2)).batches(64)) for first in (0, 1)
     )
     batches = list(images.train.subset(IMAGES).batches(32))
-    kinds = ["heads", "neurons", "width", "ranks"]
+    kinds = ["heads", "neurons", "ranks"]
     known = budget.Calibration(dense, batches, kinds=kinds, held_out=others)
     before, rows = scores.loss(dense, audited), []
     for kind, share in product(kinds, SHARES):

@@ -189,7 +189,7 @@ class _Data(_Section):
     image_size: PositiveInt  # pixels, side of what the model sees
     split_seed: NonNegativeInt  # of train, val and test; results of two splits cannot be compared
     images: _CountOrNull  # of each split, for a trial; null: all
-    calibration: _CountOrNull = None  # images of train that no training sees; null: none
+    calibration: _CountOrNull = None  # images of train, a quarter at most, that no training sees
     normalise: _Moments  # by mean and deviation of train, of imagenet, by these, or as weights want
     skip_broken: _BoolOrNull = None  # true: leave out image files that cannot be decoded
     augment: _Augment

@@ -252,12 +252,13 @@ def load(
         for those of its record; {"name": of a model, "weights": its file or folder} for those that
         the file says, else timm's for the name; "imagenet"; or (mean, std) of three numbers each
     images: at most so many of each split, stratified, for a trial run; None for all
-    calibration: so many images of train, stratified, become the split `apart`, which training never
-        sees: what a model does to images that it fits is less than what it does to others
+    calibration: so many images of train, stratified and a quarter at most, become the split
+        `apart`, which training never sees: a cut costs a model more of such images than of those
+        that it fits
     skip_broken: leave out files that cannot be decoded and list them in `skipped`
 
     Raises ValueError for an unknown name, a folder of no known layout, an empty class folder, a
-    file that is no whole image, or more calibration images than half of train.
+    file that is no whole image, or a number of calibration images below 1.
     Raises RuntimeError where the images are missing and cannot be downloaded.
     Raises PermissionError where the cache cannot be written.
     """
@@ -303,13 +304,10 @@ def load(
 
 
 def _apart(train, count, seed):
-    """Return {"train", "apart"}: so many images of a split, and those that stay."""
-    if not 1 <= count <= len(train) // 2:
-        raise ValueError(
-            f"calibration keeps 1 to {len(train) // 2} images apart, half of the {len(train)} "
-            f"training images; got {count}"
-        )
-    apart = train.subset(count, seed=seed)
+    """Return {"train", "apart"}: so many images of a split, a quarter at most, and those that stay."""
+    if count < 1:
+        raise ValueError(f"calibration keeps at least 1 training image apart, or None; got {count}")
+    apart = train.subset(max(1, min(count, len(train) // 4)), seed=seed)
     stays = ~np.isin(train.indices, apart.indices)
     return {"train": train.take(np.flatnonzero(stays)), "apart": apart}
 
