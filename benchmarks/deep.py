@@ -2,8 +2,8 @@
 
 Stage `reconstructed` is budget.reach, from 2,048 calibration images. `searched` is that with 48 trials
 of other plans, judged by these images without their labels. `unseen` is budget.reach, from 1,024 training images and
-as many validation images, which rank what goes: no training has seen them, and nothing else is chosen by them but the
-rates and steps below. `relearned` follows `reconstructed` with 2,000
+as many validation images, which rank what goes: they have chosen the epoch of the dense models and the rates and steps
+below, and no gradient step has seen them. `relearned` follows `reconstructed` with 2,000
 steps of imitate.relearn, which are less than three epochs. Rates were chosen on validation images and
 seed 0, and so were the steps, of 500, 1,000 and 2,000, for the ViT at 0.15 and the Swin at 0.25. So far only
 the scores of what goes read labels, of the calibration images. `finetuned` follows at a quarter: one

@@ -14,8 +14,8 @@ IMAGES, SHARES = 512, (0.9, 0.7)
 def predicted(rounds):
     """DINOv2's ViT-S/14 at 112 px with a linear head of 2,000 images of Caltech-101, nothing compensated or trained.
 
-    512 training images rank; half of the validation images audit, the other half is for trial cuts. The backbone has
-    seen none of them.
+    Half of 512 training images rank, on which the head was fitted, too. Half of the validation images audit, the other
+    half is for trial cuts.
     """
     images, dense = with_classifier()
     audited, others = (

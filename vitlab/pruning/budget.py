@@ -185,8 +185,9 @@ class Calibration:
     def _tried(self, kind):
         """Return (predicted, measured) of cuts of one kind alone, the mildest first."""
         before, pairs = scores.loss(self.model, self.held_out), []
+        floor = self._floor(kind)
         for way in _TRIALS:
-            plan = self.plan(kinds=[kind], macs=1 - way * (1 - self._floor(kind)))
+            plan = self.plan(kinds=[kind], macs=1 - way * (1 - floor))
             small, _ = self.cut(plan, compensate=None)
             rise = scores.loss(small, self.held_out) - before
             # Where the loss falls, or nothing goes, there is nothing to multiply.
